@@ -1,0 +1,1 @@
+"""corun_ray: a training service for real-world image dehazing (CORUN and Colabator) on Ray clusters."""

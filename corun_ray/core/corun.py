@@ -1,0 +1,113 @@
+"""CORUN, the cooperative unfolding network: closed-form steps on the scattering model between learned ones.
+
+Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3.1. With the airlight taken as 1, a hazy image is
+`P = J T + 1 - T`; every stage takes one proximal gradient step on the transmission T and one on the scene J.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from corun_ray.core.cpmm import CPMM
+
+TRANSMISSION_MIN, TRANSMISSION_MAX = 0.05, 0.999
+DENOMINATOR_MIN = 1e-7
+START_TRANSMISSION = 0.5
+
+
+class Restoration(NamedTuple):
+    """What one stage, or the whole network, makes of a hazy image."""
+
+    scene: Tensor
+    """J, B 3 H W; about [0, 1], not clamped."""
+    transmission: Tensor
+    """The closed-form T, B 1 H W in [0.05, 0.999]."""
+
+
+class ProximalStep(nn.Module):
+    """The learnable weight of the prior in one closed-form step (lambda for T, gamma for J)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_lambda = nn.Parameter(torch.tensor([0.3]).sigmoid())
+
+
+def transmission_step(hazy: Tensor, transmission: Tensor, scene_estimate: Tensor, weight: Tensor) -> Tensor:
+    """TGDM: the transmission that best explains `hazy` given the scene, held near the previous one.
+
+    `hazy` and `scene_estimate` (the previous closed-form scene) B 3 H W, `transmission` B 1 H W → B 1 H W.
+    """
+    attenuated = 1 - scene_estimate
+    attenuated = torch.where(attenuated == 0, DENOMINATOR_MIN, attenuated)
+    numerator = (1 - hazy + weight * transmission / attenuated).sum(1, keepdim=True)
+    denominator = (1 - scene_estimate + weight / attenuated).sum(1, keepdim=True)
+    denominator = torch.where(denominator == 0, DENOMINATOR_MIN, denominator)
+    return (numerator / denominator).clamp(TRANSMISSION_MIN, TRANSMISSION_MAX)
+
+
+def scene_step(hazy: Tensor, scene: Tensor, transmission: Tensor, weight: Tensor) -> Tensor:
+    """SGDM: the scene that best explains `hazy` given the transmission, held near the previous one; in [0, 1]."""
+    squared = transmission * transmission
+    return ((transmission * hazy + squared - transmission + weight * scene) / (squared + weight)).clamp(0, 1)
+
+
+class Stage(nn.Module):
+    """One unfolding stage; the last one has no transmission network."""
+
+    def __init__(self, width: int, *, last: bool) -> None:
+        super().__init__()
+        self.trans_prox = ProximalStep()
+        if not last:
+            self.trans_net = CPMM(1, width)
+        self.dehaze_prox = ProximalStep()
+        self.dehaze_net = CPMM(3, width)
+        self.last = last
+
+    def forward(
+        self, hazy: Tensor, scene: Tensor, scene_estimate: Tensor, transmission: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The state (J, closed-form J, T) of the stage before → that of this one, and the closed-form T."""
+        # The closed-form steps divide by small numbers: float32 also under autocast.
+        with torch.autocast(hazy.device.type, enabled=False):
+            transmission_estimate = transmission_step(
+                hazy, transmission.float(), scene_estimate, self.trans_prox.step_lambda
+            )
+        transmission = (
+            transmission_estimate if self.last else self.trans_net(transmission_estimate, scene)
+        )
+        with torch.autocast(hazy.device.type, enabled=False):
+            scene_estimate = scene_step(hazy, scene.float(), transmission_estimate, self.dehaze_prox.step_lambda)
+        scene = self.dehaze_net(scene_estimate, transmission_estimate)
+        return scene, scene_estimate, transmission, transmission_estimate
+
+
+class CORUN(nn.Module):
+    """The unfolding network of `stages` (at least 2) stages, each a pair of CPMMs of `width` channels."""
+
+    def __init__(self, stages: int = 4, width: int = 30) -> None:
+        super().__init__()
+        if stages < 2 or width < 2 or width % 2:
+            raise ValueError(f"CORUN of {stages} stages, width {width}: at least 2 stages and an even width expected")
+        self.stages, self.width = stages, width
+        self.first = Stage(width, last=False)
+        if stages > 2:
+            self.basic = nn.ModuleList(Stage(width, last=False) for _ in range(stages - 2))
+        self.last = Stage(width, last=True)
+
+    def unfold(self, hazy: Tensor) -> Iterator[Restoration]:
+        """Every stage's scene and closed-form transmission in order; `hazy` B 3 H W, H and W multiples of 8."""
+        scene = scene_estimate = hazy
+        transmission = torch.full_like(hazy[:, :1], START_TRANSMISSION)
+        for stage in (self.first, *getattr(self, "basic", ()), self.last):
+            scene, scene_estimate, transmission, transmission_estimate = stage(
+                hazy, scene, scene_estimate, transmission
+            )
+            yield Restoration(scene, transmission_estimate)
+
+    def forward(self, hazy: Tensor) -> Restoration:
+        """The last stage's restoration of `hazy` (B 3 H W, RGB in [0, 1], H and W multiples of 8)."""
+        for restoration in self.unfold(hazy):
+            pass
+        return restoration

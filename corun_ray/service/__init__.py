@@ -1,0 +1,1 @@
+"""Ray, object storage and MLflow around the method."""
