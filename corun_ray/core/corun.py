@@ -74,11 +74,11 @@ class Stage(nn.Module):
             transmission_estimate = transmission_step(
                 hazy, transmission.float(), scene_estimate, self.trans_prox.step_lambda
             )
-        transmission = (
-            transmission_estimate if self.last else self.trans_net(transmission_estimate, scene)
-        )
+        transmission = transmission_estimate if self.last else self.trans_net(transmission_estimate, scene)
         with torch.autocast(hazy.device.type, enabled=False):
-            scene_estimate = scene_step(hazy, scene.float(), transmission_estimate, self.dehaze_prox.step_lambda)
+            scene_estimate = scene_step(
+                hazy, scene.float(), transmission_estimate, self.dehaze_prox.step_lambda
+            )
         scene = self.dehaze_net(scene_estimate, transmission_estimate)
         return scene, scene_estimate, transmission, transmission_estimate
 
@@ -89,7 +89,9 @@ class CORUN(nn.Module):
     def __init__(self, stages: int = 4, width: int = 30) -> None:
         super().__init__()
         if stages < 2 or width < 2 or width % 2:
-            raise ValueError(f"CORUN of {stages} stages, width {width}: at least 2 stages and an even width expected")
+            raise ValueError(
+                f"CORUN of {stages} stages, width {width}: at least 2 stages and an even width expected"
+            )
         self.stages, self.width = stages, width
         self.first = Stage(width, last=False)
         if stages > 2:

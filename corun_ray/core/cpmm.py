@@ -42,7 +42,9 @@ class SpectralAttention(nn.Module):
         batch, channels = query.shape[:2]
         # The inner products run over all pixels of the image: too long a sum for half precision.
         with torch.autocast(query.device.type, enabled=False):
-            query, key = (x.float().reshape(batch, self.heads, channels // self.heads, -1) for x in (query, key))
+            query, key = (
+                x.float().reshape(batch, self.heads, channels // self.heads, -1) for x in (query, key)
+            )
             norms = key.norm(dim=-1)[..., :, None] * query.norm(dim=-1)[..., None, :]
             cosine = torch.matmul(key, query.transpose(2, 3)) / norms.clamp_min(1e-24)
             attention = (self.rescale * cosine).softmax(-1)  # B heads d d

@@ -1,0 +1,192 @@
+"""The front door: `corun-ray COMMAND`. Heavy imports happen in the command that needs them."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+DONE, FAILED, WRONG_REQUEST = 0, 1, 2
+
+EPILOG = """\
+A job file says everything about a job; `corun-ray check --keys` lists what it may say.
+
+  corun-ray demo demo                     make a small dataset
+  corun-ray run jobs/quickstart.yaml      train on it: pretrain, colabator, evaluate
+  corun-ray dehaze PHOTOS OUT --model models:/corun-demo@champion --tracking sqlite:///runs/mlflow.db
+
+RAY_ADDRESS names the cluster to use; without it, a local Ray is started.
+exit codes: 0 done, 1 the job failed, 2 the request is wrong"""
+
+
+class WrongRequest(Exception):
+    """Something that the user must change; one line a mistake."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line, runs the command and exits with its code."""
+    args = _parser().parse_args(argv)
+    try:
+        sys.exit(args.command(args))
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(FAILED)
+    except WrongRequest as error:
+        print(error, file=sys.stderr)
+        sys.exit(WRONG_REQUEST)
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "corun-ray",
+        description="Train and use image dehazing models on Ray.",
+        epilog=EPILOG,
+        formatter_class=raw,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], help: str, text: str = ""
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help, description=f"{help[0].upper()}{help[1:]}. {text}", formatter_class=raw
+        )
+        sub.set_defaults(command=run)
+        return sub
+
+    run = command("run", _run, "run the jobs of a file", "A file of several YAML documents is a pipeline.")
+    check = command("check", _check, "validate a job file and look at what it would use", "Starts nothing.")
+    check.add_argument("--keys", action="store_true", help="list every key of a job file with its default")
+    for sub in (run, check):
+        sub.add_argument("job", type=Path, nargs="?" if sub is check else None, metavar="JOB.yaml")
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="key.path=value",
+            help="override a key in every job that has it (NAME:key.path=value: in one); may be repeated",
+        )
+
+    demo = command(
+        "demo", _demo, "write a small dataset of rendered scenes", "Folders: clear, depth, hazy, hazy_truth."
+    )
+    demo.add_argument("folder", type=Path, metavar="DIR")
+    demo.add_argument("--seed", type=int, default=0, help="other scenes for another seed (default 0)")
+
+    dehaze = command(
+        "dehaze", _dehaze, "dehaze a folder of images", "Writes PNG files of the same names and sizes."
+    )
+    dehaze.add_argument("input", metavar="INPUT", help="folder or URI of images")
+    dehaze.add_argument("output", metavar="OUTPUT", help="folder or URI to write to")
+    dehaze.add_argument(
+        "--model",
+        required=True,
+        metavar="SOURCE",
+        help="models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth",
+    )
+    dehaze.add_argument(
+        "--tracking",
+        default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db",
+        metavar="URI",
+        help="MLflow server of models:/ and runs:/ (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)",
+    )
+    return parser
+
+
+def _load(path: Path, overrides: Sequence[str]) -> list:
+    from corun_ray.jobfile import JobFileError, load_jobs
+
+    try:
+        return load_jobs(path, overrides)
+    except JobFileError as error:
+        raise WrongRequest(error) from None
+
+
+def _check(args: argparse.Namespace) -> int:
+    if args.keys:
+        from corun_ray.config import reference
+
+        print(reference())
+        return DONE
+    if args.job is None:
+        raise WrongRequest("check: expected a job file, or --keys")
+    jobs = _load(args.job, args.set)
+    from corun_ray.jobfile import dump_job
+    from corun_ray.service.check import check_job
+
+    wrong = []
+    for number, job in enumerate(jobs):
+        print(dump_job(job))
+        notes, mistakes = check_job(job, jobs[:number])
+        print("".join(f"# {note}\n" for note in notes))
+        wrong += [f"{job.name}: {mistake}" for mistake in mistakes]
+    if wrong:
+        raise WrongRequest("\n".join(wrong))
+    return DONE
+
+
+def _run(args: argparse.Namespace) -> int:
+    jobs = _load(args.job, args.set)
+    from corun_ray.service.console import Console
+    from corun_ray.service.jobs import run_jobs
+
+    return _reporting(lambda: run_jobs(jobs, Console()))
+
+
+def _reporting(action: Callable[[], object]) -> int:
+    """Runs a job's action and turns the errors that a user can mend into lines and exit codes."""
+    from corun_ray.service.cluster import ClusterError
+    from corun_ray.service.manifest import ManifestError
+    from corun_ray.service.models import ModelSourceError
+    from corun_ray.service.storage import StorageError
+    from corun_ray.service.tracking import TrackingError
+    from corun_ray.service.train import JobFailed
+
+    try:
+        action()
+    except (ClusterError, ManifestError, ModelSourceError, StorageError, TrackingError) as error:
+        raise WrongRequest(error) from None
+    except JobFailed as error:
+        print(error, file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from corun_ray.core.demo.dataset import write_demo
+    from corun_ray.service.console import Console
+
+    console = Console()
+    try:
+        write_demo(
+            args.folder, args.seed, progress=lambda done, total: console.progress(done, total, "scene")
+        )
+    except (OSError, ValueError) as error:
+        raise WrongRequest(f"demo: {error}") from None
+    console.say(f"  {args.folder}: clear, depth, hazy, hazy_truth")
+    return DONE
+
+
+def _dehaze(args: argparse.Namespace) -> int:
+    from corun_ray.service import cluster
+    from corun_ray.service.console import Console
+    from corun_ray.service.dehaze import dehaze
+    from corun_ray.service.models import fetch_network
+
+    console = Console()
+
+    def action() -> None:
+        network = fetch_network(args.model, args.tracking)
+        place = cluster.connect()
+        console.header(
+            "dehaze", {"input": args.input, "model": args.model, "output": args.output, "on": place}
+        )
+        result = dehaze(
+            args.input, args.output, network, lambda done, total: console.progress(done, total, "image")
+        )
+        for uri, reason in result.bad_files.items():
+            console.say(f"  left out: {uri}: {reason}")
+        console.footer(f"done: {result.written} images written", {})
+
+    return _reporting(action)

@@ -1,0 +1,110 @@
+"""Coherence of pseudo labels: how clear and how good an image is, as a whole and block by block.
+
+Colabator (Fang et al., NeurIPS 2024, arXiv 2406.07966) lets global scores decide which pseudo label an image
+keeps, and local scores decide how far each region of it is trusted.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from corun_ray.core.scorers import CLARITY, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY, Scorer
+
+__all__ = [
+    "CLARITY",
+    "DEFAULT_CLARITY",
+    "DEFAULT_QUALITY",
+    "QUALITY",
+    "BlockScores",
+    "Coherence",
+    "GlobalScores",
+    "Scorer",
+]
+
+Combine = Literal["addition", "multiplication"]
+
+
+@dataclass(frozen=True)
+class GlobalScores:
+    """Scores of whole images, `B` each, float32 in [0, 1], higher is better."""
+
+    clarity: Tensor
+    quality: Tensor
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """Scores of the blocks of images, `B h w` each, float32 in [0, 1], higher is better."""
+
+    clarity: Tensor
+    quality: Tensor
+
+
+class Coherence:
+    """Scores images with one clarity and one quality scorer, and turns block scores into trust maps.
+
+    `clarity` and `quality` are names of `CLARITY` and `QUALITY`, or scorers of one's own. `block_px` is
+    the side of the square blocks. Raises `ValueError` for an unknown name or way of combining.
+    """
+
+    def __init__(
+        self,
+        clarity: str | Scorer = DEFAULT_CLARITY,
+        quality: str | Scorer = DEFAULT_QUALITY,
+        block_px: int = 32,
+        combine: Combine = "addition",
+    ) -> None:
+        if combine not in ("addition", "multiplication"):
+            raise ValueError(f"coherence.combine: expected addition or multiplication, got {combine!r}")
+        self.clarity = _resolve(clarity, CLARITY, "clarity")
+        self.quality = _resolve(quality, QUALITY, "quality")
+        self.block_px = block_px
+        self.combine = combine
+
+    @torch.no_grad()
+    def global_scores(self, images: Tensor) -> GlobalScores:
+        """Rates whole images, `B 3 H W` RGB in [0, 1]."""
+        return GlobalScores(self.clarity(images), self.quality(images))
+
+    @torch.no_grad()
+    def block_scores(self, images: Tensor) -> BlockScores:
+        """Rates every `block_px` square of `B 3 H W` images in [0, 1], each as an image of its own.
+
+        Raises `ValueError` where a side is no multiple of `block_px`.
+        """
+        batch, channels, height, width = images.shape
+        side = self.block_px
+        if height % side or width % side:
+            raise ValueError(
+                f"block scores: expected sides that are multiples of {side} px, got {height} x {width} px"
+            )
+        rows, columns = height // side, width // side
+        grid = images.reshape(batch, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
+        blocks = grid.reshape(batch * rows * columns, channels, side, side)
+        shape = (batch, rows, columns)
+        return BlockScores(self.clarity(blocks).reshape(shape), self.quality(blocks).reshape(shape))
+
+    @torch.no_grad()
+    def trust_map(self, blocks: BlockScores, height_px: int, width_px: int) -> Tensor:
+        """Weights `B 1 H W` in [0, 1], higher where the blocks are clearer and better.
+
+        Block scores are averaged (`addition`) or multiplied, then interpolated bilinearly between block
+        centres.
+        """
+        if self.combine == "addition":
+            trust = (blocks.clarity + blocks.quality) / 2
+        else:
+            trust = blocks.clarity * blocks.quality
+        size = (height_px, width_px)
+        return F.interpolate(trust.unsqueeze(1), size, mode="bilinear", align_corners=False)
+
+
+def _resolve(scorer: str | Scorer, registry: dict[str, Scorer], role: str) -> Scorer:
+    if not isinstance(scorer, str):
+        return scorer
+    if scorer not in registry:
+        raise ValueError(f"coherence.{role}: expected one of {', '.join(registry)}, got {scorer!r}")
+    return registry[scorer]

@@ -1,0 +1,135 @@
+"""Image and depth files: bytes in, arrays out, and one clear reason when a file cannot be used."""
+
+import io
+import re
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+MIN_SIDE_PX = 8
+
+_JPEG_START = b"\xff\xd8\xff"
+_JPEG_END_MARKER = b"\xd9"
+# Any marker that a segment or the end follows: neither a stuffed 0xFF of the coded data nor a restart.
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+
+# A refused file is reported once, by `BadImage`; OpenCV's own lines would only repeat it.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
+class BadImage(ValueError):
+    """A file that cannot be used; the message is the reason on one line, the caller adds the path."""
+
+
+def decode_image(data: bytes) -> NDArray[np.uint8]:
+    """Decodes a photograph to `H W 3`, RGB, uint8.
+
+    Grey becomes three equal channels, 16 bit is scaled to 8 (rounded), the EXIF orientation is applied. An
+    alpha channel is dropped, not composited: the colours under it are the photograph.
+
+    Raises `BadImage` if the file is empty, truncated, damaged, no image, of floating-point pixels, or has a
+    side under 8 px.
+    """
+    image = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH)
+    if image.dtype == np.uint16:
+        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise BadImage(f"pixels are {image.dtype}, expected 8 or 16 bit integers")
+    height_px, width_px = image.shape[:2]
+    if min(height_px, width_px) < MIN_SIDE_PX:
+        raise BadImage(f"{width_px} x {height_px} px is too small, expected {MIN_SIDE_PX} px a side at least")
+    return image
+
+
+def decode_depth(data: bytes, suffix: str) -> NDArray[np.float32]:
+    """Decodes a depth map to `H W`, float32, in the file's own unit.
+
+    `suffix` is the file's: `.npy` (`H W` or `1 H W`, any real dtype) or `.png` (8 or 16 bit, grey).
+
+    Raises `BadImage` if the file cannot be read, has another shape, or values not finite or all equal.
+    """
+    match suffix.lower():
+        case ".npy":
+            depth = _decode_npy(data)
+        case ".png":
+            depth = _decode_depth_png(data)
+        case ".mat":
+            raise BadImage(".mat: MATLAB depth maps are not read; convert to .npy")
+        case _:
+            raise BadImage(f"depth map is '{suffix}', expected .npy or .png")
+    if depth.size == 0:
+        raise BadImage("depth map is empty")
+    with np.errstate(over="ignore"):  # what float32 cannot hold turns infinite, and is refused as such
+        depth = depth.astype(np.float32)
+    if not np.isfinite(depth).all():
+        raise BadImage("depth map has values that are not finite")
+    if depth.min() == depth.max():
+        raise BadImage(f"depth map is constant ({depth.flat[0]:g} everywhere)")
+    return depth
+
+
+def encode_png(rgb: NDArray[np.uint8]) -> bytes:
+    """Encodes `H W 3` RGB uint8 as a PNG file."""
+    return cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1].tobytes()
+
+
+def _decode(data: bytes, flags: int) -> NDArray:
+    if not data:
+        raise BadImage("empty file")
+    # Whether half an image passes depends on the decoder's version: so look for the end here.
+    if data.startswith(_JPEG_START) and not _jpeg_has_end(data):
+        raise BadImage("truncated JPEG")
+    if data.startswith(_PNG_START) and not _png_has_end(data):
+        raise BadImage("truncated PNG")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise BadImage(f"OpenCV refuses it: {error.err}") from error
+    if image is None:
+        raise BadImage("not an image, or a damaged one")
+    return image
+
+
+def _jpeg_has_end(data: bytes) -> bool:
+    """Walks the segments to the end marker: a search alone could find that of an embedded thumbnail."""
+    position = 2
+    while match := _JPEG_MARKER.search(data, position):
+        if match[1] == _JPEG_END_MARKER:
+            return True
+        position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+    return False
+
+
+def _png_has_end(data: bytes) -> bool:
+    position = len(_PNG_START)
+    while position + 12 <= len(data):  # a chunk: length, type, data, checksum
+        if data[position + 4 : position + 8] == b"IEND":
+            return True
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    return False
+
+
+def _decode_npy(data: bytes) -> NDArray:
+    try:
+        depth = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # a damaged header lets any error of Python's parser through
+        reason = " ".join(str(error).split())[:120]
+        raise BadImage(f"not a readable .npy file: {reason}") from error
+    if depth.dtype.kind not in "fiub":
+        raise BadImage(f"depth map is of {depth.dtype}, expected real numbers")
+    if depth.ndim == 3 and depth.shape[0] == 1:
+        depth = depth[0]
+    if depth.ndim != 2:
+        raise BadImage(f"depth map has shape {depth.shape}, expected H W or 1 H W")
+    return depth
+
+
+def _decode_depth_png(data: bytes) -> NDArray:
+    depth = _decode(data, cv2.IMREAD_UNCHANGED)
+    if depth.ndim == 2:
+        return depth
+    if (depth[..., :3] != depth[..., :1]).any():
+        raise BadImage("depth PNG is in colour, expected grey")
+    return depth[..., 0]

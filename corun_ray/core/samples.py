@@ -1,0 +1,92 @@
+"""Training samples made on the fly: synthetic pairs from clear images, two views of real hazy ones.
+
+Source: Fang et al., NeurIPS 2024, arXiv 2406.07966. Images are RGB uint8, `H W 3`.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from corun_ray.core import augment, scattering
+from corun_ray.core.images import BadImage
+
+ImageU8 = NDArray[np.uint8]
+
+_MAX_ASPECT_ERROR = 0.02  # a depth map of another size may be off by rounding, not show another frame
+
+
+@dataclass(frozen=True)
+class SyntheticPair:
+    """A hazy patch and its clear truth, both `p p 3`; the JPEG quality the hazy one went through, if any."""
+
+    hazy: ImageU8
+    clear: ImageU8
+    jpeg_quality: int | None
+
+
+@dataclass(frozen=True)
+class RealViews:
+    """The teacher's weak and the student's strong view of one real hazy image, both `p p 3` and aligned."""
+
+    weak: ImageU8
+    strong: ImageU8
+
+
+def synthetic_sample(
+    clear: ImageU8,
+    inverse_depth: NDArray[np.float32],
+    rng: np.random.Generator,
+    *,
+    patch_px: int,
+    haze_range: scattering.HazeRange,
+    random_resize: bool,
+) -> SyntheticPair:
+    """Lays random haze over a random crop of a clear image `H W 3`.
+
+    `inverse_depth` is the whole image's, in [0, 1], near = 1 (see `scattering.inverse_depth`); one of another
+    resolution is resized. Only the region that the crop keeps is worked on, at its own resolution, because
+    noise and JPEG are the camera's: resizing to the patch softens them.
+
+    Raises `BadImage` if the depth map has another aspect ratio than the image.
+    """
+    height_px, width_px = clear.shape[:2]
+    depth = _fit_depth(inverse_depth, height_px, width_px)
+    crop = augment.sample_crop(rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize)
+    truth = crop.cut(clear)
+
+    haze = scattering.sample_haze(rng, haze_range)
+    shot = augment.degrade(rng, truth)
+    hazy_shot = scattering.add_haze(shot, scattering.transmission(crop.cut(depth), haze.beta), haze)
+    hazy = np.asarray(cv2.convertScaleAbs(hazy_shot, alpha=255), np.uint8)  # rounds
+    jpeg_quality = augment.sample_jpeg_quality(rng)
+    if jpeg_quality is not None:
+        hazy = augment.jpeg_round_trip(hazy, jpeg_quality, top_px=crop.top_px, left_px=crop.left_px)
+    return SyntheticPair(crop.finish(hazy, patch_px), crop.finish(truth, patch_px), jpeg_quality)
+
+
+def real_views(
+    hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, jpeg_quality: int | None
+) -> RealViews:
+    """Resizes a real hazy image `H W 3`, both sides to `patch_px`, and derives the strong from the weak view.
+
+    It is neither cropped nor flipped, so that its label is aligned whenever it comes round. `jpeg_quality` is
+    that of the synthetic half of the same sample.
+    """
+    weak = augment.resize(hazy, patch_px, patch_px)
+    if jpeg_quality is not None:
+        weak = augment.jpeg_round_trip(weak, jpeg_quality)
+    return RealViews(weak, augment.strong_view(rng, weak))
+
+
+def _fit_depth(depth: NDArray[np.float32], height_px: int, width_px: int) -> NDArray[np.float32]:
+    if depth.shape == (height_px, width_px):
+        return depth
+    aspect_error = depth.shape[1] * height_px / (depth.shape[0] * width_px) - 1
+    if abs(aspect_error) > _MAX_ASPECT_ERROR:
+        raise BadImage(
+            f"depth map of {depth.shape[1]} x {depth.shape[0]} px does not fit"
+            f" its image of {width_px} x {height_px} px"
+        )
+    return augment.resize(depth, height_px, width_px)

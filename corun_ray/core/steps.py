@@ -1,0 +1,137 @@
+"""One pre-training step and one Colabator step: the forward half, from a batch to a loss.
+
+Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, sections 3.2 and 3.3. What follows a loss (backward,
+optimizer, EMA) is the same for both and lives in `state`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from corun_ray.core.coherence import BlockScores, Coherence
+from corun_ray.core.corun import Restoration
+from corun_ray.core.labels import Encoding, Label, LabelPool, Scores, decode, encode, supersedes
+from corun_ray.core.losses import colabator_losses, pretraining_losses
+
+
+class SyntheticBatch(NamedTuple):
+    """Synthetic pairs, B 3 H W each, RGB in [0, 1]."""
+
+    hazy: Tensor
+    clear: Tensor
+
+
+class RealBatch(NamedTuple):
+    """Real hazy images without a truth."""
+
+    weak: Tensor
+    """The teacher's view, B 3 H W in [0, 1]."""
+    strong: Tensor
+    """The student's view of the same images, B 3 H W in [0, 1]."""
+    keys: Sequence[str]
+    """B names by which the pool knows the images."""
+
+
+class PseudoLabels(NamedTuple):
+    """What the student learns from on real haze, and how it came to be."""
+
+    scene: Tensor
+    """J*, B 3 H W in [0, 1]."""
+    trust: Tensor
+    """w*, B 1 H W in [0, 1]."""
+    from_teacher: list[bool]
+    """Per image: the teacher's new candidate (else the pool's stored label)."""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """A step's losses (their sum is minimised) and what else is worth logging."""
+
+    losses: dict[str, Tensor]
+    labels: PseudoLabels | None = None
+
+
+def pretraining_step(student: nn.Module, batch: SyntheticBatch) -> StepOutput:
+    """Supervised training on synthetic pairs."""
+    return StepOutput(pretraining_losses(student(batch.hazy), batch.clear, batch.hazy))
+
+
+@dataclass(frozen=True)
+class Colabator:
+    """The collaborator around a student: teacher, coherence and label pool."""
+
+    teacher: nn.Module
+    coherence: Coherence
+    pool: LabelPool
+    encoding: Encoding = "uint8"
+
+    def step(self, student: nn.Module, synthetic: SyntheticBatch, real: RealBatch, step: int) -> StepOutput:
+        """Student on the synthetic pairs and, by the best labels known, on the real images."""
+        labels = self.best_labels(real, step)
+        # Both halves go through in one batch: the same result, and one forward pass for DDP to follow.
+        scene, transmission = student(torch.cat([synthetic.hazy, real.strong]))
+        split = len(synthetic.hazy)
+        losses = colabator_losses(
+            Restoration(scene[:split], transmission[:split]),
+            synthetic.clear,
+            Restoration(scene[split:], transmission[split:]),
+            real.strong,
+            labels.scene,
+            labels.trust,
+        )
+        return StepOutput(losses, labels)
+
+    @torch.no_grad()
+    def best_labels(self, real: RealBatch, step: int) -> PseudoLabels:
+        """The teacher's candidates against the pool's labels; winners are offered to the pool.
+
+        Only a winner's blocks are rated: a losing candidate's trust map would be thrown away.
+        """
+        pending = self.pool.prefetch(real.keys)
+        scene, transmission = self.teacher(real.weak)
+        scene = scene.float().clamp(0, 1)
+        rated = self.coherence.global_scores(scene)
+        scores = [Scores(*pair) for pair in zip(rated.clarity.tolist(), rated.quality.tolist(), strict=True)]
+        stored = pending.result()
+        wins = [supersedes(new, old.scores if old else None) for new, old in zip(scores, stored, strict=True)]
+
+        winners = [i for i, win in enumerate(wins) if win]
+        fresh = self._make_labels(winners, real.keys, scores, scene, transmission, step) if winners else {}
+        if fresh:
+            self.pool.offer(list(fresh.values()))
+        chosen = [fresh[i] if i in fresh else old for i, old in enumerate(stored)]
+        return self._as_tensors([label for label in chosen if label is not None], scene, wins)
+
+    def _make_labels(
+        self,
+        winners: list[int],
+        keys: Sequence[str],
+        scores: list[Scores],
+        scene: Tensor,
+        transmission: Tensor,
+        step: int,
+    ) -> dict[int, Label]:
+        blocks = self.coherence.block_scores(scene[winners])
+        return {
+            i: Label(
+                key=keys[i],
+                scores=scores[i],
+                step=step,
+                scene=encode(scene[i].cpu().numpy(), self.encoding),
+                transmission=encode(transmission[i].float().cpu().numpy(), self.encoding),
+                block_clarity=blocks.clarity[row].float().cpu().numpy(),
+                block_quality=blocks.quality[row].float().cpu().numpy(),
+            )
+            for row, i in enumerate(winners)
+        }
+
+    def _as_tensors(self, labels: list[Label], like: Tensor, from_teacher: list[bool]) -> PseudoLabels:
+        scene = torch.from_numpy(np.stack([decode(label.scene) for label in labels]))
+        clarity = torch.from_numpy(np.stack([label.block_clarity for label in labels]))
+        quality = torch.from_numpy(np.stack([label.block_quality for label in labels]))
+        trust = self.coherence.trust_map(BlockScores(clarity, quality), *like.shape[-2:])
+        return PseudoLabels(scene.to(like.device), trust.to(like.device), from_teacher)

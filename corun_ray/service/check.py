@@ -1,0 +1,98 @@
+"""`corun-ray check`: looks at everything a job would use, and starts nothing."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+
+from corun_ray.config import EvaluateJob, Job, TrainingJob
+from corun_ray.service.manifest import ManifestError, build_manifest, held_out
+from corun_ray.service.storage import StorageError, locate
+
+REGISTRY_SCHEMES = ("models:/", "runs:/")
+
+
+def check_job(job: Job, earlier: Sequence[Job]) -> tuple[list[str], list[str]]:
+    """What the job would use, and what is wrong with it, a line each.
+
+    `earlier` are the jobs before it in its file: models that they will register cannot be looked at yet.
+    """
+    notes, mistakes = [], []
+    for look in (_data, _models, _storage, _machines):
+        try:
+            notes += list(look(job, earlier))
+        except (StorageError, ManifestError, _Mistake) as error:
+            mistakes.append(str(error))
+    return notes, mistakes
+
+
+class _Mistake(Exception):
+    pass
+
+
+def _data(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
+    if isinstance(job, TrainingJob):
+        manifest = build_manifest(job)
+        depth = "procedural depth" if manifest.depth is None else "a depth map each"
+        yield f"data      {len(manifest.clear)} clear images with {depth}, {len(manifest.hazy)} real hazy"
+        for uri, reason in manifest.set_aside.items():
+            yield f"set aside {uri}: {reason}"
+        validation = job.data.validation
+        if validation is not None:
+            yield f"held out  {len(held_out(validation.hazy, validation.clear, 'data.validation'))} images"
+        if len(manifest.set_aside) > job.data.max_bad_fraction * manifest.num_images:
+            share = f"{len(manifest.set_aside)} of {manifest.num_images}"
+            raise _Mistake(
+                f"data.max_bad_fraction: {share} files are set aside, more than {job.data.max_bad_fraction:g}"
+            )
+    elif isinstance(job, EvaluateJob):
+        yield f"data      {len(held_out(job.evaluate.hazy, job.evaluate.clear, 'evaluate'))} images to measure on"
+
+
+def _models(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
+    sources = {}
+    if isinstance(job, TrainingJob) and job.network.init:
+        sources["network.init"] = job.network.init
+    elif isinstance(job, EvaluateJob):
+        sources = {f"evaluate.models.{name}": source for name, source in job.evaluate.models.items()}
+    made_here = tuple(f"models:/{other.tracking.register}@" for other in earlier if other.tracking.register)
+    for key, source in sources.items():
+        if made_here and source.startswith(made_here):
+            yield f"model     {source}, from an earlier job of this file"
+        elif source.startswith(REGISTRY_SCHEMES):
+            yield f"model     {source}, looked up when the job starts"
+        elif locate(source).exists():
+            yield f"model     {source}"
+        else:
+            raise _Mistake(
+                f"{key}: nothing at {source} (expected a checkpoint folder, a .pth or an MLflow URI)"
+            )
+
+
+def _storage(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
+    storage = locate(job.storage)
+    state = "exists" if storage.exists() else "will be made"
+    yield f"storage   {storage.uri} ({state})"
+    yield f"mlflow    {job.tracking.uri or 'mlflow.db in the storage folder'}, experiment {job.tracking.experiment}"
+
+
+def _machines(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
+    size = job.cluster
+    cpus = size.workers * size.cpus_per_worker + size.data_cpus
+    gpus = size.workers * size.gpus_per_worker
+    where = os.environ.get("RAY_ADDRESS")
+    yield f"machines  {size.workers} workers; {cpus:g} CPUs and {gpus:g} GPUs in all, on {where or 'a local Ray'}"
+    if gpus and where is None and gpus > _local_gpus():
+        raise _Mistake(
+            f"cluster.gpus_per_worker: {gpus:g} GPUs in all, but this machine has {_local_gpus()} "
+            "(set RAY_ADDRESS to use a cluster, or 0 to train on the CPU)"
+        )
+
+
+def _local_gpus() -> int:
+    """The GPUs that the driver lists; asking torch would take seconds to import."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return 0
+    listing = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

@@ -1,0 +1,89 @@
+"""Running the jobs of a file, one after the other."""
+
+import functools
+import time
+from collections.abc import Sequence
+
+from corun_ray.config import EvaluateJob, Job, TrainingJob
+from corun_ray.jobfile import dump_job
+from corun_ray.service import cluster
+from corun_ray.service.console import Console, duration, table
+from corun_ray.service.evaluate import Evaluation, evaluate
+from corun_ray.service.models import fetch_network
+from corun_ray.service.storage import Location, locate
+from corun_ray.service.tracking import Tracker, tracking_uri
+from corun_ray.service.train import run_training
+
+FOLDERS = (
+    *("storage", "data.clear", "data.depth", "data.hazy", "data.validation.hazy", "data.validation.clear"),
+    *("evaluate.hazy", "evaluate.clear"),
+)
+"""The keys of a job file that name folders or URIs of data."""
+
+
+def run_jobs(jobs: Sequence[Job], console: Console) -> None:
+    """Runs a pipeline; the first job that fails ends it. Raises what `run_training` and `run_evaluation` raise."""
+    cluster.connect(*(job.cluster for job in jobs))
+    for job in map(with_absolute_paths, jobs):
+        if isinstance(job, TrainingJob):
+            run_training(job, console)
+        elif isinstance(job, EvaluateJob):
+            run_evaluation(job, console)
+
+
+def with_absolute_paths(job: Job) -> Job:
+    """The job with its folders absolute: workers do not run where the driver does."""
+    tree = job.model_dump()
+    for path in FOLDERS:
+        *sections, key = path.split(".")
+        section = functools.reduce(lambda branch, name: (branch or {}).get(name), sections, tree)
+        if section and section.get(key):
+            section[key] = locate(section[key]).uri
+    return type(job).model_validate(tree)
+
+
+def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
+    """Measures the job's models; leaves a table and a contact sheet. Raises the errors of `evaluate`."""
+    started = time.monotonic()
+    networks = {
+        name: fetch_network(source, tracking_uri(job)) for name, source in job.evaluate.models.items()
+    }
+    place = cluster.connect(job.cluster)
+    run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run, tracker = locate(job.storage).child(run_id), Tracker(job, run_id)
+    facts = {
+        "images": job.evaluate.hazy
+        + (f" against {job.evaluate.clear}" if job.evaluate.clear else ", without a truth"),
+        "models": ", ".join(f"{name} ({source})" for name, source in job.evaluate.models.items()) or "none",
+        "on": place,
+        "run": run.uri,
+    }
+    console.header(f"evaluate {job.name}", facts)
+    succeeded = False
+    try:
+        found = evaluate(job.evaluate, networks, lambda done, total: console.progress(done, total, "image"))
+        _keep(job, found, run, tracker)
+        succeeded = True
+    finally:
+        tracker.finish(succeeded)
+    for line in table(found.means()):
+        console.say(f"  {line}")
+    for uri, reason in found.bad_files.items():
+        console.say(f"  left out: {uri}: {reason}")
+    results = {"table": run.child("metrics.csv").uri, "pictures": run.child("contact_sheet.png").uri}
+    console.footer("done", {**results, "took": duration(time.monotonic() - started)})
+    return found
+
+
+def _keep(job: EvaluateJob, found: Evaluation, run: Location, tracker: Tracker) -> None:
+    files = {
+        "job.yaml": dump_job(job).encode(),
+        "metrics.csv": found.csv(),
+        "contact_sheet.png": found.contact_sheet,
+    }
+    for name, content in files.items():
+        run.child(name).write(content)
+        tracker.file(name, content)
+    for model, metrics in found.means().items():
+        prefix = model.replace(" ", "_")
+        tracker.metrics(0, {f"{prefix}/{name}": value for name, value in metrics.items()})

@@ -1,0 +1,117 @@
+"""The manifest: which files a run trains on, and which it sets aside and why."""
+
+import hashlib
+import json
+import posixpath
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.service.storage import locate
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+DEPTH_SUFFIXES = frozenset({".npy", ".png", ".mat"})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Files by their paths relative to the data roots; a path is also the image's key."""
+
+    clear: tuple[str, ...]
+    depth: tuple[str, ...] | None
+    """One depth map an image of `clear`; None: procedural depth."""
+    hazy: tuple[str, ...]
+    set_aside: dict[str, str] = field(default_factory=dict)
+    """URI → reason, of images that cannot be used and of files that match nothing."""
+
+    @property
+    def num_images(self) -> int:
+        """Images in the training data, unusable ones included."""
+        return len(self.clear) + len(self.hazy) + len(self.set_aside)
+
+    def digest(self) -> str:
+        """A SHA-256 over the names: the same for the same data."""
+        content = json.dumps([self.clear, self.depth, self.hazy])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+class ManifestError(Exception):
+    """Data that holds nothing to train on; the message is one line a mistake."""
+
+
+def stem(path: str) -> str:
+    """A relative path without its last suffix: what pairs an image with its depth or truth."""
+    return posixpath.splitext(path)[0]
+
+
+def with_suffix(files: list[str], suffixes: frozenset[str]) -> list[str]:
+    """The files of these kinds; hidden ones (.DS_Store and the like) are never data."""
+    visible = (file for file in files if not posixpath.basename(file).startswith("."))
+    return [file for file in visible if posixpath.splitext(file)[1].lower() in suffixes]
+
+
+def pair_by_stem(
+    images: list[str], partners: list[str], what: str
+) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Image → partner of the same stem, and the reasons for images and for partners that are left over."""
+    by_stem = defaultdict(list)
+    for partner in partners:
+        by_stem[stem(partner)].append(partner)
+    pairs, unpaired = {}, {}
+    for image in images:
+        found = by_stem.get(stem(image), [])
+        if len(found) == 1:
+            pairs[image] = found[0]
+        else:
+            unpaired[image] = (
+                f"{len(found)} {what}s match it: {', '.join(found)}" if found else f"no {what} of this name"
+            )
+    stems = {stem(image) for image in images}
+    unused = {p: f"{what} of no image" for p in partners if stem(p) not in stems}
+    return pairs, unpaired, unused
+
+
+def images_below(uri: str, key: str) -> list[str]:
+    """The images under a folder or URI; raises `ManifestError`, naming the job file's `key`, where there are none."""
+    files = locate(uri).files()
+    images = with_suffix(files, IMAGE_SUFFIXES)
+    if not images:
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise ManifestError(f"{key}: no images ({kinds}) among the {len(files)} files below {uri}")
+    return images
+
+
+def build_manifest(job: TrainingJob) -> Manifest:
+    """Lists and pairs the job's training data; raises `StorageError` and `ManifestError`."""
+    clear = images_below(job.data.clear, "data.clear")
+    hazy = images_below(job.data.hazy, "data.hazy") if isinstance(job, ColabatorJob) else []
+    if job.data.depth is None:
+        return Manifest(tuple(clear), None, tuple(hazy))
+    maps = with_suffix(locate(job.data.depth).files(), DEPTH_SUFFIXES)
+    pairs, unpaired, unused = pair_by_stem(clear, maps, "depth map")
+    if not pairs:
+        raise ManifestError(
+            f"data.depth: none of the {len(maps)} depth maps below {job.data.depth} matches an image"
+        )
+    set_aside = {posixpath.join(job.data.clear, name): reason for name, reason in unpaired.items()}
+    set_aside |= {posixpath.join(job.data.depth, name): reason for name, reason in unused.items()}
+    return Manifest(tuple(pairs), tuple(pairs.values()), tuple(hazy), set_aside)
+
+
+def held_out(hazy_root: str, clear_root: str | None, section: str) -> list[tuple[str, str | None]]:
+    """Hazy images and their truth (None without `clear_root`), by relative path.
+
+    Raises `StorageError`, and `ManifestError` naming the first images without a truth and the job file's `section`.
+    """
+    hazy = images_below(hazy_root, f"{section}.hazy")
+    if clear_root is None:
+        return [(key, None) for key in hazy]
+    pairs, unpaired, _ = pair_by_stem(hazy, images_below(clear_root, f"{section}.clear"), "clear image")
+    if unpaired:
+        named = "; ".join(
+            f"{posixpath.join(hazy_root, key)}: {reason}" for key, reason in list(unpaired.items())[:3]
+        )
+        raise ManifestError(
+            f"{section}.clear: {len(unpaired)} of {len(hazy)} hazy images have no truth ({named})"
+        )
+    return list(pairs.items())

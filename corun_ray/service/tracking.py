@@ -1,0 +1,164 @@
+"""MLflow: a run's params, metrics and pictures, and the registry of models. Only the driver talks to it."""
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corun_ray.config import Job
+from corun_ray.core.checkpoints import NETWORK_FILE
+
+MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
+PACKAGE = Path(__file__).parents[1]
+MODEL_REQUIREMENTS = ["torch", "numpy", "opencv-python-headless", "mlflow"]
+EXAMPLE_PX = 64
+
+
+class TrackingError(Exception):
+    """MLflow cannot be reached or refuses; the message is one line."""
+
+
+def tracking_uri(job: Job) -> str:
+    """The MLflow server of a job: its own, or an SQLite file in its storage folder."""
+    return job.tracking.uri or f"sqlite:///{Path(job.storage).expanduser().absolute()}/mlflow.db"
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections → `section.key: value`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _mlflow(uri: str) -> Any:
+    """MLflow, quiet and pointed at `uri`."""
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # A server that is not there should be an error in seconds, not after MLflow's own four minutes of retries.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="mlflow")
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(uri)
+    return mlflow
+
+
+class Tracker:
+    """One MLflow run, from `start` to `finish`."""
+
+    def __init__(self, job: Job, run_id: str) -> None:
+        """Opens the run named `run_id`; raises `TrackingError`."""
+        self.uri = tracking_uri(job)
+        self._mlflow = _mlflow(self.uri)
+        try:
+            self._select_experiment(job)
+            self._run = self._mlflow.start_run(run_name=run_id, log_system_metrics=False)
+            params = flatten(job.model_dump(mode="json"))
+            self._mlflow.log_params({key: str(value)[:500] for key, value in params.items()})
+        except Exception as error:
+            raise TrackingError(
+                f"tracking.uri: {self.uri} does not answer as MLflow: {_first_line(error)}"
+            ) from None
+
+    def _select_experiment(self, job: Job) -> None:
+        name = job.tracking.experiment
+        if self._mlflow.get_experiment_by_name(name) is None:
+            # With an SQLite file the artifacts go beside it; a server has its own place for them.
+            local = None if job.tracking.uri else Path(job.storage).expanduser().absolute() / "mlartifacts"
+            self._mlflow.create_experiment(name, artifact_location=local.as_uri() if local else None)
+        self._mlflow.set_experiment(name)
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's own id of the run."""
+        return self._run.info.run_id
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs metrics after `step` steps; from any thread."""
+        self._mlflow.log_metrics({k: float(v) for k, v in metrics.items()}, step=step, run_id=self.run_id)
+
+    def file(self, name: str, content: bytes) -> None:
+        """Logs an artifact under `name`, folders included; from any thread."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            parent = str(Path(name).parent) if "/" in name else None
+            self._mlflow.log_artifact(str(path), artifact_path=parent, run_id=self.run_id)
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Sets tags of the run."""
+        self._mlflow.set_tags(dict(tags))
+
+    def log_model(self, checkpoint: Path, register: str | None) -> str:
+        """Logs the network of a checkpoint folder as a pyfunc model; returns its URI (`models:/…`).
+
+        With `register`, it becomes a new version with the alias `candidate`, and the name's first version also
+        `champion`.
+        """
+        signature, example = _signature(self._mlflow)
+        # MLflow prints its own account of this; what goes wrong is raised.
+        with contextlib.redirect_stderr(io.StringIO()):
+            info = self._mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(MODEL_CODE),
+                artifacts={"checkpoint": str(checkpoint / NETWORK_FILE)},
+                code_paths=[str(PACKAGE)],
+                signature=signature,
+                input_example=example,
+                pip_requirements=MODEL_REQUIREMENTS,
+                registered_model_name=register,
+            )
+        if register is None:
+            return info.model_uri
+        client, version = self._mlflow.MlflowClient(), str(info.registered_model_version)
+        client.set_registered_model_alias(register, "candidate", version)
+        if version == "1":
+            client.set_registered_model_alias(register, "champion", version)
+        return f"models:/{register}/{version}"
+
+    def finish(self, succeeded: bool) -> None:
+        """Closes the run."""
+        self._mlflow.end_run(status="FINISHED" if succeeded else "FAILED")
+
+
+def download_model(uri: str, source: str, folder: Path) -> Path:
+    """Fetches a model (`models:/…`, `runs:/…`) from the MLflow at `uri`; returns its `.pth`. Raises `TrackingError`."""
+    mlflow = _mlflow(uri)
+    try:
+        model = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder)))
+    except Exception as error:
+        raise TrackingError(f"{source}: not to be had from {uri}: {_first_line(error)}") from None
+    found = sorted(model.rglob(NETWORK_FILE))
+    if not found:
+        raise TrackingError(f"{source}: a model without {NETWORK_FILE}; not one of corun_ray's")
+    return found[0]
+
+
+def _signature(mlflow: Any) -> tuple[Any, np.ndarray]:
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
+    level = np.linspace(60, 220, EXAMPLE_PX).astype(np.uint8)
+    return ModelSignature(inputs=images, outputs=images), np.broadcast_to(
+        level[:, None, None], (1, EXAMPLE_PX, EXAMPLE_PX, 3)
+    ).copy()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,274 @@
+"""A pre-training or Colabator job, seen from the driver: prepare, train on Ray, register."""
+
+import functools
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.torch import TorchTrainer
+
+from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.jobfile import dump_job
+from corun_ray.service import cluster
+from corun_ray.service.board import News, start_board
+from corun_ray.service.console import Console, duration
+from corun_ray.service.manifest import Manifest, build_manifest, held_out
+from corun_ray.service.models import fetch_network
+from corun_ray.service.pool import start_pool
+from corun_ray.service.storage import Location, locate
+from corun_ray.service.tracking import Tracker, tracking_uri
+from corun_ray.service.worker import WorkerPlan, train_worker
+
+POLL_S = 0.5
+NAMED_BAD_FILES = 10
+
+
+class JobFailed(Exception):
+    """The job ended without its result; the message says why, for a person."""
+
+
+def prepare(job: TrainingJob) -> tuple[Manifest, Any]:
+    """What must be right before any worker starts: the data, and the network to start from (or None).
+
+    Raises `StorageError`, `ManifestError`, `ModelSourceError` and `JobFailed`.
+    """
+    manifest = build_manifest(job)
+    _refuse_too_many(job, manifest, manifest.set_aside)
+    if job.data.validation is not None:
+        held_out(job.data.validation.hazy, job.data.validation.clear, "data.validation")
+    if job.network.init is None:
+        return manifest, None
+    network = fetch_network(job.network.init, tracking_uri(job))
+    for key, wanted, found in (
+        ("stages", job.network.stages, network.stages),
+        ("width", job.network.width, network.width),
+    ):
+        if wanted != found:
+            raise JobFailed(f"network.{key}: {wanted}, but {job.network.init} has {found}")
+    return manifest, network.state_dict()
+
+
+def run_training(job: TrainingJob, console: Console) -> str:
+    """Runs the job to its end and returns the URI of its model.
+
+    Raises the errors of `prepare`, `ClusterError`, `TrackingError` and `JobFailed`.
+    """
+    started = time.monotonic()
+    manifest, params = prepare(job)
+    place = cluster.connect(job.cluster)
+    run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = locate(job.storage).child(run_id)
+    tracker = Tracker(job, run_id)
+    console.header(f"{job.kind} {job.name}", _header(job, manifest, place, run, tracker))
+    succeeded = False
+    try:
+        run.child("job.yaml").write(dump_job(job).encode())
+        tracker.file("job.yaml", dump_job(job).encode())
+        tracker.tags({"corun_ray.data": manifest.digest(), "corun_ray.kind": job.kind})
+        board = start_board()
+        ray.get(board.report_bad.remote(manifest.set_aside))
+        plan = WorkerPlan(
+            job=job,
+            run_uri=run.uri,
+            manifest=ray.put(manifest),
+            initial_params=None if params is None else ray.put(params),
+            board=board,
+            pool=start_pool() if isinstance(job, ColabatorJob) else None,
+        )
+        with Follower(job, board, tracker, console, run) as follower:
+            result = _fit(plan, run_id)
+        _list_bad_files(job, manifest, board, tracker, run)
+        model_uri = _register(job, result, tracker)
+        succeeded = True
+    finally:
+        tracker.finish(succeeded)
+    facts = {
+        "model": model_uri,
+        "run": run.uri,
+        **follower.summary(),
+        "took": duration(time.monotonic() - started),
+    }
+    console.footer("done", facts, [f"corun-ray dehaze PHOTOS OUT --model {model_uri}{_uri_hint(job)}"])
+    return model_uri
+
+
+def _uri_hint(job: TrainingJob) -> str:
+    return f" --tracking {tracking_uri(job)}"
+
+
+def _header(
+    job: TrainingJob, manifest: Manifest, place: str, run: Location, tracker: Tracker
+) -> dict[str, str]:
+    depth = "procedural depth" if manifest.depth is None else "depth maps"
+    data = f"{len(manifest.clear)} clear with {depth}"
+    if manifest.hazy:
+        data += f", {len(manifest.hazy)} real hazy"
+    if manifest.set_aside:
+        data += f", {len(manifest.set_aside)} set aside"
+    size = job.cluster
+    device = f"{size.gpus_per_worker:g} GPU" if size.gpus_per_worker else f"{size.cpus_per_worker:g} CPU"
+    network = f"{job.network.stages} stages, width {job.network.width}"
+    if job.network.init:
+        network += f", from {job.network.init}"
+    return {
+        "data": data,
+        "network": network,
+        "training": f"{job.train.steps} steps of {job.train.batch_per_worker} x {size.workers} at {job.data.patch_px} px",
+        "workers": f"{size.workers} x {device} on {place}",
+        "run": run.uri,
+        "mlflow": f"{tracker.uri} (experiment {job.tracking.experiment})",
+    }
+
+
+def _fit(plan: WorkerPlan, run_id: str) -> Result:
+    job, storage = plan.job, locate(plan.job.storage)
+    trainer = TorchTrainer(
+        functools.partial(train_worker, plan),
+        scaling_config=ScalingConfig(
+            num_workers=job.cluster.workers,
+            use_gpu=job.cluster.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": job.cluster.cpus_per_worker,
+                **({"GPU": job.cluster.gpus_per_worker} if job.cluster.gpus_per_worker else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name=run_id,
+            storage_path=storage.path,
+            storage_filesystem=storage.filesystem,
+            failure_config=FailureConfig(max_failures=job.cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
+        ),
+    )
+    try:
+        return trainer.fit()
+    except TrainingFailedError as error:
+        raise JobFailed(f"training failed; restarts allowed: {job.cluster.max_failures}\n{error}") from None
+
+
+def _refuse_too_many(job: TrainingJob, manifest: Manifest, bad_files: dict[str, str]) -> None:
+    """Raises `JobFailed`, naming the first ten, where more images are bad than `data.max_bad_fraction` allows."""
+    if len(bad_files) <= job.data.max_bad_fraction * manifest.num_images:
+        return
+    named = [f"  {uri}: {reason}" for uri, reason in list(bad_files.items())[:NAMED_BAD_FILES]]
+    raise JobFailed(
+        f"{len(bad_files)} of {manifest.num_images} images cannot be used, more than "
+        f"data.max_bad_fraction ({job.data.max_bad_fraction:g}) allows; the first:\n" + "\n".join(named)
+    )
+
+
+def _list_bad_files(
+    job: TrainingJob, manifest: Manifest, board: Any, tracker: Tracker, run: Location
+) -> None:
+    """Keeps the list of unusable files with the run; fails the job where it is too long."""
+    bad_files: dict[str, str] = ray.get(board.all_bad_files.remote())
+    if bad_files:
+        listing = "".join(f"{uri}\t{reason}\n" for uri, reason in sorted(bad_files.items())).encode()
+        run.child("bad_files.tsv").write(listing)
+        tracker.file("bad_files.tsv", listing)
+    _refuse_too_many(job, manifest, bad_files)
+
+
+def _register(job: TrainingJob, result: Result, tracker: Tracker) -> str:
+    if result.checkpoint is None:
+        raise JobFailed("training ended without a checkpoint")
+    location = locate(job.storage)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Location(result.checkpoint.path, location.filesystem, result.checkpoint.path)
+        return tracker.log_model(checkpoint.download(Path(folder)), job.tracking.register)
+
+
+def root_cause(traceback: str) -> str:
+    """The first error of a chain of tracebacks, in a line: what happened, without what followed from it."""
+    first = traceback.split("\nThe above exception was the direct cause")[0].strip()
+    return first.splitlines()[-1]
+
+
+class Follower:
+    """A thread of the driver that carries the board's news to the console, MLflow and the run's folder."""
+
+    def __init__(
+        self, job: TrainingJob, board: Any, tracker: Tracker, console: Console, run: Location
+    ) -> None:
+        self._job, self._board, self._tracker, self._console, self._run = job, board, tracker, console, run
+        self._latest: dict[str, float] = {}
+        self._num_attempts = 0
+        self._errors = ""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> "Follower":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+        if self._failure is not None and error is None:
+            raise self._failure
+
+    def summary(self) -> dict[str, str]:
+        """What was last heard, for the footer."""
+        facts = {}
+        if "pool/labels" in self._latest:
+            labels, offers, wins = (
+                int(self._latest[f"pool/{name}"]) for name in ("labels", "offers", "wins")
+            )
+            facts["pool"] = f"{labels} labels; {wins} of {offers} offers taken"
+        if self._num_attempts > 1:
+            facts["restarts"] = str(self._num_attempts - 1)
+        validation = {name: value for name, value in self._latest.items() if name.startswith("val/")}
+        if validation:
+            facts["validated"] = ", ".join(f"{name[4:]} {value:.3f}" for name, value in validation.items())
+        return facts
+
+    def _follow(self) -> None:
+        try:
+            while not self._stopping.wait(POLL_S):
+                self._pass_on(ray.get(self._board.take_news.remote()))
+            self._pass_on(ray.get(self._board.take_news.remote()))
+        except Exception as error:
+            self._failure = error
+
+    def _pass_on(self, news: News) -> None:
+        for rank, text in news.errors:
+            self._console.say(f"  worker {rank} failed: {root_cause(text)}")
+            self._errors += f"worker {rank}, {time.strftime('%H:%M:%S')}\n{text}\n"
+            self._run.child("errors.log").write(self._errors.encode())
+        for attempt in news.attempts:
+            self._num_attempts += 1
+            if self._num_attempts > 1:
+                self._console.say(
+                    f"  workers restarted: going on from step {attempt.first_step} with {attempt.workers}"
+                )
+        for step, metrics in news.metrics:
+            self._latest |= metrics
+            self._tracker.metrics(step, metrics)
+        for step, name, png in news.pictures:
+            path = f"pictures/{name}_{step:08d}.png"
+            self._run.child(path).write(png)
+            self._tracker.file(path, png)
+        if news.step:
+            self._console.progress(news.step, self._job.train.steps, "step", self._details(news))
+
+    def _details(self, news: News) -> list[str]:
+        details = []
+        if "loss/total" in self._latest:
+            details.append(f"loss {self._latest['loss/total']:.4f}")
+        if "val/psnr" in self._latest:
+            details.append(f"val {self._latest['val/psnr']:.2f} dB")
+        if "pool/labels" in self._latest:
+            won = self._latest["pool/wins"] / max(1.0, self._latest["pool/offers"])
+            details.append(
+                f"pool {self._latest['pool/labels']:.0f}, {100 * self._latest['pool/win_rate']:.0f}% new"
+            )
+            details.append(f"taken {100 * won:.0f}%")
+        if news.num_bad_files:
+            details.append(f"{news.num_bad_files} bad files")
+        return details

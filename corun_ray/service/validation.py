@@ -1,0 +1,122 @@
+"""Validation during training: metrics on held-out images, and a picture grid of what the teacher makes of haze."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.core.coherence import BlockScores
+from corun_ray.core.fade import fade
+from corun_ray.core.images import decode_image, encode_png
+from corun_ray.core.labels import Label, decode
+from corun_ray.core.metrics import psnr, ssim
+from corun_ray.core.pictures import ImageU8, colour_map, grid
+from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.core.samples import real_views
+from corun_ray.core.steps import Colabator
+from corun_ray.service.manifest import Manifest, held_out
+from corun_ray.service.storage import locate
+from corun_ray.service.streams import SampleMaker
+
+Row = dict[str, ImageU8 | None]
+
+
+def load_image(root: str, key: str) -> ImageU8:
+    """Reads and decodes one image; raises `StorageError` and `BadImage`."""
+    return decode_image(locate(root).child(key).read())
+
+
+class Validator:
+    """Measures and pictures a network; the held-out images are dealt out to the workers."""
+
+    def __init__(
+        self, job: TrainingJob, manifest: Manifest, rank: int, num_workers: int, device: torch.device
+    ) -> None:
+        self.job, self.manifest, self.device = job, manifest, device
+        self.num_workers = num_workers
+        self.pairs: list[tuple[str, str | None]] = []
+        validation = job.data.validation
+        if validation is not None:
+            self.pairs = held_out(validation.hazy, validation.clear, "data.validation")[rank::num_workers]
+
+    def measure(self, network: nn.Module) -> dict[str, float]:
+        """Mean `val/psnr` and `val/ssim` where there is a truth, and `val/fade`; every rank calls it."""
+        if self.job.data.validation is None:
+            return {}
+        has_truth = self.job.data.validation.clear is not None
+        sums = torch.zeros(4, dtype=torch.float64)
+        for hazy_key, clear_key in self.pairs:
+            scene = restore(network, self._tensor(self.job.data.validation.hazy, hazy_key)).scene
+            row = [fade(scene)]
+            if clear_key is not None:
+                assert self.job.data.validation.clear is not None
+                truth = self._tensor(self.job.data.validation.clear, clear_key)
+                row += [psnr(scene, truth), ssim(scene, truth)]
+            sums[: len(row)] += torch.cat(row).double().cpu()
+            sums[3] += 1
+        sums = sums.to(self.device)
+        if self.num_workers > 1:
+            dist.all_reduce(sums)
+        means = (sums[:3] / sums[3]).tolist()
+        return dict(
+            zip(("val/fade", "val/psnr", "val/ssim") if has_truth else ("val/fade",), means, strict=False)
+        )
+
+    def picture(self, network: nn.Module, colabator: Colabator | None) -> bytes:
+        """A PNG grid: real haze with its labels for Colabator, else held-out images, else training samples."""
+        count = self.job.train.validation_images
+        if isinstance(self.job, ColabatorJob) and colabator is not None:
+            rows = self._label_rows(network, colabator, self.manifest.hazy[:count])
+        elif self.job.data.validation is not None:
+            rows = [self._held_out_row(network, *pair) for pair in self.pairs[:count]]
+        else:
+            rows = [self._sample_row(network, index) for index in range(count)]
+        return encode_png(grid(rows))
+
+    def _label_rows(self, network: nn.Module, colabator: Colabator, keys: tuple[str, ...]) -> list[Row]:
+        assert isinstance(self.job, ColabatorJob)
+        rows = []
+        for key, label in zip(keys, colabator.pool.prefetch(keys).result(), strict=True):
+            image = self._image(self.job.data.hazy, key)
+            weak = real_views(
+                image, np.random.default_rng(0), patch_px=self.job.data.patch_px, jpeg_quality=None
+            ).weak
+            row = self._restored(network, weak)
+            row["label"] = None if label is None else to_image(torch.from_numpy(decode(label.scene))[None])
+            row["trust map"] = None if label is None else self._trust(colabator, label)
+            rows.append(row)
+        return rows
+
+    def _trust(self, colabator: Colabator, label: Label) -> ImageU8:
+        clarity, quality = (
+            torch.from_numpy(x.copy())[None] for x in (label.block_clarity, label.block_quality)
+        )
+        trust = colabator.coherence.trust_map(BlockScores(clarity, quality), *label.scene.shape[-2:])
+        return colour_map(trust[0, 0].numpy())
+
+    def _sample_row(self, network: nn.Module, index: int) -> Row:
+        sample = SampleMaker(self.job, self.manifest, lambda bad_files: None).sample(index)
+        return {**self._restored(network, sample["hazy"]), "truth": sample["clear"]}
+
+    def _held_out_row(self, network: nn.Module, hazy_key: str, clear_key: str | None) -> Row:
+        assert self.job.data.validation is not None
+        row = self._restored(network, self._image(self.job.data.validation.hazy, hazy_key))
+        if clear_key is not None:
+            assert self.job.data.validation.clear is not None
+            row["truth"] = self._image(self.job.data.validation.clear, clear_key)
+        return row
+
+    def _restored(self, network: nn.Module, hazy: ImageU8) -> Row:
+        scene, transmission = restore(network, to_tensor(hazy).to(self.device))
+        return {
+            "hazy": hazy,
+            "output": to_image(scene),
+            "transmission": colour_map(transmission[0, 0].cpu().numpy()),
+        }
+
+    def _image(self, root: str, key: str) -> ImageU8:
+        return load_image(root, key)
+
+    def _tensor(self, root: str, key: str) -> torch.Tensor:
+        return to_tensor(load_image(root, key)).to(self.device)

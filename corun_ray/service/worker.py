@@ -1,0 +1,209 @@
+"""What one training worker runs: the loop over the stream, and what happens every so many steps."""
+
+import contextlib
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint
+from ray.train.collective import barrier, broadcast_from_rank_zero
+from torch import Tensor, nn
+
+from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.core import checkpoints
+from corun_ray.core.coherence import Coherence
+from corun_ray.core.corun import CORUN
+from corun_ray.core.state import TrainState, cosine_lr
+from corun_ray.core.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, pretraining_step
+from corun_ray.service.board import Attempt
+from corun_ray.service.manifest import Manifest
+from corun_ray.service.meter import Meter
+from corun_ray.service.pool import PoolClient
+from corun_ray.service.streams import Batch, batches, split_stream
+from corun_ray.service.validation import Validator
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """Everything a worker needs to know; made by the driver."""
+
+    job: TrainingJob
+    run_uri: str
+    """Where the run keeps its checkpoints, snapshots and pictures."""
+    manifest: Any
+    """Reference to the `Manifest` in the object store."""
+    initial_params: Any
+    """Reference to the state dict to start from, or None."""
+    board: Any
+    pool: Any
+    """The pool's actor; None for a job without one."""
+
+
+def train_worker(plan: WorkerPlan) -> None:
+    """Trains until the job's last step, from the last checkpoint if there is one."""
+    try:
+        Worker(plan).train()
+    except Exception:
+        rank = ray.train.get_context().get_world_rank()
+        ray.get(plan.board.post_error.remote(rank, traceback.format_exc()))
+        raise
+
+
+class Worker:
+    """One rank of the training: its state, and its part in what all ranks do together."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        context = ray.train.get_context()
+        self.plan, self.job = plan, plan.job
+        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            torch.set_num_threads(max(1, int(self.job.cluster.cpus_per_worker)))
+        torch.manual_seed(self.job.seed)
+        self.state = TrainState.start(self._initial_network(), self.device)
+        self.snapshot = self._resume()
+        self.manifest: Manifest = ray.get(plan.manifest)
+        self.student = self._prepared_student()
+        self.colabator = self._colabator()
+        self.meter = Meter(self.device)
+        self.validator = Validator(self.job, self.manifest, self.rank, self.num_workers, self.device)
+
+    def train(self) -> None:
+        """The loop."""
+        job, state = self.job, self.state
+        for batch in self._stream():
+            with self._autocast():
+                output = self._forward(batch)
+            lr = cosine_lr(state.step, job.optim.lr, job.optim.min_lr, job.optim.schedule_steps)
+            state.update(output.losses, lr, job.optim.ema, len(batch["index"]) * self.num_workers)
+            self.meter.add(output, lr)
+            if self.rank == 0:
+                self.plan.board.post_step.remote(state.step)
+            if self._due(job.train.log_every) and self._log_and_look_for_trouble():
+                return
+            if self._due(job.train.validate_every):
+                self._validate()
+            if self._due(job.train.checkpoint_every):
+                self._checkpoint()
+
+    def _due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.job.train.steps
+
+    def _forward(self, batch: Batch) -> StepOutput:
+        synthetic = SyntheticBatch(self._to_device(batch["hazy"]), self._to_device(batch["clear"]))
+        if self.colabator is None:
+            return pretraining_step(self.student, synthetic)
+        real = RealBatch(
+            self._to_device(batch["weak"]), self._to_device(batch["strong"]), batch["key"].tolist()
+        )
+        return self.colabator.step(self.student, synthetic, real, self.state.step)
+
+    def _to_device(self, images: np.ndarray) -> Tensor:
+        """uint8 B H W 3 → float B 3 H W in [0, 1]; travels as bytes."""
+        return torch.from_numpy(images.copy()).to(self.device).permute(0, 3, 1, 2).float() / 255
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.optim.precision == "bf16")
+
+    def _initial_network(self) -> CORUN:
+        network = CORUN(self.job.network.stages, self.job.network.width)
+        if self.plan.initial_params is not None:
+            network.load_state_dict(ray.get(self.plan.initial_params))
+        return network
+
+    def _resume(self) -> str | None:
+        """Restores the state from the last checkpoint; returns the pool snapshot taken with it."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        with checkpoint.as_directory() as folder:
+            return checkpoints.load_run(Path(folder), self.state)["pool_snapshot"]
+
+    def _prepared_student(self) -> nn.Module:
+        student = torch.compile(self.state.student) if self.job.optim.compile else self.state.student
+        if self.num_workers == 1:
+            return student
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(
+            student, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def _colabator(self) -> Colabator | None:
+        """The teacher's side of the job, its pool standing where the checkpoint stood."""
+        if not isinstance(self.job, ColabatorJob):
+            return None
+        if self.rank == 0:
+            # The step may repeat (a crash before the first checkpoint), a start of the workers does not.
+            generation = time.time_ns()
+            ray.get(self.plan.pool.restore.remote(self.snapshot, generation))
+        else:
+            generation = None
+        pool = PoolClient(self.plan.pool, broadcast_from_rank_zero(generation))
+        scoring = self.job.coherence
+        coherence = Coherence(scoring.clarity, scoring.quality, scoring.block_px, scoring.combine)
+        return Colabator(self.state.teacher, coherence, pool, self.job.pool.encoding)
+
+    def _stream(self) -> Iterator[Batch]:
+        """This rank's batches from where the state stands to the end of the run."""
+        first = self.state.num_images_seen
+        if self.state.step == self.job.train.steps:
+            return iter(())
+        shards = None
+        if self.rank == 0:
+            attempt = Attempt(self.state.step, first, self.num_workers)
+            self.plan.board.post_attempt.remote(attempt)
+            shards = split_stream(self.job, self.plan.manifest, self.plan.board, first, self.num_workers)
+        shard = broadcast_from_rank_zero(shards)[self.rank]
+        return batches(shard, self.job.train.batch_per_worker, first, self.rank, self.num_workers)
+
+    def _log_and_look_for_trouble(self) -> bool:
+        """Posts the metrics since the last call; says, on all ranks alike, whether too many images are bad."""
+        is_bad = False
+        metrics = self.meter.reduce()
+        if self.rank == 0:
+            if self.colabator is not None:
+                metrics |= {
+                    f"pool/{name}": n for name, n in ray.get(self.plan.pool.counters.remote()).items()
+                }
+            num_bad = ray.get(self.plan.board.num_bad_files.remote())
+            metrics["data/bad_files"] = num_bad
+            self.plan.board.post_metrics.remote(self.state.step, metrics)
+            is_bad = num_bad > self.job.data.max_bad_fraction * self.manifest.num_images
+        return broadcast_from_rank_zero(is_bad)
+
+    def _validate(self) -> None:
+        metrics = self.validator.measure(self.state.teacher)
+        if self.rank != 0:
+            return
+        if metrics:
+            self.plan.board.post_metrics.remote(self.state.step, metrics)
+        picture = self.validator.picture(self.state.teacher, self.colabator)
+        self.plan.board.post_picture.remote(self.state.step, "restorations", picture)
+
+    def _checkpoint(self) -> None:
+        """Saves the run; the pool's snapshot holds every label offered up to this step by any rank."""
+        snapshot = None
+        if self.colabator is not None:
+            assert isinstance(self.colabator.pool, PoolClient)
+            self.colabator.pool.flush()
+            barrier()
+            snapshot = f"{self.plan.run_uri}/pool/step_{self.state.step:08d}.parquet"
+            if self.rank == 0:
+                ray.get(self.plan.pool.save.remote(snapshot))
+        metrics = {"step": self.state.step, "num_images_seen": self.state.num_images_seen}
+        if self.rank != 0:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            extra = {"pool_snapshot": snapshot, "seed": self.job.seed}
+            checkpoints.save_run(Path(folder), self.state, extra)
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))

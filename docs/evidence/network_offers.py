@@ -1,0 +1,69 @@
+"""Records what a small CORUN restores while it learns: the offers a label pool would get.
+
+Trains on synthetic haze over `--clear` (all but every fourth photograph) and writes, for every fourth
+photograph under new haze and for `--pairs HAZY CLEAR`, the truth and the restorations in order to an `.npz`:
+
+    python docs/evidence/network_offers.py --clear CLEAR --pairs HAZY CLEAR --steps 400 offers.npz
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from restorations import paired_scene, quantise, read, synthetic_scene
+from weight_free_scorers import match_pairs
+
+from corun_ray.core.corun import CORUN
+
+SIZES_PX = (64, 96)
+RECORD_EVERY = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clear", type=Path, required=True)
+    parser.add_argument("--pairs", type=Path, nargs=2, metavar=("HAZY", "CLEAR"))
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("output", type=Path)
+    arguments = parser.parse_args()
+    rng = np.random.default_rng(1)
+    torch.manual_seed(0)
+    paths = sorted(path for path in arguments.clear.iterdir() if path.is_file())
+    photographs = [read(path) for index, path in enumerate(paths) if index % 4]
+    shown = [synthetic_scene(read(path), size, rng) for path in paths[::4][:20] for size in SIZES_PX]
+    for hazy, clear in match_pairs(arguments.pairs):
+        shown += [paired_scene(read(clear), read(hazy), size) for size in SIZES_PX]
+
+    network = CORUN(stages=2, width=16)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, weight_decay=0)
+    offers: list[list[np.ndarray]] = [[] for _ in shown]
+    for step in range(arguments.steps + 1):
+        if step % RECORD_EVERY == 0:
+            for scene, restored in zip(shown, offers, strict=True):
+                restored.append(restore(network, scene.hazy))
+            print(f"step {step}", flush=True)
+        batch = [synthetic_scene(photographs[index], 64, rng) for index in rng.integers(len(photographs), size=2)]
+        hazy, truth = (to_tensor(np.stack(images)) for images in zip(*((s.hazy, s.truth) for s in batch), strict=True))
+        scene, transmission = network(hazy)
+        loss = (scene - truth).abs().mean() + 0.01 * (truth * transmission + 1 - transmission - hazy).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    arrays = {}
+    for index, (scene, restored) in enumerate(zip(shown, offers, strict=True)):
+        arrays[f"truth_{index}"], arrays[f"offers_{index}"] = scene.truth, np.stack(restored)
+    np.savez_compressed(arguments.output, **arrays)
+
+
+@torch.no_grad()
+def restore(network: CORUN, hazy: np.ndarray) -> np.ndarray:
+    return quantise(network(to_tensor(hazy[None])).scene[0].permute(1, 2, 0).numpy())
+
+
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+if __name__ == "__main__":
+    main()

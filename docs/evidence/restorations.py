@@ -1,0 +1,161 @@
+"""Hazy scenes with known truth, and ladders of better and worse restorations of them.
+
+Material for `weight_free_scorers.py`. Images are `H W 3` float32 RGB in [0, 1].
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from corun_ray.core.corun import scene_step, transmission_step
+from corun_ray.core.images import decode_image
+from corun_ray.core.scattering import Haze, add_haze, procedural_depth, transmission
+
+Image = NDArray[np.float32]
+SIZES_PX = (64, 96, 288)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A truth, its hazy image, and the transmission `H W 1` and airlight `3` that relate them."""
+
+    size_px: int
+    truth: Image
+    hazy: Image
+    transmission: Image
+    airlight: Image
+
+
+def read(path: Path) -> Image:
+    return (decode_image(path.read_bytes()) / 255).astype(np.float32)
+
+
+def shrink(image: Image, size_px: int) -> Image:
+    return cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_AREA)
+
+
+def synthetic_scene(clear: Image, size_px: int, rng: np.random.Generator) -> Scene:
+    """Haze over a clear photograph: a crop at 288 px, else the whole image resized; noise and JPEG at times."""
+    if size_px == 288:
+        top, left = (rng.integers(0, side - size_px + 1) for side in clear.shape[:2])
+        truth = clear[top : top + size_px, left : left + size_px]
+    else:
+        truth = shrink(clear, size_px)
+    haze = Haze(rng.uniform(0.3, 1.6), tuple(np.clip(rng.uniform(0.6, 1) + rng.uniform(-0.025, 0.025, 3), 0, 1)))
+    light = transmission(procedural_depth(rng, size_px, size_px), haze.beta)
+    hazy = add_haze(truth, light, haze)
+    if rng.random() < 0.5:
+        hazy = quantise(hazy + rng.normal(0, rng.integers(2, 8) / 255, hazy.shape))
+    if rng.random() < 0.5:
+        hazy = jpeg(hazy, int(rng.integers(50, 96)))
+    return Scene(size_px, truth, quantise(hazy), light[..., None], np.float32(haze.airlight))
+
+
+def paired_scene(clear: Image, hazy: Image, size_px: int) -> Scene:
+    """A hazy/clear pair; its transmission is the local least-squares fit of `hazy - A` to `clear - A`."""
+    truth, hazy = shrink(clear, size_px), shrink(hazy, size_px)
+    airlight = estimate_airlight(hazy, 7)
+    scattered, emitted = hazy - airlight, truth - airlight
+    fit = (box((scattered * emitted).sum(-1), 3) + 1e-3) / (box((emitted**2).sum(-1), 3) + 1e-3)
+    return Scene(size_px, truth, hazy, fit.clip(0.05, 1)[..., None], airlight)
+
+
+def scenes(clear: list[Path], pairs: list[tuple[Path, Path]], rng: np.random.Generator) -> Iterator[Scene]:
+    for path in clear:
+        for size_px in SIZES_PX:
+            yield synthetic_scene(read(path), size_px, rng)
+    for hazy, truth in pairs:
+        for size_px in SIZES_PX:
+            yield paired_scene(read(truth), read(hazy), size_px)
+
+
+def restorations(scene: Scene, rng: np.random.Generator) -> dict[str, Image]:
+    """About sixty restorations of a scene, the same names for every scene, 8-bit values."""
+    hazy, airlight = scene.hazy, scene.airlight
+    found = {"hazy": hazy}
+    for power in (0.3, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0):  # above 1 too much haze is taken off
+        found[f"inverted^{power}"] = (hazy - airlight) / np.maximum(scene.transmission**power, 0.05) + airlight
+    for constant in (0.5, 0.7, 0.9):
+        found[f"constant {constant}"] = (hazy - airlight) / constant + airlight
+    for stages in (1, 2, 4):
+        found[f"closed form x{stages}"] = closed_form(hazy, stages)
+    for omega in (0.4, 0.6, 0.8, 0.95):
+        found[f"dark channel prior {omega}"] = dark_channel_prior(hazy, omega, 15 if scene.size_px > 200 else 7)
+    for share in (0.2, 0.4, 0.6, 0.8, 0.95):  # what a network on its way may give
+        drift = (cv2.resize(rng.uniform(size=(3, 3, 3)), hazy.shape[1::-1], interpolation=cv2.INTER_CUBIC) - 0.5) * 0.2
+        mixed = share * scene.truth + (1 - share) * hazy + drift * rng.uniform(0.3, 1)
+        found[f"network {share}"] = mixed + rng.normal(0, 0.008, hazy.shape)
+    for name, strengths in (("network 0.8", (0.5, 1, 2)), ("inverted^0.8", (1,)), ("hazy", (1,))):
+        for strength in strengths:
+            spoilt = spoil(quantise(found[name]), strength, rng)
+            found |= {f"{name} + {fault} x{strength}": image for fault, image in spoilt.items()}
+    return {name: quantise(image) for name, image in found.items()}
+
+
+def spoil(image: Image, strength: float, rng: np.random.Generator) -> dict[str, Image]:
+    """The faults that a label pool should refuse, at a strength of about 1."""
+    height, width = image.shape[:2]
+    mean, grey = image.mean(), image.mean(-1, keepdims=True)
+    blurred = cv2.GaussianBlur(image, (0, 0), strength)
+    row, column = np.mgrid[:height, :width]
+    tiles = np.kron(rng.normal(0, 0.05, (height // 8, width // 8)), np.ones((8, 8)))[..., None]
+    tint = rng.permutation([1, 0.5, -1])
+    return {
+        "noise": image + rng.normal(0, 0.04 * strength, image.shape),
+        "blur": blurred,
+        "JPEG": jpeg(image, int(20 / strength)),
+        "cast": image * (1 + 0.1 * strength * tint),
+        "darkening": image ** (1 + 0.5 * strength),
+        "brightening": image ** (1 / (1 + 0.5 * strength)),
+        "stretching": (image - mean) * (1 + 0.4 * strength) + mean,
+        "saturation": grey + (image - grey) * (1 + 0.6 * strength),
+        "checkerboard": image + 0.04 * strength * ((row + column) % 2 * 2 - 1)[..., None],
+        "8 px tiles": image + strength * tiles,
+        "sharpening": image + 1.5 * strength * (image - cv2.GaussianBlur(image, (0, 0), 1.5)),
+    }
+
+
+def closed_form(hazy: Image, stages: int) -> Image:
+    """CORUN without its learned networks."""
+    image = torch.from_numpy(hazy).permute(2, 0, 1)[None]
+    scene, light, weight = image, torch.full_like(image[:, :1], 0.5), torch.tensor(0.3).sigmoid()
+    for _ in range(stages):
+        light = transmission_step(image, light, scene, weight)
+        scene = scene_step(image, scene, light, weight)
+    return scene[0].permute(1, 2, 0).numpy()
+
+
+def dark_channel_prior(hazy: Image, omega: float, patch_px: int) -> Image:
+    """He, Sun, Tang (CVPR 2009), its transmission smoothed by a guided filter."""
+    airlight = estimate_airlight(hazy, patch_px)
+    dark = cv2.erode((hazy / airlight).min(-1), np.ones((patch_px, patch_px)))
+    guide, rough, radius = hazy.mean(-1), 1 - omega * dark, 2 * patch_px
+    mean_guide, mean_rough = box(guide, radius), box(rough, radius)
+    slope = (box(guide * rough, radius) - mean_guide * mean_rough) / (box(guide**2, radius) - mean_guide**2 + 1e-3)
+    light = box(slope, radius) * guide + box(mean_rough - slope * mean_guide, radius)
+    return (hazy - airlight) / light.clip(0.1, 1)[..., None] + airlight
+
+
+def estimate_airlight(hazy: Image, patch_px: int) -> Image:
+    """Mean colour of the thousandth of the pixels with the brightest dark channel."""
+    dark = cv2.erode(hazy.min(-1), np.ones((patch_px, patch_px))).ravel()
+    return hazy.reshape(-1, 3)[dark.argsort()[-max(1, dark.size // 1000) :]].mean(0)
+
+
+def box(values: Image, radius_px: int) -> Image:
+    return cv2.blur(values, (2 * radius_px + 1, 2 * radius_px + 1))
+
+
+def jpeg(image: Image, quality: int) -> Image:
+    bgr = (image.clip(0, 1) * 255).round().astype(np.uint8)[..., ::-1]
+    encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return (decode_image(encoded.tobytes()) / 255).astype(np.float32)
+
+
+def quantise(image: NDArray) -> Image:
+    return (image.clip(0, 1) * 255).round().astype(np.float32) / 255

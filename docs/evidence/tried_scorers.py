@@ -1,0 +1,105 @@
+"""Scorers that were tried beside the registered ones: `B 3 H W` RGB in [0, 1] to `B`, higher is better."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from corun_ray.core.fade import fade_distances
+from corun_ray.core.scorers import CLARITY, CONTRAST_PATCH_PX, QUALITY, Scorer
+
+
+def entropy(images: Tensor) -> Tensor:
+    """Shannon entropy of the grey histogram."""
+    levels = (grey(images) * 255).round().long().flatten(1)
+    counts = torch.zeros(len(images), 256).scatter_add_(1, levels, torch.ones(levels.shape))
+    share = counts / counts.sum(1, keepdim=True)
+    return -torch.special.xlogy(share, share).sum(1)
+
+
+def saturation(images: Tensor) -> Tensor:
+    largest = images.amax(1)
+    return ((largest - images.amin(1)) / largest.clamp_min(1 / 255)).mean((1, 2))
+
+
+def local_dark_channel(images: Tensor) -> Tensor:
+    """He, Sun, Tang (CVPR 2009) with its 15 px patch."""
+    return 1 + F.max_pool2d(-images.amin(1, keepdim=True), 15, 1, 7).mean((1, 2, 3))
+
+
+def colour_attenuation(images: Tensor) -> Tensor:
+    """Zhu, Mai, Shao (IEEE TIP 2015): depth from brightness and saturation."""
+    return -(0.96 * images.amax(1).mean((1, 2)) - 0.78 * saturation(images))
+
+
+def bare_contrast(images: Tensor) -> Tensor:
+    """`contrast` without the cost of clipping."""
+    mean = F.avg_pool2d(grey(images), CONTRAST_PATCH_PX)
+    square = F.avg_pool2d(grey(images) ** 2, CONTRAST_PATCH_PX)
+    return (square - mean**2).clamp_min(0).sqrt().mean((1, 2, 3))
+
+
+def spread(images: Tensor) -> Tensor:
+    """Standard deviation of grey over the image."""
+    return grey(images).flatten(1).std(1)
+
+
+def gradient(images: Tensor) -> Tensor:
+    return sum(grey(images).diff(dim=dim).abs().mean((1, 2, 3)) for dim in (-1, -2))
+
+
+def colourfulness(images: Tensor) -> Tensor:
+    """Hasler and Suesstrunk (2003)."""
+    red, green, blue = images.flatten(2).unbind(1)
+    first, second = red - green, (red + green) / 2 - blue
+    return (first.var(1) + second.var(1)).sqrt() + 0.3 * torch.hypot(first.mean(1), second.mean(1))
+
+
+def exposedness(images: Tensor) -> Tensor:
+    """Mertens, Kautz, Van Reeth (2007): values near the middle."""
+    return torch.exp(-((images - 0.5) ** 2) / (2 * 0.2**2)).prod(1).mean((1, 2))
+
+
+def little_noise(images: Tensor) -> Tensor:
+    """Immerkaer (1996), not divided by the contrast."""
+    kernel = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]).view(1, 1, 3, 3)
+    return -F.conv2d(grey(images), kernel).abs().mean((1, 2, 3))
+
+
+def natural_mscn(images: Tensor) -> Tensor:
+    """How near the variance of mean-subtracted, contrast-normalised grey (7 px) is to 0.35, a natural value."""
+    pixels = F.pad(grey(images) * 255, (3, 3, 3, 3), mode="replicate")
+    mean = F.avg_pool2d(pixels, 7, 1)
+    deviation = (F.avg_pool2d(pixels**2, 7, 1) - mean**2).clamp_min(0).sqrt()
+    return -(((grey(images) * 255 - mean) / (deviation + 1)).flatten(1).var(1) - 0.35).abs()
+
+
+def fog_free(images: Tensor) -> Tensor:
+    """Nearness of the patches to FADE's model of fog-free photographs."""
+    return -fade_distances(images)[0].nanmean((1, 2)).float()
+
+
+def any_offer(images: Tensor) -> Tensor:
+    """The same for all: the last offer always wins."""
+    return torch.zeros(len(images))
+
+
+def grey(images: Tensor) -> Tensor:
+    return (images * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+TRIED = (
+    entropy,
+    saturation,
+    local_dark_channel,
+    colour_attenuation,
+    bare_contrast,
+    spread,
+    gradient,
+    colourfulness,
+    exposedness,
+    little_noise,
+    natural_mscn,
+    fog_free,
+    any_offer,
+)
+SCORERS: dict[str, Scorer] = {**CLARITY, **QUALITY, **{scorer.__name__: scorer for scorer in TRIED}}

@@ -1,0 +1,187 @@
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+
+from corun_ray.core.images import BadImage, decode_depth, decode_image, encode_png
+
+
+def photograph(height_px: int = 120, width_px: int = 160) -> np.ndarray:
+    """RGB with a red left half, a blue right half and some texture."""
+    rng = np.random.default_rng(0)
+    rgb = cv2.GaussianBlur(rng.integers(0, 120, (height_px, width_px, 3), dtype=np.uint8), (0, 0), 1.5)
+    rgb[:, : width_px // 2, 0] = 220
+    rgb[:, width_px // 2 :, 2] = 220
+    return rgb
+
+
+def encode(pixels: np.ndarray, extension: str, *options: int) -> bytes:
+    if pixels.ndim == 3:
+        pixels = np.dstack([pixels[..., 2::-1], pixels[..., 3:]])
+    return cv2.imencode(extension, pixels, options)[1].tobytes()
+
+
+def with_exif(jpeg: bytes, orientation: int, thumbnail: bytes = b"") -> bytes:
+    entry = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
+    payload = b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 1) + entry + struct.pack("<I", 0) + thumbnail
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload + jpeg[2:]
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_png_round_trip_keeps_every_value_and_the_channel_order():
+    rgb = photograph()
+    np.testing.assert_array_equal(decode_image(encode_png(rgb)), rgb)
+
+
+@pytest.mark.parametrize("extension", [".jpg", ".webp", ".bmp", ".tiff"])
+def test_other_formats_decode_as_rgb(extension):
+    decoded = decode_image(encode(photograph(), extension))
+    assert decoded.shape == (120, 160, 3) and decoded.dtype == np.uint8
+    assert decoded[:, :70, 0].mean() > 200 and decoded[:, 90:, 2].mean() > 200
+
+
+def test_grey_becomes_three_equal_channels():
+    grey = photograph()[..., 1]
+    np.testing.assert_array_equal(decode_image(encode(grey, ".png")), np.dstack([grey] * 3))
+
+
+def test_alpha_is_dropped_and_the_colours_under_it_stay():
+    rgb = photograph()
+    transparent = np.dstack([rgb, np.zeros_like(rgb[..., :1])])
+    np.testing.assert_array_equal(decode_image(encode(transparent, ".png")), rgb)
+
+
+def test_sixteen_bit_is_scaled_and_rounded():
+    deep = np.zeros((8, 8, 3), np.uint16)
+    deep[0, :5, 0] = [0, 128, 129, 200 * 257, 65535]
+    assert decode_image(encode(deep, ".png"))[0, :5, 0].tolist() == [0, 0, 1, 200, 255]
+
+
+def test_exif_orientation_is_applied():
+    upright = decode_image(with_exif(encode(photograph(), ".jpg"), orientation=6))
+    assert upright.shape == (160, 120, 3)
+    assert upright[:70, :, 0].mean() > 200 and upright[90:, :, 2].mean() > 200  # turned clockwise
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize(
+    ("extension", "options", "reason"),
+    [
+        (".jpg", (), "truncated JPEG"),
+        (".jpg", (cv2.IMWRITE_JPEG_PROGRESSIVE, 1), "truncated JPEG"),
+        (".png", (), "truncated PNG"),
+        (".webp", (), "damaged"),
+        (".bmp", (), "damaged"),
+    ],
+)
+def test_a_truncated_file_is_refused(extension, options, reason, fraction):
+    data = encode(photograph(), extension, *options)
+    with pytest.raises(BadImage, match=reason):
+        decode_image(data[: int(len(data) * fraction)])
+
+
+def test_the_end_of_an_embedded_thumbnail_is_not_taken_for_the_end():
+    data = with_exif(encode(photograph(), ".jpg"), 1, thumbnail=encode(photograph(16, 16), ".jpg"))
+    assert decode_image(data).shape == (120, 160, 3)
+    with pytest.raises(BadImage, match="truncated JPEG"):
+        decode_image(data[: len(data) * 3 // 4])
+
+
+@pytest.mark.parametrize("extension", [".jpg", ".png"])
+def test_bytes_after_the_end_do_no_harm(extension):
+    data = encode(photograph(), extension)
+    np.testing.assert_array_equal(decode_image(data + b"\0padding"), decode_image(data))
+
+
+def test_a_png_with_a_wrong_checksum_is_refused():
+    data = bytearray(encode_png(photograph()))
+    data[len(data) // 2] ^= 0xFF
+    with pytest.raises(BadImage, match="damaged"):
+        decode_image(bytes(data))
+
+
+def test_what_is_no_image_is_refused():
+    with pytest.raises(BadImage, match="not an image"):
+        decode_image(b"<html>404 not found</html>")
+    with pytest.raises(BadImage, match="empty"):
+        decode_image(b"")
+
+
+def test_a_header_that_promises_too_many_pixels_is_refused():
+    header = b"IHDR" + struct.pack(">IIBBBBB", 2**30, 2**30, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    with pytest.raises(BadImage) as refused:
+        decode_image(data + b"\0\0\0\0IEND\xaeB`\x82")
+    assert "\n" not in str(refused.value)
+
+
+def test_floating_point_pixels_are_refused():
+    with pytest.raises(BadImage, match="float32"):
+        decode_image(encode(photograph().astype(np.float32), ".tiff"))
+
+
+def test_a_side_under_eight_px_is_refused():
+    assert decode_image(encode_png(photograph(8, 20))).shape == (8, 20, 3)
+    with pytest.raises(BadImage, match="20 x 7 px"):
+        decode_image(encode_png(photograph(7, 20)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "uint8", "uint16", "int32", ">f4"])
+def test_npy_depth_of_any_real_dtype(dtype):
+    depth = np.arange(12).reshape(3, 4).astype(dtype)
+    for stored in (depth, depth[None], np.asfortranarray(depth)):
+        decoded = decode_depth(npy(stored), ".NPY")
+        assert decoded.dtype == np.float32
+        np.testing.assert_array_equal(decoded, np.arange(12).reshape(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_png_depth_keeps_its_values(dtype):
+    depth = np.linspace(0, np.iinfo(dtype).max, 64).reshape(8, 8).astype(dtype)
+    for stored in (depth, np.dstack([depth] * 3)):
+        np.testing.assert_array_equal(decode_depth(encode(stored, ".png"), ".png"), depth)
+
+
+@pytest.mark.parametrize(
+    ("depth", "reason"),
+    [
+        (np.full((4, 5), 2.5), "constant .2.5"),
+        (np.array([[0, np.nan]]), "not finite"),
+        (np.array([[0, np.inf]]), "not finite"),
+        (np.array([[0, 1e300]]), "not finite"),
+        (np.zeros((2, 4, 5)), "shape .2, 4, 5."),
+        (np.zeros(5), "shape .5,."),
+        (np.zeros((0, 5)), "empty"),
+        (np.zeros((4, 5), complex), "complex128"),
+        (np.array([["near", "far"]]), "real numbers"),
+    ],
+)
+def test_an_unusable_npy_depth_is_refused(depth, reason):
+    with pytest.raises(BadImage, match=reason):
+        decode_depth(npy(depth), ".npy")
+
+
+def test_a_pickled_or_truncated_or_foreign_npy_is_refused():
+    whole = npy(np.arange(12.0).reshape(3, 4))
+    unclosed, huge = whole.replace(b"}", b" "), whole.replace(b"(3, 4), ", b"(3" + b"0" * 5 + b",)")
+    for data in (npy(np.array([[{}]])), whole[:-8], whole[:30], unclosed, huge, b"", b"PK\x03\x04 a zip"):
+        with pytest.raises(BadImage, match="not a readable .npy file") as refused:
+            decode_depth(data, ".npy")
+        assert "\n" not in str(refused.value)
+
+
+def test_other_unusable_depth_files_are_refused():
+    with pytest.raises(BadImage, match="colour"):
+        decode_depth(encode_png(photograph()), ".png")
+    with pytest.raises(BadImage, match="MATLAB depth maps are not read; convert to .npy"):
+        decode_depth(b"MATLAB 7.3 MAT-file", ".mat")
+    with pytest.raises(BadImage, match="'.txt', expected .npy or .png"):
+        decode_depth(b"1 2 3", ".txt")

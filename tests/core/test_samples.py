@@ -1,0 +1,179 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from corun_ray.core import augment
+from corun_ray.core.images import BadImage
+from corun_ray.core.samples import real_views, synthetic_sample
+from corun_ray.core.scattering import HazeRange, procedural_depth
+
+HAZE = HazeRange()
+
+
+def scene(height_px: int = 90, width_px: int = 130) -> np.ndarray:
+    """Red counts columns, green counts rows, blue is texture."""
+    rgb = np.random.default_rng(0).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8)
+    rgb[..., 0] = np.arange(width_px)
+    rgb[..., 1] = np.arange(height_px)[:, None]
+    return rgb
+
+
+def sample(seed: int, *, image: np.ndarray | None = None, depth: np.ndarray | None = None, **options):
+    rng = np.random.default_rng(seed)
+    image = scene() if image is None else image
+    depth = procedural_depth(rng, *image.shape[:2]) if depth is None else depth
+    defaults: dict[str, Any] = {"patch_px": 48, "haze_range": HAZE, "random_resize": True}
+    return synthetic_sample(image, depth, rng, **(defaults | options))
+
+
+def same_bytes(first, second) -> bool:
+    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in vars(first))
+
+
+@pytest.mark.parametrize("random_resize", [False, True])
+@pytest.mark.parametrize("size_px", [(90, 130), (130, 90), (48, 48), (30, 70)])
+def test_pairs_have_the_patch_size(size_px, random_resize):
+    for seed in range(8):
+        pair = sample(seed, image=scene(*size_px), random_resize=random_resize)
+        for patch in (pair.hazy, pair.clear):
+            assert patch.shape == (48, 48, 3) and patch.dtype == np.uint8 and patch.flags.c_contiguous
+
+
+def test_the_same_seed_makes_the_same_bytes_and_another_seed_others():
+    assert same_bytes(sample(1), sample(1))
+    assert not same_bytes(sample(1), sample(2))
+
+
+def test_the_source_is_left_as_it_was():
+    image, depth = scene(), procedural_depth(np.random.default_rng(0), 90, 130)
+    image_before, depth_before = image.copy(), depth.copy()
+    for seed in range(10):
+        sample(seed, image=image, depth=depth)
+    np.testing.assert_array_equal(image, image_before)
+    np.testing.assert_array_equal(depth, depth_before)
+
+
+@pytest.mark.parametrize("random_resize", [False, True])
+def test_without_degradation_the_hazy_patch_is_the_scattering_model_of_the_clear_one(
+    monkeypatch, random_resize
+):
+    """Depth is the red channel, so the clear patch itself tells what its transmission must be."""
+    monkeypatch.setattr(augment, "degrade", lambda rng, rgb: augment.darken(rgb, 1.0))
+    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: None)
+    image = scene(90, 256)
+    image[..., 2] = 40
+    fixed = HazeRange(beta=(0.7, 0.7), airlight=(0.8, 0.8), airlight_tint=0.0)
+    flips = set()
+    for seed in range(20):
+        pair = sample(
+            seed,
+            image=image,
+            depth=image[..., 0] / np.float32(255),
+            haze_range=fixed,
+            random_resize=random_resize,
+        )
+        clear = pair.clear / 255
+        transmission = np.exp(-2 * 0.7 * (1 - clear[..., :1]))
+        expected = clear * transmission + 0.8 * (1 - transmission)
+        np.testing.assert_allclose(pair.hazy / 255, expected, atol=1.6 / 255)
+        flips.add(bool(pair.clear[0, 0, 0] > pair.clear[0, -1, 0]))
+    assert flips == {False, True}
+
+
+def test_the_clear_patch_is_never_degraded():
+    for seed in range(20):
+        pair = sample(seed, random_resize=False)
+        row, column = int(pair.clear[0, 0, 1]), int(pair.clear[0, :, 0].min())
+        region = scene()[row : row + 48, column : column + 48]
+        assert np.array_equal(pair.clear, region) or np.array_equal(pair.clear, region[:, ::-1])
+
+
+def test_half_of_the_hazy_patches_went_through_jpeg(monkeypatch):
+    drawn = []
+    round_trip = augment.jpeg_round_trip
+    monkeypatch.setattr(augment, "jpeg_round_trip", lambda *a, **k: drawn.append(a[1]) or round_trip(*a, **k))
+    qualities = [sample(seed).jpeg_quality for seed in range(300)]
+    compressed = [quality for quality in qualities if quality is not None]
+    assert 120 < len(compressed) < 180
+    assert drawn == compressed
+
+
+def test_jpeg_is_told_where_the_region_lies(monkeypatch):
+    places = []
+    monkeypatch.setattr(augment, "jpeg_round_trip", lambda rgb, quality, **where: places.append(where) or rgb)
+    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: 50)
+    monkeypatch.setattr(augment, "sample_crop", lambda *a, **k: augment.Crop(5, 11, 48, flip=False))
+    sample(0)
+    assert places == [{"top_px": 5, "left_px": 11}]
+
+
+def test_jpeg_changes_the_hazy_patch(monkeypatch):
+    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: None)
+    plain = sample(5)
+    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: 30)
+    compressed = sample(5)
+    np.testing.assert_array_equal(plain.clear, compressed.clear)
+    assert (plain.hazy != compressed.hazy).any()
+
+
+def test_only_the_kept_region_is_worked_on(monkeypatch):
+    worked_on = []
+    degrade = augment.degrade
+    monkeypatch.setattr(
+        augment, "degrade", lambda rng, rgb: worked_on.append(rgb.shape[:2]) or degrade(rng, rgb)
+    )
+    sample(0, image=scene(250, 256), random_resize=False)
+    assert worked_on == [(48, 48)]
+
+
+def test_noise_is_the_cameras_so_shrinking_softens_it(monkeypatch):
+    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: None)
+    monkeypatch.setattr(augment, "sample_noise", lambda rng: np.eye(3, dtype=np.float32) * 0.1)
+    crop = {"side_px": 48}
+    monkeypatch.setattr(augment, "sample_crop", lambda *a, **k: augment.Crop(0, 0, crop["side_px"], False))
+    image, depth = np.full((200, 200, 3), 128, np.uint8), np.ones((200, 200), np.float32)
+    seed = next(s for s in range(20) if sample(s, image=image, depth=depth).hazy.std() > 8)
+    native = sample(seed, image=image, depth=depth).hazy.std()
+    crop["side_px"] = 192
+    assert sample(seed, image=image, depth=depth).hazy.std() == pytest.approx(native / 4, rel=0.1)
+
+
+def test_depth_of_another_resolution_is_resized_and_of_another_frame_refused():
+    ramp = np.tile(np.linspace(0, 1, 256, dtype=np.float32), (180, 1))
+    fine, coarse = (
+        sample(3, image=scene(90, 128), depth=ramp),
+        sample(3, image=scene(90, 128), depth=ramp[::4, ::4]),
+    )
+    np.testing.assert_array_equal(fine.clear, coarse.clear)
+    assert np.abs(fine.hazy.astype(int) - coarse.hazy).mean() < 2
+    with pytest.raises(BadImage, match="128 x 90 px does not fit its image of 130 x 130 px"):
+        sample(0, image=scene(130, 130), depth=np.zeros((90, 128), np.float32))
+
+
+@pytest.mark.parametrize("size_px", [(90, 130), (300, 60), (20, 20), (48, 48)])
+def test_real_views_show_the_whole_image_at_the_patch_size(size_px):
+    image = np.zeros((*size_px, 3), np.uint8)
+    image[: size_px[0] // 2] = 100
+    views = real_views(image, np.random.default_rng(0), patch_px=48, jpeg_quality=None)
+    for view in (views.weak, views.strong):
+        assert view.shape == (48, 48, 3) and view.dtype == np.uint8
+    assert (views.weak[:22] == 100).all() and (views.weak[26:] == 0).all()
+
+
+def test_the_weak_view_is_the_same_every_time_and_the_strong_one_is_not():
+    views = [
+        real_views(scene(), np.random.default_rng(seed), patch_px=48, jpeg_quality=60) for seed in range(4)
+    ]
+    assert all(np.array_equal(view.weak, views[0].weak) for view in views)
+    assert len({view.strong.tobytes() for view in views}) > 1
+    again = real_views(scene(), np.random.default_rng(0), patch_px=48, jpeg_quality=60)
+    assert same_bytes(again, views[0])
+
+
+def test_the_strong_view_starts_from_the_compressed_weak_view(monkeypatch):
+    monkeypatch.setattr(augment, "strong_view", lambda rng, rgb: rgb // 2)
+    plain = real_views(scene(), np.random.default_rng(0), patch_px=48, jpeg_quality=None)
+    compressed = real_views(scene(), np.random.default_rng(0), patch_px=48, jpeg_quality=40)
+    np.testing.assert_array_equal(compressed.weak, augment.jpeg_round_trip(plain.weak, 40))
+    np.testing.assert_array_equal(compressed.strong, compressed.weak // 2)
