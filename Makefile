@@ -14,3 +14,24 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
+
+# Renders a small dataset, trains on it (pretrain, colabator, control) and compares the models on its hidden truth.
+demo: $(STAMP)
+	$(BIN)/corun-ray demo demo
+	$(BIN)/corun-ray run jobs/quickstart.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Renews the lock (needs uv): complete, hashed, without hosts.
+lock:
+	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url --no-header \
+	    --no-annotate --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) demo runs

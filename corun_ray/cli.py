@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -74,9 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("folder", type=Path, metavar="DIR")
     demo.add_argument("--seed", type=int, default=0, help="other scenes for another seed (default 0)")
 
-    dehaze = command(
-        "dehaze", _dehaze, "dehaze a folder of images", "Writes PNG files of the same names and sizes."
-    )
+    dehaze = command("dehaze", _dehaze, "dehaze a folder of images", "Writes PNG files of the same names and sizes.")
     dehaze.add_argument("input", metavar="INPUT", help="folder or URI of images")
     dehaze.add_argument("output", metavar="OUTPUT", help="folder or URI to write to")
     dehaze.add_argument(
@@ -105,7 +104,7 @@ def _load(path: Path, overrides: Sequence[str]) -> list:
 
 def _check(args: argparse.Namespace) -> int:
     if args.keys:
-        from corun_ray.config import reference
+        from corun_ray.jobkeys import reference
 
         print(reference())
         return DONE
@@ -143,25 +142,34 @@ def _reporting(action: Callable[[], object]) -> int:
     from corun_ray.service.tracking import TrackingError
     from corun_ray.service.train import JobFailed
 
+    log = _divert_stderr()
     try:
         action()
     except (ClusterError, ManifestError, ModelSourceError, StorageError, TrackingError) as error:
         raise WrongRequest(error) from None
     except JobFailed as error:
-        print(error, file=sys.stderr)
+        print(f"{error}\nRay's own messages: {log}", file=sys.stderr)
         return FAILED
     return DONE
 
 
+def _divert_stderr() -> Path:
+    """Sends what Ray's C++ side writes to the terminal into a file; Python's own stderr stays where it was."""
+    log = Path(tempfile.gettempdir()) / f"corun-ray-{os.getpid()}.log"
+    terminal = os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = os.fdopen(terminal, "w", buffering=1)
+    return log
+
+
 def _demo(args: argparse.Namespace) -> int:
-    from corun_ray.core.demo.dataset import write_demo
+    from corun_ray.core.demo import write_demo
     from corun_ray.service.console import Console
 
     console = Console()
     try:
-        write_demo(
-            args.folder, args.seed, progress=lambda done, total: console.progress(done, total, "scene")
-        )
+        write_demo(args.folder, args.seed, progress=lambda done, total: console.progress(done, total, "scene"))
     except (OSError, ValueError) as error:
         raise WrongRequest(f"demo: {error}") from None
     console.say(f"  {args.folder}: clear, depth, hazy, hazy_truth")
@@ -179,12 +187,8 @@ def _dehaze(args: argparse.Namespace) -> int:
     def action() -> None:
         network = fetch_network(args.model, args.tracking)
         place = cluster.connect()
-        console.header(
-            "dehaze", {"input": args.input, "model": args.model, "output": args.output, "on": place}
-        )
-        result = dehaze(
-            args.input, args.output, network, lambda done, total: console.progress(done, total, "image")
-        )
+        console.header("dehaze", {"input": args.input, "model": args.model, "output": args.output, "on": place})
+        result = dehaze(args.input, args.output, network, lambda done, total: console.progress(done, total, "image"))
         for uri, reason in result.bad_files.items():
             console.say(f"  left out: {uri}: {reason}")
         console.footer(f"done: {result.written} images written", {})

@@ -1,24 +1,36 @@
 """The schema of a job file: every key with its type, unit, range and default.
 
 A job is one of the classes in `KINDS`, chosen by its `kind`; a class has the keys that its kind uses.
-`jobfile` reads YAML into these classes and puts every mistake into one plain line.
+`jobvalues` has the types of values, `jobkeys` lists the keys, `jobfile` reads YAML into these classes.
 """
 
-import json
 import warnings
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+
+from corun_ray.jobvalues import (
+    Batch,
+    Count,
+    Fraction,
+    FractionRange,
+    LearningRate,
+    MinLearningRate,
+    Mismatch,
+    Name,
+    OneOrMore,
+    OptionalText,
+    Positive,
+    PositiveRange,
+    RandomResize,
+    ScheduleSteps,
+    Section,
+    Steps,
+    Strict,
+    Text,
+    Whole,
+    some_once,
 )
-from pydantic.fields import FieldInfo
 
 # The names that `corun_ray.core.coherence` offers; kept here as well because that module needs torch.
 Clarity = Literal["fade"]
@@ -29,79 +41,6 @@ Metric = Literal["psnr", "ssim", "fade"]
 DepthKind = Literal["inverse", "metres"]
 Combine = Literal["addition", "multiplication"]
 Encoding = Literal["uint8", "float16", "float32"]
-
-COUNT = "count"  # marks a number of things: out of range it is "too few", where a size is "too small"
-LIMIT_WORDS = {
-    "ge": "at least",
-    "gt": "more than",
-    "le": "at most",
-    "lt": "less than",
-    "multiple_of": "multiple of",
-}
-
-
-class Mismatch(ValueError):
-    """Two sections that do not go together; `key` is the full path of the key to change."""
-
-    def __init__(self, key: str, text: str) -> None:
-        super().__init__(text)
-        self.key = key
-
-
-def _whole(value: Any) -> Any:
-    """Takes 5e3 for 5000, as people write step counts."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _low_first(pair: tuple[float, float]) -> tuple[float, float]:
-    if pair[0] > pair[1]:
-        raise ValueError(f"[{pair[0]}, {pair[1]}] is in the wrong order (low first)")
-    return pair
-
-
-def _some_once(items: tuple[str, ...]) -> tuple[str, ...]:
-    if not items:
-        raise ValueError("empty")
-    if len(set(items)) < len(items):
-        raise ValueError(f"[{', '.join(items)}] names one twice")
-    return items
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-Count = Annotated[Whole, COUNT]
-OneOrMore = Annotated[Count, Field(ge=1)]
-Text = Annotated[str, Field(min_length=1)]
-# Empty text counts as absent, so that `depth: ${DEPTH:-}` leaves the key out.
-OptionalText = Annotated[Text | None, BeforeValidator(lambda value: None if value == "" else value)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_low_first)]
-FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_low_first)]
-LearningRate = Annotated[float, Field(gt=0, le=1, description="learning rate at the first step")]
-MinLearningRate = Annotated[
-    float, Field(ge=0, description="learning rate at the schedule's end; lr: constant")
-]
-ScheduleSteps = Annotated[OneOrMore, Field(description="length of the cosine schedule, in steps")]
-Steps = Annotated[OneOrMore, Field(description="number of training steps")]
-Batch = Annotated[OneOrMore, Field(description="images of each kind, synthetic and real, in a worker's step")]
-RandomResize = Annotated[bool, Field(description="resize clear images by a random factor before the crop")]
-
-
-class Strict(BaseModel):
-    """Frozen; refuses unknown keys and values of another type; checks its defaults as well."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", validate_default=True, allow_inf_nan=False
-    )
-
-
-class Section(Strict):
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_below(cls, value: Any) -> Any:
-        """A section with no key below it is null in YAML: it means the defaults."""
-        return {} if value is None else value
 
 
 class Validation(Section):
@@ -211,10 +150,8 @@ with warnings.catch_warnings():
 class Evaluate(Section):
     hazy: Text = Field(description="a folder or URI of hazy images")
     clear: OptionalText = Field(None, description="a folder or URI of their clear truth, paired by stem")
-    models: dict[Name, Text] = Field(
-        {}, description="models by name; empty: the hazy input alone is measured"
-    )
-    metrics: Annotated[tuple[Metric, ...], AfterValidator(_some_once)] = Field(
+    models: dict[Name, Text] = Field({}, description="models by name; empty: the hazy input alone is measured")
+    metrics: Annotated[tuple[Metric, ...], AfterValidator(some_once)] = Field(
         default_factory=lambda earlier: get_args(Metric) if earlier["clear"] else ("fade",),
         description="psnr and ssim need clear; with it, all three are the default",
     )
@@ -289,81 +226,3 @@ class EvaluateJob(Job):
 
 
 KINDS: dict[str, type[Job]] = {"pretrain": PretrainJob, "colabator": ColabatorJob, "evaluate": EvaluateJob}
-
-
-# The order in which a job's keys are listed and written; sections that a kind does not use are left out.
-ORDER = (
-    *("kind", "name", "seed", "storage", "data", "haze", "network", "coherence", "pool"),
-    *("loss", "optim", "train", "evaluate", "cluster", "tracking"),
-)
-
-
-def keys(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Every key of a job or section by its full path; a section comes before its keys."""
-    found = {}
-    for name in sorted(model.model_fields, key=ORDER.index) if issubclass(model, Job) else model.model_fields:
-        field = model.model_fields[name]
-        found[prefix + name] = field
-        if section := section_of(field):
-            found |= keys(section, f"{prefix}{name}.")
-    return found
-
-
-def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section below a key, None for a key that holds a value."""
-    types = (field.annotation, *get_args(field.annotation))
-    return next((t for t in types if isinstance(t, type) and issubclass(t, Section)), None)
-
-
-def limits(field: FieldInfo) -> dict[str, float]:
-    """The range of a number, its keys those of `LIMIT_WORDS`."""
-    return {word: getattr(c, word) for word in LIMIT_WORDS for c in field.metadata if hasattr(c, word)}
-
-
-def reference() -> str:
-    """A plain-text list of every key with its default (by kind), type, range and meaning."""
-    by_kind = {kind: keys(job) for kind, job in KINDS.items()}
-    lines: list[str] = []
-    said = ""
-    for path, field in (keys(ColabatorJob) | keys(EvaluateJob) | keys(Job)).items():
-        users = [kind for kind in KINDS if path in by_kind[kind]]
-        only = f" ({', '.join(users)} only)" if len(users) < len(KINDS) else ""
-        if section_of(field) and "." not in path:
-            lines += ["", f"{path}: {field.description}{only}"]
-            said = only
-            continue
-        defaults = {kind: _default(path, by_kind[kind]) for kind in users}
-        same = len(set(defaults.values())) == 1
-        default = defaults[users[0]] if same else ", ".join(f"{d} in {kind}" for kind, d in defaults.items())
-        meaning = f"{field.description}{only if only != said else ''}"
-        lines += [f"  {path:<26} {default}", f"      {_type(field.annotation)}{_range(field)}; {meaning}"]
-    return "\n".join(lines) + "\n"
-
-
-def _default(path: str, fields: dict[str, FieldInfo]) -> str:
-    if fields[path].is_required():
-        return "required"
-    section = path.rpartition(".")[0]
-    siblings = {p.rpartition(".")[2]: f.default for p, f in fields.items() if p.rpartition(".")[0] == section}
-    value = fields[path].get_default(call_default_factory=True, validated_data=siblings)
-    return value if value and isinstance(value, str) else json.dumps(value)
-
-
-def _type(annotation: Any) -> str:
-    inner = get_args(annotation)
-    match get_origin(annotation):
-        case None:
-            words = {int: "whole number", float: "number", bool: "true or false", str: "text"}
-            return words.get(annotation, "mapping")
-        case origin if origin is Literal:
-            return " | ".join(inner)
-        case origin if origin is tuple:
-            return f"list of {_type(inner[0])}" if inner[1] is ... else "[low, high]"
-        case origin if origin is dict:
-            return "mapping"
-        case _:  # X | None
-            return _type(inner[0])
-
-
-def _range(field: FieldInfo) -> str:
-    return "".join(f", {LIMIT_WORDS[word]} {limit:.10g}" for word, limit in limits(field).items())

@@ -39,9 +39,7 @@ class Crop:
         return cv2.flip(patch, 1) if self.flip else patch
 
 
-def sample_crop(
-    rng: np.random.Generator, height_px: int, width_px: int, *, patch_px: int, random_resize: bool
-) -> Crop:
+def sample_crop(rng: np.random.Generator, height_px: int, width_px: int, *, patch_px: int, random_resize: bool) -> Crop:
     """Draws a crop of `patch_px` and a coin for the flip.
 
     With `random_resize` the image is first scaled so that its short side falls uniformly in [patch_px, its
@@ -124,9 +122,7 @@ def jpeg_round_trip(rgb: ImageU8, quality: int, *, top_px: int = 0, left_px: int
     """
     top_px, left_px = top_px % _JPEG_GRID_PX, left_px % _JPEG_GRID_PX
     padded = cv2.copyMakeBorder(rgb, top_px, 0, left_px, 0, cv2.BORDER_REPLICATE)
-    jpeg = cv2.imencode(".jpg", cv2.cvtColor(padded, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[
-        1
-    ]
+    jpeg = cv2.imencode(".jpg", cv2.cvtColor(padded, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     decoded = np.asarray(cv2.imdecode(jpeg, cv2.IMREAD_COLOR_RGB), np.uint8)
     return decoded[top_px:, left_px:]
 

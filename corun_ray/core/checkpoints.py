@@ -30,12 +30,8 @@ def load_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise CheckpointError(f"{path}: not a torch checkpoint of plain tensors ({reason})") from None
-    if not isinstance(content, dict) or not isinstance(
-        content.get("params_ema", content.get("params")), dict
-    ):
-        raise CheckpointError(
-            f"{path}: no `params_ema` in it; a CORUN checkpoint has `params` and `params_ema`"
-        )
+    if not isinstance(content, dict) or not isinstance(content.get("params_ema", content.get("params")), dict):
+        raise CheckpointError(f"{path}: no `params_ema` in it; a CORUN checkpoint has `params` and `params_ema`")
     return {name: content[name] for name in ("params", "params_ema") if name in content}
 
 
@@ -43,18 +39,14 @@ def build_network(state_dict: dict[str, Tensor], where: str) -> CORUN:
     """The network whose stages and width follow from the names and shapes of `state_dict`; raises `CheckpointError`."""
     embedding = state_dict.get("first.trans_net.embedding.weight")
     if embedding is None or embedding.ndim != 4:
-        raise CheckpointError(
-            f"{where}: its tensors are not those of CORUN (no first.trans_net.embedding.weight)"
-        )
+        raise CheckpointError(f"{where}: its tensors are not those of CORUN (no first.trans_net.embedding.weight)")
     middle = {int(name.split(".")[1]) for name in state_dict if name.startswith("basic.")}
     network = CORUN(stages=len(middle) + 2, width=embedding.shape[0])
     try:
         network.load_state_dict(state_dict)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{where}: does not fit a CORUN of {network.stages} stages ({reason})"
-        ) from None
+        raise CheckpointError(f"{where}: does not fit a CORUN of {network.stages} stages ({reason})") from None
     return network
 
 

@@ -78,9 +78,7 @@ class Coherence:
         batch, channels, height, width = images.shape
         side = self.block_px
         if height % side or width % side:
-            raise ValueError(
-                f"block scores: expected sides that are multiples of {side} px, got {height} x {width} px"
-            )
+            raise ValueError(f"block scores: expected sides that are multiples of {side} px, got {height} x {width} px")
         rows, columns = height // side, width // side
         grid = images.reshape(batch, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
         blocks = grid.reshape(batch * rows * columns, channels, side, side)

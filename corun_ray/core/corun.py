@@ -4,6 +4,7 @@ Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3.1. With the airli
 `P = J T + 1 - T`; every stage takes one proximal gradient step on the transmission T and one on the scene J.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -76,9 +77,7 @@ class Stage(nn.Module):
             )
         transmission = transmission_estimate if self.last else self.trans_net(transmission_estimate, scene)
         with torch.autocast(hazy.device.type, enabled=False):
-            scene_estimate = scene_step(
-                hazy, scene.float(), transmission_estimate, self.dehaze_prox.step_lambda
-            )
+            scene_estimate = scene_step(hazy, scene.float(), transmission_estimate, self.dehaze_prox.step_lambda)
         scene = self.dehaze_net(scene_estimate, transmission_estimate)
         return scene, scene_estimate, transmission, transmission_estimate
 
@@ -89,9 +88,7 @@ class CORUN(nn.Module):
     def __init__(self, stages: int = 4, width: int = 30) -> None:
         super().__init__()
         if stages < 2 or width < 2 or width % 2:
-            raise ValueError(
-                f"CORUN of {stages} stages, width {width}: at least 2 stages and an even width expected"
-            )
+            raise ValueError(f"CORUN of {stages} stages, width {width}: at least 2 stages and an even width expected")
         self.stages, self.width = stages, width
         self.first = Stage(width, last=False)
         if stages > 2:
@@ -110,6 +107,4 @@ class CORUN(nn.Module):
 
     def forward(self, hazy: Tensor) -> Restoration:
         """The last stage's restoration of `hazy` (B 3 H W, RGB in [0, 1], H and W multiples of 8)."""
-        for restoration in self.unfold(hazy):
-            pass
-        return restoration
+        return deque(self.unfold(hazy), maxlen=1)[0]

@@ -4,6 +4,9 @@ Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3.1. Module and par
 checkpoints in circulation.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,9 +45,7 @@ class SpectralAttention(nn.Module):
         batch, channels = query.shape[:2]
         # The inner products run over all pixels of the image: too long a sum for half precision.
         with torch.autocast(query.device.type, enabled=False):
-            query, key = (
-                x.float().reshape(batch, self.heads, channels // self.heads, -1) for x in (query, key)
-            )
+            query, key = (x.float().reshape(batch, self.heads, channels // self.heads, -1) for x in (query, key))
             norms = key.norm(dim=-1)[..., :, None] * query.norm(dim=-1)[..., None, :]
             cosine = torch.matmul(key, query.transpose(2, 3)) / norms.clamp_min(1e-24)
             attention = (self.rescale * cosine).softmax(-1)  # B heads d d
@@ -94,7 +95,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """B C H W → B C H W."""
-        for attention, feed_forward in self.blocks:
+        for attention, feed_forward in cast(Iterable[tuple[nn.Module, nn.Module]], self.blocks):
             x = x + attention(x)
             x = x + feed_forward(x)
         return x
@@ -138,11 +139,11 @@ class CPMM(nn.Module):
         """Estimate B c H W and partner B (4 - c) H W → refined estimate B c H W; H and W multiples of 8."""
         features = self.embedding(torch.cat([estimate, partner], 1))
         skips = []
-        for block, down in self.encoder_layers:
+        for block, down in cast(Iterable[tuple[Block, Resample]], self.encoder_layers):
             features = block(features)
             skips.append(features)
             features = down(features)
         features = self.bottleneck(features)
-        for up, fuse, block in self.decoder_layers:
+        for up, fuse, block in cast(Iterable[tuple[Resample, nn.Conv2d, Block]], self.decoder_layers):
             features = block(fuse(torch.cat([up(features), skips.pop()], 1)))
         return estimate + self.mapping(features)

@@ -31,7 +31,5 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
     cov = blur(x * y) - mean_x * mean_y
     c1, c2 = 0.01**2, 0.03**2
-    score = (
-        (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
-    )
+    score = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
     return score.mean(1).float()

@@ -20,9 +20,7 @@ def restore(network: nn.Module, hazy: Tensor) -> Restoration:
     """
     height, width = hazy.shape[-2:]
     if min(height, width) < MIN_SIDE_PX:
-        raise ValueError(
-            f"an image of {width} x {height} px is too small to restore (at least {MIN_SIDE_PX} px)"
-        )
+        raise ValueError(f"an image of {width} x {height} px is too small to restore (at least {MIN_SIDE_PX} px)")
     padded = F.pad(hazy, (0, -width % PAD_MULTIPLE_PX, 0, -height % PAD_MULTIPLE_PX), mode="reflect")
     scene, transmission = network(padded)
     scene, transmission = scene[..., :height, :width].float(), transmission[..., :height, :width].float()

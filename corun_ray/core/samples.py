@@ -66,9 +66,7 @@ def synthetic_sample(
     return SyntheticPair(crop.finish(hazy, patch_px), crop.finish(truth, patch_px), jpeg_quality)
 
 
-def real_views(
-    hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, jpeg_quality: int | None
-) -> RealViews:
+def real_views(hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, jpeg_quality: int | None) -> RealViews:
     """Resizes a real hazy image `H W 3`, both sides to `patch_px`, and derives the strong from the weak view.
 
     It is neither cropped nor flipped, so that its label is aligned whenever it comes round. `jpeg_quality` is
@@ -86,7 +84,6 @@ def _fit_depth(depth: NDArray[np.float32], height_px: int, width_px: int) -> NDA
     aspect_error = depth.shape[1] * height_px / (depth.shape[0] * width_px) - 1
     if abs(aspect_error) > _MAX_ASPECT_ERROR:
         raise BadImage(
-            f"depth map of {depth.shape[1]} x {depth.shape[0]} px does not fit"
-            f" its image of {width_px} x {height_px} px"
+            f"depth map of {depth.shape[1]} x {depth.shape[0]} px does not fit its image of {width_px} x {height_px} px"
         )
     return augment.resize(depth, height_px, width_px)

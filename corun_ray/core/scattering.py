@@ -68,9 +68,7 @@ def transmission(inverse_depth: NDArray[np.float32], beta: float) -> NDArray[np.
     return np.exp(2 * beta * (inverse_depth - 1))
 
 
-def add_haze(
-    scene: NDArray[np.float32], transmission: NDArray[np.float32], haze: Haze
-) -> NDArray[np.float32]:
+def add_haze(scene: NDArray[np.float32], transmission: NDArray[np.float32], haze: Haze) -> NDArray[np.float32]:
     """`scene · T + A · (1 − T)`, `H W 3` in [0, 1]; scene `H W 3` in [0, 1], transmission `H W` in (0, 1]."""
     hazy = np.empty_like(scene)
     # Channel by channel is five times faster than broadcasting over a last axis of three.

@@ -57,9 +57,7 @@ class TrainState:
             "num_images_seen": self.num_images_seen,
         }
 
-    def restore(
-        self, params: dict[str, Tensor], params_ema: dict[str, Tensor], record: dict[str, Any]
-    ) -> None:
+    def restore(self, params: dict[str, Tensor], params_ema: dict[str, Tensor], record: dict[str, Any]) -> None:
         """The inverse of saving: see `checkpoints`."""
         self.student.load_state_dict(params)
         self.teacher.load_state_dict(params_ema)

@@ -103,7 +103,7 @@ class Colabator:
         fresh = self._make_labels(winners, real.keys, scores, scene, transmission, step) if winners else {}
         if fresh:
             self.pool.offer(list(fresh.values()))
-        chosen = [fresh[i] if i in fresh else old for i, old in enumerate(stored)]
+        chosen = [fresh.get(i, old) for i, old in enumerate(stored)]
         return self._as_tensors([label for label in chosen if label is not None], scene, wins)
 
     def _make_labels(

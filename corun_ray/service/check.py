@@ -64,9 +64,7 @@ def _models(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
         elif locate(source).exists():
             yield f"model     {source}"
         else:
-            raise _Mistake(
-                f"{key}: nothing at {source} (expected a checkpoint folder, a .pth or an MLflow URI)"
-            )
+            raise _Mistake(f"{key}: nothing at {source} (expected a checkpoint folder, a .pth or an MLflow URI)")
 
 
 def _storage(job: Job, earlier: Sequence[Job]) -> Iterator[str]:

@@ -44,16 +44,15 @@ def _cpus_needed(cluster: Cluster) -> float:
 
 def _start_or_join(min_cpus: float) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if "RAY_ADDRESS" in os.environ:
         environment = {} if IN_RAY_JOB in os.environ else {"py_modules": [str(PACKAGE)]}
         try:
             ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, **quiet)
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
-            raise ClusterError(
-                f"RAY_ADDRESS: no Ray cluster at {os.environ['RAY_ADDRESS']} ({reason})"
-            ) from None
+            raise ClusterError(f"RAY_ADDRESS: no Ray cluster at {os.environ['RAY_ADDRESS']} ({reason})") from None
     else:
         num_cpus = max(os.cpu_count() or 1, math.ceil(min_cpus))
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)

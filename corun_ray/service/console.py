@@ -36,9 +36,7 @@ class Rate:
     def update(self, done: int) -> float | None:
         """The rate now that `done` items are done; None before there is one."""
         now = time.monotonic()
-        self._marks = [(at, n) for at, n in self._marks if now - at < RATE_SPAN_S and n <= done] + [
-            (now, done)
-        ]
+        self._marks = [(at, n) for at, n in self._marks if now - at < RATE_SPAN_S and n <= done] + [(now, done)]
         first_at, first = self._marks[0]
         return (done - first) / (now - first_at) if done > first else None
 

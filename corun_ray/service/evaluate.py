@@ -48,9 +48,7 @@ class Evaluation:
         """Model → metric → mean over the images."""
         first = self.images[0].values
         return {
-            model: {
-                name: float(np.mean([image.values[model][name] for image in self.images])) for name in metrics
-            }
+            model: {name: float(np.mean([image.values[model][name] for image in self.images])) for name in metrics}
             for model, metrics in first.items()
         }
 
@@ -89,9 +87,7 @@ class MeasureFiles(Restorers):
             if self.section.clear is not None:
                 truth = to_tensor(load_image(self.section.clear, truth_key)).to(self.device)
             scenes = [hazy, *(restore(network, hazy).scene for network in self.networks.values())]
-            return np.array(
-                [[self._metric(name, scene, truth) for name in self.section.metrics] for scene in scenes]
-            )
+            return np.array([[self._metric(name, scene, truth) for name in self.section.metrics] for scene in scenes])
         except (BadImage, StorageError, ValueError) as error:
             return str(error)
 
@@ -102,9 +98,7 @@ class MeasureFiles(Restorers):
         if name == "fade" or truth is None:
             return fade(scene).item()
         if truth.shape != scene.shape:
-            raise ValueError(
-                f"its truth is of another size ({tuple(truth.shape[2:])}, not {tuple(scene.shape[2:])})"
-            )
+            raise ValueError(f"its truth is of another size ({tuple(truth.shape[2:])}, not {tuple(scene.shape[2:])})")
         return {"psnr": psnr, "ssim": ssim}[name](scene, truth).item()
 
 
@@ -142,9 +136,7 @@ def evaluate(
     )
 
 
-def _contact_sheet(
-    section: Evaluate, networks: dict[str, CORUN], pairs: list[tuple[str, str | None]]
-) -> bytes:
+def _contact_sheet(section: Evaluate, networks: dict[str, CORUN], pairs: list[tuple[str, str | None]]) -> bytes:
     rows = []
     for key, truth_key in pairs[:: max(1, len(pairs) // SHEET_ROWS)][:SHEET_ROWS]:
         hazy = load_image(section.hazy, key)

@@ -1,8 +1,8 @@
 """Running the jobs of a file, one after the other."""
 
-import functools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from corun_ray.config import EvaluateJob, Job, TrainingJob
 from corun_ray.jobfile import dump_job
@@ -36,8 +36,10 @@ def with_absolute_paths(job: Job) -> Job:
     tree = job.model_dump()
     for path in FOLDERS:
         *sections, key = path.split(".")
-        section = functools.reduce(lambda branch, name: (branch or {}).get(name), sections, tree)
-        if section and section.get(key):
+        section: dict[str, Any] = tree
+        for name in sections:
+            section = section.get(name) or {}
+        if section.get(key):
             section[key] = locate(section[key]).uri
     return type(job).model_validate(tree)
 
@@ -45,15 +47,12 @@ def with_absolute_paths(job: Job) -> Job:
 def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     """Measures the job's models; leaves a table and a contact sheet. Raises the errors of `evaluate`."""
     started = time.monotonic()
-    networks = {
-        name: fetch_network(source, tracking_uri(job)) for name, source in job.evaluate.models.items()
-    }
+    networks = {name: fetch_network(source, tracking_uri(job)) for name, source in job.evaluate.models.items()}
     place = cluster.connect(job.cluster)
     run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run, tracker = locate(job.storage).child(run_id), Tracker(job, run_id)
     facts = {
-        "images": job.evaluate.hazy
-        + (f" against {job.evaluate.clear}" if job.evaluate.clear else ", without a truth"),
+        "images": job.evaluate.hazy + (f" against {job.evaluate.clear}" if job.evaluate.clear else ", without a truth"),
         "models": ", ".join(f"{name} ({source})" for name, source in job.evaluate.models.items()) or "none",
         "on": place,
         "run": run.uri,

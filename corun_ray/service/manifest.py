@@ -90,9 +90,7 @@ def build_manifest(job: TrainingJob) -> Manifest:
     maps = with_suffix(locate(job.data.depth).files(), DEPTH_SUFFIXES)
     pairs, unpaired, unused = pair_by_stem(clear, maps, "depth map")
     if not pairs:
-        raise ManifestError(
-            f"data.depth: none of the {len(maps)} depth maps below {job.data.depth} matches an image"
-        )
+        raise ManifestError(f"data.depth: none of the {len(maps)} depth maps below {job.data.depth} matches an image")
     set_aside = {posixpath.join(job.data.clear, name): reason for name, reason in unpaired.items()}
     set_aside |= {posixpath.join(job.data.depth, name): reason for name, reason in unused.items()}
     return Manifest(tuple(pairs), tuple(pairs.values()), tuple(hazy), set_aside)
@@ -108,10 +106,6 @@ def held_out(hazy_root: str, clear_root: str | None, section: str) -> list[tuple
         return [(key, None) for key in hazy]
     pairs, unpaired, _ = pair_by_stem(hazy, images_below(clear_root, f"{section}.clear"), "clear image")
     if unpaired:
-        named = "; ".join(
-            f"{posixpath.join(hazy_root, key)}: {reason}" for key, reason in list(unpaired.items())[:3]
-        )
-        raise ManifestError(
-            f"{section}.clear: {len(unpaired)} of {len(hazy)} hazy images have no truth ({named})"
-        )
+        named = "; ".join(f"{posixpath.join(hazy_root, key)}: {reason}" for key, reason in list(unpaired.items())[:3])
+        raise ManifestError(f"{section}.clear: {len(unpaired)} of {len(hazy)} hazy images have no truth ({named})")
     return list(pairs.items())

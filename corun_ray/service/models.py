@@ -24,9 +24,7 @@ def fetch_network(source: str, tracking_uri: str) -> CORUN:
             else:
                 location = locate(source)
                 if not location.exists():
-                    raise ModelSourceError(
-                        f"{source}: nothing there (expected a checkpoint folder or a .pth)"
-                    )
+                    raise ModelSourceError(f"{source}: nothing there (expected a checkpoint folder or a .pth)")
                 path = Path(location.path) if location.is_local else location.download(Path(folder))
             return load_network(path)
         except (TrackingError, StorageError, CheckpointError) as error:

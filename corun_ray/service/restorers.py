@@ -4,6 +4,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.data import ActorPoolStrategy
 
 from corun_ray.core.corun import CORUN
 
@@ -33,6 +34,6 @@ def actor_slots() -> dict[str, Any]:
     """How many restoring actors the cluster has room for, as arguments of `Dataset.map_batches`."""
     resources = ray.cluster_resources()
     if gpus := int(resources.get("GPU", 0)):
-        return {"concurrency": gpus, "num_gpus": 1}
+        return {"compute": ActorPoolStrategy(size=gpus), "num_gpus": 1}
     # One CPU stays free for reading.
-    return {"concurrency": max(1, int(resources.get("CPU", 2)) - 1), "num_cpus": 1}
+    return {"compute": ActorPoolStrategy(size=max(1, int(resources.get("CPU", 2)) - 1)), "num_cpus": 1}

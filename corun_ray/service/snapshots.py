@@ -47,9 +47,7 @@ def read(source: Location) -> Iterator[Label]:
             for row in batch.to_pylist():
                 yield _label(row)
     except (pa.ArrowException, KeyError, ValueError) as error:
-        raise StorageError(
-            f"{source.uri} is not a label pool's snapshot: {str(error).splitlines()[0]}"
-        ) from None
+        raise StorageError(f"{source.uri} is not a label pool's snapshot: {str(error).splitlines()[0]}") from None
 
 
 def _row(label: Label) -> dict:

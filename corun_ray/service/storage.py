@@ -34,9 +34,7 @@ class Location:
 
     def child(self, relative: str) -> "Location":
         """A place below this one."""
-        return Location(
-            posixpath.join(self.uri, relative), self.filesystem, posixpath.join(self.path, relative)
-        )
+        return Location(posixpath.join(self.uri, relative), self.filesystem, posixpath.join(self.path, relative))
 
     def files(self) -> list[str]:
         """Paths of all files below, relative to here, sorted; raises `StorageError` where there is no such folder."""
@@ -76,10 +74,7 @@ class Location:
     def download(self, folder: Path) -> Path:
         """Copies the file or folder into `folder`, under its own name, and returns where it is."""
         target = folder / posixpath.basename(self.path)
-        if (
-            self._attempt("look at", lambda: self.filesystem.get_file_info(self.path)).type
-            == fs.FileType.Directory
-        ):
+        if self._attempt("look at", lambda: self.filesystem.get_file_info(self.path)).type == fs.FileType.Directory:
             target.mkdir(parents=True)
         here = fs.LocalFileSystem()
         self._attempt("read", lambda: fs.copy_files(self.path, str(target), self.filesystem, here))

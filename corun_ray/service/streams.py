@@ -75,9 +75,7 @@ class SampleMaker:
             row |= {"weak": views.weak, "strong": views.strong, "key": key}
         return row
 
-    def _first_usable(
-        self, kind: int, index: int, length: int, make: Callable[[int, np.random.Generator], T]
-    ) -> T:
+    def _first_usable(self, kind: int, index: int, length: int, make: Callable[[int, np.random.Generator], T]) -> T:
         """The sample's own image or, where that is unusable, the next of its epoch's order."""
         for attempt in range(length):
             image = image_of_sample(self.job.seed, kind, index, length, attempt)
@@ -85,9 +83,7 @@ class SampleMaker:
                 return make(image, np.random.default_rng([self.job.seed, kind, index, attempt]))
             except _Unusable as error:
                 self.report_bad({error.uri: error.reason})
-        raise TooManyBadFiles(
-            f"not one of the {length} {'clear' if kind == CLEAR else 'hazy'} images can be used"
-        )
+        raise TooManyBadFiles(f"not one of the {length} {'clear' if kind == CLEAR else 'hazy'} images can be used")
 
     def _synthetic(self, image: int, rng: np.random.Generator) -> samples.SyntheticPair:
         data, haze = self.job.data, self.job.haze
@@ -113,9 +109,7 @@ class SampleMaker:
                 random_resize=data.random_resize,
             )
 
-    def _real(
-        self, image: int, rng: np.random.Generator, jpeg_quality: int | None
-    ) -> tuple[str, samples.RealViews]:
+    def _real(self, image: int, rng: np.random.Generator, jpeg_quality: int | None) -> tuple[str, samples.RealViews]:
         assert isinstance(self.job, ColabatorJob)
         key = self.manifest.hazy[image]
         hazy = _decoded(self.job.data.hazy, key, decode_image)
@@ -161,9 +155,7 @@ def _make_samples(batch: Batch, job: TrainingJob, manifest: Any, board: Any, fir
     return SampleMaker(job, _fetched(manifest), board.report_bad.remote)({"id": batch["id"] + first_sample})
 
 
-def sample_dataset(
-    job: TrainingJob, manifest: Any, board: Any, first_sample: int, num_workers: int
-) -> Dataset:
+def sample_dataset(job: TrainingJob, manifest: Any, board: Any, first_sample: int, num_workers: int) -> Dataset:
     """Samples `first_sample …` to the run's end, one block a worker and step, in order."""
     batch = job.train.batch_per_worker
     total = job.train.steps * batch * num_workers
@@ -171,7 +163,7 @@ def sample_dataset(
     indices = ray.data.range(total - first_sample, override_num_blocks=reads)
     blocks = indices.repartition(target_num_rows_per_block=batch, strict=True)
     return blocks.map_batches(
-        _make_samples,
+        _make_samples,  # type: ignore[arg-type]  # the stubs know no keyword arguments
         batch_size=batch,
         fn_kwargs={"job": job, "manifest": manifest, "board": board, "first_sample": first_sample},
     )
@@ -194,17 +186,11 @@ def split_stream(
     return dataset.streaming_split(num_workers, equal=True)
 
 
-def batches(
-    shard: DataIterator, batch_size: int, first_sample: int, rank: int, num_workers: int
-) -> Iterator[Batch]:
+def batches(shard: DataIterator, batch_size: int, first_sample: int, rank: int, num_workers: int) -> Iterator[Batch]:
     """The batches of one rank; raises RuntimeError should the stream ever come out of order."""
     expected = first_sample + rank * batch_size
-    for batch in shard.iter_batches(
-        batch_size=batch_size, batch_format="numpy", prefetch_batches=2, drop_last=True
-    ):
+    for batch in shard.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2, drop_last=True):
         if batch["index"].tolist() != list(range(expected, expected + batch_size)):
-            raise RuntimeError(
-                f"rank {rank} was given samples {batch['index'].tolist()}, expected {expected} …"
-            )
+            raise RuntimeError(f"rank {rank} was given samples {batch['index'].tolist()}, expected {expected} …")
         expected += batch_size * num_workers
         yield batch

@@ -69,9 +69,7 @@ class Tracker:
             params = flatten(job.model_dump(mode="json"))
             self._mlflow.log_params({key: str(value)[:500] for key, value in params.items()})
         except Exception as error:
-            raise TrackingError(
-                f"tracking.uri: {self.uri} does not answer as MLflow: {_first_line(error)}"
-            ) from None
+            raise TrackingError(f"tracking.uri: {self.uri} does not answer as MLflow: {_first_line(error)}") from None
 
     def _select_experiment(self, job: Job) -> None:
         name = job.tracking.experiment

@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.jobfile import dump_job
@@ -101,9 +101,7 @@ def _uri_hint(job: TrainingJob) -> str:
     return f" --tracking {tracking_uri(job)}"
 
 
-def _header(
-    job: TrainingJob, manifest: Manifest, place: str, run: Location, tracker: Tracker
-) -> dict[str, str]:
+def _header(job: TrainingJob, manifest: Manifest, place: str, run: Location, tracker: Tracker) -> dict[str, str]:
     depth = "procedural depth" if manifest.depth is None else "depth maps"
     data = f"{len(manifest.clear)} clear with {depth}"
     if manifest.hazy:
@@ -112,13 +110,14 @@ def _header(
         data += f", {len(manifest.set_aside)} set aside"
     size = job.cluster
     device = f"{size.gpus_per_worker:g} GPU" if size.gpus_per_worker else f"{size.cpus_per_worker:g} CPU"
+    steps = f"{job.train.steps} steps of {job.train.batch_per_worker} x {size.workers} images"
     network = f"{job.network.stages} stages, width {job.network.width}"
     if job.network.init:
         network += f", from {job.network.init}"
     return {
         "data": data,
         "network": network,
-        "training": f"{job.train.steps} steps of {job.train.batch_per_worker} x {size.workers} at {job.data.patch_px} px",
+        "training": f"{steps} at {job.data.patch_px} px",
         "workers": f"{size.workers} x {device} on {place}",
         "run": run.uri,
         "mlflow": f"{tracker.uri} (experiment {job.tracking.experiment})",
@@ -162,9 +161,7 @@ def _refuse_too_many(job: TrainingJob, manifest: Manifest, bad_files: dict[str, 
     )
 
 
-def _list_bad_files(
-    job: TrainingJob, manifest: Manifest, board: Any, tracker: Tracker, run: Location
-) -> None:
+def _list_bad_files(job: TrainingJob, manifest: Manifest, board: Any, tracker: Tracker, run: Location) -> None:
     """Keeps the list of unusable files with the run; fails the job where it is too long."""
     bad_files: dict[str, str] = ray.get(board.all_bad_files.remote())
     if bad_files:
@@ -192,9 +189,7 @@ def root_cause(traceback: str) -> str:
 class Follower:
     """A thread of the driver that carries the board's news to the console, MLflow and the run's folder."""
 
-    def __init__(
-        self, job: TrainingJob, board: Any, tracker: Tracker, console: Console, run: Location
-    ) -> None:
+    def __init__(self, job: TrainingJob, board: Any, tracker: Tracker, console: Console, run: Location) -> None:
         self._job, self._board, self._tracker, self._console, self._run = job, board, tracker, console, run
         self._latest: dict[str, float] = {}
         self._num_attempts = 0
@@ -217,9 +212,7 @@ class Follower:
         """What was last heard, for the footer."""
         facts = {}
         if "pool/labels" in self._latest:
-            labels, offers, wins = (
-                int(self._latest[f"pool/{name}"]) for name in ("labels", "offers", "wins")
-            )
+            labels, offers, wins = (int(self._latest[f"pool/{name}"]) for name in ("labels", "offers", "wins"))
             facts["pool"] = f"{labels} labels; {wins} of {offers} offers taken"
         if self._num_attempts > 1:
             facts["restarts"] = str(self._num_attempts - 1)
@@ -265,9 +258,7 @@ class Follower:
             details.append(f"val {self._latest['val/psnr']:.2f} dB")
         if "pool/labels" in self._latest:
             won = self._latest["pool/wins"] / max(1.0, self._latest["pool/offers"])
-            details.append(
-                f"pool {self._latest['pool/labels']:.0f}, {100 * self._latest['pool/win_rate']:.0f}% new"
-            )
+            details.append(f"pool {self._latest['pool/labels']:.0f}, {100 * self._latest['pool/win_rate']:.0f}% new")
             details.append(f"taken {100 * won:.0f}%")
         if news.num_bad_files:
             details.append(f"{news.num_bad_files} bad files")

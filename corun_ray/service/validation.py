@@ -30,9 +30,7 @@ def load_image(root: str, key: str) -> ImageU8:
 class Validator:
     """Measures and pictures a network; the held-out images are dealt out to the workers."""
 
-    def __init__(
-        self, job: TrainingJob, manifest: Manifest, rank: int, num_workers: int, device: torch.device
-    ) -> None:
+    def __init__(self, job: TrainingJob, manifest: Manifest, rank: int, num_workers: int, device: torch.device) -> None:
         self.job, self.manifest, self.device = job, manifest, device
         self.num_workers = num_workers
         self.pairs: list[tuple[str, str | None]] = []
@@ -59,9 +57,7 @@ class Validator:
         if self.num_workers > 1:
             dist.all_reduce(sums)
         means = (sums[:3] / sums[3]).tolist()
-        return dict(
-            zip(("val/fade", "val/psnr", "val/ssim") if has_truth else ("val/fade",), means, strict=False)
-        )
+        return dict(zip(("val/fade", "val/psnr", "val/ssim") if has_truth else ("val/fade",), means, strict=False))
 
     def picture(self, network: nn.Module, colabator: Colabator | None) -> bytes:
         """A PNG grid: real haze with its labels for Colabator, else held-out images, else training samples."""
@@ -79,9 +75,7 @@ class Validator:
         rows = []
         for key, label in zip(keys, colabator.pool.prefetch(keys).result(), strict=True):
             image = self._image(self.job.data.hazy, key)
-            weak = real_views(
-                image, np.random.default_rng(0), patch_px=self.job.data.patch_px, jpeg_quality=None
-            ).weak
+            weak = real_views(image, np.random.default_rng(0), patch_px=self.job.data.patch_px, jpeg_quality=None).weak
             row = self._restored(network, weak)
             row["label"] = None if label is None else to_image(torch.from_numpy(decode(label.scene))[None])
             row["trust map"] = None if label is None else self._trust(colabator, label)
@@ -89,9 +83,7 @@ class Validator:
         return rows
 
     def _trust(self, colabator: Colabator, label: Label) -> ImageU8:
-        clarity, quality = (
-            torch.from_numpy(x.copy())[None] for x in (label.block_clarity, label.block_quality)
-        )
+        clarity, quality = (torch.from_numpy(x.copy())[None] for x in (label.block_clarity, label.block_quality))
         trust = colabator.coherence.trust_map(BlockScores(clarity, quality), *label.scene.shape[-2:])
         return colour_map(trust[0, 0].numpy())
 

@@ -102,9 +102,7 @@ class Worker:
         synthetic = SyntheticBatch(self._to_device(batch["hazy"]), self._to_device(batch["clear"]))
         if self.colabator is None:
             return pretraining_step(self.student, synthetic)
-        real = RealBatch(
-            self._to_device(batch["weak"]), self._to_device(batch["strong"]), batch["key"].tolist()
-        )
+        real = RealBatch(self._to_device(batch["weak"]), self._to_device(batch["strong"]), batch["key"].tolist())
         return self.colabator.step(self.student, synthetic, real, self.state.step)
 
     def _to_device(self, images: np.ndarray) -> Tensor:
@@ -129,7 +127,9 @@ class Worker:
             return checkpoints.load_run(Path(folder), self.state)["pool_snapshot"]
 
     def _prepared_student(self) -> nn.Module:
-        student = torch.compile(self.state.student) if self.job.optim.compile else self.state.student
+        student: nn.Module = self.state.student
+        if self.job.optim.compile:
+            student = torch.compile(student)  # type: ignore[assignment]
         if self.num_workers == 1:
             return student
         devices = [self.device.index] if self.device.type == "cuda" else None
@@ -171,9 +171,7 @@ class Worker:
         metrics = self.meter.reduce()
         if self.rank == 0:
             if self.colabator is not None:
-                metrics |= {
-                    f"pool/{name}": n for name, n in ray.get(self.plan.pool.counters.remote()).items()
-                }
+                metrics |= {f"pool/{name}": n for name, n in ray.get(self.plan.pool.counters.remote()).items()}
             num_bad = ray.get(self.plan.board.num_bad_files.remote())
             metrics["data/bad_files"] = num_bad
             self.plan.board.post_metrics.remote(self.state.step, metrics)

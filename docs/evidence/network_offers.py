@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from restorations import paired_scene, quantise, read, synthetic_scene
-from weight_free_scorers import match_pairs
+from rating import to_tensor
+from restorations import match_pairs, paired_scene, quantise, read, synthetic_scene
 
 from corun_ray.core.corun import CORUN
 
@@ -21,7 +21,9 @@ RECORD_EVERY = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clear", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, nargs=2, metavar=("HAZY", "CLEAR"))
     parser.add_argument("--steps", type=int, default=400)
@@ -43,26 +45,25 @@ def main() -> None:
             for scene, restored in zip(shown, offers, strict=True):
                 restored.append(restore(network, scene.hazy))
             print(f"step {step}", flush=True)
-        batch = [synthetic_scene(photographs[index], 64, rng) for index in rng.integers(len(photographs), size=2)]
-        hazy, truth = (to_tensor(np.stack(images)) for images in zip(*((s.hazy, s.truth) for s in batch), strict=True))
-        scene, transmission = network(hazy)
-        loss = (scene - truth).abs().mean() + 0.01 * (truth * transmission + 1 - transmission - hazy).abs().mean()
+        batch = [
+            synthetic_scene(photographs[index], 64, rng) for index in rng.integers(len(photographs), size=2)
+        ]
+        inputs = to_tensor(np.stack([scene.hazy for scene in batch]))
+        truth = to_tensor(np.stack([scene.truth for scene in batch]))
+        estimate, transmission = network(inputs)
+        rehazed = truth * transmission + 1 - transmission
+        loss = (estimate - truth).abs().mean() + 0.01 * (rehazed - inputs).abs().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    arrays = {}
-    for index, (scene, restored) in enumerate(zip(shown, offers, strict=True)):
-        arrays[f"truth_{index}"], arrays[f"offers_{index}"] = scene.truth, np.stack(restored)
-    np.savez_compressed(arguments.output, **arrays)
+    arrays = {f"truth_{index}": scene.truth for index, scene in enumerate(shown)}
+    arrays |= {f"offers_{index}": np.stack(restored) for index, restored in enumerate(offers)}
+    np.savez_compressed(arguments.output, allow_pickle=False, **arrays)
 
 
 @torch.no_grad()
 def restore(network: CORUN, hazy: np.ndarray) -> np.ndarray:
     return quantise(network(to_tensor(hazy[None])).scene[0].permute(1, 2, 0).numpy())
-
-
-def to_tensor(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def spread(images: Tensor) -> Tensor:
 
 
 def gradient(images: Tensor) -> Tensor:
-    return sum(grey(images).diff(dim=dim).abs().mean((1, 2, 3)) for dim in (-1, -2))
+    luma = grey(images)
+    return luma.diff(dim=-1).abs().mean((1, 2, 3)) + luma.diff(dim=-2).abs().mean((1, 2, 3))
 
 
 def colourfulness(images: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def little_noise(images: Tensor) -> Tensor:
 
 
 def natural_mscn(images: Tensor) -> Tensor:
-    """How near the variance of mean-subtracted, contrast-normalised grey (7 px) is to 0.35, a natural value."""
+    """How near the variance of mean-subtracted, contrast-normalised grey is to 0.35, a natural value."""
     pixels = F.pad(grey(images) * 255, (3, 3, 3, 3), mode="replicate")
     mean = F.avg_pool2d(pixels, 7, 1)
     deviation = (F.avg_pool2d(pixels**2, 7, 1) - mean**2).clamp_min(0).sqrt()

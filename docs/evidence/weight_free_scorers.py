@@ -8,18 +8,16 @@ hazy/clear pairs of the same stems; `--offers` adds what `network_offers.py` rec
 
 import argparse
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from restorations import SIZES_PX, Image, restorations, scenes
+from rating import Case, Pair, rate, trust_agreement
+from restorations import SIZES_PX, match_pairs, restorations, scenes
 from tried_scorers import SCORERS
 
-from corun_ray.core.coherence import CLARITY, QUALITY, Coherence
-
-PAIRS = (
+PAIRS: tuple[Pair, ...] = (
     ("contrast", "clean"),
     ("contrast", "unclipped"),
     ("bare_contrast", "clean"),
@@ -32,17 +30,24 @@ PAIRS = (
     ("fog_free", "clean"),
     ("dark_channel", "clean"),
     ("dark_channel", "entropy"),
-    ("saturation", "unclipped"),
     ("saturation", "little_noise"),
     ("any_offer", "any_offer"),
 )
-OFFERS = 30
-SEQUENCES = 20
-PLAUSIBLE = ("hazy", "inverted^0.3", "inverted^0.6", "inverted^0.8", "inverted^1.2", "constant 0.7")
+SHOWN = (PAIRS[0], ("fade", "clean"))
+SPOILT = "network 0.8 + "
+NUM_OFFERS, NUM_SEQUENCES = 30, 200
+PLAUSIBLE = (
+    "hazy",
+    "inverted^0",
+    "inverted^1.2",
+    "constant 0.7",
+    "closed",
+    "network",
+    "dark channel prior 0.4",
+)
 TOO_MUCH = ("inverted^1.5", "inverted^2.0", "constant 0.5", "dark channel prior 0.95")
 PROGRESS = (
     ("hazy", "network 0.4"),
-    ("network 0.2", "network 0.6"),
     ("network 0.4", "network 0.8"),
     ("inverted^0.6", "inverted^1.0"),
     ("inverted^2.0", "network 0.8"),
@@ -51,29 +56,24 @@ PROGRESS = (
     ("network 0.8 + stretching x2", "network 0.8"),
     ("network 0.8 + darkening x2", "network 0.8"),
 )
-Scores = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
-class Case:
-    """The restorations of one scene: PSNR in dB and every score, `N` each. `names` is empty for a network's."""
+class Trial:
+    """Sequences of offers, rows of indices into each case's restorations."""
 
-    size_px: int
-    names: list[str]
-    psnr: NDArray[np.float64]
-    scores: Scores
-
-    def accepted(self, pair: tuple[str, str]) -> NDArray[np.bool_]:
-        """`N N`: would the pool, holding row's restoration, take column's?"""
-        clarity, quality = (self.scores[name] for name in pair)
-        return (clarity[None] >= clarity[:, None]) & (quality[None] >= quality[:, None])
+    offers: str
+    cases: list[Case]
+    sequences: NDArray[np.int64]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clear", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, nargs=2, metavar=("HAZY", "CLEAR"))
-    parser.add_argument("--photographs", type=int, default=24)
+    parser.add_argument("--photographs", type=int, default=16)
     parser.add_argument("--offers", type=Path)
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
@@ -84,21 +84,14 @@ def main() -> None:
     cases, trust = [], []
     for scene in scenes(chosen, match_pairs(arguments.pairs), rng):
         found = restorations(scene, rng)
-        cases.append(rate(list(found), np.stack(list(found.values())), scene.truth))
-        trust.append(trust_agreement(found, scene.truth))
+        images = np.stack(list(found.values()))
+        cases.append(rate(list(found), images, scene.truth))
+        trust.append((scene.size_px, trust_agreement(images[indices(cases[0], PLAUSIBLE)], scene.truth)))
     network = load_offers(arguments.offers) if arguments.offers else []
     print_ranks(cases, network)
-    print_pairs(cases, network, rng)
-    print_faults(cases)
+    print_pairs(cases, draw_trials(cases, network, rng))
+    print_moves(cases)
     print_trust(trust)
-
-
-def match_pairs(folders: list[Path] | None) -> list[tuple[Path, Path]]:
-    """(hazy, clear) files of the same stem."""
-    if folders is None:
-        return []
-    hazy, clear = ({path.stem: path for path in folder.iterdir()} for folder in folders)
-    return [(hazy[stem], clear[stem]) for stem in sorted(hazy.keys() & clear.keys())]
 
 
 def load_offers(path: Path) -> list[Case]:
@@ -107,82 +100,107 @@ def load_offers(path: Path) -> list[Case]:
     return [rate([], arrays[f"offers_{index}"], arrays[f"truth_{index}"]) for index in range(count)]
 
 
-def rate(names: list[str], images: Image, truth: Image) -> Case:
-    error = ((images - truth) ** 2).mean((1, 2, 3))
-    batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    scores = {name: scorer(batch).double().numpy() for name, scorer in SCORERS.items()}
-    return Case(truth.shape[0], names, -10 * np.log10(error + 1e-10), scores)
+def indices(case: Case, starts: tuple[str, ...]) -> list[int]:
+    """Restorations whose names start so, those that were spoilt on purpose only where they are asked for."""
+    return [
+        index
+        for index, name in enumerate(case.names)
+        if name.startswith(starts) and ("+" not in name or name.startswith("network"))
+    ]
 
 
-def trust_agreement(found: dict[str, Image], truth: Image) -> Scores:
-    """Over an image's 32 px blocks, the rank correlation of their trust with their PSNR, for each restoration."""
-    images = np.stack([found[name] for name in plausible(list(found))])
-    squares = ((images - truth) ** 2).mean(-1)
-    side = truth.shape[0] // 32
-    exactness = -squares.reshape(len(images), side, 32, side, 32).mean((2, 4)).reshape(len(images), -1)
-    batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    agreement = {}
-    for clarity, quality in product(CLARITY, QUALITY):
-        blocks = Coherence(clarity, quality, block_px=32).block_scores(batch)
-        trust = (blocks.clarity + blocks.quality).flatten(1).numpy()
-        agreement[f"{clarity} + {quality}"] = np.array(list(map(spearman, trust, exactness)))
-    return agreement
-
-
-def plausible(names: list[str]) -> list[str]:
-    """What a network on its way may offer."""
-    return [name for name in names if name in PLAUSIBLE or name.startswith(("network", "closed", "dark channel prior 0.4"))]
-
-
-def pool_gain(case: Case, pair: tuple[str, str], sequences: NDArray[np.int64]) -> float:
-    """PSNR of the label a pool holds after each sequence of offers, above the mean offer's, in dB."""
-    accepted = case.accepted(pair)
-    held = sequences[:, 0]
-    for offer in sequences[:, 1:].T:
-        held = np.where(accepted[held, offer], offer, held)
-    return float(case.psnr[held].mean() - case.psnr[sequences].mean())
-
-
-def spearman(first: NDArray, second: NDArray) -> float:
-    """Rank correlation, ties averaged; 0 where one side is constant."""
-    first, second = average_ranks(first), average_ranks(second)
-    if first.std() == 0 or second.std() == 0:
-        return 0.0
-    return float(np.corrcoef(first, second)[0, 1])
-
-
-def average_ranks(values: NDArray) -> NDArray[np.float64]:
-    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[where]
+def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    print(f"\n**{title}**\n")
+    for row in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(row) + " |")
 
 
 def print_ranks(cases: list[Case], network: list[Case]) -> None:
-    print("| scorer | all | 64 px | 96 px | 288 px | worst tenth | network's offers |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for name in list(SCORERS)[:-1]:
-        found = np.array([spearman(case.scores[name], case.psnr) for case in cases])
+        found = np.array([case.rank_correlation(name) for case in cases])
         sizes = [found[[case.size_px == size for case in cases]].mean() for size in SIZES_PX]
-        learnt = np.mean([spearman(case.scores[name], case.psnr) for case in network]) if network else np.nan
+        learnt = np.mean([case.rank_correlation(name) for case in network]) if network else np.nan
         rows.append((name, found.mean(), *sizes, np.quantile(found, 0.1), learnt))
-    for name, *values in sorted(rows, key=lambda row: -row[1]):
-        print(f"| {name} | " + " | ".join(f"{value:+.2f}" for value in values) + " |")
+    rows.sort(key=lambda row: -row[1])
+    head = ["scorer", "all", *(f"{size} px" for size in SIZES_PX), "worst tenth", "network's offers"]
+    table = [[name, *(f"{value:+.2f}" for value in values)] for name, *values in rows]
+    print_table("Rank correlation of one score with PSNR", head, table)
 
 
-def print_pairs(cases: list[Case], network: list[Case], rng: np.random.Generator) -> None:
-    names = cases[0].names
-    any_of, likely = np.arange(len(names)), np.array([names.index(name) for name in plausible(names)])
-    too_much = np.array([names.index(name) for name in TOO_MUCH])
-    free = rng.choice(any_of, (SEQUENCES, OFFERS))
-    learning = rng.choice(likely, (SEQUENCES, OFFERS))
-    bad_start = np.concatenate([rng.choice(too_much, (SEQUENCES, 1)), learning[:, 1:]], 1)
-    in_order = np.sort(rng.random((SEQUENCES, 400)).argsort(1)[:, : len(network[0].psnr) // 2] if network else [[0]], 1)
-    print("\n| clarity + quality | precision | recall | any offers | plausible | too much first | scenes worse | network's |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+def draw_trials(cases: list[Case], network: list[Case], rng: np.random.Generator) -> list[Trial]:
+    """Sequences of offers; a network's are a random half of its restorations, in the order it made them."""
+    shape = (NUM_SEQUENCES, NUM_OFFERS)
+    plausible = rng.choice(indices(cases[0], PLAUSIBLE), shape)
+    bad_start = plausible.copy()
+    bad_start[:, 0] = rng.choice(indices(cases[0], TOO_MUCH), NUM_SEQUENCES)
+    trials = [
+        Trial("any", cases, rng.integers(len(cases[0].names), size=shape)),
+        Trial("plausible", cases, plausible),
+        Trial("too much first", cases, bad_start),
+    ]
+    if network:
+        steps = len(network[0].psnr)
+        drawn = rng.random((NUM_SEQUENCES, steps)).argsort(1)[:, : steps // 2]
+        trials.append(Trial("network's", network, np.sort(drawn, 1)))
+    return trials
+
+
+def print_pairs(cases: list[Case], trials: list[Trial]) -> None:
+    rows = []
     for pair in PAIRS:
-        right, taken, better = (np.array(column) for column in zip(*(decisions(case, pair) for case in cases), strict=True))
-        gains = [[pool_gain(case, pair, order) for case in cases] for order in (free, learning, bad_start)]
-        cells = [f"{np.mean(right / taken):.2f}", f"{np.mean(right / better):.2f}"]
-        cells += [f"{np.mean(gain):+.1f}" for gain in gains] + [f"{np.mean(np.array(gains[1]) < 0):.0%}"]
-        cells += [f"{np.mean([pool_gain(case, pair, in_order) for case in network]):+.2f}" if network else "-"]
-        print(f"| {' + '.join(pair)} | " + " | ".join(cells) + " |")
+        precision, recall = np.mean([case.precision_and_recall(pair) for case in cases], 0)
+        gains = [
+            np.array([case.pool_gain(pair, trial.sequences) for case in trial.cases]) for trial in trials
+        ]
+        cells = [f"{gain.mean():+.2f} ({np.mean(gain < 0):.0%})" for gain in gains]
+        rows.append([" + ".join(pair), f"{precision:.2f}", f"{recall:.2f}", *cells])
+    best = [np.mean([case.best_gain(trial.sequences) for case in trial.cases]) for trial in trials]
+    rows.append(["(the best offer)", "1", "1", *(f"{gain:+.2f}" for gain in best)])
+    head = ["clarity + quality", "precision", "recall", *(trial.offers for trial in trials)]
+    print_table("What the pool holds in the end, dB above the mean offer (scenes that lose)", head, rows)
+
+
+def print_moves(cases: list[Case]) -> None:
+    """How often the pool trades one restoration for another, by the two pairs of most interest."""
+    names = cases[0].names
+
+    def cells(held: str, offer: str) -> list[str]:
+        row, column = names.index(held), names.index(offer)
+        change = np.mean([case.psnr[column] - case.psnr[row] for case in cases])
+        shares = [np.mean([case.accepted(pair)[row, column] for case in cases]) for pair in SHOWN]
+        return [f"{change:+.1f}", *(f"{share:.0%}" for share in shares)]
+
+    head = [" + ".join(pair) for pair in SHOWN]
+    moves = [*PROGRESS, *(("inverted^1.0", name) for name in ("inverted^1.2", *TOO_MUCH))]
+    rows = [[*move, *cells(*move)] for move in moves]
+    print_table("How often an offer is accepted", ["held", "offered", "dB", *head], rows)
+
+    faults = [name.removesuffix(" x1") for name in names if name.startswith(SPOILT) and name.endswith(" x1")]
+    strengths = ("0.5", "1", "2")
+    rows = [
+        [fault.removeprefix(SPOILT), *(" / ".join(cells(SPOILT[:-3], f"{fault} x{s}")) for s in strengths)]
+        for fault in faults
+    ]
+    title = f"Offers that spoil the label on purpose: dB / accepted by {head[0]} / by {head[1]}"
+    print_table(title, ["fault", *(f"x{strength}" for strength in strengths)], rows)
+
+
+def print_trust(trust: list[tuple[int, dict[str, float]]]) -> None:
+    rows = [
+        [
+            pair,
+            *(
+                f"{np.mean([found[pair] for size, found in trust if size == size_px]):+.2f}"
+                for size_px in SIZES_PX[1:]
+            ),
+        ]
+        for pair in trust[0][1]
+    ]
+    print_table(
+        "Rank correlation of trust and PSNR over the blocks of an image", ["pair", "96 px", "288 px"], rows
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -26,9 +26,7 @@ def scene(height_px: int = 64, width_px: int = 96, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     size = (height_px, width_px)
     layers = [
-        torch.nn.functional.interpolate(
-            torch.rand(1, 3, side, side, generator=generator), size, mode="bilinear"
-        )
+        torch.nn.functional.interpolate(torch.rand(1, 3, side, side, generator=generator), size, mode="bilinear")
         for side in (4, 16, 48)
     ]
     mixed = 0.6 * (layers[0] > 0.5).float() + 0.25 * layers[1] + 0.15 * layers[2]
@@ -146,9 +144,7 @@ def test_quality_falls_with_dehazing_too_much(name: str, scorer: Scorer) -> None
 
 def test_clean_falls_with_noise() -> None:
     noise = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(2))
-    scores = [
-        QUALITY["clean"]((scene() + level * noise).clamp(0, 1)).item() for level in (0.0, 0.1, 0.2, 0.4)
-    ]
+    scores = [QUALITY["clean"]((scene() + level * noise).clamp(0, 1)).item() for level in (0.0, 0.1, 0.2, 0.4)]
     assert scores == sorted(scores, reverse=True), scores
     assert scores[0] > scores[-1] + 0.05
 

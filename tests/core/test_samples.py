@@ -55,9 +55,7 @@ def test_the_source_is_left_as_it_was():
 
 
 @pytest.mark.parametrize("random_resize", [False, True])
-def test_without_degradation_the_hazy_patch_is_the_scattering_model_of_the_clear_one(
-    monkeypatch, random_resize
-):
+def test_without_degradation_the_hazy_patch_is_the_scattering_model_of_the_clear_one(monkeypatch, random_resize):
     """Depth is the red channel, so the clear patch itself tells what its transmission must be."""
     monkeypatch.setattr(augment, "degrade", lambda rng, rgb: augment.darken(rgb, 1.0))
     monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: None)
@@ -120,9 +118,7 @@ def test_jpeg_changes_the_hazy_patch(monkeypatch):
 def test_only_the_kept_region_is_worked_on(monkeypatch):
     worked_on = []
     degrade = augment.degrade
-    monkeypatch.setattr(
-        augment, "degrade", lambda rng, rgb: worked_on.append(rgb.shape[:2]) or degrade(rng, rgb)
-    )
+    monkeypatch.setattr(augment, "degrade", lambda rng, rgb: worked_on.append(rgb.shape[:2]) or degrade(rng, rgb))
     sample(0, image=scene(250, 256), random_resize=False)
     assert worked_on == [(48, 48)]
 
@@ -162,9 +158,7 @@ def test_real_views_show_the_whole_image_at_the_patch_size(size_px):
 
 
 def test_the_weak_view_is_the_same_every_time_and_the_strong_one_is_not():
-    views = [
-        real_views(scene(), np.random.default_rng(seed), patch_px=48, jpeg_quality=60) for seed in range(4)
-    ]
+    views = [real_views(scene(), np.random.default_rng(seed), patch_px=48, jpeg_quality=60) for seed in range(4)]
     assert all(np.array_equal(view.weak, views[0].weak) for view in views)
     assert len({view.strong.tobytes() for view in views}) > 1
     again = real_views(scene(), np.random.default_rng(0), patch_px=48, jpeg_quality=60)

@@ -102,6 +102,4 @@ def car(scene: Scene, centre: Array, shadow: Shadow | None = None) -> None:
     dark = plain(scene, "#15171a")
     block(scene, centre, (1.6, 0.4, 3.4), 0, dark, dark, shadow)
     block(scene, centre + [0, 0.3, 0], (1.8, 0.6, 4.3), 0, body, body, shadow)
-    block(
-        scene, centre + [0, 0.9, 0], (1.5, 0.5, 2.2), 0, facade(scene, "#15171a", 1.1, 0.5, 0.8), body, shadow
-    )
+    block(scene, centre + [0, 0.9, 0], (1.5, 0.5, 2.2), 0, facade(scene, "#15171a", 1.1, 0.5, 0.8), body, shadow)

@@ -104,9 +104,7 @@ class Canvas:
         if box is None or not (self.z[box][::2, ::2] > foot[2]).any():
             return
         rows, columns = box
-        color, alpha = paint(
-            np.s_[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-        )
+        color, alpha = paint(np.s_[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left])
         self.put(rows, columns, alpha > 0.5, np.full(alpha.shape, foot[2], np.float32), color)
 
     def line(self, points: Array, width_px: int, color: Array) -> None:

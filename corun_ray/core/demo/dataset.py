@@ -69,13 +69,15 @@ def write_demo(
         return
     rng = np.random.default_rng([seed, len(_PALETTES)])
     noise, herbarium = Noise(rng), Herbarium(rng)
+    root.mkdir(parents=True, exist_ok=True)
+    _write_manifest(root, manifest)  # first, so that a run stopped at any time is known as a demo
     for folder in _FOLDERS:
-        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder).mkdir(exist_ok=True)
     for done, (group, index) in enumerate(missing, start=len(tasks) - len(missing) + 1):
         scene, about = _draw(group, index, seed, size, noise, herbarium)
         write = _write_clear if group == "clear" else _write_hazy
         manifest["images"][_name(group, index)] = about | write(root, _name(group, index), scene)
-        _write(root / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _write_manifest(root, manifest)
         if progress:
             progress(done, len(tasks))
 
@@ -86,14 +88,16 @@ def _manifest(root: Path, seed: int, size: DemoSize) -> dict[str, Any]:
     if not root.exists() or not any(root.iterdir()):
         return {**wanted, "images": {}}
     if not (root / MANIFEST).is_file():
-        raise FileExistsError(
-            f"{root}: not empty and no demo dataset (no {MANIFEST}); give a new or empty folder"
-        )
+        raise FileExistsError(f"{root}: not empty and no demo dataset (no {MANIFEST}); give a new or empty folder")
     found = json.loads((root / MANIFEST).read_text())
     if {key: found.get(key) for key in wanted} != wanted:
         has = f"seed {found.get('seed')}, size {found.get('size')}"
         raise FileExistsError(f"{root}: holds another demo dataset ({has}); give a new or empty folder")
     return found
+
+
+def _write_manifest(root: Path, manifest: dict[str, Any]) -> None:
+    _write(root / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def _choice(group: str, index: int) -> tuple[str, int]:

@@ -51,9 +51,7 @@ class Fog:
         climb = np.clip(camera.slope_y * z / np.float32(self.scale_height_m), -4, None)
         thinning = np.where(np.abs(climb) < 1e-3, 1, -np.expm1(-climb) / np.where(climb == 0, 1, climb))
         depth = np.float32(self.extinction_per_m) * z * camera.path_per_depth * thinning
-        return np.exp(-depth * np.maximum(1 + self.patchiness * _drift(scene, (4, 3)), 0.2)).astype(
-            np.float32
-        )
+        return np.exp(-depth * np.maximum(1 + self.patchiness * _drift(scene, (4, 3)), 0.2)).astype(np.float32)
 
     def airlight(self, scene: Scene) -> Array:
         """`H W 3`, linear light: brighter and warmer towards the sun, duller below, uneven throughout."""

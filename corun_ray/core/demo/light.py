@@ -111,9 +111,7 @@ class Light:
         return light
 
 
-def render_sky(
-    camera: Camera, palette: Palette, light: Light, noise: Noise, rng: np.random.Generator
-) -> Array:
+def render_sky(camera: Camera, palette: Palette, light: Light, noise: Noise, rng: np.random.Generator) -> Array:
     """Gradient, glow of the sun and a layer of clouds; linear light `H W 3`, black below the horizon."""
     # Nothing in a sky is as fine as a pixel: half the resolution each way is enough.
     bottom_px = min(camera.height_px, int(camera.horizon_px) // 2 * 2 + 2)
@@ -129,9 +127,7 @@ def render_sky(
     density = field(x, z)
     behind = density - field(x + np.float32(250 * sun[0]), z + np.float32(250 * sun[2]))
     cover = np.clip((density - 1.4 + 2.6 * palette.clouds) / 1.5, 0, 0.92) * np.clip(slope_y * 14, 0, 1)
-    cloud = light.shade(
-        np.ones(3, np.float32), np.clip(0.42 + 0.5 * behind, 0.2, 0.9), np.full_like(cover, 0.7)
-    )
+    cloud = light.shade(np.ones(3, np.float32), np.clip(0.42 + 0.5 * behind, 0.2, 0.9), np.full_like(cover, 0.7))
     sky = mix(sky, cloud, cover)
     picture = np.zeros((camera.height_px, camera.width_px, 3), np.float32)
     picture[:bottom_px] = cv2.resize(sky, (camera.width_px, bottom_px), interpolation=cv2.INTER_LINEAR)

@@ -62,9 +62,7 @@ class Herbarium:
 
         def paint(part: tuple[slice, slice]) -> tuple[Array, Array]:
             shrinking = height_px < grown.shape[0]
-            image = cv2.resize(
-                grown, size_px, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
-            )
+            image = cv2.resize(grown, size_px, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
             if mirrored:
                 image = cv2.flip(image, 1)
                 image[..., _NX] *= -1
@@ -158,9 +156,7 @@ def _leafy(rng: np.random.Generator, aspect: float, trunk_share: float) -> Array
     return tree
 
 
-def _box_around(
-    x: Array, y: Array, cx: float, cy: float, half_width: float, half_height: float
-) -> tuple[slice, slice]:
+def _box_around(x: Array, y: Array, cx: float, cy: float, half_width: float, half_height: float) -> tuple[slice, slice]:
     """Rows and columns of the grid that hold a ball, with room for its ragged edge."""
     columns = np.flatnonzero(np.abs(x[0] - cx) < half_width * 1.4)
     rows = np.flatnonzero(np.abs(y[:, 0] - cy) < half_height * 1.4)

@@ -82,9 +82,7 @@ def _power_line(scene: Scene, feet: Array) -> None:
     for foot in feet:
         thick_px = max(1, round(0.28 * scene.camera.focal_px / foot[2]))
         scene.canvas.line(np.stack([foot, foot + [0, 9, 0]]), thick_px, wood)
-        scene.canvas.line(
-            np.stack([foot + [-1.2, 8.3, 0], foot + [1.2, 8.3, 0]]), max(1, thick_px // 2), wood
-        )
+        scene.canvas.line(np.stack([foot + [-1.2, 8.3, 0], foot + [1.2, 8.3, 0]]), max(1, thick_px // 2), wood)
     along = np.linspace(0, 1, 10)[:, None]
     for start, end in zip(feet[:-1], feet[1:], strict=True):
         for x in (-1.1, 0.0, 1.1):

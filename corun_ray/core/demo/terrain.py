@@ -36,9 +36,7 @@ class Ground:
     growth: Array
 
 
-def cast(
-    camera: Camera, light: Light, relief: Relief, near_m: float, far_m: float, steps: int = 400
-) -> Ground:
+def cast(camera: Camera, light: Light, relief: Relief, near_m: float, far_m: float, steps: int = 400) -> Ground:
     """Marches all columns from near to far at once; between samples the ground is a straight line."""
     # Near ground is seen at a steep angle and needs few steps, far ridges need many.
     progress = np.linspace(0, 1, steps, dtype=np.float32)[:, None]
@@ -53,18 +51,16 @@ def cast(
     first, slope_y = first[top_px:], camera.slope_y[top_px:]
     behind = np.clip(first, 1, steps - 1)
     columns = np.arange(camera.width_px)[None]
-    below, above = slope[behind - 1, columns], slope[behind, columns]
+    near_z, far_z = step_z[behind - 1, 0], step_z[behind, 0]
+    # Where the line of sight crosses the straight ground between the two samples.
+    gain, rest = near_z * (slope_y - slope[behind - 1, columns]), far_z * (slope[behind, columns] - slope_y)
     with np.errstate(divide="ignore", invalid="ignore"):
-        part = np.clip(np.nan_to_num((slope_y - below) / (above - below)), 0, 1).astype(np.float32)
-    z = step_z[behind - 1, 0] * (1 - part) + step_z[behind, 0] * part
+        part = np.clip(np.nan_to_num(gain / (gain + rest)), 0, 1)
+    z = near_z + (far_z - near_z) * part
     surface = cv2.merge([*_relief_light(light, x, y, step_z), growth])
     map_x = np.broadcast_to(columns.astype(np.float32) / 2 - np.float32(0.25), z.shape)
     sampled = cv2.remap(
-        surface,
-        map_x,
-        (behind - 1 + part).astype(np.float32),
-        cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REPLICATE,
+        surface, map_x, (behind - 1 + part).astype(np.float32), cv2.INTER_LINEAR, None, cv2.BORDER_REPLICATE
     )
     height_m = slope_y * z + np.float32(camera.height_m)
     return Ground(top_px, first < steps, camera.slope_x * z, height_m, z, *cv2.split(sampled))

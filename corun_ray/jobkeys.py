@@ -1,0 +1,102 @@
+"""The keys of a job file as a list: their order, their ranges, and the text that explains each of them."""
+
+import json
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from corun_ray.config import KINDS, ColabatorJob, EvaluateJob, Job
+from corun_ray.jobvalues import Section
+
+LIMIT_WORDS = {
+    "ge": "at least",
+    "gt": "more than",
+    "le": "at most",
+    "lt": "less than",
+    "multiple_of": "multiple of",
+}
+
+# The order in which a job's keys are listed and written; sections that a kind does not use are left out.
+ORDER = (
+    *("kind", "name", "seed", "storage", "data", "haze", "network", "coherence", "pool"),
+    *("loss", "optim", "train", "evaluate", "cluster", "tracking"),
+)
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every key of a job or section by its full path; a section comes before its keys."""
+    found = {}
+    for name in sorted(model.model_fields, key=ORDER.index) if issubclass(model, Job) else model.model_fields:
+        field = model.model_fields[name]
+        found[prefix + name] = field
+        if section := section_of(field):
+            found |= keys(section, f"{prefix}{name}.")
+    return found
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section below a key, None for a key that holds a value."""
+    types = (field.annotation, *get_args(field.annotation))
+    return next((t for t in types if isinstance(t, type) and issubclass(t, Section)), None)
+
+
+def limits(field: FieldInfo) -> dict[str, float]:
+    """The range of a number, its keys those of `LIMIT_WORDS`."""
+    return {word: getattr(c, word) for word in LIMIT_WORDS for c in field.metadata if hasattr(c, word)}
+
+
+def takes(kind: str, path: str) -> bool:
+    """Whether jobs of this kind have the key, or a mapping that may hold it."""
+    known = keys(KINDS[kind])
+    parent = known.get(path.rpartition(".")[0])
+    return path in known or (parent is not None and get_origin(parent.annotation) is dict)
+
+
+def reference() -> str:
+    """A plain-text list of every key with its default (by kind), type, range and meaning."""
+    by_kind = {kind: keys(job) for kind, job in KINDS.items()}
+    lines: list[str] = []
+    said = ""
+    for path, field in (keys(ColabatorJob) | keys(EvaluateJob) | keys(Job)).items():
+        users = [kind for kind in KINDS if path in by_kind[kind]]
+        only = f" ({', '.join(users)} only)" if len(users) < len(KINDS) else ""
+        if section_of(field) and "." not in path:
+            lines += ["", f"{path}: {field.description}{only}"]
+            said = only
+            continue
+        defaults = {kind: _default(path, by_kind[kind]) for kind in users}
+        same = len(set(defaults.values())) == 1
+        default = defaults[users[0]] if same else ", ".join(f"{d} in {kind}" for kind, d in defaults.items())
+        meaning = f"{field.description}{only if only != said else ''}"
+        lines += [f"  {path:<26} {default}", f"      {_type(field.annotation)}{_range(field)}; {meaning}"]
+    return "\n".join(lines) + "\n"
+
+
+def _default(path: str, fields: dict[str, FieldInfo]) -> str:
+    if fields[path].is_required():
+        return "required"
+    section = path.rpartition(".")[0]
+    siblings = {p.rpartition(".")[2]: f.default for p, f in fields.items() if p.rpartition(".")[0] == section}
+    value = fields[path].get_default(call_default_factory=True, validated_data=siblings)
+    return value if value and isinstance(value, str) else json.dumps(value)
+
+
+def _type(annotation: Any) -> str:
+    inner = get_args(annotation)
+    match get_origin(annotation):
+        case None:
+            words = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+            return words.get(annotation, "mapping")
+        case origin if origin is Literal:
+            return " | ".join(inner)
+        case origin if origin is tuple:
+            return f"list of {_type(inner[0])}" if inner[1] is ... else "[low, high]"
+        case origin if origin is dict:
+            return "mapping"
+        case _:  # X | None
+            return _type(inner[0])
+
+
+def _range(field: FieldInfo) -> str:
+    return "".join(f", {LIMIT_WORDS[word]} {limit:.10g}" for word, limit in limits(field).items())

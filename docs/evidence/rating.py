@@ -1,0 +1,94 @@
+"""Rated restorations of one scene: PSNR against the truth, scores, and what a label pool makes of them."""
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from restorations import Image
+from tried_scorers import SCORERS
+
+from corun_ray.core.coherence import CLARITY, QUALITY, Coherence
+
+Floats = NDArray[np.float64]
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`N` restorations of one scene: PSNR in dB and every score, `N` each; a network's have no names."""
+
+    size_px: int
+    names: list[str]
+    psnr: Floats
+    scores: dict[str, Floats]
+
+    def accepted(self, pair: Pair) -> NDArray[np.bool_]:
+        """`N N`: would the pool, holding row's restoration, take column's?"""
+        clarity, quality = (self.scores[name] for name in pair)
+        return (clarity[None] >= clarity[:, None]) & (quality[None] >= quality[:, None])
+
+    def precision_and_recall(self, pair: Pair) -> tuple[float, float]:
+        """Share of accepted offers that raise PSNR, share of PSNR-raising offers that are accepted."""
+        better = self.psnr[None] > self.psnr[:, None]
+        accepted = self.accepted(pair) & ~np.eye(len(self.psnr), dtype=bool)
+        right = (accepted & better).sum()
+        return right / max(accepted.sum(), 1), right / better.sum()
+
+    def pool_gain(self, pair: Pair, sequences: NDArray[np.int64]) -> float:
+        """PSNR of the label that the pool holds after each row of offers, above the mean offer's, in dB."""
+        accepted = self.accepted(pair)
+        held = sequences[:, 0]
+        for offer in sequences[:, 1:].T:
+            held = np.where(accepted[held, offer], offer, held)
+        return float(self.psnr[held].mean() - self.psnr[sequences].mean())
+
+    def best_gain(self, sequences: NDArray[np.int64]) -> float:
+        """What choosing by PSNR itself would gain, in dB."""
+        return float(self.psnr[sequences].max(1).mean() - self.psnr[sequences].mean())
+
+    def rank_correlation(self, scorer: str) -> float:
+        return spearman(self.scores[scorer], self.psnr)
+
+
+def rate(names: list[str], images: Image, truth: Image) -> Case:
+    """Rates `N H W 3` restorations of a truth `H W 3`."""
+    error = ((images - truth) ** 2).mean((1, 2, 3))
+    batches = to_tensor(images).split(8)  # small batches stay in the processor's cache
+    scores = {
+        name: torch.cat([scorer(batch) for batch in batches]).double().numpy()
+        for name, scorer in SCORERS.items()
+    }
+    return Case(truth.shape[0], names, -10 * np.log10(error + 1e-10), scores)
+
+
+def trust_agreement(images: Image, truth: Image) -> dict[str, float]:
+    """Rank correlation, over an image's 32 px blocks, of trust and PSNR; the mean over its restorations."""
+    side = truth.shape[0] // 32
+    error = ((images - truth) ** 2).mean(-1).reshape(len(images), side, 32, side, 32).mean((2, 4))
+    agreement = {}
+    for pair in product(CLARITY, QUALITY):
+        blocks = Coherence(*pair, block_px=32).block_scores(to_tensor(images))
+        trust = (blocks.clarity + blocks.quality).numpy()
+        agreement[" + ".join(pair)] = float(
+            np.mean([spearman(t.ravel(), -e.ravel()) for t, e in zip(trust, error, strict=True)])
+        )
+    return agreement
+
+
+def spearman(first: NDArray, second: NDArray) -> float:
+    """Rank correlation, ties averaged; 0 where one side is constant."""
+    first, second = average_ranks(first), average_ranks(second)
+    if first.std() == 0 or second.std() == 0:
+        return 0.0
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def average_ranks(values: NDArray) -> Floats:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[place]
+
+
+def to_tensor(images: Image) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,55 @@
+"""What several test files share: one real local Ray, and a small dataset on disk."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from corun_ray.config import Cluster
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray for the whole session, with more logical CPUs than the machine may have."""
+    import ray
+
+    from corun_ray.service import cluster
+
+    cluster.connect(Cluster(workers=3, data_cpus=1))
+    yield
+    ray.shutdown()
+
+
+def photograph(rng: np.random.Generator, height_px: int, width_px: int) -> np.ndarray:
+    """A smooth random picture with edges, uint8 H W 3."""
+    coarse = rng.uniform(0, 255, (6, 8, 3)).astype(np.float32)
+    smooth = cv2.resize(coarse, (width_px, height_px), interpolation=cv2.INTER_CUBIC)
+    return (smooth + rng.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Writes RGB uint8 H W 3 (or grey, or with alpha) in the format of the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if image.ndim == 3:
+        image = image[..., [2, 1, 0, 3][: image.shape[2]]]
+    assert cv2.imwrite(str(path), image)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `clear` (8), `depth` (8), `hazy` (6) and `hazy_truth` (6)."""
+    root = tmp_path_factory.mktemp("dataset")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        clear = photograph(rng, 72, 96)
+        write_image(root / "clear" / f"view_{i}.png", clear)
+        depth = cv2.resize(rng.uniform(0, 1, (4, 5)).astype(np.float32), (96, 72))
+        (root / "depth").mkdir(exist_ok=True)
+        np.save(root / "depth" / f"view_{i}.npy", depth)
+    for i in range(6):
+        truth = photograph(rng, 60 + 4 * i, 80)
+        write_image(root / "hazy_truth" / f"photo_{i}.png", truth)
+        write_image(root / "hazy" / f"photo_{i}.png", (0.5 * truth + 110).astype(np.uint8))
+    return root

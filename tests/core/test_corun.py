@@ -1,0 +1,144 @@
+"""The unfolding network: against reference outputs, against its closed form, and how it trains."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from golden import golden_outputs, golden_shapes, golden_state_dict
+from torch import Tensor
+
+from corun_ray.core.checkpoints import load_network
+from corun_ray.core.corun import CORUN, Restoration
+
+
+class Golden(NamedTuple):
+    network: CORUN
+    expected: dict[str, np.ndarray]
+    stages: list[Restoration]
+    loss: Tensor
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    """The reference weights, read from a file of the published format, run forward and backward once."""
+    path: Path = tmp_path_factory.mktemp("golden") / "published.pth"
+    weights = golden_state_dict(golden_shapes(2))
+    torch.save({"params": {name: torch.zeros_like(w) for name, w in weights.items()}, "params_ema": weights}, path)
+    network, expected = load_network(path), golden_outputs()
+    stages = list(network.unfold(torch.from_numpy(expected["input"])))
+    scene, transmission = stages[-1]
+    loss = (scene.clamp(0, 1) * torch.linspace(0, 1, scene.shape[-1])).mean() + transmission.mean()
+    loss.backward()
+    return Golden(network, expected, stages, loss)
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_names_and_shapes_are_the_published_ones(stages: int) -> None:
+    ours = {name: tuple(tensor.shape) for name, tensor in CORUN(stages).state_dict().items()}
+    assert ours == golden_shapes(stages)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_stage_matches_the_reference(golden: Golden, stage: int) -> None:
+    restoration = golden.stages[stage - 1]
+    for name in ("scene", "transmission"):
+        ours = getattr(restoration, name).detach().numpy()
+        np.testing.assert_allclose(ours, golden.expected[f"{name}_{stage}"], rtol=0, atol=1e-4)
+
+
+def test_loss_and_every_gradient_match_the_reference(golden: Golden) -> None:
+    assert golden.loss.item() == pytest.approx(float(golden.expected["loss"]), rel=1e-4)
+    ours = {name: p.grad.norm().item() for name, p in golden.network.named_parameters() if p.grad is not None}
+    reference = dict(zip(golden.expected["grad_names"].tolist(), golden.expected["grad_norms"].tolist(), strict=True))
+    assert ours.keys() == reference.keys() and len(reference) == 310
+    assert ours == pytest.approx(reference, rel=1e-3)
+
+
+def test_forward_is_the_last_stage(golden: Golden) -> None:
+    with torch.no_grad():
+        scene, transmission = golden.network(torch.from_numpy(golden.expected["input"]))
+    torch.testing.assert_close(scene, golden.stages[-1].scene)
+    torch.testing.assert_close(transmission, golden.stages[-1].transmission)
+
+
+def test_half_precision_keeps_the_closed_form_in_float32(golden: Golden) -> None:
+    hazy = torch.from_numpy(golden.expected["input"])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scene, transmission = golden.network(hazy)
+    assert transmission.dtype == torch.float32
+    # bfloat16 keeps 8 bits, so most values must differ a little and none much.
+    for ours, exact in ((scene, golden.stages[-1].scene), (transmission, golden.stages[-1].transmission)):
+        difference = (ours.float() - exact).abs()
+        assert 0 < difference.mean() < 0.01 and difference.max() < 0.1
+
+
+def closed_form(hazy: np.ndarray, stages: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Equations of the two steps in float64, the learned networks being the identity: (scene, transmission) a stage."""
+    weight = 1 / (1 + np.exp(-0.3))
+    scene, transmission, found = hazy, np.full_like(hazy[:, :1], 0.5), []
+    for _ in range(stages):
+        gap = 1 - scene
+        safe_gap = np.where(gap == 0, 1e-7, gap)
+        below = np.sum(gap + weight / safe_gap, axis=1, keepdims=True)
+        above = np.sum(1 - hazy + weight * transmission / safe_gap, axis=1, keepdims=True)
+        transmission = np.clip(above / np.where(below == 0, 1e-7, below), 0.05, 0.999)
+        above = transmission * hazy + transmission**2 - transmission + weight * scene
+        scene = np.clip(above / (transmission**2 + weight), 0, 1)
+        found.append((scene, transmission))
+    return found
+
+
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_a_fresh_network_is_the_closed_form(stages: int) -> None:
+    hazy = np.random.default_rng(0).uniform(0, 1, (2, 3, 16, 24))
+    hazy[0, :, :4] = 1  # pure airlight: zero denominators
+    hazy[0, :, 4:8] = 0
+    hazy[1, 0, :4] = 1
+    with torch.no_grad():
+        ours = list(CORUN(stages, width=4).unfold(torch.from_numpy(hazy).float()))
+    expected = closed_form(hazy, stages)
+    assert len(ours) == len(expected)
+    for (scene, transmission), (exact_scene, exact_transmission) in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(transmission, exact_transmission, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(scene, exact_scene, rtol=0, atol=1e-5)
+
+
+def test_pure_airlight_has_a_finite_gradient() -> None:
+    network = CORUN(2, width=4)
+    scene, transmission = network(torch.ones(1, 3, 8, 8))
+    (scene.mean() + transmission.mean()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_gradients_reach_every_parameter_once_the_output_layers_have_moved() -> None:
+    torch.manual_seed(0)
+    network = CORUN(3, width=4)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    hazy, clear = torch.rand(2, 2, 3, 16, 16)
+    for _ in range(2):
+        optimizer.zero_grad()
+        scene, transmission = network(hazy)
+        ((scene - clear).abs().mean() + transmission.mean()).backward()
+        optimizer.step()
+    silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert silent == []
+
+
+def test_images_of_a_batch_do_not_mix() -> None:
+    torch.manual_seed(0)
+    network = CORUN(2, width=4)
+    for cpmm in (network.first.trans_net, network.first.dehaze_net, network.last.dehaze_net):
+        torch.nn.init.normal_(cpmm.mapping.weight, std=0.1)
+    hazy = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        together = network(hazy)
+        alone = network(hazy[1:])
+    torch.testing.assert_close(together.scene[1:], alone.scene, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stages", "width"), [(1, 30), (0, 30), (4, 31), (4, 0)])
+def test_impossible_networks_are_refused(stages: int, width: int) -> None:
+    with pytest.raises(ValueError, match=f"{stages} stages, width {width}: at least 2 stages and an even width"):
+        CORUN(stages, width)

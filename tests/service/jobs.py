@@ -1,0 +1,32 @@
+"""Small training jobs for tests, written as their job files would say them."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from corun_ray.config import TrainingJob
+from corun_ray.jobfile import load_jobs
+
+
+def small_job(kind: str, root: Path, folder: Path, /, **sections: dict[str, Any]) -> TrainingJob:
+    """A job of a few steps on 32 px patches; `sections` are merged over the defaults below."""
+    tree: dict[str, Any] = {
+        "kind": kind,
+        "name": f"test-{kind}",
+        "storage": str(folder / "runs"),
+        "data": {"clear": str(root / "clear"), "depth": str(root / "depth"), "patch_px": 32},
+        "network": {"stages": 2, "width": 4},
+        "train": {"steps": 4, "batch_per_worker": 1, "log_every": 2, "checkpoint_every": 2, "validate_every": 100},
+        "cluster": {"workers": 1, "max_failures": 1},
+    }
+    if kind == "colabator":
+        tree["data"]["hazy"] = str(root / "hazy")
+        tree["optim"] = {"ema": 0.5, "lr": 1e-3}
+    for name, section in sections.items():
+        tree.setdefault(name, {}).update(section)
+    path = folder / f"{kind}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    (job,) = load_jobs(path)
+    assert isinstance(job, TrainingJob)
+    return job

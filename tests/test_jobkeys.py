@@ -1,0 +1,23 @@
+"""The list of keys and the text made from it."""
+
+from corun_ray.config import KINDS
+from corun_ray.jobkeys import ORDER, keys, reference
+
+
+def test_every_key_is_described_and_listed() -> None:
+    text = reference()
+    for kind, job in KINDS.items():
+        assert set(job.model_fields) <= set(ORDER)
+        for path, field in keys(job).items():
+            assert path == "kind" or field.description, f"{path} of {kind} says nothing"
+            assert f"\n{path}: " in text or f"  {path} " in text
+
+
+def test_reference_gives_defaults_ranges_and_kinds() -> None:
+    lines = [" ".join(line.split()) for line in reference().splitlines()]
+    assert "optim.lr 0.0001 in pretrain, 5e-05 in colabator" in lines
+    assert "train.steps 30000 in pretrain, 5000 in colabator" in lines
+    assert "whole number, at least 2, at most 16; number of unfolding stages" in lines
+    assert "pool: the optimal label pool (colabator only)" in lines
+    assert "text; a folder or URI of real hazy images (colabator only)" in lines
+    assert lines[lines.index("cluster.workers 1") + 1] == "whole number, at least 1; number of training workers"

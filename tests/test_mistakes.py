@@ -1,0 +1,134 @@
+"""The wording of mistakes: each in one plain line that names its key."""
+
+from pathlib import Path
+
+import pytest
+from jobtexts import COLABATOR, EVALUATE, PIPELINE, PRETRAIN, load, mistakes
+
+from corun_ray.config import KINDS
+from corun_ray.jobfile import JobFileError
+from corun_ray.jobkeys import keys, section_of
+
+
+def test_five_mistakes_are_five_lines(tmp_path: Path) -> None:
+    text = """
+kind: pretrian
+name: five
+network: {stages: 1}
+optim: {learning_rate: 1e-4}
+train: {steps: many}
+"""
+    assert mistakes(tmp_path, text) == [
+        'kind: "pretrian" is not one of pretrain, colabator, evaluate (did you mean pretrain?)',
+        "data.clear: missing (a folder or URI of clear images)",
+        "network.stages: 1 is too few (at least 2)",
+        "optim.learning_rate: unknown key (did you mean optim.lr?)",
+        'train.steps: "many" is not a whole number',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "line"),
+    [
+        ("network: {stages: 17}", "network.stages: 17 is too many (at most 16)"),
+        ("network: {width: 31}", "network.width: 31 is not a multiple of 2"),
+        ("network: {type: vit}", 'network.type: "vit" is not available (only corun so far)'),
+        ("pool: {shards: 4}", "pool.shards: 4 is too many (only 1 so far)"),
+        ("loss: {perceptual: vgg19}", 'loss.perceptual: "vgg19" is not available (only none so far)'),
+        ("optim: {lr: 0}", "optim.lr: 0 is too small (more than 0)"),
+        ("optim: {ema: 1}", "optim.ema: 1 is too large (less than 1)"),
+        ("optim: {compile: yes}", 'optim.compile: "yes" is not true or false'),
+        ("optim: {lr: 1e-7, min_lr: 1e-6}", "optim.min_lr: 1e-06 is more than optim.lr (1e-07)"),
+        ("train: {steps: 2.5}", "train.steps: 2.5 is not a whole number"),
+        ("train: {steps: true}", "train.steps: true is not a whole number"),
+        ("train: 20", "train: 20 is not a mapping of keys"),
+        ("haze: {beta: [2.8, 0.2]}", "haze.beta: [2.8, 0.2] is in the wrong order (low first)"),
+        ("haze: {beta: [1]}", "haze.beta: [1] is too short ([low, high])"),
+        ("haze: {beta: [1, 2, 3]}", "haze.beta: [1, 2, 3] is too long ([low, high])"),
+        ("haze: {beta: 1}", "haze.beta: 1 is not a list"),
+        ("haze: {airlight: [0.5, 1.5]}", "haze.airlight: 1.5 is too large (at most 1)"),
+        ("haze: {airlight_tint: .inf}", 'haze.airlight_tint: ".inf" is not a number'),
+        ("haze: {airlight_tint: 1e999}", "haze.airlight_tint: Infinity is not a number"),
+        ("tracking: {experiment: ''}", "tracking.experiment: empty"),
+        ("storage: s3://a/b", "tracking.uri: needed because storage s3://a/b is not a folder"),
+        ("coherence: {block_px: 40}", "data.patch_px: 288 is not a multiple of coherence.block_px (40)"),
+        ("evaluate: {hazy: a}", "evaluate: not used by a colabator job"),
+        ("lr: 1", "lr: unknown key (did you mean optim.lr?)"),
+        ("trian: {}", "trian: unknown key (did you mean train?)"),
+        ("cluster: {stages: 3}", "cluster.stages: unknown key (did you mean network.stages?)"),
+        ("cluster: {gpus: 3}", "cluster.gpus: unknown key (did you mean cluster.gpus_per_worker?)"),
+        ("cluster: {colour: 3}", "cluster.colour: unknown key"),
+        ("seed: 1\nseed: 2", "seed: given twice (again in line 5)"),
+    ],
+)
+def test_one_mistake_is_one_line(tmp_path: Path, section: str, line: str) -> None:
+    assert mistakes(tmp_path, COLABATOR + section) == [line]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (PRETRAIN + "pool: {}\ncoherence:", [
+            "coherence: not used by a pretrain job", "pool: not used by a pretrain job"]),
+        ("kind: pretrain\nname: p\ndata: {clear: a, hazy: b}", ["data.hazy: not used by a pretrain job"]),
+        (EVALUATE + "optim: {lr: 1}", ["optim: not used by an evaluate job"]),
+        ("kind: colabator\nname: c", [
+            "data.clear: missing (a folder or URI of clear images)",
+            "data.hazy: missing (a folder or URI of real hazy images)"]),
+        ("kind: evaluate", [
+            "name: missing (lower-case letters, digits, . _ - and no . _ - in front)",
+            "evaluate.hazy: missing (a folder or URI of hazy images)"]),
+        ("kind: tune\nname: Tune\ntune: {}\ntrain: {steps: x}", [
+            'kind: "tune" is not one of pretrain, colabator, evaluate',
+            'name: "Tune" is not a name (lower-case letters, digits, . _ - and no . _ - in front)',
+            'train.steps: "x" is not a whole number',
+            "tune: unknown key"]),
+        ("name: n\ndata: {hazy: b, cleer: a}", [
+            "kind: missing (pretrain, colabator, evaluate)",
+            "data.cleer: unknown key (did you mean data.clear?)"]),
+        ("kind: evaluate\nname: e\nevaluate: {hazy: a, metrics: [psnr, ssim]}", [
+            "evaluate.metrics: psnr and ssim cannot be measured without evaluate.clear"]),
+        ("kind: evaluate\nname: e\nevaluate: {hazy: a, metrics: [fad], models: {a.b: 3, c: ''}}", [
+            "evaluate.models.a.b: 3 is not text",
+            "evaluate.models.c: empty",
+            'evaluate.metrics: "fad" is not one of psnr, ssim, fade (did you mean fade?)']),
+    ],
+)  # fmt: skip
+def test_mistakes_by_kind(tmp_path: Path, text: str, lines: list[str]) -> None:
+    assert mistakes(tmp_path, text) == lines
+
+
+@pytest.mark.parametrize("value", ["{a: 1}", "[[1]]", "'~!'", "-1.5", "true", "1e999", '""'])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_value_is_told_of_its_key(tmp_path: Path, kind: str, value: str) -> None:
+    """Whatever stands at whichever key, it is either accepted or told of that key in one line."""
+    text = {"pretrain": PRETRAIN, "colabator": COLABATOR, "evaluate": EVALUATE}[kind]
+    told = 0
+    for path, field in keys(KINDS[kind]).items():
+        if section_of(field) or path == "kind":
+            continue
+        try:
+            validation = ["data.validation.hazy=h"] if kind != "evaluate" else []
+            load(tmp_path, text, *validation, f"{path}={value}")
+        except JobFileError as error:
+            told += 1
+            assert all(line.startswith(path) and ": " in line for line in error.lines), error.lines
+    assert told >= 4
+
+
+def test_mistakes_of_a_pipeline_name_the_job(tmp_path: Path) -> None:
+    unnamed = EVALUATE.replace("name: e\n", "")
+    text = f"{PRETRAIN}seed: x\n---\n{COLABATOR}sed: 1\n---\n{unnamed}---\n{EVALUATE}"
+    assert mistakes(tmp_path, text) == [
+        'job p: seed: "x" is not a whole number',
+        "job c: sed: unknown key (did you mean seed?)",
+        "job 3: name: missing (lower-case letters, digits, . _ - and no . _ - in front)",
+    ]
+    assert mistakes(tmp_path, f"{PRETRAIN}---\n{PRETRAIN}seed: x") == [
+        'job 2: name: "p" is the name of job 1 as well',
+        'job 2: seed: "x" is not a whole number',
+    ]
+    assert mistakes(tmp_path, PIPELINE, "e:train.steps=3", "sed=4") == [
+        "sed: unknown key (did you mean seed?)",
+        "job e: train: not used by an evaluate job",
+    ]
