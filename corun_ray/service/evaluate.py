@@ -2,6 +2,7 @@
 
 import csv
 import io
+import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from ray.data import DataContext
 from corun_ray.config import Evaluate
 from corun_ray.core.corun import CORUN
 from corun_ray.core.fade import fade
-from corun_ray.core.images import BadImage, encode_png
+from corun_ray.core.images import BadImage, decode_image, encode_png
 from corun_ray.core.metrics import psnr, ssim
 from corun_ray.core.pictures import grid
 from corun_ray.core.restore import restore, to_image, to_tensor
@@ -72,34 +73,38 @@ class MeasureFiles(Restorers):
         self.section = section
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Rows of (key, truth key) → `key`, `error` and `values` as model × metric."""
-        keys = batch["key"].tolist()
-        rows = [self._measure(*pair) for pair in zip(keys, batch["truth"].tolist(), strict=True)]
-        empty = np.full((len(self.networks) + 1, len(self.section.metrics)), np.nan)
-        values = np.stack([empty if isinstance(row, str) else row for row in rows])
-        errors = np.array([row if isinstance(row, str) else "" for row in rows], dtype=object)
-        return {"key": batch["key"], "error": errors, "values": values}
+        """One row of `key`, `truth` (its key or empty), `shown` → `key`, `error`, `values` (model x metric), `strip`.
 
-    def _measure(self, key: str, truth_key: str) -> np.ndarray | str:
+        `strip` is a PNG of the hazy image and every restoration, side by side, for the contact sheet.
+        """
+        key, truth, shown = batch["key"][0], batch["truth"][0], batch["shown"][0]
+        values, strip, error = np.zeros((len(self.networks) + 1, len(self.section.metrics))), b"", ""
         try:
             hazy = to_tensor(load_image(self.section.hazy, key)).to(self.device)
-            truth = None
-            if self.section.clear is not None:
-                truth = to_tensor(load_image(self.section.clear, truth_key)).to(self.device)
             scenes = [hazy, *(restore(network, hazy).scene for network in self.networks.values())]
-            return np.array([[self._metric(name, scene, truth) for name in self.section.metrics] for scene in scenes])
-        except (BadImage, StorageError, ValueError) as error:
-            return str(error)
+            values = self._values(scenes, truth)
+            strip = encode_png(np.concatenate([to_image(scene) for scene in scenes], 1)) if shown else b""
+        except (BadImage, StorageError, ValueError) as reason:
+            error = str(reason)
+        cells = {"key": key, "error": error, "strip": strip}
+        row = {name: np.array([cell], dtype=object) for name, cell in cells.items()}
+        return {**row, "values": values[None]}
 
-    @staticmethod
-    def _metric(name: str, scene: torch.Tensor, truth: torch.Tensor | None) -> float:
+    def _values(self, scenes: list[torch.Tensor], truth_key: str) -> np.ndarray:
+        truth = None
+        if self.section.clear is not None:
+            truth = to_tensor(load_image(self.section.clear, truth_key)).to(self.device)
         # What is measured is the picture a user gets: 8 bits.
-        scene = (scene * 255).round() / 255
-        if name == "fade" or truth is None:
-            return fade(scene).item()
-        if truth.shape != scene.shape:
-            raise ValueError(f"its truth is of another size ({tuple(truth.shape[2:])}, not {tuple(scene.shape[2:])})")
-        return {"psnr": psnr, "ssim": ssim}[name](scene, truth).item()
+        pictures = [(scene * 255).round() / 255 for scene in scenes]
+        return np.array([[_metric(name, picture, truth) for name in self.section.metrics] for picture in pictures])
+
+
+def _metric(name: str, picture: torch.Tensor, truth: torch.Tensor | None) -> float:
+    if name == "fade" or truth is None:
+        return fade(picture).item()
+    if truth.shape != picture.shape:
+        raise ValueError(f"its truth is of another size ({tuple(truth.shape[2:])}, not {tuple(picture.shape[2:])})")
+    return {"psnr": psnr, "ssim": ssim}[name](picture, truth).item()
 
 
 def evaluate(
@@ -112,37 +117,39 @@ def evaluate(
     pairs = held_out(section.hazy, section.clear, "evaluate")
     DataContext.get_current().enable_progress_bars = False
     shared = {name: share_network(network) for name, network in networks.items()}
-    items = [{"key": key, "truth": truth or ""} for key, truth in pairs]
+    spacing = max(1, len(pairs) // SHEET_ROWS)
+    shown = {key for key, _ in pairs[::spacing][:SHEET_ROWS]}
+    items = [{"key": key, "truth": truth or "", "shown": key in shown} for key, truth in pairs]
     outcomes = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
         MeasureFiles, batch_size=1, fn_constructor_args=(shared, section), **actor_slots()
     )
-    images, bad_files = [], {}
+    names = [HAZY, *networks]
+    images, bad_files, strips = [], {}, {}
     for done, row in enumerate(outcomes.iter_rows(), 1):
         if row["error"]:
-            bad_files[f"{section.hazy}/{row['key']}"] = row["error"]
+            bad_files[posixpath.join(section.hazy, row["key"])] = row["error"]
         else:
-            models = zip([HAZY, *networks], row["values"].tolist(), strict=True)
+            models = zip(names, row["values"].tolist(), strict=True)
             values = {model: dict(zip(section.metrics, metrics, strict=True)) for model, metrics in models}
             images.append(Measured(row["key"], values))
+        if row["strip"]:
+            strips[row["key"]] = row["strip"]
         if progress:
             progress(done, len(pairs))
     if not images:
-        raise StorageError(f"evaluate.hazy: not one of the {len(pairs)} images could be used")
+        raise StorageError(f"evaluate.hazy: not one of the {len(pairs)} images could be used: {bad_files}")
     images.sort(key=lambda image: image.key)
-    return Evaluation(
-        images,
-        bad_files,
-        _contact_sheet(section, networks, [p for p in pairs if f"{section.hazy}/{p[0]}" not in bad_files]),
-    )
+    return Evaluation(images, bad_files, _contact_sheet(section, names, dict(pairs), strips))
 
 
-def _contact_sheet(section: Evaluate, networks: dict[str, CORUN], pairs: list[tuple[str, str | None]]) -> bytes:
+def _contact_sheet(
+    section: Evaluate, names: list[str], truths: dict[str, str | None], strips: dict[str, bytes]
+) -> bytes:
     rows = []
-    for key, truth_key in pairs[:: max(1, len(pairs) // SHEET_ROWS)][:SHEET_ROWS]:
-        hazy = load_image(section.hazy, key)
-        row: Row = {HAZY: hazy}
-        row |= {name: to_image(restore(net.eval(), to_tensor(hazy)).scene) for name, net in networks.items()}
-        if section.clear is not None and truth_key is not None:
-            row["truth"] = load_image(section.clear, truth_key)
+    for key, strip in sorted(strips.items()):
+        row: Row = dict(zip(names, np.split(decode_image(strip), len(names), axis=1), strict=True))
+        truth = truths[key]
+        if section.clear is not None and truth is not None:
+            row["truth"] = load_image(section.clear, truth)
         rows.append(row)
     return encode_png(grid(rows, cell_px=240))

@@ -10,7 +10,7 @@ from golden import golden_outputs, golden_shapes, golden_state_dict
 from torch import Tensor
 
 from corun_ray.core.checkpoints import load_network
-from corun_ray.core.corun import CORUN, Restoration
+from corun_ray.core.corun import CORUN, Restoration, transmission_step
 
 
 class Golden(NamedTuple):
@@ -74,20 +74,19 @@ def test_half_precision_keeps_the_closed_form_in_float32(golden: Golden) -> None
         assert 0 < difference.mean() < 0.01 and difference.max() < 0.1
 
 
-def closed_form(hazy: np.ndarray, stages: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Equations of the two steps in float64, the learned networks being the identity: (scene, transmission) a stage."""
-    weight = 1 / (1 + np.exp(-0.3))
-    scene, transmission, found = hazy, np.full_like(hazy[:, :1], 0.5), []
-    for _ in range(stages):
-        gap = 1 - scene
-        safe_gap = np.where(gap == 0, 1e-7, gap)
-        below = np.sum(gap + weight / safe_gap, axis=1, keepdims=True)
-        above = np.sum(1 - hazy + weight * transmission / safe_gap, axis=1, keepdims=True)
-        transmission = np.clip(above / np.where(below == 0, 1e-7, below), 0.05, 0.999)
-        above = transmission * hazy + transmission**2 - transmission + weight * scene
-        scene = np.clip(above / (transmission**2 + weight), 0, 1)
-        found.append((scene, transmission))
-    return found
+def exact_transmission(hazy: np.ndarray, transmission: np.ndarray, scene: np.ndarray, weight: float) -> np.ndarray:
+    """The equation of the transmission step in float64; `scene` is the closed-form one of the stage before."""
+    gap = 1 - scene
+    safe_gap = np.where(gap == 0, 1e-7, gap)
+    below = np.sum(gap + weight / safe_gap, axis=1, keepdims=True)
+    above = np.sum(1 - hazy + weight * transmission / safe_gap, axis=1, keepdims=True)
+    return np.clip(above / np.where(below == 0, 1e-7, below), 0.05, 0.999)
+
+
+def exact_scene(hazy: np.ndarray, scene: np.ndarray, transmission: np.ndarray, weight: float) -> np.ndarray:
+    """The equation of the scene step in float64."""
+    above = transmission * hazy + transmission**2 - transmission + weight * scene
+    return np.clip(above / (transmission**2 + weight), 0, 1)
 
 
 @pytest.mark.parametrize("stages", [2, 3, 5])
@@ -98,11 +97,51 @@ def test_a_fresh_network_is_the_closed_form(stages: int) -> None:
     hazy[1, 0, :4] = 1
     with torch.no_grad():
         ours = list(CORUN(stages, width=4).unfold(torch.from_numpy(hazy).float()))
-    expected = closed_form(hazy, stages)
-    assert len(ours) == len(expected)
-    for (scene, transmission), (exact_scene, exact_transmission) in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(transmission, exact_transmission, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(scene, exact_scene, rtol=0, atol=1e-5)
+    assert len(ours) == stages
+    weight = 1 / (1 + np.exp(-0.3))
+    scene, transmission = hazy, np.full_like(hazy[:, :1], 0.5)
+    for restoration in ours:
+        transmission = exact_transmission(hazy, transmission, scene, weight)
+        scene = exact_scene(hazy, scene, transmission, weight)
+        np.testing.assert_allclose(restoration.transmission, transmission, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(restoration.scene, scene, rtol=0, atol=1e-5)
+
+
+def test_every_step_takes_its_part_of_the_state_before() -> None:
+    """Learned and closed-form scene, learned and closed-form transmission differ from the second stage on."""
+    torch.manual_seed(0)
+    network = CORUN(3, width=4)
+    stages = [network.first, network.basic[0], network.last]
+    for number, stage in enumerate(stages):
+        for cpmm in (stage.trans_net, stage.dehaze_net) if number < 2 else (stage.dehaze_net,):
+            torch.nn.init.normal_(cpmm.mapping.weight, std=0.02)
+        stage.trans_prox.step_lambda.data.fill_(0.3 + 0.1 * number)
+        stage.dehaze_prox.step_lambda.data.fill_(0.9 - 0.1 * number)
+
+    def learned(cpmm: torch.nn.Module, estimate: np.ndarray, partner: np.ndarray) -> np.ndarray:
+        return cpmm(torch.from_numpy(estimate).float(), torch.from_numpy(partner).float()).double().numpy()
+
+    hazy = np.random.default_rng(0).uniform(0.2, 0.8, (1, 3, 16, 16))
+    scene = scene_estimate = hazy
+    transmission = np.full_like(hazy[:, :1], 0.5)
+    with torch.no_grad():
+        for number, (stage, ours) in enumerate(
+            zip(stages, network.unfold(torch.from_numpy(hazy).float()), strict=True)
+        ):
+            estimate = exact_transmission(hazy, transmission, scene_estimate, 0.3 + 0.1 * number)
+            transmission = learned(stage.trans_net, estimate, scene) if number < 2 else estimate
+            scene_estimate = exact_scene(hazy, scene, estimate, 0.9 - 0.1 * number)
+            scene = learned(stage.dehaze_net, scene_estimate, estimate)
+            np.testing.assert_allclose(ours.transmission, estimate, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(ours.scene, scene, rtol=0, atol=1e-5)
+            assert min(np.abs(scene - scene_estimate).max(), np.abs(scene - hazy).max()) > 1e-3
+
+
+def test_transmission_stays_within_its_bounds() -> None:
+    bright, dark, weight = torch.ones(1, 3, 1, 1), torch.zeros(1, 3, 1, 1), torch.tensor([0.5])
+    low, high = torch.full((1, 1, 1, 1), 0.05), torch.ones(1, 1, 1, 1)
+    assert transmission_step(bright, low, dark, weight).item() == pytest.approx(0.05)
+    assert transmission_step(dark, high, dark, weight).item() == pytest.approx(0.999)
 
 
 def test_pure_airlight_has_a_finite_gradient() -> None:

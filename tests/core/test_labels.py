@@ -58,9 +58,8 @@ def test_a_pool_holds_what_the_rule_says_after_a_thousand_offers() -> None:
     history: dict[str, list[Label]] = {}
     for step in range(250):
         # Five levels and few keys, so that ties and repeats within one offer are frequent.
-        batch = [
-            label(f"k{random.integers(7)}", *(random.integers(5, size=2) / 4), step=4 * step + i) for i in range(4)
-        ]
+        drawn = zip(random.integers(7, size=4), random.integers(5, size=(4, 2)) / 4, strict=True)
+        batch = [label(f"k{key}", scores[0], scores[1], 4 * step + i) for i, (key, scores) in enumerate(drawn)]
         pool.offer(batch)
         for offered in batch:
             history.setdefault(offered.key, []).append(offered)

@@ -1,9 +1,9 @@
 import shutil
 
 import pytest
-from tests.service.jobs import small_job
 
 from corun_ray.service.manifest import ManifestError, build_manifest, held_out
+from tests.service.jobs import small_job
 
 
 @pytest.fixture

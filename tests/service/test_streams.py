@@ -3,12 +3,12 @@ import collections
 import numpy as np
 import pytest
 import ray
-from tests.conftest import write_image
-from tests.service.jobs import small_job
 
 from corun_ray.service.board import start_board
 from corun_ray.service.manifest import Manifest, build_manifest
 from corun_ray.service.streams import CLEAR, HAZY, SampleMaker, TooManyBadFiles, batches, image_of_sample, split_stream
+from tests.conftest import write_image
+from tests.service.jobs import small_job
 
 
 def ignore(bad_files):
