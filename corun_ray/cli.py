@@ -29,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         sys.exit(args.command(args))
+    except BrokenPipeError:
+        # The reader of our output (head, less) has seen enough; Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(DONE)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(FAILED)

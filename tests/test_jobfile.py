@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobtexts import COLABATOR, EVALUATE, PIPELINE, PRETRAIN, load, load_training, mistakes
 
 from corun_ray.config import ColabatorJob, EvaluateJob, PretrainJob
 from corun_ray.jobfile import JobFileError, dump_job, load_jobs
 from corun_ray.jobkeys import keys, section_of
+from tests.jobtexts import COLABATOR, EVALUATE, PIPELINE, PRETRAIN, load, load_training, mistakes
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

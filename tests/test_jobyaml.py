@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from jobtexts import PRETRAIN, load_training, mistakes
+
+from tests.jobtexts import PRETRAIN, load_training, mistakes
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from jobtexts import COLABATOR, EVALUATE, PIPELINE, PRETRAIN, load, mistakes
 
 from corun_ray.config import KINDS
 from corun_ray.jobfile import JobFileError
 from corun_ray.jobkeys import keys, section_of
+from tests.jobtexts import COLABATOR, EVALUATE, PIPELINE, PRETRAIN, load, mistakes
 
 
 def test_five_mistakes_are_five_lines(tmp_path: Path) -> None:

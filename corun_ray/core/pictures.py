@@ -29,7 +29,7 @@ def grid(rows: Sequence[Mapping[str, ImageU8 | None]], cell_px: int = 192) -> Im
     """
     names = list(rows[0])
     fitted = [[_fit(row[name], cell_px) for name in names] for row in rows]
-    heights = [max(picture.shape[0] for picture in line if picture is not None) for line in fitted]
+    heights = [max((picture.shape[0] for picture in line if picture is not None), default=0) for line in fitted]
     width = GAP_PX + len(names) * (cell_px + GAP_PX)
     canvas = np.full((HEADING_PX + sum(heights) + GAP_PX * len(rows), width, 3), BACKGROUND, np.uint8)
     for column, name in enumerate(names):

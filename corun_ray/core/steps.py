@@ -4,6 +4,7 @@ Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, sections 3.2 and 3.3. What 
 optimizer, EMA) is the same for both and lives in `state`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -96,6 +97,9 @@ class Colabator:
         scene = scene.float().clamp(0, 1)
         rated = self.coherence.global_scores(scene)
         scores = [Scores(*pair) for pair in zip(rated.clarity.tolist(), rated.quality.tolist(), strict=True)]
+        if not all(math.isfinite(score) for pair in scores for score in pair):
+            # Such a label would win the pool's first comparison and lose none after it.
+            raise FloatingPointError(f"step {step}: the teacher's scores are not finite; training has diverged")
         stored = pending.result()
         wins = [supersedes(new, old.scores if old else None) for new, old in zip(scores, stored, strict=True)]
 

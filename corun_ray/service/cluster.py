@@ -34,8 +34,10 @@ def connect(*needs: Cluster) -> str:
         _start_or_join(max(map(_cpus_needed, needs), default=1))
     for need in needs:
         _check_size(need)
+    if "RAY_ADDRESS" not in os.environ:
+        return "a local Ray"
     nodes = sum(node["Alive"] for node in ray.nodes())
-    return f"{os.environ['RAY_ADDRESS']} ({nodes} nodes)" if "RAY_ADDRESS" in os.environ else "a local Ray"
+    return f"{os.environ['RAY_ADDRESS']} ({nodes} node{'s' * (nodes != 1)})"
 
 
 def _cpus_needed(cluster: Cluster) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 LINE_EVERY_S = 15.0
 """Between two progress lines where the output is no terminal (a job's log)."""
 RATE_SPAN_S = 30.0
+FEW_MARKS = 5
 LABEL_WIDTH = 9
 
 
@@ -36,7 +37,12 @@ class Rate:
     def update(self, done: int) -> float | None:
         """The rate now that `done` items are done; None before there is one."""
         now = time.monotonic()
-        self._marks = [(at, n) for at, n in self._marks if now - at < RATE_SPAN_S and n <= done] + [(now, done)]
+        fresh = [(at, n) for at, n in self._marks if now - at < RATE_SPAN_S]
+        # Slow work may take longer than the span: then the last few marks have to do.
+        known = [(at, n) for at, n in max(fresh, self._marks[-FEW_MARKS:], key=len) if n <= done]
+        if not known or known[-1][1] < done:
+            known.append((now, done))
+        self._marks = known
         first_at, first = self._marks[0]
         return (done - first) / (now - first_at) if done > first else None
 

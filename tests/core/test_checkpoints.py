@@ -106,7 +106,7 @@ class Intruder:
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
     mark, weights = tmp_path / "mark", random_network().state_dict()
     plain, zipped = tmp_path / "plain.pth", tmp_path / "zipped.pth"
-    plain.write_bytes(pickle.dumps({"params_ema": Intruder(mark)}))
+    plain.write_bytes(pickle.dumps({"params_ema": Intruder(mark)}, protocol=2))
     torch.save({"params": weights, "params_ema": weights, "extra": Intruder(mark)}, zipped)
     for path in (plain, zipped):
         assert error_line(path).startswith("not a torch checkpoint of plain tensors (")
@@ -195,7 +195,7 @@ def test_a_run_that_cannot_be_resumed_is_one_line(tmp_path: Path, wrong: str) ->
     if wrong == "no file":
         (tmp_path / TRAINING_FILE).unlink()
     elif wrong == "no checkpoint":
-        (tmp_path / TRAINING_FILE).write_bytes(pickle.dumps({"extra": Intruder(tmp_path / "mark")}))
+        (tmp_path / TRAINING_FILE).write_bytes(pickle.dumps({"extra": Intruder(tmp_path / "mark")}, protocol=2))
     with pytest.raises(CheckpointError) as caught:
         load_run(tmp_path, target)
     assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path))

@@ -1,16 +1,16 @@
 """The unfolding network: against reference outputs, against its closed form, and how it trains."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from golden import golden_outputs, golden_shapes, golden_state_dict
 from torch import Tensor
 
 from corun_ray.core.checkpoints import load_network
 from corun_ray.core.corun import CORUN, Restoration, transmission_step
+from tests.core.golden import golden_outputs, golden_shapes, golden_state_dict
 
 
 class Golden(NamedTuple):
@@ -111,7 +111,7 @@ def test_every_step_takes_its_part_of_the_state_before() -> None:
     """Learned and closed-form scene, learned and closed-form transmission differ from the second stage on."""
     torch.manual_seed(0)
     network = CORUN(3, width=4)
-    stages = [network.first, network.basic[0], network.last]
+    stages: list[Any] = [network.first, network.basic[0], network.last]
     for number, stage in enumerate(stages):
         for cpmm in (stage.trans_net, stage.dehaze_net) if number < 2 else (stage.dehaze_net,):
             torch.nn.init.normal_(cpmm.mapping.weight, std=0.02)
