@@ -33,7 +33,7 @@ from corun_ray.jobvalues import (
 )
 
 # The names that `corun_ray.core.coherence` offers; kept here as well because that module needs torch.
-Clarity = Literal["fade"]
+Clarity = Literal["contrast", "fade", "dark_channel"]
 Quality = Literal["clean", "unclipped"]
 CLARITY_NAMES: tuple[str, ...] = get_args(Clarity)
 QUALITY_NAMES: tuple[str, ...] = get_args(Quality)
@@ -77,7 +77,7 @@ class Network(Section):
 
 
 class Coherence(Section):
-    clarity: Clarity = Field("fade", description="scorer of haze density")
+    clarity: Clarity = Field("contrast", description="scorer of haze density")
     quality: Quality = Field("clean", description="scorer of image quality")
     block_px: Whole = Field(32, ge=8, description="side of a block of the trust map, in pixels")
     combine: Combine = Field("addition", description="how clarity and quality become one weight")

@@ -49,9 +49,7 @@ def fade_distances(images: Tensor) -> tuple[Tensor, Tensor]:
     """Distances of every patch to the fog-free and to the foggy model, each `B H/8 W/8`; see `fade`."""
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < MIN_SIDE_PX:
         shape = tuple(images.shape)
-        raise ValueError(
-            f"FADE: expected RGB images B 3 H W, sides of {MIN_SIDE_PX} px and more, got {shape}"
-        )
+        raise ValueError(f"FADE: expected RGB images B 3 H W, sides of {MIN_SIDE_PX} px and more, got {shape}")
     height, width = (side // PATCH_PX * PATCH_PX for side in images.shape[2:])
     # The model was fitted to 8-bit images; float64 because variances are differences of large numbers.
     pixels = images[..., :height, :width].double().clamp(0, 1).mul(255).round()
@@ -74,9 +72,7 @@ def _mahalanobis(features: Tensor, model: PatchModel) -> Tensor:
     difference = features - mean
     weighted = difference @ inverse
     along_ones = weighted.sum(-1)
-    squared = (weighted * difference).sum(-1) - half_variance * along_ones**2 / (
-        1 + half_variance * inverse.sum()
-    )
+    squared = (weighted * difference).sum(-1) - half_variance * along_ones**2 / (1 + half_variance * inverse.sum())
     return squared.clamp_min(0).sqrt()
 
 
@@ -133,9 +129,7 @@ def _flat_residues() -> tuple[float, ...]:
     part or is undefined, and skies are full of flat patches. So the 49-tap sum is repeated here in double
     precision, in that program's order, which makes the score the same on every device.
     """
-    square = [
-        [math.exp(-(x * x + y * y) / (2 * WINDOW_SIGMA_PX**2)) for y in range(-3, 4)] for x in range(-3, 4)
-    ]
+    square = [[math.exp(-(x * x + y * y) / (2 * WINDOW_SIGMA_PX**2)) for y in range(-3, 4)] for x in range(-3, 4)]
     total = _running_sum([tap for row in square for tap in row])
     square = [[tap / total for tap in row] for row in square]
     total = _running_sum([_running_sum(row) for row in square])  # that program normalises twice

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -110,12 +111,12 @@ class Tracker:
         """
         signature, example = _signature(self._mlflow)
         # MLflow prints its own account of this; what goes wrong is raised.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
             info = self._mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(MODEL_CODE),
                 artifacts={"checkpoint": str(checkpoint / NETWORK_FILE)},
-                code_paths=[str(PACKAGE)],
+                code_paths=[str(_model_code(Path(folder)))],
                 signature=signature,
                 input_example=example,
                 pip_requirements=MODEL_REQUIREMENTS,
@@ -145,6 +146,14 @@ def download_model(uri: str, source: str, folder: Path) -> Path:
     if not found:
         raise TrackingError(f"{source}: a model without {NETWORK_FILE}; not one of corun_ray's")
     return found[0]
+
+
+def _model_code(folder: Path) -> Path:
+    """A copy of the part of this package that the model needs to run."""
+    code = folder / PACKAGE.name
+    shutil.copytree(PACKAGE / "core", code / "core", ignore=shutil.ignore_patterns("__pycache__", "demo"))
+    shutil.copy(PACKAGE / "__init__.py", code)
+    return code
 
 
 def _signature(mlflow: Any) -> tuple[Any, np.ndarray]:

@@ -1,0 +1,225 @@
+"""Whole training jobs, small, through the driver: real Ray Train workers, pool, MLflow file, registry."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas
+import psutil
+import pytest
+import ray
+import torch
+
+from corun_ray.core.checkpoints import load_network
+from corun_ray.service import board as board_module
+from corun_ray.service import train as train_module
+from corun_ray.service.console import Console
+from corun_ray.service.models import fetch_network
+from corun_ray.service.storage import locate
+from corun_ray.service.train import JobFailed, prepare, run_training
+from tests.conftest import write_image
+from tests.service.jobs import small_job
+
+
+def tracking(job):
+    return f"sqlite:///{job.storage}/mlflow.db"
+
+
+def run_folder(job):
+    (folder,) = (p for p in os.scandir(job.storage) if p.name.startswith(job.name))
+    return locate(folder.path)
+
+
+def last_checkpoint(job):
+    run = run_folder(job)
+    return run.child(max(f for f in run.files() if f.endswith("training.pt"))).path.removesuffix("/training.pt")
+
+
+@pytest.fixture(scope="module")
+def colabator(local_ray, dataset, tmp_path_factory):
+    """A Colabator run of two workers to the end, and what it printed."""
+    folder = tmp_path_factory.mktemp("colabator")
+    job = small_job(
+        "colabator",
+        dataset,
+        folder,
+        data={"validation": {"hazy": str(dataset / "hazy"), "clear": str(dataset / "hazy_truth")}},
+        train={"steps": 6, "log_every": 2, "checkpoint_every": 3, "validate_every": 3, "validation_images": 2},
+        cluster={"workers": 2},
+        tracking={"register": "corun-test"},
+    )
+    uri = run_training(job, Console())
+    return job, uri
+
+
+def test_leaves_a_registered_model_that_plain_pyfunc_runs(colabator, dataset, tmp_path):
+    """In a fresh process that imports MLflow alone."""
+    job, uri = colabator
+    assert uri == "models:/corun-test/1"
+    code = (
+        "import sys, mlflow, numpy as np\n"
+        f"mlflow.set_tracking_uri({tracking(job)!r})\n"
+        "model = mlflow.pyfunc.load_model('models:/corun-test@champion')\n"
+        "for shape in [(1, 40, 56, 3), (3, 33, 17, 3)]:\n"
+        "    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)\n"
+        "    out = model.predict(images)\n"
+        "    assert out.shape == shape and out.dtype == np.uint8, (out.shape, out.dtype)\n"
+        "    assert (out != images).any()\n"
+        "assert 'ray' not in sys.modules\n"
+        "print('fine')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout.strip().endswith("fine"), result.stderr[-2000:]
+
+
+def test_the_registered_model_is_the_last_checkpoint_s_teacher(colabator):
+    job, uri = colabator
+    registered = fetch_network(uri, tracking(job)).state_dict()
+    checkpoint = torch.load(f"{last_checkpoint(job)}/corun.pth", weights_only=True)
+    for name, value in checkpoint["params_ema"].items():
+        assert torch.equal(registered[name], value), name
+    assert any(not torch.equal(checkpoint["params"][n], v) for n, v in checkpoint["params_ema"].items())
+
+
+def test_the_checkpoint_names_a_snapshot_with_one_label_per_hazy_image(colabator):
+    job, _ = colabator
+    record = torch.load(f"{last_checkpoint(job)}/training.pt", weights_only=True)
+    assert (record["step"], record["num_images_seen"]) == (6, 12)
+    frame = pandas.read_parquet(record["extra"]["pool_snapshot"])
+    assert sorted(frame["key"]) == [f"photo_{i}.png" for i in range(6)]
+    assert frame["step"].between(0, 5).all()
+
+
+def test_mlflow_has_params_metrics_pictures_and_the_job_file(colabator):
+    job, _ = colabator
+    client = mlflow.MlflowClient(tracking(job))
+    (run,) = client.search_runs([client.get_experiment_by_name("corun").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["network.stages"] == "2" and run.data.params["pool.encoding"] == "uint8"
+    for name in ("loss/total", "pool/labels", "pool/wins", "rate/steps_per_s", "val/psnr", "val/ssim", "val/fade"):
+        assert np.isfinite(run.data.metrics[name]), name
+    assert run.data.metrics["pool/labels"] == 6
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss/total")]
+    assert steps == [2, 4, 6]
+    artifacts = {a.path for folder in ("", "pictures") for a in client.list_artifacts(run.info.run_id, folder)}
+    assert {"job.yaml", "pictures/restorations_00000003.png", "pictures/restorations_00000006.png"} <= artifacts
+    assert "pictures/restorations_00000006.png" in run_folder(job).files()
+
+
+def test_pretraining_starts_from_a_registered_model(colabator, dataset, tmp_path):
+    job, uri = colabator
+    again = small_job("pretrain", dataset, tmp_path, network={"init": uri}, tracking={"uri": tracking(job)})
+    _, params = prepare(again)
+    reference = fetch_network(uri, tracking(job)).state_dict()
+    assert all(torch.equal(params[name], value) for name, value in reference.items())
+    other = small_job(
+        "pretrain", dataset, tmp_path, network={"init": uri, "stages": 3}, tracking={"uri": tracking(job)}
+    )
+    with pytest.raises(JobFailed, match="network.stages: 3, but models:/corun-test/1 has 2"):
+        prepare(other)
+
+
+class Recorder(board_module.BoardState):
+    """A board that also keeps every start of the workers, for the test to see."""
+
+    def __init__(self):
+        super().__init__()
+        self.attempts = []
+
+    def post_attempt(self, attempt):
+        self.attempts.append(attempt)
+        super().post_attempt(attempt)
+
+    def seen(self):
+        return self.attempts, self._news.step
+
+
+def training_workers():
+    """The processes of the training workers, by what Ray calls them."""
+    return [p for p in psutil.process_iter(["cmdline"]) if any("RayTrainWorker" in c for c in p.info["cmdline"] or [])]
+
+
+def test_kill_9_of_a_worker_costs_only_the_steps_since_the_checkpoint(local_ray, dataset, tmp_path, monkeypatch):
+    """One of two workers is killed between the checkpoints of steps 4 and 8; the job goes on from step 4."""
+    boards = []
+
+    def recording_board():
+        boards.append(ray.remote(num_cpus=0)(Recorder).remote())
+        return boards[-1]
+
+    monkeypatch.setattr(train_module, "start_board", recording_board)
+    job = small_job(
+        "colabator",
+        dataset,
+        tmp_path,
+        train={"steps": 14, "log_every": 1, "checkpoint_every": 4, "keep_checkpoints": 9},
+        cluster={"workers": 2, "max_failures": 1},
+    )
+    killed = threading.Event()
+
+    def kill_one():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if boards and ray.get(boards[0].seen.remote())[1] in (5, 6):
+                os.kill(training_workers()[-1].pid, signal.SIGKILL)
+                killed.set()
+                return
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    run_training(job, Console())
+    killer.join()
+    assert killed.is_set(), "the run ended before the worker could be killed"
+
+    first, second = ray.get(boards[0].seen.remote())[0]
+    assert (first.first_step, first.first_sample) == (0, 0)
+    # Each worker checks every index that it is given, so the first sample of the second start says all:
+    # nothing after the checkpoint of step 4 was skipped, and nothing before it came again.
+    assert (second.first_step, second.first_sample, second.workers) == (4, 8, 2)
+
+    checkpoint = last_checkpoint(job)
+    record = torch.load(f"{checkpoint}/training.pt", weights_only=True)
+    assert (record["step"], record["num_images_seen"]) == (14, 28)
+    assert load_network(Path(checkpoint)).stages == 2
+
+    # Everything that the snapshot of step 4 held is still there at the end, as it was or bettered.
+    snapshots = {p: pandas.read_parquet(f"{run_folder(job).path}/{p}") for p in run_folder(job).files() if "pool/" in p}
+    before = snapshots["pool/step_00000004.parquet"].set_index("key")
+    after = snapshots["pool/step_00000014.parquet"].set_index("key")
+    assert len(before) > 0 and set(before.index) <= set(after.index)
+    for key, row in before.iterrows():
+        assert after.loc[key, "clarity"] >= row["clarity"] and after.loc[key, "quality"] >= row["quality"]
+
+
+def test_too_many_bad_images_fail_the_job_and_are_named(local_ray, dataset, tmp_path):
+    data = tmp_path / "data"
+    for i in range(4):
+        write_image(data / f"clear/ok_{i}.png", np.full((48, 48, 3), 40 * i + 20, np.uint8))
+    for i in range(2):
+        (data / f"clear/bad_{i}.png").write_text("no picture")
+    sections = {"data": {"depth": None, "max_bad_fraction": 0.2}, "train": {"steps": 12, "checkpoint_every": 12}}
+    job = small_job("pretrain", data, tmp_path, **sections)
+    with pytest.raises(
+        JobFailed, match=r"2 of 6 images cannot be used, more than data.max_bad_fraction \(0.2\)"
+    ) as error:
+        run_training(job, Console())
+    assert f"{data}/clear/bad_0.png: not an image" in str(error.value)
+    assert b"bad_1.png\tnot an image" in run_folder(job).child("bad_files.tsv").read()
+
+
+def test_some_bad_images_are_tolerated_and_listed(local_ray, dataset, tmp_path):
+    data = tmp_path / "data"
+    for i in range(4):
+        write_image(data / f"clear/ok_{i}.png", np.full((48, 48, 3), 40 * i + 20, np.uint8))
+    (data / "clear/bad.png").write_text("no picture")
+    sections = {"data": {"depth": None, "max_bad_fraction": 0.5}, "train": {"steps": 6, "checkpoint_every": 6}}
+    job = small_job("pretrain", data, tmp_path, **sections)
+    assert run_training(job, Console()).startswith("models:/")
+    assert run_folder(job).child("bad_files.tsv").read().decode().startswith(f"{data}/clear/bad.png\tnot an image")
