@@ -21,9 +21,7 @@ RECORD_EVERY = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clear", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, nargs=2, metavar=("HAZY", "CLEAR"))
     parser.add_argument("--steps", type=int, default=400)
@@ -45,9 +43,7 @@ def main() -> None:
             for scene, restored in zip(shown, offers, strict=True):
                 restored.append(restore(network, scene.hazy))
             print(f"step {step}", flush=True)
-        batch = [
-            synthetic_scene(photographs[index], 64, rng) for index in rng.integers(len(photographs), size=2)
-        ]
+        batch = [synthetic_scene(photographs[index], 64, rng) for index in rng.integers(len(photographs), size=2)]
         inputs = to_tensor(np.stack([scene.hazy for scene in batch]))
         truth = to_tensor(np.stack([scene.truth for scene in batch]))
         estimate, transmission = network(inputs)

@@ -57,8 +57,7 @@ def rate(names: list[str], images: Image, truth: Image) -> Case:
     error = ((images - truth) ** 2).mean((1, 2, 3))
     batches = to_tensor(images).split(8)  # small batches stay in the processor's cache
     scores = {
-        name: torch.cat([scorer(batch) for batch in batches]).double().numpy()
-        for name, scorer in SCORERS.items()
+        name: torch.cat([scorer(batch) for batch in batches]).double().numpy() for name, scorer in SCORERS.items()
     }
     return Case(truth.shape[0], names, -10 * np.log10(error + 1e-10), scores)
 

@@ -46,9 +46,7 @@ def synthetic_scene(clear: Image, size_px: int, rng: np.random.Generator) -> Sce
         truth = clear[top : top + size_px, left : left + size_px]
     else:
         truth = shrink(clear, size_px)
-    haze = Haze(
-        rng.uniform(0.3, 1.6), tuple(np.clip(rng.uniform(0.6, 1) + rng.uniform(-0.025, 0.025, 3), 0, 1))
-    )
+    haze = Haze(rng.uniform(0.3, 1.6), tuple(np.clip(rng.uniform(0.6, 1) + rng.uniform(-0.025, 0.025, 3), 0, 1)))
     light = transmission(procedural_depth(rng, size_px, size_px), haze.beta)
     hazy = add_haze(truth, light, haze)
     if rng.random() < 0.5:
@@ -85,25 +83,19 @@ def match_pairs(folders: list[Path] | None) -> list[tuple[Path, Path]]:
 
 
 def restorations(scene: Scene, rng: np.random.Generator) -> dict[str, Image]:
-    """About sixty restorations of a scene, the same names for every scene, 8-bit values."""
+    """The restorations of a scene, the same names for every scene, 8-bit values."""
     hazy, airlight = scene.hazy, scene.airlight
     found = {"hazy": hazy}
     for power in (0.3, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0):  # above 1 too much haze is taken off
-        found[f"inverted^{power}"] = (hazy - airlight) / np.maximum(
-            scene.transmission**power, 0.05
-        ) + airlight
+        found[f"inverted^{power}"] = (hazy - airlight) / np.maximum(scene.transmission**power, 0.05) + airlight
     for constant in (0.5, 0.7, 0.9):
         found[f"constant {constant}"] = (hazy - airlight) / constant + airlight
     for stages in (1, 2, 4):
         found[f"closed form x{stages}"] = closed_form(hazy, stages)
     for omega in (0.4, 0.6, 0.8, 0.95):
-        found[f"dark channel prior {omega}"] = dark_channel_prior(
-            hazy, omega, 15 if scene.size_px > 200 else 7
-        )
+        found[f"dark channel prior {omega}"] = dark_channel_prior(hazy, omega, 15 if scene.size_px > 200 else 7)
     for share in (0.2, 0.4, 0.6, 0.8, 0.95):  # what a network on its way may give
-        drift = (
-            cv2.resize(rng.uniform(size=(3, 3, 3)), hazy.shape[1::-1], interpolation=cv2.INTER_CUBIC) - 0.5
-        ) * 0.2
+        drift = (cv2.resize(rng.uniform(size=(3, 3, 3)), hazy.shape[1::-1], interpolation=cv2.INTER_CUBIC) - 0.5) * 0.2
         mixed = share * scene.truth + (1 - share) * hazy + drift * rng.uniform(0.3, 1)
         found[f"network {share}"] = mixed + rng.normal(0, 0.008, hazy.shape)
     for name, strengths in (("network 0.8", (0.5, 1, 2)), ("inverted^0.8", (1,)), ("hazy", (1,))):
@@ -152,9 +144,7 @@ def dark_channel_prior(hazy: Image, omega: float, patch_px: int) -> Image:
     dark = cv2.erode((hazy / airlight).min(-1), np.ones((patch_px, patch_px)))
     guide, rough, radius = hazy.mean(-1), 1 - omega * dark, 2 * patch_px
     mean_guide, mean_rough = box(guide, radius), box(rough, radius)
-    slope = (box(guide * rough, radius) - mean_guide * mean_rough) / (
-        box(guide**2, radius) - mean_guide**2 + 1e-3
-    )
+    slope = (box(guide * rough, radius) - mean_guide * mean_rough) / (box(guide**2, radius) - mean_guide**2 + 1e-3)
     light = box(slope, radius) * guide + box(mean_rough - slope * mean_guide, radius)
     return (hazy - airlight) / light.clip(0.1, 1)[..., None] + airlight
 

@@ -68,9 +68,7 @@ class Trial:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clear", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, nargs=2, metavar=("HAZY", "CLEAR"))
     parser.add_argument("--photographs", type=int, default=16)
@@ -150,9 +148,7 @@ def print_pairs(cases: list[Case], trials: list[Trial]) -> None:
     rows = []
     for pair in PAIRS:
         precision, recall = np.mean([case.precision_and_recall(pair) for case in cases], 0)
-        gains = [
-            np.array([case.pool_gain(pair, trial.sequences) for case in trial.cases]) for trial in trials
-        ]
+        gains = [np.array([case.pool_gain(pair, trial.sequences) for case in trial.cases]) for trial in trials]
         cells = [f"{gain.mean():+.2f} ({np.mean(gain < 0):.0%})" for gain in gains]
         rows.append([" + ".join(pair), f"{precision:.2f}", f"{recall:.2f}", *cells])
     best = [np.mean([case.best_gain(trial.sequences) for case in trial.cases]) for trial in trials]
@@ -190,16 +186,11 @@ def print_trust(trust: list[tuple[int, dict[str, float]]]) -> None:
     rows = [
         [
             pair,
-            *(
-                f"{np.mean([found[pair] for size, found in trust if size == size_px]):+.2f}"
-                for size_px in SIZES_PX[1:]
-            ),
+            *(f"{np.mean([found[pair] for size, found in trust if size == size_px]):+.2f}" for size_px in SIZES_PX[1:]),
         ]
         for pair in trust[0][1]
     ]
-    print_table(
-        "Rank correlation of trust and PSNR over the blocks of an image", ["pair", "96 px", "288 px"], rows
-    )
+    print_table("Rank correlation of trust and PSNR over the blocks of an image", ["pair", "96 px", "288 px"], rows)
 
 
 if __name__ == "__main__":
