@@ -5,6 +5,7 @@ follows from `(seed, i)`. So order and content are the same at any number of wor
 epoch ends, and a restarted run goes on at the sample where its checkpoint stopped.
 """
 
+import itertools
 import posixpath
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import ray
-from ray.data import DataContext, DataIterator, Dataset, ExecutionResources
+from ray.data import DataContext, DataIterator, ExecutionResources
 
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.core import samples, scattering
@@ -26,8 +27,11 @@ Batch = dict[str, np.ndarray]
 
 CLEAR, HAZY = 0, 1
 """Which permutation and which random numbers: each kind of image has its own."""
-BATCHES_PER_READ = 128
-"""Worker batches that one Ray Data read task covers: few tasks to plan, an early first batch."""
+STEPS_PER_BLOCK = 16
+"""Steps that a block of the stream lasts: few blocks to schedule, and still an early first one."""
+MAX_BLOCKS = 20_000
+"""Ray Data plans every block before the first; a longer run has longer blocks."""
+UNLIMITED = 2**60
 
 
 class TooManyBadFiles(Exception):
@@ -141,56 +145,87 @@ def _decoded(root: str, key: str, decode: Callable[[bytes], np.ndarray]) -> np.n
         return decode(locate(root).child(key).read())
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the rest of a run's stream is cut into blocks, so that each rank gets its own samples in order.
+
+    Step `s` of the run takes the next `batch * num_workers` samples, its r-th `batch` of them on rank r. A block
+    holds one rank's share of several consecutive steps, since a block a step would keep Ray Data busier with blocks
+    than with images. Block `j` is rank `j % num_workers`'s: the splitter deals ordered, equal blocks out in turn.
+    """
+
+    first_sample: int
+    num_steps: int
+    batch: int
+    num_workers: int
+
+    @property
+    def blocks_per_worker(self) -> int:
+        """Blocks that each rank will read."""
+        wanted = -(-self.num_steps // STEPS_PER_BLOCK)
+        return min(wanted, max(1, MAX_BLOCKS // self.num_workers))
+
+    @property
+    def steps_per_block(self) -> int:
+        """Steps that a block lasts; the last one may hold a few that nobody takes."""
+        return -(-self.num_steps // self.blocks_per_worker)
+
+    @property
+    def rows_per_block(self) -> int:
+        """Samples in a block."""
+        return self.steps_per_block * self.batch
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in all."""
+        return self.blocks_per_worker * self.num_workers
+
+    def samples(self, rows: np.ndarray) -> np.ndarray:
+        """Row numbers of the dataset → indices in the run's stream."""
+        block, row = np.divmod(rows, self.rows_per_block)
+        step, place = np.divmod(row, self.batch)
+        turn, rank = np.divmod(block, self.num_workers)
+        step = turn * self.steps_per_block + step
+        return self.first_sample + (step * self.num_workers + rank) * self.batch + place
+
+
 @lru_cache(maxsize=2)
 def _fetched(manifest: Any) -> Manifest:
     """The manifest behind a reference, once a process."""
     return ray.get(manifest)
 
 
-def _make_samples(batch: Batch, job: TrainingJob, manifest: Any, board: Any, first_sample: int) -> Batch:
+def _make_samples(batch: Batch, job: TrainingJob, manifest: Any, board: Any, layout: Layout) -> Batch:
     import cv2
 
     # Ray already runs one task a core; OpenCV's own threads would only fight over it.
     cv2.setNumThreads(1)
-    return SampleMaker(job, _fetched(manifest), board.report_bad.remote)({"id": batch["id"] + first_sample})
+    return SampleMaker(job, _fetched(manifest), board.report_bad.remote)({"id": layout.samples(batch["id"])})
 
 
-def sample_dataset(job: TrainingJob, manifest: Any, board: Any, first_sample: int, num_workers: int) -> Dataset:
-    """Samples `first_sample …` to the run's end, one block a worker and step, in order."""
-    batch = job.train.batch_per_worker
-    total = job.train.steps * batch * num_workers
-    reads = max(1, (total - first_sample) // (batch * BATCHES_PER_READ))
-    indices = ray.data.range(total - first_sample, override_num_blocks=reads)
-    blocks = indices.repartition(target_num_rows_per_block=batch, strict=True)
-    return blocks.map_batches(
+def split_stream(job: TrainingJob, manifest: Any, board: Any, layout: Layout) -> list[DataIterator]:
+    """The stream from where `layout` starts to the run's end, one iterator a worker."""
+    DataContext.get_current().enable_progress_bars = False
+    rows = ray.data.range(layout.num_blocks * layout.rows_per_block, override_num_blocks=layout.num_blocks)
+    dataset = rows.map_batches(
         _make_samples,  # type: ignore[arg-type]  # the stubs know no keyword arguments
-        batch_size=batch,
-        fn_kwargs={"job": job, "manifest": manifest, "board": board, "first_sample": first_sample},
+        batch_size=None,
+        fn_kwargs={"job": job, "manifest": manifest, "board": board, "layout": layout},
     )
-
-
-def split_stream(
-    job: TrainingJob, manifest: Any, board: Any, first_sample: int, num_workers: int
-) -> list[DataIterator]:
-    """The stream cut into one iterator a worker: step `s` gives rank `r` the r-th batch of that step.
-
-    Blocks are handed out in turn because they are in order and of equal length; each worker checks it.
-    """
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    dataset = sample_dataset(job, manifest, board, first_sample, num_workers)
+    # Ray would cut a block that it finds too large, and the ranks would get each other's samples.
+    dataset.context.target_max_block_size = UNLIMITED
     options = dataset.context.execution_options
     options.preserve_order = True
-    training = ExecutionResources(cpu=num_workers * job.cluster.cpus_per_worker)
+    training = ExecutionResources(cpu=layout.num_workers * job.cluster.cpus_per_worker)
     options.exclude_resources = options.exclude_resources.add(training)
-    return dataset.streaming_split(num_workers, equal=True)
+    return dataset.streaming_split(layout.num_workers, equal=True)
 
 
-def batches(shard: DataIterator, batch_size: int, first_sample: int, rank: int, num_workers: int) -> Iterator[Batch]:
-    """The batches of one rank; raises RuntimeError should the stream ever come out of order."""
-    expected = first_sample + rank * batch_size
-    for batch in shard.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2, drop_last=True):
-        if batch["index"].tolist() != list(range(expected, expected + batch_size)):
-            raise RuntimeError(f"rank {rank} was given samples {batch['index'].tolist()}, expected {expected} …")
-        expected += batch_size * num_workers
+def batches(shard: DataIterator, layout: Layout, rank: int) -> Iterator[Batch]:
+    """The batches of one rank, a step each; raises RuntimeError should the stream ever come out of order."""
+    taken = shard.iter_batches(batch_size=layout.batch, batch_format="numpy", prefetch_batches=2)
+    for step, batch in enumerate(itertools.islice(taken, layout.num_steps)):
+        expected = layout.first_sample + (step * layout.num_workers + rank) * layout.batch
+        if batch["index"].tolist() != list(range(expected, expected + layout.batch)):
+            raise RuntimeError(f"rank {rank} was given samples {batch['index'].tolist()}, expected {expected} ...")
         yield batch

@@ -28,7 +28,7 @@ from corun_ray.service.board import Attempt
 from corun_ray.service.manifest import Manifest
 from corun_ray.service.meter import Meter
 from corun_ray.service.pool import PoolClient
-from corun_ray.service.streams import Batch, batches, split_stream
+from corun_ray.service.streams import Batch, Layout, batches, split_stream
 from corun_ray.service.validation import Validator
 
 
@@ -154,16 +154,16 @@ class Worker:
 
     def _stream(self) -> Iterator[Batch]:
         """This rank's batches from where the state stands to the end of the run."""
-        first = self.state.num_images_seen
-        if self.state.step == self.job.train.steps:
+        first, num_steps = self.state.num_images_seen, self.job.train.steps - self.state.step
+        if num_steps == 0:
             return iter(())
+        layout = Layout(first, num_steps, self.job.train.batch_per_worker, self.num_workers)
         shards = None
         if self.rank == 0:
             attempt = Attempt(self.state.step, first, self.num_workers)
             self.plan.board.post_attempt.remote(attempt)
-            shards = split_stream(self.job, self.plan.manifest, self.plan.board, first, self.num_workers)
-        shard = broadcast_from_rank_zero(shards)[self.rank]
-        return batches(shard, self.job.train.batch_per_worker, first, self.rank, self.num_workers)
+            shards = split_stream(self.job, self.plan.manifest, self.plan.board, layout)
+        return batches(broadcast_from_rank_zero(shards)[self.rank], layout, self.rank)
 
     def _log_and_look_for_trouble(self) -> bool:
         """Posts the metrics since the last call; says, on all ranks alike, whether too many images are bad."""

@@ -6,7 +6,16 @@ import ray
 
 from corun_ray.service.board import start_board
 from corun_ray.service.manifest import Manifest, build_manifest
-from corun_ray.service.streams import CLEAR, HAZY, SampleMaker, TooManyBadFiles, batches, image_of_sample, split_stream
+from corun_ray.service.streams import (
+    CLEAR,
+    HAZY,
+    Layout,
+    SampleMaker,
+    TooManyBadFiles,
+    batches,
+    image_of_sample,
+    split_stream,
+)
 from tests.conftest import write_image
 from tests.service.jobs import small_job
 
@@ -91,24 +100,25 @@ def test_with_nothing_usable_it_stops(tmp_path):
 
 
 @ray.remote(num_cpus=0)
-def drain(shard, *where):
-    return [(batch["index"].tolist(), batch["key"].tolist()) for batch in batches(shard, *where)]
+def drain(shard, layout, rank):
+    return [(batch["index"].tolist(), batch["key"].tolist()) for batch in batches(shard, layout, rank)]
 
 
 def read_stream(job, first, workers):
     """What each rank is given: step → rank → (indices, keys)."""
     board = start_board()
     manifest = ray.put(build_manifest(job))
-    shards = split_stream(job, manifest, board, first, workers)
     size = job.train.batch_per_worker
-    per_rank = ray.get([drain.remote(shard, size, first, rank, workers) for rank, shard in enumerate(shards)])
+    layout = Layout(first, job.train.steps - first // (size * workers), size, workers)
+    shards = split_stream(job, manifest, board, layout)
+    per_rank = ray.get([drain.remote(shard, layout, rank) for rank, shard in enumerate(shards)])
     return list(zip(*per_rank, strict=True))
 
 
 def test_steps_take_the_stream_in_order_at_any_number_of_workers(local_ray, dataset, tmp_path):
     """One global batch is the same four samples, whether one worker takes it or two; a restart goes on in it."""
-    one = small_job("colabator", dataset, tmp_path, train={"batch_per_worker": 4, "steps": 5})
-    two = small_job("colabator", dataset, tmp_path, train={"batch_per_worker": 2, "steps": 5}, cluster={"workers": 2})
+    one = small_job("colabator", dataset, tmp_path, train={"batch_per_worker": 4, "steps": 20})
+    two = small_job("colabator", dataset, tmp_path, train={"batch_per_worker": 2, "steps": 20}, cluster={"workers": 2})
     alone = read_stream(one, 0, 1)
     together = read_stream(two, 0, 2)
     resumed = read_stream(two, 8, 2)
@@ -116,9 +126,22 @@ def test_steps_take_the_stream_in_order_at_any_number_of_workers(local_ray, data
     def per_step(steps):
         return [[sum((list(rank[part]) for rank in step), []) for part in (0, 1)] for step in steps]
 
-    assert [indices for indices, _ in per_step(alone)] == [list(range(4 * s, 4 * s + 4)) for s in range(5)]
+    assert [indices for indices, _ in per_step(alone)] == [list(range(4 * s, 4 * s + 4)) for s in range(20)]
     assert per_step(together) == per_step(alone)
     assert per_step(resumed) == per_step(alone)[2:]
+
+
+@pytest.mark.parametrize("num_steps, batch, workers", [(1, 1, 1), (16, 2, 3), (17, 1, 2), (100, 3, 4), (90_000, 1, 5)])
+def test_the_layout_gives_each_rank_its_batches_in_order(num_steps, batch, workers):
+    """Whatever the cut, the r-th rank's blocks, read in turn, are the r-th batch of each step."""
+    layout = Layout(1000, num_steps, batch, workers)
+    assert layout.num_blocks <= 20_000 and layout.blocks_per_worker * layout.steps_per_block >= num_steps
+    rows = np.arange(layout.num_blocks * layout.rows_per_block).reshape(-1, workers, layout.rows_per_block)
+    samples = layout.samples(rows)
+    for rank in range(workers):
+        mine = samples[:, rank].reshape(-1, batch)[:num_steps]
+        steps = np.arange(num_steps)[:, None]
+        assert np.array_equal(mine, 1000 + (steps * workers + rank) * batch + np.arange(batch))
 
 
 def test_a_stream_out_of_order_is_an_error():
@@ -127,7 +150,7 @@ def test_a_stream_out_of_order_is_an_error():
             yield {"index": np.array([0])}
             yield {"index": np.array([2])}
 
-    taken = batches(Shard(), 1, 0, 0, 1)
+    taken = batches(Shard(), Layout(0, 2, 1, 1), 0)
     next(taken)
     with pytest.raises(RuntimeError, match=r"given samples \[2\], expected 1"):
         next(taken)
