@@ -1,5 +1,10 @@
 """What several test files share: one real local Ray, and a small dataset on disk."""
 
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +14,45 @@ import pytest
 
 from corun_ray.config import Cluster
 
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
+def s3_server() -> Iterator[str]:
+    """An S3 endpoint over HTTP on loopback, which this process and all its children know by environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = pytest.MonkeyPatch()
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": url}.items():
+        environment.setenv(name, value)
+    try:
+        wait_for(url)
+        yield url
+    finally:
+        environment.undo()
+        server.terminate()
+        server.wait()
+
+
+def wait_for(url: str, timeout_s: float = 60.0) -> None:
+    """Returns when something answers at `url`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5)
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def local_ray(s3_server: str) -> Iterator[None]:
     """One Ray for the whole session, with more logical CPUs than the machine may have."""
     import ray
 

@@ -9,6 +9,7 @@ from corun_ray.jobfile import dump_job
 from corun_ray.service import cluster
 from corun_ray.service.console import Console, duration, table
 from corun_ray.service.evaluate import Evaluation, evaluate
+from corun_ray.service.manifest import build_manifest
 from corun_ray.service.models import fetch_network
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.tracking import Tracker, tracking_uri
@@ -23,8 +24,13 @@ FOLDERS = (
 
 def run_jobs(jobs: Sequence[Job], console: Console) -> None:
     """Runs a pipeline; the first job that fails ends it. Raises what `run_training` and `run_evaluation` raise."""
+    jobs = [with_absolute_paths(job) for job in jobs]
+    for job in jobs:
+        # What is wrong with the data should be said before a cluster is asked for anything.
+        if isinstance(job, TrainingJob):
+            build_manifest(job)
     cluster.connect(*(job.cluster for job in jobs))
-    for job in map(with_absolute_paths, jobs):
+    for job in jobs:
         if isinstance(job, TrainingJob):
             run_training(job, console)
         elif isinstance(job, EvaluateJob):

@@ -35,8 +35,8 @@ _PALETTES = {"clear": PALETTES[:6], "hazy": PALETTES[1:]}
 
 @dataclass(frozen=True)
 class DemoSize:
-    clear_images: int = 96
-    hazy_images: int = 32
+    clear_images: int = 80
+    hazy_images: int = 24
     width_px: int = 320
     height_px: int = 240
 

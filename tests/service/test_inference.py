@@ -1,0 +1,74 @@
+"""Evaluation and batch dehazing by Ray Data, with a network that no training has touched."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from corun_ray.config import Evaluate
+from corun_ray.core.corun import CORUN
+from corun_ray.core.fade import fade
+from corun_ray.core.images import decode_image
+from corun_ray.core.metrics import psnr
+from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.service.dehaze import dehaze
+from corun_ray.service.evaluate import HAZY, evaluate
+from corun_ray.service.storage import StorageError
+from tests.conftest import photograph, write_image
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return CORUN(2, 4).eval()
+
+
+def test_evaluation_measures_the_pictures_that_a_user_gets(local_ray, dataset, network):
+    section = Evaluate(hazy=str(dataset / "hazy"), clear=str(dataset / "hazy_truth"), models={"net": "x"})
+    ticks = []
+    found = evaluate(section, {"net": network}, lambda done, total: ticks.append((done, total)))
+    assert ticks == [(i, 6) for i in range(1, 7)] and not found.bad_files
+    for image in found.images:
+        hazy = to_tensor(decode_image((dataset / "hazy" / image.key).read_bytes()))
+        truth = to_tensor(decode_image((dataset / "hazy_truth" / image.key).read_bytes()))
+        output = to_tensor(to_image(restore(network, hazy).scene))
+        assert image.values[HAZY]["psnr"] == pytest.approx(psnr(hazy, truth).item(), abs=1e-4)
+        assert image.values["net"]["psnr"] == pytest.approx(psnr(output, truth).item(), abs=1e-3)
+        assert image.values["net"]["fade"] == pytest.approx(fade(output).item(), rel=1e-3)
+    rows = list(csv.DictReader(io.StringIO(found.csv().decode())))
+    assert len(rows) == 12 and float(rows[1]["ssim"]) == pytest.approx(found.images[0].values["net"]["ssim"], abs=1e-6)
+    assert found.means()["net"]["psnr"] == pytest.approx(np.mean([i.values["net"]["psnr"] for i in found.images]))
+    sheet = decode_image(found.contact_sheet)
+    assert sheet.shape[1] > 3 * 240 and sheet.std() > 20
+
+
+def test_dehazing_keeps_names_folders_and_sizes_and_names_what_it_leaves_out(local_ray, network, tmp_path):
+    rng = np.random.default_rng(2)
+    source, target = tmp_path / "in", tmp_path / "out"
+    shapes = {"a.png": (40, 64), "deep/b.jpg": (33, 47), "c.png": (90, 16)}
+    for name, shape in shapes.items():
+        write_image(source / name, photograph(rng, *shape))
+    (source / "broken.png").write_text("no picture")
+    write_image(source / "tiny.png", photograph(rng, 12, 40))
+    result = dehaze(str(source), str(target), network)
+    assert result.written == 3
+    assert result.bad_files[str(source / "broken.png")] == "not an image"
+    assert "too small" in result.bad_files[str(source / "tiny.png")]
+    written = {str(p.relative_to(target)): decode_image(p.read_bytes()) for p in target.rglob("*.png")}
+    assert {name: image.shape[:2] for name, image in written.items()} == {
+        "a.png": (40, 64),
+        "deep/b.png": (33, 47),
+        "c.png": (90, 16),
+    }
+    image = decode_image((source / "a.png").read_bytes())
+    expected = to_image(restore(network, to_tensor(image)).scene)
+    assert np.abs(written["a.png"].astype(int) - expected).max() <= 1
+
+
+def test_two_images_that_would_become_one_are_refused(local_ray, network, tmp_path):
+    for name in ("a.png", "a.jpg"):
+        write_image(tmp_path / "in" / name, photograph(np.random.default_rng(0), 32, 32))
+    with pytest.raises(StorageError, match="a.jpg and a.png would both become a.png"):
+        dehaze(str(tmp_path / "in"), str(tmp_path / "out"), network)

@@ -1,0 +1,77 @@
+"""Everything on an S3 endpoint over HTTP, by environment alone: data in, checkpoints, snapshots and pictures out."""
+
+import boto3
+import pandas
+import pytest
+import torch
+
+from corun_ray.core.corun import CORUN
+from corun_ray.service.console import Console
+from corun_ray.service.dehaze import dehaze
+from corun_ray.service.models import fetch_network
+from corun_ray.service.pool import PoolIndex
+from corun_ray.service.storage import StorageError, locate
+from corun_ray.service.train import run_training
+from tests.service.jobs import small_job
+from tests.service.test_pool import label
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server, local_ray, dataset):
+    """The dataset in the bucket `haze`."""
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="haze")
+    for path in dataset.rglob("*.*"):
+        client.upload_file(str(path), "haze", str(path.relative_to(dataset)))
+    return "s3://haze"
+
+
+def test_a_bucket_reads_and_writes_as_a_folder_does(bucket, dataset):
+    place = locate(f"{bucket}/hazy")
+    assert place.files() == [f"photo_{i}.png" for i in range(6)]
+    assert place.child("photo_0.png").read() == (dataset / "hazy/photo_0.png").read_bytes()
+    locate(f"{bucket}/notes").child("a/b.txt").write(b"text")
+    assert locate(f"{bucket}/notes").files() == ["a/b.txt"]
+    assert locate(f"{bucket}/hazy").exists() and not locate(f"{bucket}/haze").exists()
+    with pytest.raises(StorageError, match="cannot read s3://haze/hazy/none.png"):
+        place.child("none.png").read()
+    with pytest.raises(StorageError, match="cannot list s3://no-such-bucket/x"):
+        locate("s3://no-such-bucket/x").files()
+
+
+def test_the_pool_is_saved_to_a_bucket_and_restored(bucket):
+    pool = PoolIndex()
+    pool.restore(None, 1)
+    pool.offer(1, [label("a/b.png", 0.5, 0.5, 3)])
+    assert pool.save(f"{bucket}/pool/one.parquet") == 1
+    again = PoolIndex()
+    assert again.restore(f"{bucket}/pool/one.parquet", 1) == 1
+    assert again.offer(1, [label("a/b.png", 0.4, 0.6)]) == [False]
+
+
+def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, tmp_path):
+    job = small_job(
+        "colabator",
+        tmp_path,
+        tmp_path,
+        data={"clear": f"{bucket}/clear", "depth": f"{bucket}/depth", "hazy": f"{bucket}/hazy"},
+        tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db", "register": "corun-bucket"},
+        train={"steps": 6, "checkpoint_every": 3},
+    )
+    job = job.model_copy(update={"storage": f"{bucket}/runs"})
+    uri = run_training(job, Console())
+    assert fetch_network(uri, job.tracking.uri).stages == 2
+
+    files = locate(f"{bucket}/runs").files()
+    assert any(file.endswith("pictures/restorations_00000006.png") for file in files)
+    last = max(file for file in files if file.endswith("training.pt"))
+    checkpoint = locate(f"{bucket}/runs").child(last.rpartition("/")[0])
+    assert fetch_network(checkpoint.uri, "").stages == 2
+    record = torch.load(checkpoint.download(tmp_path) / "training.pt", weights_only=True)
+    snapshot = locate(record["extra"]["pool_snapshot"]).download(tmp_path)
+    assert sorted(pandas.read_parquet(snapshot)["key"]) == [f"photo_{i}.png" for i in range(6)]
+
+
+def test_a_bucket_is_dehazed_into_a_bucket(bucket):
+    assert dehaze(f"{bucket}/hazy", f"{bucket}/clean", CORUN(2, 4).eval()).written == 6
+    assert locate(f"{bucket}/clean").files() == [f"photo_{i}.png" for i in range(6)]

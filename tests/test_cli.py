@@ -1,0 +1,117 @@
+"""The command line as its user meets it: a process, its output, its exit code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from corun_ray.config import CLARITY_NAMES, QUALITY_NAMES
+from corun_ray.core.scorers import CLARITY, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY
+from corun_ray.jobfile import load_jobs
+from tests.service.jobs import small_job
+
+
+def corun_ray(*args, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "corun_ray", *map(str, args)], capture_output=True, text=True, env={**os.environ, **env}
+    )
+
+
+FIVE_MISTAKES = """
+kind: colabator
+name: five
+data: {clear: /clear, hazy: /hazy, patch_px: 300}
+network: {stages: 1}
+optim: {learning_rate: 1.0e-4}
+train: {steps: many}
+pool: {shards: 4}
+"""
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_five_mistakes_are_five_lines_and_exit_code_2(tmp_path, command):
+    path = tmp_path / "job.yaml"
+    path.write_text(FIVE_MISTAKES)
+    result = corun_ray(command, path)
+    assert result.returncode == 2
+    assert sorted(result.stderr.splitlines()) == [
+        "data.patch_px: 300 is not a multiple of 16",
+        "network.stages: 1 is too few (at least 2)",
+        "optim.learning_rate: unknown key (did you mean optim.lr?)",
+        "pool.shards: 4 is too many (only 1 so far)",
+        'train.steps: "many" is not a whole number',
+    ]
+    assert result.stdout == ""
+
+
+def test_help_names_the_commands():
+    result = corun_ray("--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("run", "check", "demo", "dehaze", "RAY_ADDRESS", "exit codes"))
+
+
+def test_check_prints_the_resolved_job_and_what_it_would_use(dataset, tmp_path):
+    small_job("colabator", dataset, tmp_path)
+    result = corun_ray("check", tmp_path / "colabator.yaml", "--set", "train.steps=7")
+    assert (result.returncode, result.stderr) == (0, "")
+    resolved = yaml.safe_load(result.stdout)
+    assert resolved["train"]["steps"] == 7 and resolved["optim"]["schedule_steps"] == 50_000
+    assert "8 clear images with a depth map each, 6 real hazy" in result.stdout
+    assert not (tmp_path / "runs").exists(), "check must start nothing"
+
+
+def test_check_names_what_is_missing(dataset, tmp_path):
+    small_job("colabator", dataset, tmp_path)
+    settings = ["data.hazy=/nowhere", "network.init=/no/model.pth", "cluster.gpus_per_worker=99"]
+    env = {"RAY_ADDRESS": ""}
+    result = corun_ray("check", tmp_path / "colabator.yaml", *(f"--set={s}" for s in settings), **env)
+    assert result.returncode == 2
+    lines = result.stderr.splitlines()
+    assert len(lines) == 3, result.stderr
+    assert "cannot list /nowhere" in lines[0]
+    assert "network.init: nothing at /no/model.pth" in lines[1]
+    assert "cluster.gpus_per_worker: 99 GPUs in all" in lines[2]
+
+
+def test_check_lists_the_keys():
+    result = corun_ray("check", "--keys")
+    assert result.returncode == 0 and "pool.encoding" in result.stdout and "optim.lr" in result.stdout
+
+
+def test_a_missing_folder_stops_a_run_before_ray_starts(dataset, tmp_path):
+    small_job("pretrain", dataset, tmp_path)
+    result = corun_ray("run", tmp_path / "pretrain.yaml", "--set", "data.clear=/nowhere", RAY_ADDRESS="")
+    assert result.returncode == 2
+    assert result.stderr.startswith("cannot list /nowhere") and len(result.stderr.splitlines()) == 1
+
+
+def test_demo_refuses_a_folder_of_someone_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    result = corun_ray("demo", tmp_path)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_model_that_is_not_there_is_one_line(dataset, tmp_path):
+    result = corun_ray("dehaze", dataset / "hazy", tmp_path / "out", "--model", tmp_path / "none.pth")
+    assert result.returncode == 2 and "nothing there" in result.stderr and len(result.stderr.splitlines()) == 1
+    tracking = f"sqlite:///{tmp_path}/mlflow.db"
+    result = corun_ray("dehaze", dataset / "hazy", tmp_path / "out", "--model", "models:/x@y", "--tracking", tracking)
+    assert result.returncode == 2 and result.stderr.startswith("models:/x@y: not to be had from")
+
+
+def test_job_files_offer_exactly_the_scorers_that_exist():
+    assert set(CLARITY_NAMES) == set(CLARITY) and set(QUALITY_NAMES) == set(QUALITY)
+    assert CLARITY_NAMES[0] == DEFAULT_CLARITY and QUALITY_NAMES[0] == DEFAULT_QUALITY
+
+
+@pytest.mark.parametrize("name", ["quickstart", "pretrain", "colabator"])
+def test_the_jobs_that_we_ship_are_executable_and_valid(name):
+    path = f"jobs/{name}.yaml"
+    assert os.access(path, os.X_OK)
+    with open(path) as file:
+        assert file.readline().strip() == "#!/usr/bin/env -S python3 -m corun_ray run"
+    assert load_jobs(Path(path), env={})
