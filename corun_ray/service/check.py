@@ -80,7 +80,7 @@ def _machines(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
     gpus = size.workers * size.gpus_per_worker
     where = os.environ.get("RAY_ADDRESS")
     yield f"machines  {size.workers} workers; {cpus:g} CPUs and {gpus:g} GPUs in all, on {where or 'a local Ray'}"
-    if gpus and where is None and gpus > _local_gpus():
+    if gpus and not where and gpus > _local_gpus():
         raise _Mistake(
             f"cluster.gpus_per_worker: {gpus:g} GPUs in all, but this machine has {_local_gpus()} "
             "(set RAY_ADDRESS to use a cluster, or 0 to train on the CPU)"

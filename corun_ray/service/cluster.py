@@ -34,7 +34,7 @@ def connect(*needs: Cluster) -> str:
         _start_or_join(max(map(_cpus_needed, needs), default=1))
     for need in needs:
         _check_size(need)
-    if "RAY_ADDRESS" not in os.environ:
+    if not os.environ.get("RAY_ADDRESS"):
         return "a local Ray"
     nodes = sum(node["Alive"] for node in ray.nodes())
     return f"{os.environ['RAY_ADDRESS']} ({nodes} node{'s' * (nodes != 1)})"
@@ -48,7 +48,7 @@ def _start_or_join(min_cpus: float) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if "RAY_ADDRESS" in os.environ:
+    if os.environ.get("RAY_ADDRESS"):
         environment = {} if IN_RAY_JOB in os.environ else {"py_modules": [str(PACKAGE)]}
         try:
             ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, **quiet)

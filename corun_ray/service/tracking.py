@@ -20,6 +20,7 @@ MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 PACKAGE = Path(__file__).parents[1]
 MODEL_REQUIREMENTS = ["torch", "numpy", "opencv-python-headless", "mlflow"]
 EXAMPLE_PX = 64
+SQLITE = "sqlite:///"
 
 
 class TrackingError(Exception):
@@ -28,7 +29,7 @@ class TrackingError(Exception):
 
 def tracking_uri(job: Job) -> str:
     """The MLflow server of a job: its own, or an SQLite file in its storage folder."""
-    return job.tracking.uri or f"sqlite:///{Path(job.storage).expanduser().absolute()}/mlflow.db"
+    return job.tracking.uri or f"{SQLITE}{Path(job.storage).expanduser().absolute()}/mlflow.db"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -52,8 +53,8 @@ def _mlflow(uri: str) -> Any:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mlflow")
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if uri.startswith(SQLITE):
+        Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
     return mlflow
 
@@ -76,9 +77,11 @@ class Tracker:
     def _select_experiment(self, job: Job) -> None:
         name = job.tracking.experiment
         if self._mlflow.get_experiment_by_name(name) is None:
-            # With an SQLite file the artifacts go beside it; a server has its own place for them.
-            local = None if job.tracking.uri else Path(job.storage).expanduser().absolute() / "mlartifacts"
-            self._mlflow.create_experiment(name, artifact_location=local.as_uri() if local else None)
+            # A server has its own place for artifacts; with an SQLite file they go beside it.
+            beside = None
+            if self.uri.startswith(SQLITE):
+                beside = Path(self.uri.removeprefix(SQLITE)).absolute().with_name("mlartifacts").as_uri()
+            self._mlflow.create_experiment(name, artifact_location=beside)
         self._mlflow.set_experiment(name)
 
     @property

@@ -54,7 +54,7 @@ def test_dehazing_keeps_names_folders_and_sizes_and_names_what_it_leaves_out(loc
     write_image(source / "tiny.png", photograph(rng, 12, 40))
     result = dehaze(str(source), str(target), network)
     assert result.written == 3
-    assert result.bad_files[str(source / "broken.png")] == "not an image"
+    assert result.bad_files[str(source / "broken.png")].startswith("not an image")
     assert "too small" in result.bad_files[str(source / "tiny.png")]
     written = {str(p.relative_to(target)): decode_image(p.read_bytes()) for p in target.rglob("*.png")}
     assert {name: image.shape[:2] for name, image in written.items()} == {
