@@ -1,0 +1,100 @@
+"""Following a training job from the driver: the board's news, passed on to the console, MLflow and the run's folder."""
+
+import threading
+import time
+from typing import Any
+
+import ray
+
+from corun_ray.config import TrainingJob
+from corun_ray.service.board import News
+from corun_ray.service.console import Console
+from corun_ray.service.storage import Location
+from corun_ray.service.tracking import Tracker
+
+POLL_S = 0.5
+
+
+def root_cause(traceback: str) -> str:
+    """The first error of a chain of tracebacks, in a line: what happened, without what followed from it."""
+    first = traceback.split("\nThe above exception was the direct cause")[0].strip()
+    return first.splitlines()[-1]
+
+
+class Follower:
+    """A thread of the driver that carries the board's news to the console, MLflow and the run's folder."""
+
+    def __init__(self, job: TrainingJob, board: Any, tracker: Tracker, console: Console, run: Location) -> None:
+        self._job, self._board, self._tracker, self._console, self._run = job, board, tracker, console, run
+        self._latest: dict[str, float] = {}
+        self._num_attempts = 0
+        self._errors = ""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> "Follower":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+        if self._failure is not None and error is None:
+            raise self._failure
+
+    def summary(self) -> dict[str, str]:
+        """What was last heard, for the footer."""
+        facts = {}
+        if "pool/labels" in self._latest:
+            labels, offers, wins = (int(self._latest[f"pool/{name}"]) for name in ("labels", "offers", "wins"))
+            facts["pool"] = f"{labels} labels; {wins} of {offers} offers taken"
+        if self._num_attempts > 1:
+            facts["restarts"] = str(self._num_attempts - 1)
+        validation = {name: value for name, value in self._latest.items() if name.startswith("val/")}
+        if validation:
+            facts["validated"] = ", ".join(f"{name[4:]} {value:.3f}" for name, value in validation.items())
+        return facts
+
+    def _follow(self) -> None:
+        try:
+            while not self._stopping.wait(POLL_S):
+                self._pass_on(ray.get(self._board.take_news.remote()))
+            self._pass_on(ray.get(self._board.take_news.remote()))
+        except Exception as error:
+            self._failure = error
+
+    def _pass_on(self, news: News) -> None:
+        for rank, text in news.errors:
+            self._console.say(f"  worker {rank} failed: {root_cause(text)}")
+            self._errors += f"worker {rank}, {time.strftime('%H:%M:%S')}\n{text}\n"
+            self._run.child("errors.log").write(self._errors.encode())
+        for attempt in news.attempts:
+            self._num_attempts += 1
+            if self._num_attempts > 1:
+                self._console.say(
+                    f"  workers restarted: going on from step {attempt.first_step} with {attempt.workers}"
+                )
+        for step, metrics in news.metrics:
+            self._latest |= metrics
+            self._tracker.metrics(step, metrics)
+        for step, name, png in news.pictures:
+            path = f"pictures/{name}_{step:08d}.png"
+            self._run.child(path).write(png)
+            self._tracker.file(path, png)
+        if news.step:
+            self._console.progress(news.step, self._job.train.steps, "step", self._details(news))
+
+    def _details(self, news: News) -> list[str]:
+        details = []
+        if "loss/total" in self._latest:
+            details.append(f"loss {self._latest['loss/total']:.4f}")
+        if "val/psnr" in self._latest:
+            details.append(f"val {self._latest['val/psnr']:.2f} dB")
+        if "pool/labels" in self._latest:
+            won = self._latest["pool/wins"] / max(1.0, self._latest["pool/offers"])
+            details.append(f"pool {self._latest['pool/labels']:.0f}, {100 * self._latest['pool/win_rate']:.0f}% new")
+            details.append(f"taken {100 * won:.0f}%")
+        if news.num_bad_files:
+            details.append(f"{news.num_bad_files} bad files")
+        return details
