@@ -47,8 +47,8 @@ class Follower:
         """What was last heard, for the footer."""
         facts = {}
         if "pool/labels" in self._latest:
-            labels, offers, wins = (int(self._latest[f"pool/{name}"]) for name in ("labels", "offers", "wins"))
-            facts["pool"] = f"{labels} labels; {wins} of {offers} offers taken"
+            labels, wins = (int(self._latest[f"pool/{name}"]) for name in ("labels", "wins"))
+            facts["pool"] = f"{labels} labels; {wins} candidates won"
         if self._num_attempts > 1:
             facts["restarts"] = str(self._num_attempts - 1)
         validation = {name: value for name, value in self._latest.items() if name.startswith("val/")}
@@ -92,9 +92,7 @@ class Follower:
         if "val/psnr" in self._latest:
             details.append(f"val {self._latest['val/psnr']:.2f} dB")
         if "pool/labels" in self._latest:
-            won = self._latest["pool/wins"] / max(1.0, self._latest["pool/offers"])
             details.append(f"pool {self._latest['pool/labels']:.0f}, {100 * self._latest['pool/win_rate']:.0f}% new")
-            details.append(f"taken {100 * won:.0f}%")
         if news.num_bad_files:
             details.append(f"{news.num_bad_files} bad files")
         return details
