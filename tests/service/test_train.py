@@ -146,7 +146,7 @@ def training_workers():
 
 
 def test_kill_9_of_a_worker_costs_only_the_steps_since_the_checkpoint(local_ray, dataset, tmp_path, monkeypatch):
-    """One of two workers is killed between the checkpoints of steps 4 and 8; the job goes on from step 4."""
+    """One of two workers is killed some steps after a checkpoint; the job goes on from there to its end."""
     boards = []
 
     def recording_board():
@@ -158,41 +158,47 @@ def test_kill_9_of_a_worker_costs_only_the_steps_since_the_checkpoint(local_ray,
         "colabator",
         dataset,
         tmp_path,
-        train={"steps": 14, "log_every": 1, "checkpoint_every": 4, "keep_checkpoints": 9},
+        data={"patch_px": 64},
+        network={"width": 8},
+        train={"steps": 20, "batch_per_worker": 3, "log_every": 1, "checkpoint_every": 6, "keep_checkpoints": 9},
         cluster={"workers": 2, "max_failures": 1},
     )
-    killed = threading.Event()
+    killed_at = []
 
     def kill_one():
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            if boards and 5 <= ray.get(boards[0].seen.remote())[1] < 8:
+        """Between two checkpoints, once Ray Train has taken note of the first of them."""
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and not killed_at:
+            step = ray.get(boards[0].seen.remote())[1] if boards else 0
+            known = list(Path(job.storage).glob("*/checkpoint_manager_snapshot.json"))
+            if known and step % 6 in (1, 2, 3):
                 os.kill(training_workers()[-1].pid, signal.SIGKILL)
-                killed.set()
-                return
+                killed_at.append(step)
             time.sleep(0.02)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
     run_training(job, Console())
     killer.join()
-    assert killed.is_set(), "the run ended before the worker could be killed"
+    assert killed_at and killed_at[0] < 20, "the run ended before the worker could be killed"
 
     first, second = ray.get(boards[0].seen.remote())[0]
     assert (first.first_step, first.first_sample) == (0, 0)
-    # Each worker checks every index that it is given, so the first sample of the second start says all:
-    # nothing after the checkpoint of step 4 was skipped, and nothing before it came again.
-    assert (second.first_step, second.first_sample, second.workers) == (4, 8, 2)
+    # Each worker checks every index that it is given, so where the second start began says all: nothing after
+    # that checkpoint was skipped, and nothing before it came again.
+    resumed = second.first_step
+    assert 0 < resumed <= killed_at[0] and resumed % 6 == 0, (resumed, killed_at)
+    assert (second.first_sample, second.workers) == (6 * resumed, 2)
 
     checkpoint = last_checkpoint(job)
     record = torch.load(f"{checkpoint}/training.pt", weights_only=True)
-    assert (record["step"], record["num_images_seen"]) == (14, 28)
+    assert (record["step"], record["num_images_seen"]) == (20, 120)
     assert load_network(Path(checkpoint)).stages == 2
 
-    # Everything that the snapshot of step 4 held is still there at the end, as it was or bettered.
-    snapshots = {p: pandas.read_parquet(f"{run_folder(job).path}/{p}") for p in run_folder(job).files() if "pool/" in p}
-    before = snapshots["pool/step_00000004.parquet"].set_index("key")
-    after = snapshots["pool/step_00000014.parquet"].set_index("key")
+    # Everything that the snapshot of that checkpoint held is still there at the end, as it was or bettered.
+    pool = Path(run_folder(job).path) / "pool"
+    before = pandas.read_parquet(pool / f"step_{resumed:08d}.parquet").set_index("key")
+    after = pandas.read_parquet(pool / "step_00000020.parquet").set_index("key")
     assert len(before) > 0 and set(before.index) <= set(after.index)
     for key, row in before.iterrows():
         assert after.loc[key, "clarity"] >= row["clarity"] and after.loc[key, "quality"] >= row["quality"]
