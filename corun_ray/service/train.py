@@ -92,12 +92,8 @@ def run_training(job: TrainingJob, console: Console) -> str:
         **follower.summary(),
         "took": duration(time.monotonic() - started),
     }
-    console.footer("done", facts, [f"corun-ray dehaze PHOTOS OUT --model {model_uri}{_uri_hint(job)}"])
+    console.footer("done", facts, [f"corun-ray dehaze PHOTOS OUT --model {model_uri} --tracking {tracker.uri}"])
     return model_uri
-
-
-def _uri_hint(job: TrainingJob) -> str:
-    return f" --tracking {tracking_uri(job)}"
 
 
 def _header(job: TrainingJob, manifest: Manifest, place: str, run: Location, tracker: Tracker) -> dict[str, str]:

@@ -74,7 +74,7 @@ class Validator:
         assert isinstance(self.job, ColabatorJob)
         rows = []
         for key, label in zip(keys, colabator.pool.prefetch(keys).result(), strict=True):
-            image = self._image(self.job.data.hazy, key)
+            image = load_image(self.job.data.hazy, key)
             weak = real_views(image, np.random.default_rng(0), patch_px=self.job.data.patch_px, jpeg_quality=None).weak
             row = self._restored(network, weak)
             row["label"] = None if label is None else to_image(torch.from_numpy(decode(label.scene))[None])
@@ -93,10 +93,10 @@ class Validator:
 
     def _held_out_row(self, network: nn.Module, hazy_key: str, clear_key: str | None) -> Row:
         assert self.job.data.validation is not None
-        row = self._restored(network, self._image(self.job.data.validation.hazy, hazy_key))
+        row = self._restored(network, load_image(self.job.data.validation.hazy, hazy_key))
         if clear_key is not None:
             assert self.job.data.validation.clear is not None
-            row["truth"] = self._image(self.job.data.validation.clear, clear_key)
+            row["truth"] = load_image(self.job.data.validation.clear, clear_key)
         return row
 
     def _restored(self, network: nn.Module, hazy: ImageU8) -> Row:
@@ -106,9 +106,6 @@ class Validator:
             "output": to_image(scene),
             "transmission": colour_map(transmission[0, 0].cpu().numpy()),
         }
-
-    def _image(self, root: str, key: str) -> ImageU8:
-        return load_image(root, key)
 
     def _tensor(self, root: str, key: str) -> torch.Tensor:
         return to_tensor(load_image(root, key)).to(self.device)
