@@ -1,11 +1,14 @@
 """The front door: `corun-ray COMMAND`. Heavy imports happen in the command that needs them."""
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from corun_ray.service.weights_cli import Wanted, add_weights_commands
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 
@@ -89,12 +92,26 @@ def _parser() -> argparse.ArgumentParser:
         help="models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth",
     )
     dehaze.add_argument(
+        "--stages",
+        action="store_true",
+        help="also write NAME.stages.png: every stage's scene, transmission and re-hazed image (CORUN only)",
+    )
+    dehaze.add_argument(
         "--tracking",
         default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db",
         metavar="URI",
         help="MLflow server of models:/ and runs:/ (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)",
     )
+    add_weights_commands(commands, _weights_of_jobs)
     return parser
+
+
+def _weights_of_jobs(args: argparse.Namespace) -> list[tuple[str | None, Wanted]]:
+    from corun_ray.config import TrainingJob
+    from corun_ray.service.scoring import needed_files
+
+    jobs = [job for job in _load(Path(args.where), args.set) if isinstance(job, TrainingJob)]
+    return [folder for job in jobs for folder in needed_files(job).items()]
 
 
 def _load(path: Path, overrides: Sequence[str]) -> list:
@@ -134,11 +151,12 @@ def _run(args: argparse.Namespace) -> int:
     from corun_ray.service.console import Console
     from corun_ray.service.jobs import run_jobs
 
-    return _reporting(lambda: run_jobs(jobs, Console()))
+    return _reporting(lambda: run_jobs(jobs, Console(), args.job.parent.absolute()))
 
 
 def _reporting(action: Callable[[], object]) -> int:
     """Runs a job's action and turns the errors that a user can mend into lines and exit codes."""
+    from corun_ray.core.weights import WeightsError
     from corun_ray.service.cluster import ClusterError
     from corun_ray.service.manifest import ManifestError
     from corun_ray.service.models import ModelSourceError
@@ -149,7 +167,7 @@ def _reporting(action: Callable[[], object]) -> int:
     log = _divert_stderr()
     try:
         action()
-    except (ClusterError, ManifestError, ModelSourceError, StorageError, TrackingError) as error:
+    except (ClusterError, ManifestError, ModelSourceError, StorageError, TrackingError, WeightsError) as error:
         raise WrongRequest(error) from None
     except JobFailed as error:
         print(f"{error}\nRay's own messages: {log}", file=sys.stderr)
@@ -184,15 +202,16 @@ def _dehaze(args: argparse.Namespace) -> int:
     from corun_ray.service import cluster
     from corun_ray.service.console import Console
     from corun_ray.service.dehaze import dehaze
-    from corun_ray.service.models import fetch_network
+    from corun_ray.service.models import fetch_model
 
     console = Console()
 
     def action() -> None:
-        network = fetch_network(args.model, args.tracking)
+        model = fetch_model(args.model, args.tracking)
         place = cluster.connect()
         console.header("dehaze", {"input": args.input, "model": args.model, "output": args.output, "on": place})
-        result = dehaze(args.input, args.output, network, lambda done, total: console.progress(done, total, "image"))
+        progress = functools.partial(console.progress, what="image")
+        result = dehaze(args.input, args.output, model, progress, args.stages)
         for uri, reason in result.bad_files.items():
             console.say(f"  left out: {uri}: {reason}")
         console.footer(f"done: {result.written} images written", {})

@@ -7,15 +7,14 @@ A job is one of the classes in `KINDS`, chosen by its `kind`; a class has the ke
 import warnings
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from corun_ray.jobmethod import Coherence, ColabatorLoss, ColabatorOptim, Loss, Network, Optim, Pool
 from corun_ray.jobvalues import (
     Batch,
     Count,
     Fraction,
     FractionRange,
-    LearningRate,
-    MinLearningRate,
     Mismatch,
     Name,
     OneOrMore,
@@ -23,7 +22,6 @@ from corun_ray.jobvalues import (
     Positive,
     PositiveRange,
     RandomResize,
-    ScheduleSteps,
     Section,
     Steps,
     Strict,
@@ -32,15 +30,8 @@ from corun_ray.jobvalues import (
     some_once,
 )
 
-# The names that `corun_ray.core.coherence` offers; kept here as well because that module needs torch.
-Clarity = Literal["contrast", "fade", "dark_channel"]
-Quality = Literal["clean", "unclipped"]
-CLARITY_NAMES: tuple[str, ...] = get_args(Clarity)
-QUALITY_NAMES: tuple[str, ...] = get_args(Quality)
 Metric = Literal["psnr", "ssim", "fade"]
 DepthKind = Literal["inverse", "metres"]
-Combine = Literal["addition", "multiplication"]
-Encoding = Literal["uint8", "float16", "float32"]
 
 
 class Validation(Section):
@@ -48,14 +39,35 @@ class Validation(Section):
     clear: OptionalText = Field(None, description="a folder or URI of their clear truth, paired by stem")
 
 
+class Paired(Section):
+    hazy: Text = Field(description="a folder or URI of degraded images")
+    clear: Text = Field(description="a folder or URI of their clean truth, paired by stem")
+
+
 class TrainingData(Section):
-    clear: Text = Field(description="a folder or URI of clear images")
+    clear: OptionalText = Field(None, description="a folder or URI of clear images, on which haze is laid")
     depth: OptionalText = Field(None, description="a folder or URI of their depth; null: a procedural depth")
     depth_kind: DepthKind = Field("inverse", description="metres: far is large and 0 is no reading")
+    paired: Paired | None = Field(None, description="degraded and clean images, instead of clear and depth")
     validation: Validation | None = Field(None, description="held-out images")
+    validation_sets: dict[Name, Validation] = Field({}, description="more held-out images, by name: {hazy, clear}")
     patch_px: Whole = Field(288, ge=32, multiple_of=16, description="side of a training patch, in pixels")
     random_resize: RandomResize = False
+    rotation: bool = Field(False, description="turn synthetic or paired patches by a random multiple of 90 degrees")
+    mixup: float = Field(0.0, ge=0, description="alpha of the Beta(alpha, alpha) that mixes pairs; 0: no mixup")
     max_bad_fraction: Fraction = Field(0.01, description="fraction of unusable images tolerated")
+
+    @field_validator("paired")
+    @classmethod
+    def _one_source_of_pairs(cls, paired: Paired | None, info: ValidationInfo) -> Paired | None:
+        if "clear" not in info.data:
+            return paired  # what is wrong with it is told
+        if (info.data["clear"] is None) == (paired is None):
+            text = "missing (a folder or URI of clear images; or give data.paired)"
+            raise Mismatch("data.clear", text if paired is None else "not used together with data.paired")
+        if paired is not None and info.data.get("depth") is not None:
+            raise Mismatch("data.depth", "not used together with data.paired")
+        return paired
 
 
 class ColabatorData(TrainingData):
@@ -69,51 +81,6 @@ class Haze(Section):
     airlight_tint: float = Field(0.025, ge=0, description="largest deviation of a colour channel from it")
 
 
-class Network(Section):
-    type: Literal["corun"] = Field("corun", description="architecture")
-    stages: Count = Field(4, ge=2, le=16, description="number of unfolding stages")
-    width: Count = Field(30, ge=4, multiple_of=2, description="number of feature channels")
-    init: OptionalText = Field(None, description="model to start from (MLflow URI, checkpoint, .pth)")
-
-
-class Coherence(Section):
-    clarity: Clarity = Field("contrast", description="scorer of haze density")
-    quality: Quality = Field("clean", description="scorer of image quality")
-    block_px: Whole = Field(32, ge=8, description="side of a block of the trust map, in pixels")
-    combine: Combine = Field("addition", description="how clarity and quality become one weight")
-
-
-class Pool(Section):
-    shards: Count = Field(1, ge=1, le=1, description="number of actors that share the index")
-    encoding: Encoding = Field("uint8", description="number type in which a label is kept")
-
-
-class Loss(Section):
-    perceptual: Literal["none"] = Field("none", description="network of the perceptual loss")
-
-
-class Optim(Section):
-    lr: LearningRate = 1e-4
-    min_lr: MinLearningRate = Field(default_factory=lambda earlier: earlier["lr"])
-    schedule_steps: ScheduleSteps = 30_000
-    ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights (the teacher) per step")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the network")
-    compile: bool = Field(False, description="compile the network with torch.compile")
-
-    @field_validator("min_lr")
-    @classmethod
-    def _not_above_lr(cls, min_lr: float, info: ValidationInfo) -> float:
-        if min_lr > info.data.get("lr", min_lr):
-            raise ValueError(f"{min_lr} is more than optim.lr ({info.data['lr']})")
-        return min_lr
-
-
-class ColabatorOptim(Optim):
-    lr: LearningRate = 5e-5
-    min_lr: MinLearningRate = Field(default_factory=lambda earlier: min(1e-6, earlier["lr"]))
-    schedule_steps: ScheduleSteps = 50_000
-
-
 class Train(Section):
     steps: Steps = 30_000
     batch_per_worker: Batch = 2
@@ -122,6 +89,29 @@ class Train(Section):
     validate_every: OneOrMore = Field(500, description="steps between two validations")
     keep_checkpoints: OneOrMore = Field(2, description="number of checkpoints kept")
     validation_images: OneOrMore = Field(8, description="number of pictures in the validation grid")
+
+
+class Phase(Section):
+    from_step: Count = Field(ge=1, description="first step of the phase, counted from 0")
+    patch_px: Whole = Field(ge=32, multiple_of=16, description="side of a training patch, in pixels")
+    batch_per_worker: Batch
+
+
+class PretrainTrain(Train):
+    progressive: tuple[Phase, ...] = Field(
+        (), description="later patch and batch sizes: a list of {from_step, patch_px, batch_per_worker}"
+    )
+
+    @field_validator("progressive")
+    @classmethod
+    def _in_order(cls, phases: tuple[Phase, ...], info: ValidationInfo) -> tuple[Phase, ...]:
+        starts = [phase.from_step for phase in phases]
+        if starts != sorted(set(starts)):
+            raise ValueError("its from_step must rise from phase to phase")
+        steps = info.data.get("steps")
+        if steps and starts and starts[-1] >= steps:
+            raise ValueError(f"from_step {starts[-1]} is not before train.steps ({steps})")
+        return phases
 
 
 class ColabatorTrain(Train):
@@ -193,13 +183,21 @@ class TrainingJob(Job):
     data: TrainingData = _section("images")
     haze: Haze = _section("the haze that is synthesised")
     network: Network = _section("the network")
-    loss: Loss = _section("the loss")
+    loss: Loss = _section("the losses")
     optim: Optim = _section("the optimiser, AdamW")
     train: Train = _section("the training loop")
+
+    @model_validator(mode="after")
+    def _mixup_needs_a_batch(self) -> "TrainingJob":
+        later = self.train.progressive if isinstance(self.train, PretrainTrain) else ()
+        if self.data.mixup and min([self.train.batch_per_worker, *(phase.batch_per_worker for phase in later)]) < 2:
+            raise Mismatch("data.mixup", "mixes the images of a batch, and batch_per_worker is 1")
+        return self
 
 
 class PretrainJob(TrainingJob):
     kind: Literal["pretrain"]
+    train: PretrainTrain = _section("the training loop")
 
 
 class ColabatorJob(TrainingJob):
@@ -207,6 +205,7 @@ class ColabatorJob(TrainingJob):
     data: ColabatorData = _section("images")
     optim: ColabatorOptim = _section("the optimiser, AdamW")
     train: ColabatorTrain = _section("the training loop")
+    loss: ColabatorLoss = _section("the losses")
     coherence: Coherence = _section("how a pseudo label is scored")
     pool: Pool = _section("the optimal label pool")
 
@@ -217,6 +216,9 @@ class ColabatorJob(TrainingJob):
         if data and data.patch_px % coherence.block_px:
             text = f"{data.patch_px} is not a multiple of coherence.block_px ({coherence.block_px})"
             raise Mismatch("data.patch_px", text)
+        loss = info.data.get("loss")
+        if loss and loss.haze_density_weight and coherence.clarity == "fade":
+            raise Mismatch("loss.haze_density_weight", "fade has no gradient; daclip, contrast and dark_channel do")
         return coherence
 
 

@@ -1,12 +1,13 @@
 """The keys of a job file as a list: their order, their ranges, and the text that explains each of them."""
 
 import json
+from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from corun_ray.config import KINDS, ColabatorJob, EvaluateJob, Job
+from corun_ray.config import KINDS, ColabatorJob, EvaluateJob, Job, PretrainJob
 from corun_ray.jobvalues import Section
 
 LIMIT_WORDS = {
@@ -37,6 +38,23 @@ def keys(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
 
 def section_of(field: FieldInfo) -> type[Section] | None:
     """The section below a key, None for a key that holds a value."""
+    return None if get_origin(field.annotation) in (dict, tuple) else _section_in(field)
+
+
+def field_at(kind: str, loc: Iterable[str | int]) -> FieldInfo:
+    """The key at a place in a job of this kind, also within a list or mapping; else the nearest one above it."""
+    model: type[BaseModel] | None = KINDS[kind]
+    found: FieldInfo | None = None
+    for part in loc:
+        if model is None or part not in model.model_fields:
+            continue  # a position in a list, a name in a mapping, or a key that nobody knows
+        found = model.model_fields[str(part)]
+        model = _section_in(found)
+    assert found is not None
+    return found
+
+
+def _section_in(field: FieldInfo) -> type[Section] | None:
     types = (field.annotation, *get_args(field.annotation))
     return next((t for t in types if isinstance(t, type) and issubclass(t, Section)), None)
 
@@ -49,8 +67,9 @@ def limits(field: FieldInfo) -> dict[str, float]:
 def takes(kind: str, path: str) -> bool:
     """Whether jobs of this kind have the key, or a mapping that may hold it."""
     known = keys(KINDS[kind])
-    parent = known.get(path.rpartition(".")[0])
-    return path in known or (parent is not None and get_origin(parent.annotation) is dict)
+    parts = path.split(".")
+    above = (known.get(".".join(parts[:count])) for count in range(1, len(parts)))
+    return path in known or any(field is not None and get_origin(field.annotation) is dict for field in above)
 
 
 def reference() -> str:
@@ -58,7 +77,7 @@ def reference() -> str:
     by_kind = {kind: keys(job) for kind, job in KINDS.items()}
     lines: list[str] = []
     said = ""
-    for path, field in (keys(ColabatorJob) | keys(EvaluateJob) | keys(Job)).items():
+    for path, field in _in_order(keys(ColabatorJob), keys(PretrainJob), keys(EvaluateJob)).items():
         users = [kind for kind in KINDS if path in by_kind[kind]]
         only = f" ({', '.join(users)} only)" if len(users) < len(KINDS) else ""
         if section_of(field) and "." not in path:
@@ -71,6 +90,17 @@ def reference() -> str:
         meaning = f"{field.description}{only if only != said else ''}"
         lines += [f"  {path:<26} {default}", f"      {_type(field.annotation)}{_range(field)}; {meaning}"]
     return "\n".join(lines) + "\n"
+
+
+def _in_order(*kinds: dict[str, FieldInfo]) -> dict[str, FieldInfo]:
+    """The keys of several kinds of job as one list, section by section."""
+    merged = {path: field for fields in reversed(kinds) for path, field in fields.items()}
+    place = {path: number for fields in kinds for number, path in enumerate(fields)}
+    return {path: merged[path] for path in sorted(merged, key=lambda path: (_section(path), place[path]))}
+
+
+def _section(path: str) -> int:
+    return ORDER.index(path.partition(".")[0])
 
 
 def _default(path: str, fields: dict[str, FieldInfo]) -> str:

@@ -37,6 +37,7 @@ def some_once(items: tuple[str, ...]) -> tuple[str, ...]:
 
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Whole, COUNT]
+OptionalCount = Annotated[int | None, BeforeValidator(_whole), COUNT]
 OneOrMore = Annotated[Count, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 # Empty text counts as absent, so that `depth: ${DEPTH:-}` leaves the key out.

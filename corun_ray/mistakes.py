@@ -9,7 +9,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from corun_ray.config import KINDS, Job
-from corun_ray.jobkeys import LIMIT_WORDS, keys, limits, takes
+from corun_ray.jobkeys import LIMIT_WORDS, field_at, keys, limits, takes
 from corun_ray.jobvalues import COUNT, Mismatch
 from corun_ray.jobyaml import Loc
 
@@ -40,22 +40,22 @@ _SYNONYMS = {
 
 def plain_mistakes(errors: Iterable[Any], kind: str, is_sure: bool) -> Iterator[tuple[Loc, str]]:
     """Where and what, in plain words. Where the kind is only guessed, nothing is said of its own keys."""
-    known = keys(KINDS[kind])
     for error in errors:
         loc = tuple(part for part in error["loc"] if part != "[key]")
         path = path_of(loc)
         cause = error.get("ctx", {}).get("error")
         if error["type"] == "default_factory_not_called":
             continue  # the error that kept it from being called is told
-        if isinstance(cause, Mismatch):
+        if isinstance(cause, Mismatch) and is_sure:
             yield tuple(cause.key.split(".")), str(cause)
+        elif isinstance(cause, Mismatch):
+            continue  # what goes together depends on the kind
         elif error["type"] == "extra_forbidden":
             used_elsewhere = any(takes(other, path) for other in KINDS)
             if is_sure or not used_elsewhere:
                 yield loc, not_a_key(path, kind, used_elsewhere)
         elif is_sure or error["type"] != "missing" or path in keys(Job):
-            field = known.get(path) or known[path_of(loc[:-1])]  # the latter for an entry of a mapping
-            yield loc, _words(error, field)
+            yield loc, _words(error, field_at(kind, loc))
 
 
 def _words(error: Any, field: FieldInfo) -> str:

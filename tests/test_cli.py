@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from corun_ray.config import CLARITY_NAMES, QUALITY_NAMES
+from corun_ray.core.daclip import DEGRADATIONS
 from corun_ray.core.scorers import CLARITY, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY
 from corun_ray.jobfile import load_jobs
+from corun_ray.jobmethod import CLARITY_NAMES, QUALITY_NAMES, Degradation
 from tests.service.jobs import small_job
 
 
@@ -104,11 +106,14 @@ def test_a_model_that_is_not_there_is_one_line(dataset, tmp_path):
 
 
 def test_job_files_offer_exactly_the_scorers_that_exist():
-    assert set(CLARITY_NAMES) == set(CLARITY) and set(QUALITY_NAMES) == set(QUALITY)
+    assert set(CLARITY_NAMES) == {*CLARITY, "daclip"} and set(QUALITY_NAMES) == set(QUALITY)
+    assert get_args(Degradation) == DEGRADATIONS
     assert CLARITY_NAMES[0] == DEFAULT_CLARITY and QUALITY_NAMES[0] == DEFAULT_QUALITY
 
 
-@pytest.mark.parametrize("name", ["quickstart", "pretrain", "colabator"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "pretrain", "colabator", "paper_pretrain", "paper_colabator", "derain_colabator"]
+)
 def test_the_jobs_that_we_ship_are_executable_and_valid(name):
     path = f"jobs/{name}.yaml"
     assert os.access(path, os.X_OK)

@@ -3,13 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from corun_ray.config import (
-    CLARITY_NAMES,
-    QUALITY_NAMES,
-    ColabatorJob,
-    EvaluateJob,
-    PretrainJob,
-)
+from corun_ray.config import ColabatorJob, EvaluateJob, PretrainJob
+from corun_ray.jobmethod import CLARITY_NAMES, QUALITY_NAMES
 
 PRETRAIN = {"kind": "pretrain", "name": "p", "data": {"clear": "clear"}}
 COLABATOR = {"kind": "colabator", "name": "c", "data": {"clear": "clear", "hazy": "hazy"}}
@@ -53,3 +48,62 @@ def test_jobs_and_their_sections_are_frozen() -> None:
     for part, name in [(job, "seed"), (job.optim, "lr"), (job.data, "clear"), (job.pool, "shards")]:
         with pytest.raises(ValidationError, match="frozen"):
             setattr(part, name, 1)
+
+
+def mistake(section: str, values: dict, job: dict = COLABATOR) -> str:
+    """What is said of a job with these values in a section."""
+    kind = ColabatorJob if job["kind"] == "colabator" else PretrainJob
+    with pytest.raises(ValidationError) as refusal:
+        kind.model_validate(job | {section: job.get(section, {}) | values})
+    error = refusal.value.errors()[0]
+    cause = error["ctx"]["error"]
+    return f"{getattr(cause, 'key', '.'.join(map(str, error['loc'])))}: {cause}"
+
+
+def test_published_loss_weights_are_the_defaults() -> None:
+    """SPEC section 4."""
+    loss = PretrainJob.model_validate(PRETRAIN).loss
+    assert (loss.pixel_weight, loss.scattering_weight, loss.perceptual_weight, loss.contrastive_weight) == (
+        *(1.0, 0.01),
+        *(0.0, 1.0),
+    )
+    published = ColabatorJob.model_validate(COLABATOR).loss
+    assert (published.pixel_weight, published.scattering_weight) == (5.0, 0.01)
+    assert (published.perceptual_weight, published.contrastive_weight) == (0.2, 1.0)
+    assert published.haze_density_weight == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [
+        ("coherence", {"clarity": "daclip"}, "coherence.weights: missing (clarity daclip needs its weights)"),
+        ("coherence", {"degradations": ("rainy",)}, "coherence.degradations: only used by daclip, not by contrast"),
+        ("coherence", {"quality": "musik"}, "neither of clean, unclipped nor a no-reference metric of pyiqa (did you"),
+        ("coherence", {"quality": "psnr"}, 'coherence.quality: "psnr" is neither of'),
+        ("coherence", {"quality": "pi"}, "coherence.quality_range: missing (pyiqa gives pi no range)"),
+        ("loss", {"perceptual": "vgg19"}, "loss.weights: missing (perceptual vgg19 needs its weights)"),
+        ("network", {"type": "NAFNet", "stages": 4}, "network.stages: only used by corun; NAFNet takes network.args"),
+        ("network", {"args": {"width": 3}}, "network.args: not used by corun, which has stages and width"),
+        ("network", {"type": "a b"}, 'network.type: "a b" is neither corun, an architecture of spandrel nor'),
+        ("data", {"paired": {"hazy": "a", "clear": "b"}}, "data.clear: not used together with data.paired"),
+        ("data", {"clear": None}, "data.clear: missing (a folder or URI of clear images; or give data.paired)"),
+        ("data", {"mixup": 1.2}, "data.mixup: mixes the images of a batch, and batch_per_worker is 1"),
+    ],
+)
+def test_what_does_not_go_together_is_told_with_its_key(section: str, values: dict, said: str) -> None:
+    assert said in mistake(section, values)
+
+
+def test_progressive_phases_rise_and_lie_within_the_run() -> None:
+    phase = {"from_step": 20, "patch_px": 64, "batch_per_worker": 1}
+    twice = {"steps": 100, "progressive": (phase, phase)}
+    assert "from_step must rise" in mistake("train", twice, PRETRAIN)
+    late = {"steps": 10, "progressive": (phase,)}
+    assert mistake("train", late, PRETRAIN) == "train.progressive: from_step 20 is not before train.steps (10)"
+    ok = PretrainJob.model_validate(PRETRAIN | {"train": {"steps": 100, "progressive": (phase,)}})
+    assert ok.train.progressive[0].patch_px == 64
+
+
+def test_other_networks_have_arguments_instead_of_stages() -> None:
+    job = PretrainJob.model_validate(PRETRAIN | {"network": {"type": "mine.net:Net", "args": {"depth": 3}}})
+    assert (job.network.stages, job.network.width, job.network.args) == (None, None, {"depth": 3})

@@ -20,7 +20,7 @@ train: {steps: many}
 """
     assert mistakes(tmp_path, text) == [
         'kind: "pretrian" is not one of pretrain, colabator, evaluate (did you mean pretrain?)',
-        "data.clear: missing (a folder or URI of clear images)",
+        "data.clear: missing (a folder or URI of clear images; or give data.paired)",
         "network.stages: 1 is too few (at least 2)",
         "optim.learning_rate: unknown key (did you mean optim.lr?)",
         'train.steps: "many" is not a whole number',
@@ -32,9 +32,13 @@ train: {steps: many}
     [
         ("network: {stages: 17}", "network.stages: 17 is too many (at most 16)"),
         ("network: {width: 31}", "network.width: 31 is not a multiple of 2"),
-        ("network: {type: vit}", 'network.type: "vit" is not available (only corun so far)'),
+        (
+            "network: {type: NAFnet}",
+            'network.type: "NAFnet" is neither corun, an architecture of spandrel nor module.path:ClassName '
+            "(did you mean NAFNet?)",
+        ),
         ("pool: {shards: 4}", "pool.shards: 4 is too many (only 1 so far)"),
-        ("loss: {perceptual: vgg19}", 'loss.perceptual: "vgg19" is not available (only none so far)'),
+        ("loss: {perceptual: vgg19}", "loss.weights: missing (perceptual vgg19 needs its weights)"),
         ("optim: {lr: 0}", "optim.lr: 0 is too small (more than 0)"),
         ("optim: {ema: 1}", "optim.ema: 1 is too large (less than 1)"),
         ("optim: {compile: yes}", 'optim.compile: "yes" is not true or false'),
@@ -73,7 +77,7 @@ def test_one_mistake_is_one_line(tmp_path: Path, section: str, line: str) -> Non
         ("kind: pretrain\nname: p\ndata: {clear: a, hazy: b}", ["data.hazy: not used by a pretrain job"]),
         (EVALUATE + "optim: {lr: 1}", ["optim: not used by an evaluate job"]),
         ("kind: colabator\nname: c", [
-            "data.clear: missing (a folder or URI of clear images)",
+            "data.clear: missing (a folder or URI of clear images; or give data.paired)",
             "data.hazy: missing (a folder or URI of real hazy images)"]),
         ("kind: evaluate", [
             "name: missing (lower-case letters, digits, . _ - and no . _ - in front)",
@@ -109,6 +113,8 @@ def test_a_wrong_value_is_told_of_its_key(tmp_path: Path, kind: str, value: str)
             continue
         try:
             validation = ["data.validation.hazy=h"] if kind != "evaluate" else []
+            if path.startswith("data.paired."):
+                validation += ["data.clear=null", "data.paired.hazy=h", "data.paired.clear=c"]
             load(tmp_path, text, *validation, f"{path}={value}")
         except JobFileError as error:
             told += 1

@@ -17,7 +17,7 @@ ImageU8 = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Crop:
-    """A square region of a source image that becomes one patch: cut, resized, then perhaps mirrored.
+    """A square region of a source image that becomes one patch: cut, resized, then perhaps mirrored and turned.
 
     Resizing an image by `patch_px / side_px` and cropping `patch_px` out of it keeps exactly this region;
     taking the region first spares the work on all other pixels.
@@ -27,6 +27,8 @@ class Crop:
     left_px: int
     side_px: int
     flip: bool
+    quarter_turns: int = 0
+    """Turns by 90 degrees, counter-clockwise, after the flip."""
 
     def cut(self, pixels: NDArray) -> NDArray:
         """The region at the source's own resolution, `side side …`: a view of `pixels`, `H W …`."""
@@ -34,13 +36,23 @@ class Crop:
         return pixels[rows, self.left_px : self.left_px + self.side_px]
 
     def finish(self, region: NDArray, patch_px: int) -> NDArray:
-        """A cut region brought to `patch_px patch_px …`, and mirrored left to right if the crop says so."""
+        """A cut region brought to `patch_px patch_px …`, mirrored left to right and turned if the crop says so."""
         patch = resize(region, patch_px, patch_px)
-        return cv2.flip(patch, 1) if self.flip else patch
+        if self.flip:
+            patch = cv2.flip(patch, 1)
+        return np.ascontiguousarray(np.rot90(patch, self.quarter_turns))
 
 
-def sample_crop(rng: np.random.Generator, height_px: int, width_px: int, *, patch_px: int, random_resize: bool) -> Crop:
-    """Draws a crop of `patch_px` and a coin for the flip.
+def sample_crop(
+    rng: np.random.Generator,
+    height_px: int,
+    width_px: int,
+    *,
+    patch_px: int,
+    random_resize: bool,
+    rotation: bool = False,
+) -> Crop:
+    """Draws a crop of `patch_px`, a coin for the flip and, with `rotation`, one of the four quarter turns.
 
     With `random_resize` the image is first scaled so that its short side falls uniformly in [patch_px, its
     own size]. An image smaller than the patch is enlarged to just fit.
@@ -54,6 +66,8 @@ def sample_crop(rng: np.random.Generator, height_px: int, width_px: int, *, patc
         left_px=int(rng.integers(width_px - side_px + 1)),
         side_px=side_px,
         flip=bool(rng.random() < 0.5),
+        # Drawn last, and only if wanted: jobs without rotation keep their random numbers.
+        quarter_turns=int(rng.integers(4)) if rotation else 0,
     )
 
 

@@ -6,10 +6,11 @@ Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3.1. With the airli
 
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from corun_ray.core.cpmm import CPMM
 
@@ -23,8 +24,20 @@ class Restoration(NamedTuple):
 
     scene: Tensor
     """J, B 3 H W; about [0, 1], not clamped."""
-    transmission: Tensor
-    """The closed-form T, B 1 H W in [0.05, 0.999]."""
+    transmission: Tensor | None
+    """T, B 1 H W in (0, 1] (CORUN: the closed-form one, in [0.05, 0.999]); None of a network that has none."""
+
+
+def as_restoration(output: Any) -> Restoration:
+    """What any network returned, a scene or a pair of scene and transmission, as one thing; raises TypeError."""
+    if isinstance(output, Tensor):
+        return Restoration(output, None)
+    if isinstance(output, tuple) and len(output) == 2:
+        scene, transmission = output
+        if isinstance(scene, Tensor) and isinstance(transmission, Tensor | None):
+            return Restoration(scene, transmission)
+    found = type(output).__name__
+    raise TypeError(f"the network returned {found}; a scene, or a pair of scene and transmission, was expected")
 
 
 class ProximalStep(nn.Module):
@@ -67,29 +80,44 @@ class Stage(nn.Module):
         self.last = last
 
     def forward(
-        self, hazy: Tensor, scene: Tensor, scene_estimate: Tensor, transmission: Tensor
+        self, hazy: Tensor, scene: Tensor, scene_estimate: Tensor, transmission: Tensor, *, recompute: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The state (J, closed-form J, T) of the stage before → that of this one, and the closed-form T."""
+        """The state (J, closed-form J, T) of the stage before → that of this one, and the closed-form T.
+
+        With `recompute`, the CPMMs' activations are not kept for the backward pass but computed again.
+        """
         # The closed-form steps divide by small numbers: float32 also under autocast.
         with torch.autocast(hazy.device.type, enabled=False):
             transmission_estimate = transmission_step(
                 hazy, transmission.float(), scene_estimate, self.trans_prox.step_lambda
             )
-        transmission = transmission_estimate if self.last else self.trans_net(transmission_estimate, scene)
+        if self.last:
+            transmission = transmission_estimate
+        else:
+            transmission = _refine(self.trans_net, transmission_estimate, scene, recompute)
         with torch.autocast(hazy.device.type, enabled=False):
             scene_estimate = scene_step(hazy, scene.float(), transmission_estimate, self.dehaze_prox.step_lambda)
-        scene = self.dehaze_net(scene_estimate, transmission_estimate)
+        scene = _refine(self.dehaze_net, scene_estimate, transmission_estimate, recompute)
         return scene, scene_estimate, transmission, transmission_estimate
+
+
+def _refine(cpmm: nn.Module, estimate: Tensor, partner: Tensor, recompute: bool) -> Tensor:
+    if recompute:
+        # Nothing in a CPMM is random.
+        return checkpoint(cpmm, estimate, partner, use_reentrant=False, preserve_rng_state=False)
+    return cpmm(estimate, partner)
 
 
 class CORUN(nn.Module):
     """The unfolding network of `stages` (at least 2) stages, each a pair of CPMMs of `width` channels."""
 
-    def __init__(self, stages: int = 4, width: int = 30) -> None:
+    def __init__(self, stages: int = 4, width: int = 30, checkpoint_activations: bool = False) -> None:
+        """With `checkpoint_activations` (may be changed later), training needs less memory and more time."""
         super().__init__()
         if stages < 2 or width < 2 or width % 2:
             raise ValueError(f"CORUN of {stages} stages, width {width}: at least 2 stages and an even width expected")
         self.stages, self.width = stages, width
+        self.checkpoint_activations = checkpoint_activations
         self.first = Stage(width, last=False)
         if stages > 2:
             self.basic = nn.ModuleList(Stage(width, last=False) for _ in range(stages - 2))
@@ -99,9 +127,10 @@ class CORUN(nn.Module):
         """Every stage's scene and closed-form transmission in order; `hazy` B 3 H W, H and W multiples of 8."""
         scene = scene_estimate = hazy
         transmission = torch.full_like(hazy[:, :1], START_TRANSMISSION)
+        recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for stage in (self.first, *getattr(self, "basic", ()), self.last):
             scene, scene_estimate, transmission, transmission_estimate = stage(
-                hazy, scene, scene_estimate, transmission
+                hazy, scene, scene_estimate, transmission, recompute=recompute
             )
             yield Restoration(scene, transmission_estimate)
 

@@ -1,44 +1,145 @@
-"""Training losses with the published weights (Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3.3)."""
+"""Training losses with the published weights (Fang et al., NeurIPS 2024, arXiv 2406.07966; SPEC section 4).
 
+A term is left out where its weight is 0, or where what it needs is absent: the feature network, the density, or a
+transmission. Nothing is then computed for it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from corun_ray.core.corun import Restoration
+from corun_ray.core.vgg import LAYER_WEIGHTS, Vgg19Features
 
-SCATTERING_WEIGHT = 0.01
-PIXEL_WEIGHT = 5.0
+FEATURE_WEIGHT = 0.2  # of both feature distances, within their formulas
+RATIO_EPSILON = 1e-7  # only keeps the contrastive ratio finite where the input itself was restored
+
+Features = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The factor of every term, 0 and above."""
+
+    pixel: float
+    scattering: float
+    perceptual: float
+    contrastive: float
+    haze_density: float = 0.0
+
+
+PRETRAIN_WEIGHTS = LossWeights(pixel=1.0, scattering=0.01, perceptual=0.0, contrastive=1.0)
+COLABATOR_WEIGHTS = LossWeights(pixel=5.0, scattering=0.01, perceptual=0.2, contrastive=1.0)
 
 
 def rehaze(restoration: Restoration) -> Tensor:
-    """The hazy image that a restoration explains, `J T + 1 - T` (airlight 1), B 3 H W."""
+    """The hazy image that a restoration explains, `J T + 1 - T` (airlight 1), B 3 H W float32."""
     scene, transmission = restoration
+    if transmission is None:
+        raise ValueError("a restoration without a transmission explains no haze")
+    transmission = transmission.float()
     return scene * transmission + 1 - transmission
 
 
-def pretraining_losses(restoration: Restoration, clear: Tensor, hazy: Tensor) -> dict[str, Tensor]:
-    """Supervised losses on a synthetic pair; `clear` and `hazy` B 3 H W in [0, 1]. Their sum is minimised."""
-    return {
-        "pixel": (restoration.scene - clear).abs().mean(),
-        "scattering": SCATTERING_WEIGHT * (rehaze(restoration) - hazy).abs().mean(),
-    }
+def perceptual(found: Features, truth: Features) -> Tensor:
+    """`0.2 sum w L1(f(x), f(y))` of two images' features."""
+    layers = zip(LAYER_WEIGHTS, found, truth, strict=True)
+    return FEATURE_WEIGHT * torch.stack([w * _distance(x, y) for w, x, y in layers]).sum()
 
 
-def colabator_losses(
-    synthetic: Restoration,
-    clear: Tensor,
-    real: Restoration,
-    hazy_strong: Tensor,
-    label: Tensor,
-    trust: Tensor,
-) -> dict[str, Tensor]:
-    """The student's losses on a synthetic and on a real half-batch. Their sum is minimised.
+def contrastive(found: Features, positive: Features, negative: Features) -> Tensor:
+    """`0.2 sum w L1(f(x), f(positive)) / L1(f(x), f(negative))`, each L1 a mean over the whole batch."""
+    layers = zip(LAYER_WEIGHTS, found, positive, negative, strict=True)
+    ratios = [w * _distance(x, near) / (_distance(x, far) + RATIO_EPSILON) for w, x, near, far in layers]
+    return FEATURE_WEIGHT * torch.stack(ratios).sum()
 
-    `clear`, `hazy_strong` (the strong view that `real` restores) and `label` (J*) B 3 H W, `trust` (w*)
-    B 1 H W; all in [0, 1].
-    """
-    synthetic_error = (synthetic.scene.clamp(0, 1) - clear).abs()
-    real_error = (real.scene - label).abs()
-    return {
-        "pixel_synthetic": PIXEL_WEIGHT * 0.5 * synthetic_error.mean(),
-        "pixel_real": PIXEL_WEIGHT * 0.5 * (2 * trust * real_error).mean(),
-        "scattering": SCATTERING_WEIGHT * 0.5 * (trust * (rehaze(real) - hazy_strong).abs()).mean(),
-    }
+
+def _distance(first: Tensor, second: Tensor) -> Tensor:
+    """Float32 also where autocast computed the features in fewer bits."""
+    return F.l1_loss(first.float(), second.float())
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of a run; each method's sum is what a step minimises."""
+
+    weights: LossWeights
+    features: Vgg19Features | None = None
+    """For the perceptual and the contrastive term."""
+    density: Callable[[Tensor], Tensor] | None = None
+    """`B 3 H W` in [0, 1] to the haze density of each, `B`, differentiable; for the haze-density term."""
+
+    def pretraining(self, restoration: Restoration, clear: Tensor, hazy: Tensor) -> dict[str, Tensor]:
+        """Supervised losses on a synthetic pair; `clear` and `hazy` B 3 H W in [0, 1]."""
+        scene, weights, losses = restoration.scene, self.weights, {}
+        if weights.pixel:
+            losses["pixel"] = weights.pixel * (scene - clear).abs().mean()
+        if weights.scattering and restoration.transmission is not None:
+            losses["scattering"] = weights.scattering * (rehaze(restoration) - hazy).abs().mean()
+        return losses | self._feature_losses((scene, clear), (scene, clear, hazy)) | self._density_loss(scene)
+
+    def colabator(
+        self,
+        synthetic: Restoration,
+        clear: Tensor,
+        real: Restoration,
+        hazy_strong: Tensor,
+        label: Tensor,
+        trust: Tensor,
+    ) -> dict[str, Tensor]:
+        """The student's losses on a synthetic and on a real half-batch.
+
+        `clear`, `hazy_strong` (the strong view that `real` restores) and `label` (J*) B 3 H W, `trust` (w*)
+        B 1 H W; all in [0, 1]. As published, only the synthetic scene is clamped.
+        """
+        scene, weights, losses = synthetic.scene.clamp(0, 1), self.weights, {}
+        if weights.pixel:
+            losses["pixel_synthetic"] = weights.pixel * 0.5 * (scene - clear).abs().mean()
+            losses["pixel_real"] = weights.pixel * 0.5 * (2 * trust * (real.scene - label).abs()).mean()
+        if weights.scattering and real.transmission is not None:
+            error = (rehaze(real) - hazy_strong).abs()
+            losses["scattering"] = weights.scattering * 0.5 * (trust * error).mean()
+        losses |= self._feature_losses((scene, clear), (real.scene, label, hazy_strong))
+        return losses | self._density_loss(real.scene)
+
+    def _feature_losses(
+        self, similar: tuple[Tensor, Tensor], contrasted: tuple[Tensor, Tensor, Tensor]
+    ) -> dict[str, Tensor]:
+        """Perceptual loss of (x, truth), contrastive loss of (x, positive, negative).
+
+        The targets learn nothing: they go through the network in one pass without a graph, the restorations in one
+        with it, and an image that both terms need goes once.
+        """
+        active: dict[str, tuple[Tensor, ...]] = {}
+        if self.weights.perceptual:
+            active["perceptual"] = similar
+        if self.weights.contrastive:
+            active["contrastive"] = contrasted
+        if self.features is None or not active:
+            return {}
+        live = _extract(self.features, [images[0] for images in active.values()])
+        with torch.no_grad():
+            frozen = _extract(self.features, [target for images in active.values() for target in images[1:]])
+        found = live | frozen
+        losses = {}
+        if "perceptual" in active:
+            losses["perceptual"] = self.weights.perceptual * perceptual(*(found[image] for image in similar))
+        if "contrastive" in active:
+            losses["contrastive"] = self.weights.contrastive * contrastive(*(found[image] for image in contrasted))
+        return losses
+
+    def _density_loss(self, scene: Tensor) -> dict[str, Tensor]:
+        if self.density is None or not self.weights.haze_density:
+            return {}
+        return {"haze_density": self.weights.haze_density * self.density(scene.float().clamp(0, 1)).mean()}
+
+
+def _extract(network: Vgg19Features, images: Sequence[Tensor]) -> dict[Tensor, Features]:
+    """The features of every distinct tensor of images, all in one pass."""
+    distinct = list(dict.fromkeys(images))  # tensors hash by identity
+    counts = [len(batch) for batch in distinct]
+    parts = [layer.split(counts) for layer in network(torch.cat(distinct))]
+    return dict(zip(distinct, zip(*parts, strict=True), strict=True))

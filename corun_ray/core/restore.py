@@ -1,11 +1,14 @@
-"""Restoring whole photographs of any size with a trained network."""
+"""Restoring whole photographs of any size with a trained network.
+
+A network takes images whose sides are multiples of 16 px, unless it has an attribute `size_multiple_px`; it may also
+have `size_min_px`, the least side, and `size_square`, whether it takes square images only.
+"""
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corun_ray.core.corun import Restoration
+from corun_ray.core.corun import Restoration, as_restoration
 
 PAD_MULTIPLE_PX = 16
 """The published recipe pads to 16, though 8 would do."""
@@ -18,13 +21,51 @@ def restore(network: nn.Module, hazy: Tensor) -> Restoration:
 
     Raises ValueError for smaller images.
     """
+    return _cropped(as_restoration(network(_padded(network, hazy))), hazy)
+
+
+@torch.no_grad()
+def stages(network: nn.Module, hazy: Tensor) -> list[Restoration]:
+    """What every stage of an unfolding network makes of `hazy`, as `restore` gives the last one's.
+
+    Raises ValueError for small images, and for a network without stages (without a method `unfold`).
+    """
+    unfold = getattr(network, "unfold", None)
+    if unfold is None:
+        raise ValueError(f"{type(network).__name__} has no stages to show; only unfolding networks (corun) have")
+    return [_cropped(as_restoration(output), hazy) for output in unfold(_padded(network, hazy))]
+
+
+def padded_size(network: nn.Module, height: int, width: int) -> tuple[int, int]:
+    """The least height and width in pixels, not below those of the image, that the network takes."""
+    multiple = getattr(network, "size_multiple_px", PAD_MULTIPLE_PX)
+    least = getattr(network, "size_min_px", 0)
+    height, width = (-(-max(side, least) // multiple) * multiple for side in (height, width))
+    return (max(height, width),) * 2 if getattr(network, "size_square", False) else (height, width)
+
+
+def _padded(network: nn.Module, hazy: Tensor) -> Tensor:
     height, width = hazy.shape[-2:]
     if min(height, width) < MIN_SIDE_PX:
         raise ValueError(f"an image of {width} x {height} px is too small to restore (at least {MIN_SIDE_PX} px)")
-    padded = F.pad(hazy, (0, -width % PAD_MULTIPLE_PX, 0, -height % PAD_MULTIPLE_PX), mode="reflect")
-    scene, transmission = network(padded)
-    scene, transmission = scene[..., :height, :width].float(), transmission[..., :height, :width].float()
-    return Restoration(scene.clamp(0, 1), transmission)
+    rows, columns = padded_size(network, height, width)
+    if (rows, columns) == (height, width):
+        return hazy
+    return hazy[..., _reflected(height, rows, hazy.device)[:, None], _reflected(width, columns, hazy.device)]
+
+
+def _reflected(side: int, padded_side: int, device: torch.device) -> Tensor:
+    """Indices into a side extended by reflection, to and fro where the padding is longer than the side."""
+    position = torch.arange(padded_side, device=device) % (2 * side - 2)
+    return torch.minimum(position, 2 * side - 2 - position)
+
+
+def _cropped(restoration: Restoration, hazy: Tensor) -> Restoration:
+    height, width = hazy.shape[-2:]
+    scene, transmission = restoration
+    if transmission is not None:
+        transmission = transmission[..., :height, :width].float()
+    return Restoration(scene[..., :height, :width].float().clamp(0, 1), transmission)
 
 
 def to_tensor(image: np.ndarray) -> Tensor:

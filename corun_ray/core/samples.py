@@ -1,4 +1,4 @@
-"""Training samples made on the fly: synthetic pairs from clear images, two views of real hazy ones.
+"""Training samples made on the fly: synthetic and paired patches, two views of real hazy images.
 
 Source: Fang et al., NeurIPS 2024, arXiv 2406.07966. Images are RGB uint8, `H W 3`.
 """
@@ -18,12 +18,13 @@ _MAX_ASPECT_ERROR = 0.02  # a depth map of another size may be off by rounding, 
 
 
 @dataclass(frozen=True)
-class SyntheticPair:
-    """A hazy patch and its clear truth, both `p p 3`; the JPEG quality the hazy one went through, if any."""
+class Pair:
+    """A hazy (or otherwise degraded) patch and its clear truth, both `p p 3` and aligned."""
 
     hazy: ImageU8
     clear: ImageU8
     jpeg_quality: int | None
+    """Of the JPEG round trip that the hazy patch took here, if any."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def synthetic_sample(
     patch_px: int,
     haze_range: scattering.HazeRange,
     random_resize: bool,
-) -> SyntheticPair:
+    rotation: bool = False,
+) -> Pair:
     """Lays random haze over a random crop of a clear image `H W 3`.
 
     `inverse_depth` is the whole image's, in [0, 1], near = 1 (see `scattering.inverse_depth`); one of another
@@ -53,7 +55,9 @@ def synthetic_sample(
     """
     height_px, width_px = clear.shape[:2]
     depth = _fit_depth(inverse_depth, height_px, width_px)
-    crop = augment.sample_crop(rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize)
+    crop = augment.sample_crop(
+        rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
+    )
     truth = crop.cut(clear)
 
     haze = scattering.sample_haze(rng, haze_range)
@@ -63,7 +67,32 @@ def synthetic_sample(
     jpeg_quality = augment.sample_jpeg_quality(rng)
     if jpeg_quality is not None:
         hazy = augment.jpeg_round_trip(hazy, jpeg_quality, top_px=crop.top_px, left_px=crop.left_px)
-    return SyntheticPair(crop.finish(hazy, patch_px), crop.finish(truth, patch_px), jpeg_quality)
+    return Pair(crop.finish(hazy, patch_px), crop.finish(truth, patch_px), jpeg_quality)
+
+
+def paired_sample(
+    hazy: ImageU8,
+    clear: ImageU8,
+    rng: np.random.Generator,
+    *,
+    patch_px: int,
+    random_resize: bool,
+    rotation: bool = False,
+) -> Pair:
+    """The same random crop, flip and turn of a degraded image and its clean truth, `H W 3` both; nothing is added.
+
+    Raises `BadImage` if the two differ in size.
+    """
+    height_px, width_px = clear.shape[:2]
+    if hazy.shape != clear.shape:
+        raise BadImage(
+            f"degraded image of {hazy.shape[1]} x {hazy.shape[0]} px does not fit its clean one "
+            f"of {width_px} x {height_px} px"
+        )
+    crop = augment.sample_crop(
+        rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
+    )
+    return Pair(crop.finish(crop.cut(hazy), patch_px), crop.finish(crop.cut(clear), patch_px), None)
 
 
 def real_views(hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, jpeg_quality: int | None) -> RealViews:

@@ -1,27 +1,19 @@
 """Everything that training changes, in one place: networks, optimizer, schedule and position in the stream."""
 
-import math
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.corun import CORUN
-
-
-def cosine_lr(step: int, lr: float, min_lr: float, schedule_steps: int) -> float:
-    """The learning rate of 0-based `step`: by cosine from `lr` to `min_lr` over `schedule_steps`, then `min_lr`."""
-    progress = min(step / schedule_steps, 1.0)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
 
 @dataclass
 class TrainState:
     """The state of a run between two steps."""
 
-    student: CORUN
-    teacher: CORUN
+    student: nn.Module
+    teacher: nn.Module
     """The student's exponential moving average; also what validation and the registered model use."""
     optimizer: torch.optim.AdamW
     step: int = 0
@@ -29,17 +21,21 @@ class TrainState:
     """The position in the run's sample stream."""
 
     @classmethod
-    def start(cls, network: CORUN, device: torch.device | str = "cpu") -> "TrainState":
-        """A fresh state around `network`, its teacher an equal copy."""
-        student = network.to(device)
-        teacher = CORUN(network.stages, network.width).to(device).requires_grad_(False).eval()
-        teacher.load_state_dict(student.state_dict())
+    def start(cls, network: nn.Module, device: torch.device | str = "cpu") -> "TrainState":
+        """A fresh state around `network` (any that can be copied), its teacher an equal copy."""
+        student = network.to(device).train()
+        teacher = copy.deepcopy(student).requires_grad_(False).eval()
         # lr is set at every step by the schedule.
         optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
         return cls(student, teacher, optimizer)
 
     def update(self, losses: dict[str, Tensor], lr: float, ema: float, batch_images: int) -> None:
-        """Backward, one AdamW step at `lr`, one EMA step of decay `ema`; counts `batch_images` of the stream."""
+        """Backward, one AdamW step at `lr`, one EMA step of decay `ema`; counts `batch_images` of the stream.
+
+        Raises `ValueError` where there is no loss.
+        """
+        if not losses:
+            raise ValueError("nothing to learn from: every loss has weight 0 or lacks the network it needs")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -67,7 +63,12 @@ class TrainState:
 
 @torch.no_grad()
 def ema_step(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """`teacher = decay * teacher + (1 - decay) * student`, parameter by parameter."""
+    """`teacher = decay * teacher + (1 - decay) * student`, parameter by parameter.
+
+    Buffers are copied: those that training changes (batch norm's statistics) are moving averages already.
+    """
     targets = [parameter.data for parameter in teacher.parameters()]
     sources = [parameter.data for parameter in student.parameters()]
     torch._foreach_lerp_(targets, sources, 1 - decay)
+    for target, source in zip(teacher.buffers(), student.buffers(), strict=True):
+        target.copy_(source)

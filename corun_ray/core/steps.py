@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from corun_ray.core.coherence import BlockScores, Coherence
 from corun_ray.core.corun import Restoration
 from corun_ray.core.labels import Encoding, Label, LabelPool, Scores, decode, encode, supersedes
-from corun_ray.core.losses import colabator_losses, pretraining_losses
+from corun_ray.core.losses import Losses
+from corun_ray.core.networks import as_restoration
 
 
 class SyntheticBatch(NamedTuple):
@@ -46,6 +47,10 @@ class PseudoLabels(NamedTuple):
     """w*, B 1 H W in [0, 1]."""
     from_teacher: list[bool]
     """Per image: the teacher's new candidate (else the pool's stored label)."""
+    block_ratings: int
+    """Blocks rated in this step."""
+    block_ratings_saved: int
+    """Blocks of losing candidates, which rating before deciding, as published, would have rated too."""
 
 
 @dataclass(frozen=True)
@@ -56,34 +61,31 @@ class StepOutput:
     labels: PseudoLabels | None = None
 
 
-def pretraining_step(student: nn.Module, batch: SyntheticBatch) -> StepOutput:
+def pretraining_step(student: nn.Module, batch: SyntheticBatch, losses: Losses) -> StepOutput:
     """Supervised training on synthetic pairs."""
-    return StepOutput(pretraining_losses(student(batch.hazy), batch.clear, batch.hazy))
+    return StepOutput(losses.pretraining(as_restoration(student(batch.hazy)), batch.clear, batch.hazy))
 
 
 @dataclass(frozen=True)
 class Colabator:
-    """The collaborator around a student: teacher, coherence and label pool."""
+    """The collaborator around a student: teacher, coherence, label pool and losses.
+
+    Student and teacher return a scene, or a pair of a scene and a transmission (see `networks`).
+    """
 
     teacher: nn.Module
     coherence: Coherence
     pool: LabelPool
+    losses: Losses
     encoding: Encoding = "uint8"
 
     def step(self, student: nn.Module, synthetic: SyntheticBatch, real: RealBatch, step: int) -> StepOutput:
         """Student on the synthetic pairs and, by the best labels known, on the real images."""
         labels = self.best_labels(real, step)
         # Both halves go through in one batch: the same result, and one forward pass for DDP to follow.
-        scene, transmission = student(torch.cat([synthetic.hazy, real.strong]))
-        split = len(synthetic.hazy)
-        losses = colabator_losses(
-            Restoration(scene[:split], transmission[:split]),
-            synthetic.clear,
-            Restoration(scene[split:], transmission[split:]),
-            real.strong,
-            labels.scene,
-            labels.trust,
-        )
+        restoration = as_restoration(student(torch.cat([synthetic.hazy, real.strong])))
+        on_synthetic, on_real = _split(restoration, len(synthetic.hazy))
+        losses = self.losses.colabator(on_synthetic, synthetic.clear, on_real, real.strong, labels.scene, labels.trust)
         return StepOutput(losses, labels)
 
     @torch.no_grad()
@@ -93,7 +95,7 @@ class Colabator:
         Only a winner's blocks are rated: a losing candidate's trust map would be thrown away.
         """
         pending = self.pool.prefetch(real.keys)
-        scene, transmission = self.teacher(real.weak)
+        scene, transmission = as_restoration(self.teacher(real.weak))
         scene = scene.float().clamp(0, 1)
         rated = self.coherence.global_scores(scene)
         scores = [Scores(*pair) for pair in zip(rated.clarity.tolist(), rated.quality.tolist(), strict=True)]
@@ -104,7 +106,8 @@ class Colabator:
         wins = [supersedes(new, old.scores if old else None) for new, old in zip(scores, stored, strict=True)]
 
         winners = [i for i, win in enumerate(wins) if win]
-        fresh = self._make_labels(winners, real.keys, scores, scene, transmission, step) if winners else {}
+        candidates = Restoration(scene, transmission)
+        fresh = self._make_labels(winners, real.keys, scores, candidates, step) if winners else {}
         if fresh:
             self.pool.offer(list(fresh.values()))
         chosen = [fresh.get(i, old) for i, old in enumerate(stored)]
@@ -115,10 +118,10 @@ class Colabator:
         winners: list[int],
         keys: Sequence[str],
         scores: list[Scores],
-        scene: Tensor,
-        transmission: Tensor,
+        candidates: Restoration,
         step: int,
     ) -> dict[int, Label]:
+        scene, transmission = candidates
         blocks = self.coherence.block_scores(scene[winners])
         return {
             i: Label(
@@ -126,7 +129,9 @@ class Colabator:
                 scores=scores[i],
                 step=step,
                 scene=encode(scene[i].cpu().numpy(), self.encoding),
-                transmission=encode(transmission[i].float().cpu().numpy(), self.encoding),
+                transmission=None
+                if transmission is None
+                else encode(transmission[i].float().cpu().numpy(), self.encoding),
                 block_clarity=blocks.clarity[row].float().cpu().numpy(),
                 block_quality=blocks.quality[row].float().cpu().numpy(),
             )
@@ -138,4 +143,19 @@ class Colabator:
         clarity = torch.from_numpy(np.stack([label.block_clarity for label in labels]))
         quality = torch.from_numpy(np.stack([label.block_quality for label in labels]))
         trust = self.coherence.trust_map(BlockScores(clarity, quality), *like.shape[-2:])
-        return PseudoLabels(scene.to(like.device), trust.to(like.device), from_teacher)
+        num_blocks, num_fresh = clarity[0].numel(), sum(from_teacher)
+        return PseudoLabels(
+            scene.to(like.device),
+            trust.to(like.device),
+            from_teacher,
+            block_ratings=num_fresh * num_blocks,
+            block_ratings_saved=(len(from_teacher) - num_fresh) * num_blocks,
+        )
+
+
+def _split(restoration: Restoration, count: int) -> tuple[Restoration, Restoration]:
+    """The first `count` images, and the others."""
+    scene, transmission = restoration
+    if transmission is None:
+        return Restoration(scene[:count], None), Restoration(scene[count:], None)
+    return Restoration(scene[:count], transmission[:count]), Restoration(scene[count:], transmission[count:])

@@ -5,9 +5,12 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 
-from corun_ray.config import EvaluateJob, Job, TrainingJob
-from corun_ray.service.manifest import ManifestError, build_manifest, held_out
+from corun_ray.config import ColabatorJob, EvaluateJob, Job, TrainingJob
+from corun_ray.core.weights import WeightsError
+from corun_ray.jobmethod import QUALITY_NAMES
+from corun_ray.service.manifest import Manifest, ManifestError, build_manifest, held_out, held_out_sets
 from corun_ray.service.storage import StorageError, locate
+from corun_ray.service.weights_cli import lacking
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")
 
@@ -18,11 +21,11 @@ def check_job(job: Job, earlier: Sequence[Job]) -> tuple[list[str], list[str]]:
     `earlier` are the jobs before it in its file: models that they will register cannot be looked at yet.
     """
     notes, mistakes = [], []
-    for look in (_data, _models, _storage, _machines):
+    for look in (_data, _models, _weights, _storage, _machines):
         try:
             notes += list(look(job, earlier))
-        except (StorageError, ManifestError, _Mistake) as error:
-            mistakes.append(str(error))
+        except (StorageError, ManifestError, WeightsError, _Mistake) as error:
+            mistakes += str(error).splitlines()
     return notes, mistakes
 
 
@@ -33,13 +36,11 @@ class _Mistake(Exception):
 def _data(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
     if isinstance(job, TrainingJob):
         manifest = build_manifest(job)
-        depth = "procedural depth" if manifest.depth is None else "a depth map each"
-        yield f"data      {len(manifest.clear)} clear images with {depth}, {len(manifest.hazy)} real hazy"
+        yield f"data      {_pairs(manifest)}, {len(manifest.hazy)} real hazy"
         for uri, reason in manifest.set_aside.items():
             yield f"set aside {uri}: {reason}"
-        validation = job.data.validation
-        if validation is not None:
-            yield f"held out  {len(held_out(validation.hazy, validation.clear, 'data.validation'))} images"
+        for held in held_out_sets(job):
+            yield f"held out  {len(held.pairs)} images, measured as {held.prefix}/..."
         if len(manifest.set_aside) > job.data.max_bad_fraction * manifest.num_images:
             share = f"{len(manifest.set_aside)} of {manifest.num_images}"
             raise _Mistake(
@@ -47,6 +48,13 @@ def _data(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
             )
     elif isinstance(job, EvaluateJob):
         yield f"data      {len(held_out(job.evaluate.hazy, job.evaluate.clear, 'evaluate'))} images to measure on"
+
+
+def _pairs(manifest: Manifest) -> str:
+    if manifest.paired_hazy is not None:
+        return f"{len(manifest.clear)} pairs of degraded and clean images"
+    depth = "procedural depth" if manifest.depth is None else "a depth map each"
+    return f"{len(manifest.clear)} clear images with {depth}"
 
 
 def _models(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
@@ -65,6 +73,26 @@ def _models(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
             yield f"model     {source}"
         else:
             raise _Mistake(f"{key}: nothing at {source} (expected a checkpoint folder, a .pth or an MLflow URI)")
+
+
+def _has_networks(job: TrainingJob) -> bool:
+    """Whether a scorer may need weights."""
+    return isinstance(job, ColabatorJob) and (
+        job.coherence.clarity == "daclip" or job.coherence.quality not in QUALITY_NAMES
+    )
+
+
+def _weights(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
+    if not isinstance(job, TrainingJob) or (job.loss.weights is None and not _has_networks(job)):
+        return
+    from corun_ray.service.scoring import needed_files
+
+    lines = []
+    for folder, wanted in needed_files(job).items():
+        yield f"weights   {', '.join(wanted)} in {folder}"
+        lines += lacking(folder, wanted)
+    if lines:
+        raise _Mistake("\n".join(f"weights: {line}" for line in lines))
 
 
 def _storage(job: Job, earlier: Sequence[Job]) -> Iterator[str]:

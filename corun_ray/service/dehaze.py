@@ -9,12 +9,15 @@ import numpy as np
 import ray
 from ray.data import DataContext
 
-from corun_ray.core.corun import CORUN
 from corun_ray.core.images import BadImage, decode_image, encode_png
-from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.core.pictures import grid, stage_rows
+from corun_ray.core.restore import restore, stages, to_image, to_tensor
 from corun_ray.service.manifest import images_below, stem
-from corun_ray.service.restorers import Restorers, actor_slots, share_network
+from corun_ray.service.models import Model, ModelSourceError
+from corun_ray.service.restorers import Restorers, actor_slots
 from corun_ray.service.storage import StorageError, locate
+
+STAGE_CELL_PX = 320
 
 
 @dataclass
@@ -29,9 +32,9 @@ class DehazeResult:
 class DehazeFiles(Restorers):
     """A Ray Data actor: reads, dehazes and writes the images whose keys it is given."""
 
-    def __init__(self, shared: dict[str, Any], source: str, target: str) -> None:
+    def __init__(self, shared: dict[str, Any], source: str, target: str, with_stages: bool) -> None:
         super().__init__(shared)
-        self.source, self.target = locate(source), locate(target)
+        self.source, self.target, self.with_stages = locate(source), locate(target), with_stages
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Keys (`item`) → `key` and the `error` of each, empty where it went well."""
@@ -40,9 +43,14 @@ class DehazeFiles(Restorers):
 
     def _dehaze(self, key: str) -> str:
         try:
-            image = decode_image(self.source.child(key).read())
-            scene = restore(self.networks["model"], to_tensor(image).to(self.device)).scene
+            hazy = to_tensor(decode_image(self.source.child(key).read())).to(self.device)
+            unfolded = stages(self.networks["model"], hazy) if self.with_stages else []
+            scene = unfolded[-1].scene if unfolded else restore(self.networks["model"], hazy).scene
             self.target.child(output_name(key)).write(encode_png(to_image(scene)))
+            if unfolded:
+                rows = stage_rows(unfolded, hazy)
+                picture = grid(list(rows.values()), STAGE_CELL_PX, list(rows))
+                self.target.child(f"{stem(key)}.stages.png").write(encode_png(picture))
         except (BadImage, StorageError, ValueError) as error:
             return str(error)
         return ""
@@ -54,12 +62,20 @@ def output_name(key: str) -> str:
 
 
 def dehaze(
-    source: str, target: str, network: CORUN, progress: Callable[[int, int], None] | None = None
+    source: str,
+    target: str,
+    model: Model,
+    progress: Callable[[int, int], None] | None = None,
+    with_stages: bool = False,
 ) -> DehazeResult:
     """Dehazes every image below `source` into `target`; unusable ones are named in the result, the rest is done.
 
-    `progress` is told the images done and their number. Raises `StorageError`, `ManifestError`.
+    `progress` is told the images done and their number. `with_stages` also writes a picture of what every stage of
+    an unfolding network made of the image. Raises `StorageError`, `ManifestError`, and `ModelSourceError` for a
+    network without stages.
     """
+    if with_stages and model.spec.type != "corun":
+        raise ModelSourceError(f"--stages: {model.spec.type} has no stages; only corun has")
     keys = images_below(source, "INPUT")
     clashes = _clashes(keys)
     if clashes:
@@ -70,7 +86,7 @@ def dehaze(
     outcomes = ray.data.from_items(keys, override_num_blocks=min(len(keys), 1000)).map_batches(
         DehazeFiles,
         batch_size=1,
-        fn_constructor_args=({"model": share_network(network)}, source, target),
+        fn_constructor_args=({"model": ray.put(model)}, source, target, with_stages),
         **actor_slots(),
     )
     result = DehazeResult()

@@ -13,14 +13,14 @@ import torch
 from ray.data import DataContext
 
 from corun_ray.config import Evaluate
-from corun_ray.core.corun import CORUN
 from corun_ray.core.fade import fade
 from corun_ray.core.images import BadImage, decode_image, encode_png
 from corun_ray.core.metrics import psnr, ssim
 from corun_ray.core.pictures import grid
 from corun_ray.core.restore import restore, to_image, to_tensor
 from corun_ray.service.manifest import held_out
-from corun_ray.service.restorers import Restorers, actor_slots, share_network
+from corun_ray.service.models import Model
+from corun_ray.service.restorers import Restorers, actor_slots
 from corun_ray.service.storage import StorageError
 from corun_ray.service.validation import Row, load_image
 
@@ -108,7 +108,7 @@ def _metric(name: str, picture: torch.Tensor, truth: torch.Tensor | None) -> flo
 
 
 def evaluate(
-    section: Evaluate, networks: dict[str, CORUN], progress: Callable[[int, int], None] | None = None
+    section: Evaluate, models: dict[str, Model], progress: Callable[[int, int], None] | None = None
 ) -> Evaluation:
     """Measures the hazy input and every network; unusable images are named in the result.
 
@@ -116,21 +116,21 @@ def evaluate(
     """
     pairs = held_out(section.hazy, section.clear, "evaluate")
     DataContext.get_current().enable_progress_bars = False
-    shared = {name: share_network(network) for name, network in networks.items()}
+    shared = {name: ray.put(model) for name, model in models.items()}
     spacing = max(1, len(pairs) // SHEET_ROWS)
     shown = {key for key, _ in pairs[::spacing][:SHEET_ROWS]}
     items = [{"key": key, "truth": truth or "", "shown": key in shown} for key, truth in pairs]
     outcomes = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
         MeasureFiles, batch_size=1, fn_constructor_args=(shared, section), **actor_slots()
     )
-    names = [HAZY, *networks]
+    names = [HAZY, *models]
     images, bad_files, strips = [], {}, {}
     for done, row in enumerate(outcomes.iter_rows(), 1):
         if row["error"]:
             bad_files[posixpath.join(section.hazy, row["key"])] = row["error"]
         else:
-            models = zip(names, row["values"].tolist(), strict=True)
-            values = {model: dict(zip(section.metrics, metrics, strict=True)) for model, metrics in models}
+            measured = zip(names, row["values"].tolist(), strict=True)
+            values = {model: dict(zip(section.metrics, metrics, strict=True)) for model, metrics in measured}
             images.append(Measured(row["key"], values))
         if row["strip"]:
             strips[row["key"]] = row["strip"]

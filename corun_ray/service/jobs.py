@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from corun_ray.config import EvaluateJob, Job, TrainingJob
@@ -10,20 +11,25 @@ from corun_ray.service import cluster
 from corun_ray.service.console import Console, duration, table
 from corun_ray.service.evaluate import Evaluation, evaluate
 from corun_ray.service.manifest import build_manifest
-from corun_ray.service.models import fetch_network
+from corun_ray.service.models import fetch_model
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.tracking import Tracker, tracking_uri
 from corun_ray.service.train import run_training
 
 FOLDERS = (
-    *("storage", "data.clear", "data.depth", "data.hazy", "data.validation.hazy", "data.validation.clear"),
-    *("evaluate.hazy", "evaluate.clear"),
+    *("storage", "data.clear", "data.depth", "data.hazy", "data.paired.hazy", "data.paired.clear"),
+    *("data.validation.hazy", "data.validation.clear"),
+    *("data.validation_sets.*.hazy", "data.validation_sets.*.clear"),
+    *("coherence.weights", "loss.weights", "evaluate.hazy", "evaluate.clear"),
 )
-"""The keys of a job file that name folders or URIs of data."""
+"""The keys of a job file that name folders or URIs; `*` is every key at its place."""
 
 
-def run_jobs(jobs: Sequence[Job], console: Console) -> None:
-    """Runs a pipeline; the first job that fails ends it. Raises what `run_training` and `run_evaluation` raise."""
+def run_jobs(jobs: Sequence[Job], console: Console, folder: Path) -> None:
+    """Runs a pipeline from a job file in `folder`; the first job that fails ends it.
+
+    Raises what `run_training` and `run_evaluation` raise.
+    """
     jobs = [with_absolute_paths(job) for job in jobs]
     for job in jobs:
         # What is wrong with the data should be said before a cluster is asked for anything.
@@ -32,7 +38,7 @@ def run_jobs(jobs: Sequence[Job], console: Console) -> None:
     cluster.connect(*(job.cluster for job in jobs))
     for job in jobs:
         if isinstance(job, TrainingJob):
-            run_training(job, console)
+            run_training(job, console, folder)
         elif isinstance(job, EvaluateJob):
             run_evaluation(job, console)
 
@@ -41,19 +47,26 @@ def with_absolute_paths(job: Job) -> Job:
     """The job with its folders absolute: workers do not run where the driver does."""
     tree = job.model_dump()
     for path in FOLDERS:
-        *sections, key = path.split(".")
-        section: dict[str, Any] = tree
-        for name in sections:
-            section = section.get(name) or {}
-        if section.get(key):
-            section[key] = locate(section[key]).uri
+        *names, key = path.split(".")
+        for section in _sections(tree, names):
+            if section.get(key):
+                section[key] = locate(section[key]).uri
     return type(job).model_validate(tree)
+
+
+def _sections(tree: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The sections at a path, none where the job leaves it out."""
+    found = [tree]
+    for name in names:
+        below = [list(section.values()) if name == "*" else [section.get(name)] for section in found]
+        found = [section for sections in below for section in sections if section]
+    return found
 
 
 def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     """Measures the job's models; leaves a table and a contact sheet. Raises the errors of `evaluate`."""
     started = time.monotonic()
-    networks = {name: fetch_network(source, tracking_uri(job)) for name, source in job.evaluate.models.items()}
+    models = {name: fetch_model(source, tracking_uri(job)) for name, source in job.evaluate.models.items()}
     place = cluster.connect(job.cluster)
     run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run, tracker = locate(job.storage).child(run_id), Tracker(job, run_id)
@@ -66,7 +79,7 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     console.header(f"evaluate {job.name}", facts)
     succeeded = False
     try:
-        found = evaluate(job.evaluate, networks, lambda done, total: console.progress(done, total, "image"))
+        found = evaluate(job.evaluate, models, lambda done, total: console.progress(done, total, "image"))
         _keep(job, found, run, tracker)
         succeeded = True
     finally:

@@ -6,7 +6,7 @@ import posixpath
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.config import ColabatorJob, Paired, TrainingJob
 from corun_ray.service.storage import locate
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
@@ -23,6 +23,8 @@ class Manifest:
     hazy: tuple[str, ...]
     set_aside: dict[str, str] = field(default_factory=dict)
     """URI → reason, of images that cannot be used and of files that match nothing."""
+    paired_hazy: tuple[str, ...] | None = None
+    """One degraded image an image of `clear`; None: `clear` is degraded by synthesis."""
 
     @property
     def num_images(self) -> int:
@@ -31,7 +33,7 @@ class Manifest:
 
     def digest(self) -> str:
         """A SHA-256 over the names: the same for the same data."""
-        content = json.dumps([self.clear, self.depth, self.hazy])
+        content = json.dumps([self.clear, self.depth, self.hazy, self.paired_hazy])
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -83,17 +85,36 @@ def images_below(uri: str, key: str) -> list[str]:
 
 def build_manifest(job: TrainingJob) -> Manifest:
     """Lists and pairs the job's training data; raises `StorageError` and `ManifestError`."""
+    hazy = tuple(images_below(job.data.hazy, "data.hazy")) if isinstance(job, ColabatorJob) else ()
+    if job.data.paired is not None:
+        return _paired(job.data.paired, hazy)
+    assert job.data.clear is not None
     clear = images_below(job.data.clear, "data.clear")
-    hazy = images_below(job.data.hazy, "data.hazy") if isinstance(job, ColabatorJob) else []
     if job.data.depth is None:
-        return Manifest(tuple(clear), None, tuple(hazy))
+        return Manifest(tuple(clear), None, hazy)
     maps = with_suffix(locate(job.data.depth).files(), DEPTH_SUFFIXES)
     pairs, unpaired, unused = pair_by_stem(clear, maps, "depth map")
     if not pairs:
         raise ManifestError(f"data.depth: none of the {len(maps)} depth maps below {job.data.depth} matches an image")
-    set_aside = {posixpath.join(job.data.clear, name): reason for name, reason in unpaired.items()}
-    set_aside |= {posixpath.join(job.data.depth, name): reason for name, reason in unused.items()}
-    return Manifest(tuple(pairs), tuple(pairs.values()), tuple(hazy), set_aside)
+    set_aside = _below(job.data.clear, unpaired) | _below(job.data.depth, unused)
+    return Manifest(tuple(pairs), tuple(pairs.values()), hazy, set_aside)
+
+
+def _paired(paired: Paired, hazy: tuple[str, ...]) -> Manifest:
+    degraded = images_below(paired.hazy, "data.paired.hazy")
+    clean = images_below(paired.clear, "data.paired.clear")
+    pairs, unpaired, unused = pair_by_stem(degraded, clean, "clean image")
+    if not pairs:
+        raise ManifestError(
+            f"data.paired.clear: none of the {len(clean)} images below {paired.clear} "
+            f"is named like one below {paired.hazy}"
+        )
+    set_aside = _below(paired.hazy, unpaired) | _below(paired.clear, unused)
+    return Manifest(tuple(pairs.values()), None, hazy, set_aside, tuple(pairs))
+
+
+def _below(root: str, reasons: dict[str, str]) -> dict[str, str]:
+    return {posixpath.join(root, name): reason for name, reason in reasons.items()}
 
 
 def held_out(hazy_root: str, clear_root: str | None, section: str) -> list[tuple[str, str | None]]:
@@ -109,3 +130,24 @@ def held_out(hazy_root: str, clear_root: str | None, section: str) -> list[tuple
         named = "; ".join(f"{posixpath.join(hazy_root, key)}: {reason}" for key, reason in list(unpaired.items())[:3])
         raise ManifestError(f"{section}.clear: {len(unpaired)} of {len(hazy)} hazy images have no truth ({named})")
     return list(pairs.items())
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """One set of held-out images, and the prefix under which its metrics go: `val`, or `val/NAME`."""
+
+    prefix: str
+    hazy_root: str
+    clear_root: str | None
+    pairs: list[tuple[str, str | None]]
+
+
+def held_out_sets(job: TrainingJob) -> list[HeldOutSet]:
+    """The job's `data.validation`, if any, then its `data.validation_sets`; raises the errors of `held_out`."""
+    sections = {} if job.data.validation is None else {("val", "data.validation"): job.data.validation}
+    for name, section in job.data.validation_sets.items():
+        sections[f"val/{name}", f"data.validation_sets.{name}"] = section
+    return [
+        HeldOutSet(prefix, section.hazy, section.clear, held_out(section.hazy, section.clear, key))
+        for (prefix, key), section in sections.items()
+    ]

@@ -6,28 +6,19 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy
 
-from corun_ray.core.corun import CORUN
-
-
-def share_network(network: CORUN) -> Any:
-    """A reference to the network in the object store, for `Restorers` on any node."""
-    return ray.put((network.stages, network.width, network.state_dict()))
+from corun_ray.service.models import Model
 
 
 class Restorers:
     """The networks of an actor, by name."""
 
     def __init__(self, shared: dict[str, Any]) -> None:
-        """`shared` maps names to what `share_network` returned."""
+        """`shared` maps names to references of `Model`s in the object store."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(1)
-        self.networks = {name: self._load(*ray.get(ref)) for name, ref in shared.items()}
-
-    def _load(self, stages: int, width: int, params: dict[str, torch.Tensor]) -> CORUN:
-        network = CORUN(stages, width)
-        network.load_state_dict(params)
-        return network.to(self.device).eval()
+        models: dict[str, Model] = {name: ray.get(ref) for name, ref in shared.items()}
+        self.networks = {name: model.build().to(self.device).eval() for name, model in models.items()}
 
 
 def actor_slots() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.core import samples, scattering
 from corun_ray.core.images import BadImage, decode_depth, decode_image
 from corun_ray.service.manifest import Manifest
+from corun_ray.service.phases import Layout
 from corun_ray.service.storage import StorageError, locate
 
 T = TypeVar("T")
@@ -27,10 +28,6 @@ Batch = dict[str, np.ndarray]
 
 CLEAR, HAZY = 0, 1
 """Which permutation and which random numbers: each kind of image has its own."""
-STEPS_PER_BLOCK = 16
-"""Steps that a block of the stream lasts: few blocks to schedule, and still an early first one."""
-MAX_BLOCKS = 20_000
-"""Ray Data plans every block before the first; a longer run has longer blocks."""
 UNLIMITED = 2**60
 
 
@@ -56,6 +53,7 @@ class SampleMaker:
 
     job: TrainingJob
     manifest: Manifest
+    patch_px: int
     report_bad: Callable[[dict[str, str]], None]
 
     def __call__(self, batch: Batch) -> Batch:
@@ -69,7 +67,7 @@ class SampleMaker:
 
     def sample(self, index: int) -> dict[str, Any]:
         """One sample of the stream."""
-        pair = self._first_usable(CLEAR, index, len(self.manifest.clear), self._synthetic)
+        pair = self._first_usable(CLEAR, index, len(self.manifest.clear), self._pair)
         row: dict[str, Any] = {"hazy": pair.hazy, "clear": pair.clear}
         if isinstance(self.job, ColabatorJob):
             # The real image of a sample goes through JPEG exactly when the synthetic one does.
@@ -89,8 +87,23 @@ class SampleMaker:
                 self.report_bad({error.uri: error.reason})
         raise TooManyBadFiles(f"not one of the {length} {'clear' if kind == CLEAR else 'hazy'} images can be used")
 
-    def _synthetic(self, image: int, rng: np.random.Generator) -> samples.SyntheticPair:
+    def _pair(self, image: int, rng: np.random.Generator) -> samples.Pair:
+        return self._synthetic(image, rng) if self.job.data.paired is None else self._paired(image, rng)
+
+    def _paired(self, image: int, rng: np.random.Generator) -> samples.Pair:
+        data = self.job.data
+        assert data.paired is not None and self.manifest.paired_hazy is not None
+        hazy_key = self.manifest.paired_hazy[image]
+        hazy = _decoded(data.paired.hazy, hazy_key, decode_image)
+        clear = _decoded(data.paired.clear, self.manifest.clear[image], decode_image)
+        with _naming(data.paired.hazy, hazy_key):
+            return samples.paired_sample(
+                hazy, clear, rng, patch_px=self.patch_px, random_resize=data.random_resize, rotation=data.rotation
+            )
+
+    def _synthetic(self, image: int, rng: np.random.Generator) -> samples.Pair:
         data, haze = self.job.data, self.job.haze
+        assert data.clear is not None
         clear_key = self.manifest.clear[image]
         clear = _decoded(data.clear, clear_key, decode_image)
         if self.manifest.depth is None:
@@ -108,16 +121,17 @@ class SampleMaker:
                 clear,
                 depth,
                 rng,
-                patch_px=data.patch_px,
+                patch_px=self.patch_px,
                 haze_range=scattering.HazeRange(haze.beta, haze.airlight, haze.airlight_tint),
                 random_resize=data.random_resize,
+                rotation=data.rotation,
             )
 
     def _real(self, image: int, rng: np.random.Generator, jpeg_quality: int | None) -> tuple[str, samples.RealViews]:
         assert isinstance(self.job, ColabatorJob)
         key = self.manifest.hazy[image]
         hazy = _decoded(self.job.data.hazy, key, decode_image)
-        return key, samples.real_views(hazy, rng, patch_px=self.job.data.patch_px, jpeg_quality=jpeg_quality)
+        return key, samples.real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=jpeg_quality)
 
 
 class _Unusable(Exception):
@@ -145,72 +159,29 @@ def _decoded(root: str, key: str, decode: Callable[[bytes], np.ndarray]) -> np.n
         return decode(locate(root).child(key).read())
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the rest of a run's stream is cut into blocks, so that each rank gets its own samples in order.
-
-    Step `s` of the run takes the next `batch * num_workers` samples, its r-th `batch` of them on rank r. A block
-    holds one rank's share of several consecutive steps, since a block a step would keep Ray Data busier with blocks
-    than with images. Block `j` is rank `j % num_workers`'s: the splitter deals ordered, equal blocks out in turn.
-    """
-
-    first_sample: int
-    num_steps: int
-    batch: int
-    num_workers: int
-
-    @property
-    def blocks_per_worker(self) -> int:
-        """Blocks that each rank will read."""
-        wanted = -(-self.num_steps // STEPS_PER_BLOCK)
-        return min(wanted, max(1, MAX_BLOCKS // self.num_workers))
-
-    @property
-    def steps_per_block(self) -> int:
-        """Steps that a block lasts; the last one may hold a few that nobody takes."""
-        return -(-self.num_steps // self.blocks_per_worker)
-
-    @property
-    def rows_per_block(self) -> int:
-        """Samples in a block."""
-        return self.steps_per_block * self.batch
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks in all."""
-        return self.blocks_per_worker * self.num_workers
-
-    def samples(self, rows: np.ndarray) -> np.ndarray:
-        """Row numbers of the dataset → indices in the run's stream."""
-        block, row = np.divmod(rows, self.rows_per_block)
-        step, place = np.divmod(row, self.batch)
-        turn, rank = np.divmod(block, self.num_workers)
-        step = turn * self.steps_per_block + step
-        return self.first_sample + (step * self.num_workers + rank) * self.batch + place
-
-
 @lru_cache(maxsize=2)
 def _fetched(manifest: Any) -> Manifest:
     """The manifest behind a reference, once a process."""
     return ray.get(manifest)
 
 
-def _make_samples(batch: Batch, job: TrainingJob, manifest: Any, board: Any, layout: Layout) -> Batch:
+def _make_samples(batch: Batch, job: TrainingJob, manifest: Any, board: Any, layout: Layout, patch_px: int) -> Batch:
     import cv2
 
     # Ray already runs one task a core; OpenCV's own threads would only fight over it.
     cv2.setNumThreads(1)
-    return SampleMaker(job, _fetched(manifest), board.report_bad.remote)({"id": layout.samples(batch["id"])})
+    make = SampleMaker(job, _fetched(manifest), patch_px, board.report_bad.remote)
+    return make({"id": layout.samples(batch["id"])})
 
 
-def split_stream(job: TrainingJob, manifest: Any, board: Any, layout: Layout) -> list[DataIterator]:
-    """The stream from where `layout` starts to the run's end, one iterator a worker."""
+def split_stream(job: TrainingJob, manifest: Any, board: Any, layout: Layout, patch_px: int) -> list[DataIterator]:
+    """The stream of one phase, as `layout` cuts it, in patches of `patch_px`; one iterator a worker."""
     DataContext.get_current().enable_progress_bars = False
     rows = ray.data.range(layout.num_blocks * layout.rows_per_block, override_num_blocks=layout.num_blocks)
     dataset = rows.map_batches(
         _make_samples,  # type: ignore[arg-type]  # the stubs know no keyword arguments
         batch_size=None,
-        fn_kwargs={"job": job, "manifest": manifest, "board": board, "layout": layout},
+        fn_kwargs={"job": job, "manifest": manifest, "board": board, "layout": layout, "patch_px": patch_px},
     )
     # Ray would cut a block that it finds too large, and the ranks would get each other's samples.
     dataset.context.target_max_block_size = UNLIMITED
@@ -222,7 +193,7 @@ def split_stream(job: TrainingJob, manifest: Any, board: Any, layout: Layout) ->
 
 
 def batches(shard: DataIterator, layout: Layout, rank: int) -> Iterator[Batch]:
-    """The batches of one rank, a step each; raises RuntimeError should the stream ever come out of order."""
+    """One rank's batches of a phase, a step each; raises RuntimeError should the stream ever come out of order."""
     taken = shard.iter_batches(batch_size=layout.batch, batch_format="numpy", prefetch_batches=2)
     for step, batch in enumerate(itertools.islice(taken, layout.num_steps)):
         expected = layout.first_sample + (step * layout.num_workers + rank) * layout.batch

@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from corun_ray.config import Job
-from corun_ray.core.checkpoints import NETWORK_FILE
+from corun_ray.core.checkpoints import NETWORK_FILE, SPEC_FILE, read_spec
+from corun_ray.core.networks import requirements
+from corun_ray.service import usercode
 
 MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 PACKAGE = Path(__file__).parents[1]
 MODEL_REQUIREMENTS = ["torch", "numpy", "opencv-python-headless", "mlflow"]
+MODEL_FOLDER = "checkpoint"
 EXAMPLE_PX = 64
 SQLITE = "sqlite:///"
 
@@ -106,23 +109,28 @@ class Tracker:
         """Sets tags of the run."""
         self._mlflow.set_tags(dict(tags))
 
-    def log_model(self, checkpoint: Path, register: str | None) -> str:
-        """Logs the network of a checkpoint folder as a pyfunc model; returns its URI (`models:/…`).
+    def log_model(self, checkpoint: Path, code: usercode.Code, register: str | None) -> str:
+        """Logs the network of a checkpoint folder, and the `code` of its class, as a pyfunc model; returns its URI.
 
         With `register`, it becomes a new version with the alias `candidate`, and the name's first version also
         `champion`.
         """
         signature, example = _signature(self._mlflow)
         # MLflow prints its own account of this; what goes wrong is raised.
-        with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            model = folder / MODEL_FOLDER
+            model.mkdir()
+            for file in (NETWORK_FILE, SPEC_FILE):
+                shutil.copy(checkpoint / file, model)
             info = self._mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(MODEL_CODE),
-                artifacts={"checkpoint": str(checkpoint / NETWORK_FILE)},
-                code_paths=[str(_model_code(Path(folder)))],
+                artifacts={"checkpoint": str(model)},
+                code_paths=[str(path) for path in (_model_code(folder), *usercode.write(code, folder / "user"))],
                 signature=signature,
                 input_example=example,
-                pip_requirements=MODEL_REQUIREMENTS,
+                pip_requirements=[*MODEL_REQUIREMENTS, *requirements(read_spec(model))],
                 registered_model_name=register,
             )
         if register is None:
@@ -139,7 +147,10 @@ class Tracker:
 
 
 def download_model(uri: str, source: str, folder: Path) -> Path:
-    """Fetches a model (`models:/…`, `runs:/…`) from the MLflow at `uri`; returns its `.pth`. Raises `TrackingError`."""
+    """Fetches a model (`models:/…`, `runs:/…`) from the MLflow at `uri`; returns its checkpoint folder.
+
+    Raises `TrackingError`.
+    """
     mlflow = _mlflow(uri)
     try:
         model = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder)))
@@ -148,7 +159,7 @@ def download_model(uri: str, source: str, folder: Path) -> Path:
     found = sorted(model.rglob(NETWORK_FILE))
     if not found:
         raise TrackingError(f"{source}: a model without {NETWORK_FILE}; not one of corun_ray's")
-    return found[0]
+    return found[0].parent
 
 
 def _model_code(folder: Path) -> Path:

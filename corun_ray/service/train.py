@@ -17,11 +17,13 @@ from corun_ray.service import cluster
 from corun_ray.service.board import start_board
 from corun_ray.service.console import Console, duration
 from corun_ray.service.follower import Follower
-from corun_ray.service.manifest import Manifest, build_manifest, held_out
-from corun_ray.service.models import fetch_network
+from corun_ray.service.manifest import Manifest, build_manifest, held_out_sets
+from corun_ray.service.models import Model, starting_model
+from corun_ray.service.phases import phases
 from corun_ray.service.pool import start_pool
+from corun_ray.service.scoring import check_scoring
 from corun_ray.service.storage import Location, locate
-from corun_ray.service.tracking import Tracker, tracking_uri
+from corun_ray.service.tracking import Tracker
 from corun_ray.service.worker import WorkerPlan, train_worker
 
 NAMED_BAD_FILES = 10
@@ -31,39 +33,30 @@ class JobFailed(Exception):
     """The job ended without its result; the message says why, for a person."""
 
 
-def prepare(job: TrainingJob) -> tuple[Manifest, Any]:
-    """What must be right before any worker starts: the data, and the network to start from (or None).
+def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
+    """What must be right before any worker starts: data, network and weights. A network's class may lie in `folder`.
 
-    Raises `StorageError`, `ManifestError`, `ModelSourceError` and `JobFailed`.
+    Raises `StorageError`, `ManifestError`, `ModelSourceError`, `WeightsError` and `JobFailed`.
     """
     manifest = build_manifest(job)
     _refuse_too_many(job, manifest, manifest.set_aside)
-    if job.data.validation is not None:
-        held_out(job.data.validation.hazy, job.data.validation.clear, "data.validation")
-    if job.network.init is None:
-        return manifest, None
-    network = fetch_network(job.network.init, tracking_uri(job))
-    for key, wanted, found in (
-        ("stages", job.network.stages, network.stages),
-        ("width", job.network.width, network.width),
-    ):
-        if wanted != found:
-            raise JobFailed(f"network.{key}: {wanted}, but {job.network.init} has {found}")
-    return manifest, network.state_dict()
+    held_out_sets(job)
+    check_scoring(job)
+    return manifest, starting_model(job, folder)
 
 
-def run_training(job: TrainingJob, console: Console) -> str:
-    """Runs the job to its end and returns the URI of its model.
+def run_training(job: TrainingJob, console: Console, folder: Path) -> str:
+    """Runs the job to its end and returns the URI of its model; `folder` is the job file's.
 
     Raises the errors of `prepare`, `ClusterError`, `TrackingError` and `JobFailed`.
     """
     started = time.monotonic()
-    manifest, params = prepare(job)
+    manifest, model = prepare(job, folder)
     place = cluster.connect(job.cluster)
     run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = locate(job.storage).child(run_id)
     tracker = Tracker(job, run_id)
-    console.header(f"{job.kind} {job.name}", _header(job, manifest, place, run, tracker))
+    console.header(f"{job.kind} {job.name}", _header(job, manifest, model, place, run, tracker))
     succeeded = False
     try:
         run.child("job.yaml").write(dump_job(job).encode())
@@ -75,14 +68,14 @@ def run_training(job: TrainingJob, console: Console) -> str:
             job=job,
             run_uri=run.uri,
             manifest=ray.put(manifest),
-            initial_params=None if params is None else ray.put(params),
+            model=ray.put(model),
             board=board,
             pool=start_pool() if isinstance(job, ColabatorJob) else None,
         )
         with Follower(job, board, tracker, console, run) as follower:
             result = _fit(plan, run_id)
         _list_bad_files(job, manifest, board, tracker, run)
-        model_uri = _register(job, result, tracker)
+        model_uri = _register(job, model, result, tracker)
         succeeded = True
     finally:
         tracker.finish(succeeded)
@@ -96,23 +89,31 @@ def run_training(job: TrainingJob, console: Console) -> str:
     return model_uri
 
 
-def _header(job: TrainingJob, manifest: Manifest, place: str, run: Location, tracker: Tracker) -> dict[str, str]:
-    depth = "procedural depth" if manifest.depth is None else "depth maps"
-    data = f"{len(manifest.clear)} clear with {depth}"
+def _header(
+    job: TrainingJob, manifest: Manifest, model: Model, place: str, run: Location, tracker: Tracker
+) -> dict[str, str]:
+    if job.data.paired is not None:
+        data = f"{len(manifest.clear)} degraded and clean pairs"
+    else:
+        depth = "procedural depth" if manifest.depth is None else "depth maps"
+        data = f"{len(manifest.clear)} clear with {depth}"
     if manifest.hazy:
         data += f", {len(manifest.hazy)} real hazy"
     if manifest.set_aside:
         data += f", {len(manifest.set_aside)} set aside"
     size = job.cluster
     device = f"{size.gpus_per_worker:g} GPU" if size.gpus_per_worker else f"{size.cpus_per_worker:g} CPU"
-    steps = f"{job.train.steps} steps of {job.train.batch_per_worker} x {size.workers} images"
+    spans = phases(job)
+    steps = f"{job.train.steps} steps of {' then '.join(str(phase.batch) for phase in spans)} x {size.workers} images"
     network = f"{job.network.stages} stages, width {job.network.width}"
+    if model.spec.type != "corun":
+        network = f"{model.spec.type} " + " ".join(f"{name}={value}" for name, value in model.spec.args.items())
     if job.network.init:
         network += f", from {job.network.init}"
     return {
         "data": data,
         "network": network,
-        "training": f"{steps} at {job.data.patch_px} px",
+        "training": f"{steps} at {' then '.join(str(phase.patch_px) for phase in spans)} px",
         "workers": f"{size.workers} x {device} on {place}",
         "run": run.uri,
         "mlflow": f"{tracker.uri} (experiment {job.tracking.experiment})",
@@ -166,10 +167,10 @@ def _list_bad_files(job: TrainingJob, manifest: Manifest, board: Any, tracker: T
     _refuse_too_many(job, manifest, bad_files)
 
 
-def _register(job: TrainingJob, result: Result, tracker: Tracker) -> str:
+def _register(job: TrainingJob, model: Model, result: Result, tracker: Tracker) -> str:
     if result.checkpoint is None:
         raise JobFailed("training ended without a checkpoint")
     location = locate(job.storage)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Location(result.checkpoint.path, location.filesystem, result.checkpoint.path)
-        return tracker.log_model(checkpoint.download(Path(folder)), job.tracking.register)
+        return tracker.log_model(checkpoint.download(Path(folder)), model.code, job.tracking.register)

@@ -1,5 +1,7 @@
 """Validation during training: metrics on held-out images, and a picture grid of what the teacher makes of haze."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -15,7 +17,7 @@ from corun_ray.core.pictures import ImageU8, colour_map, grid
 from corun_ray.core.restore import restore, to_image, to_tensor
 from corun_ray.core.samples import real_views
 from corun_ray.core.steps import Colabator
-from corun_ray.service.manifest import Manifest, held_out
+from corun_ray.service.manifest import HeldOutSet, Manifest, held_out_sets
 from corun_ray.service.storage import locate
 from corun_ray.service.streams import SampleMaker
 
@@ -33,42 +35,49 @@ class Validator:
     def __init__(self, job: TrainingJob, manifest: Manifest, rank: int, num_workers: int, device: torch.device) -> None:
         self.job, self.manifest, self.device = job, manifest, device
         self.num_workers = num_workers
-        self.pairs: list[tuple[str, str | None]] = []
-        validation = job.data.validation
-        if validation is not None:
-            self.pairs = held_out(validation.hazy, validation.clear, "data.validation")[rank::num_workers]
+        self.held_out = [replace(held, pairs=held.pairs[rank::num_workers]) for held in held_out_sets(job)]
+        """This rank's share of each set."""
 
     def measure(self, network: nn.Module) -> dict[str, float]:
-        """Mean `val/psnr` and `val/ssim` where there is a truth, and `val/fade`; every rank calls it."""
-        if self.job.data.validation is None:
-            return {}
-        has_truth = self.job.data.validation.clear is not None
+        """Mean `val/psnr` and `val/ssim` where there is a truth, and `val/fade`; `val/NAME/...` of a named set.
+
+        Every rank calls it, and is given the means over all ranks' images.
+        """
+        metrics: dict[str, float] = {}
+        for held in self.held_out:
+            metrics |= {f"{held.prefix}/{name}": mean for name, mean in self._means(network, held).items()}
+        return metrics
+
+    def _means(self, network: nn.Module, held: HeldOutSet) -> dict[str, float]:
         sums = torch.zeros(4, dtype=torch.float64)
-        for hazy_key, clear_key in self.pairs:
-            scene = restore(network, self._tensor(self.job.data.validation.hazy, hazy_key)).scene
+        for hazy_key, clear_key in held.pairs:
+            scene = restore(network, self._tensor(held.hazy_root, hazy_key)).scene
             row = [fade(scene)]
             if clear_key is not None:
-                assert self.job.data.validation.clear is not None
-                truth = self._tensor(self.job.data.validation.clear, clear_key)
+                assert held.clear_root is not None
+                truth = self._tensor(held.clear_root, clear_key)
                 row += [psnr(scene, truth), ssim(scene, truth)]
             sums[: len(row)] += torch.cat(row).double().cpu()
             sums[3] += 1
         sums = sums.to(self.device)
         if self.num_workers > 1:
             dist.all_reduce(sums)
-        means = (sums[:3] / sums[3]).tolist()
-        return dict(zip(("val/fade", "val/psnr", "val/ssim") if has_truth else ("val/fade",), means, strict=False))
+        names = ("fade",) if held.clear_root is None else ("fade", "psnr", "ssim")
+        return dict(zip(names, (sums[:3] / sums[3]).tolist(), strict=False))
 
     def picture(self, network: nn.Module, colabator: Colabator | None) -> bytes:
         """A PNG grid: real haze with its labels for Colabator, else held-out images, else training samples."""
         count = self.job.train.validation_images
         if isinstance(self.job, ColabatorJob) and colabator is not None:
             rows = self._label_rows(network, colabator, self.manifest.hazy[:count])
-        elif self.job.data.validation is not None:
-            rows = [self._held_out_row(network, *pair) for pair in self.pairs[:count]]
+        elif self.held_out:
+            each = -(-count // len(self.held_out))
+            rows = [self._held_out_row(network, held, *pair) for held in self.held_out for pair in held.pairs[:each]]
         else:
             rows = [self._sample_row(network, index) for index in range(count)]
-        return encode_png(grid(rows))
+        # Sets with and without a truth share one grid.
+        columns = dict.fromkeys(name for row in rows for name in row)
+        return encode_png(grid([{name: row.get(name) for name in columns} for row in rows]))
 
     def _label_rows(self, network: nn.Module, colabator: Colabator, keys: tuple[str, ...]) -> list[Row]:
         assert isinstance(self.job, ColabatorJob)
@@ -88,24 +97,22 @@ class Validator:
         return colour_map(trust[0, 0].numpy())
 
     def _sample_row(self, network: nn.Module, index: int) -> Row:
-        sample = SampleMaker(self.job, self.manifest, lambda bad_files: None).sample(index)
+        sample = SampleMaker(self.job, self.manifest, self.job.data.patch_px, lambda bad_files: None).sample(index)
         return {**self._restored(network, sample["hazy"]), "truth": sample["clear"]}
 
-    def _held_out_row(self, network: nn.Module, hazy_key: str, clear_key: str | None) -> Row:
-        assert self.job.data.validation is not None
-        row = self._restored(network, load_image(self.job.data.validation.hazy, hazy_key))
+    def _held_out_row(self, network: nn.Module, held: HeldOutSet, hazy_key: str, clear_key: str | None) -> Row:
+        row = self._restored(network, load_image(held.hazy_root, hazy_key))
         if clear_key is not None:
-            assert self.job.data.validation.clear is not None
-            row["truth"] = load_image(self.job.data.validation.clear, clear_key)
+            assert held.clear_root is not None
+            row["truth"] = load_image(held.clear_root, clear_key)
         return row
 
     def _restored(self, network: nn.Module, hazy: ImageU8) -> Row:
         scene, transmission = restore(network, to_tensor(hazy).to(self.device))
-        return {
-            "hazy": hazy,
-            "output": to_image(scene),
-            "transmission": colour_map(transmission[0, 0].cpu().numpy()),
-        }
+        row: Row = {"hazy": hazy, "output": to_image(scene)}
+        if transmission is not None:
+            row["transmission"] = colour_map(transmission[0, 0].cpu().numpy())
+        return row
 
     def _tensor(self, root: str, key: str) -> torch.Tensor:
         return to_tensor(load_image(root, key)).to(self.device)

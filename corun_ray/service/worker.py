@@ -22,13 +22,19 @@ from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.core import checkpoints
 from corun_ray.core.coherence import Coherence
 from corun_ray.core.corun import CORUN
-from corun_ray.core.state import TrainState, cosine_lr
+from corun_ray.core.mixup import mixup
+from corun_ray.core.schedule import Cycle, learning_rate
+from corun_ray.core.state import TrainState
 from corun_ray.core.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, pretraining_step
+from corun_ray.jobmethod import Optim
 from corun_ray.service.board import Attempt
 from corun_ray.service.manifest import Manifest
 from corun_ray.service.meter import Meter
+from corun_ray.service.models import Model
+from corun_ray.service.phases import remaining_phases
 from corun_ray.service.pool import PoolClient
-from corun_ray.service.streams import Batch, Layout, batches, split_stream
+from corun_ray.service.scoring import build_coherence, build_losses, weights_source
+from corun_ray.service.streams import Batch, batches, split_stream
 from corun_ray.service.validation import Validator
 
 
@@ -41,11 +47,18 @@ class WorkerPlan:
     """Where the run keeps its checkpoints, snapshots and pictures."""
     manifest: Any
     """Reference to the `Manifest` in the object store."""
-    initial_params: Any
-    """Reference to the state dict to start from, or None."""
+    model: Any
+    """Reference to the `Model` to start from."""
     board: Any
     pool: Any
     """The pool's actor; None for a job without one."""
+
+
+def learning_cycles(optim: Optim) -> list[Cycle]:
+    """The cosine cycles of a job: those it lists, else one."""
+    if optim.cycles:
+        return [Cycle(cycle.steps, cycle.lr, cycle.min_lr) for cycle in optim.cycles]
+    return [Cycle(optim.schedule_steps, optim.lr, optim.min_lr)]
 
 
 def train_worker(plan: WorkerPlan) -> None:
@@ -69,11 +82,16 @@ class Worker:
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, int(self.job.cluster.cpus_per_worker)))
         torch.manual_seed(self.job.seed)
+        self.model: Model = ray.get(plan.model)
         self.state = TrainState.start(self._initial_network(), self.device)
         self.snapshot = self._resume()
         self.manifest: Manifest = ray.get(plan.manifest)
         self.student = self._prepared_student()
+        self.coherence = self._coherence()
+        source = weights_source(self.job.loss.weights)
+        self.losses = build_losses(self.job, source, self.coherence, self.device)
         self.colabator = self._colabator()
+        self.cycles = learning_cycles(self.job.optim)
         self.meter = Meter(self.device)
         self.validator = Validator(self.job, self.manifest, self.rank, self.num_workers, self.device)
 
@@ -83,7 +101,7 @@ class Worker:
         for batch in self._stream():
             with self._autocast():
                 output = self._forward(batch)
-            lr = cosine_lr(state.step, job.optim.lr, job.optim.min_lr, job.optim.schedule_steps)
+            lr = learning_rate(state.step, self.cycles, job.optim.warmup_steps)
             state.update(output.losses, lr, job.optim.ema, len(batch["index"]) * self.num_workers)
             self.meter.add(output, lr)
             if self.rank == 0:
@@ -100,8 +118,12 @@ class Worker:
 
     def _forward(self, batch: Batch) -> StepOutput:
         synthetic = SyntheticBatch(self._to_device(batch["hazy"]), self._to_device(batch["clear"]))
+        if self.job.data.mixup:
+            # Every step and rank draws its own, and a step that is repeated after a restart draws it again.
+            seed = (self.job.seed, self.state.step, self.rank)
+            synthetic = mixup(synthetic, self.job.data.mixup, seed)
         if self.colabator is None:
-            return pretraining_step(self.student, synthetic)
+            return pretraining_step(self.student, synthetic, self.losses)
         real = RealBatch(self._to_device(batch["weak"]), self._to_device(batch["strong"]), batch["key"].tolist())
         return self.colabator.step(self.student, synthetic, real, self.state.step)
 
@@ -112,10 +134,10 @@ class Worker:
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.optim.precision == "bf16")
 
-    def _initial_network(self) -> CORUN:
-        network = CORUN(self.job.network.stages, self.job.network.width)
-        if self.plan.initial_params is not None:
-            network.load_state_dict(ray.get(self.plan.initial_params))
+    def _initial_network(self) -> nn.Module:
+        network = self.model.build()
+        if isinstance(network, CORUN):
+            network.checkpoint_activations = self.job.network.checkpoint_activations
         return network
 
     def _resume(self) -> str | None:
@@ -124,7 +146,7 @@ class Worker:
         if checkpoint is None:
             return None
         with checkpoint.as_directory() as folder:
-            return checkpoints.load_run(Path(folder), self.state)["pool_snapshot"]
+            return checkpoints.load_run(Path(folder), self.state, self.model.spec)["pool_snapshot"]
 
     def _prepared_student(self) -> nn.Module:
         student: nn.Module = self.state.student
@@ -137,9 +159,14 @@ class Worker:
             student, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
+    def _coherence(self) -> Coherence | None:
+        if not isinstance(self.job, ColabatorJob):
+            return None
+        return build_coherence(self.job.coherence, weights_source(self.job.coherence.weights), self.device)
+
     def _colabator(self) -> Colabator | None:
         """The teacher's side of the job, its pool standing where the checkpoint stood."""
-        if not isinstance(self.job, ColabatorJob):
+        if not isinstance(self.job, ColabatorJob) or self.coherence is None:
             return None
         if self.rank == 0:
             # The step may repeat (a crash before the first checkpoint), a start of the workers does not.
@@ -148,22 +175,19 @@ class Worker:
         else:
             generation = None
         pool = PoolClient(self.plan.pool, broadcast_from_rank_zero(generation))
-        scoring = self.job.coherence
-        coherence = Coherence(scoring.clarity, scoring.quality, scoring.block_px, scoring.combine)
-        return Colabator(self.state.teacher, coherence, pool, self.job.pool.encoding)
+        return Colabator(self.state.teacher, self.coherence, pool, self.losses, self.job.pool.encoding)
 
     def _stream(self) -> Iterator[Batch]:
-        """This rank's batches from where the state stands to the end of the run."""
-        first, num_steps = self.state.num_images_seen, self.job.train.steps - self.state.step
-        if num_steps == 0:
-            return iter(())
-        layout = Layout(first, num_steps, self.job.train.batch_per_worker, self.num_workers)
-        shards = None
+        """This rank's batches from where the state stands to the end of the run, phase by phase."""
+        state = self.state
         if self.rank == 0:
-            attempt = Attempt(self.state.step, first, self.num_workers)
+            attempt = Attempt(state.step, state.num_images_seen, self.num_workers)
             self.plan.board.post_attempt.remote(attempt)
-            shards = split_stream(self.job, self.plan.manifest, self.plan.board, layout)
-        return batches(broadcast_from_rank_zero(shards)[self.rank], layout, self.rank)
+        for phase, layout in remaining_phases(self.job, state.step, state.num_images_seen, self.num_workers):
+            shards = None
+            if self.rank == 0:
+                shards = split_stream(self.job, self.plan.manifest, self.plan.board, layout, phase.patch_px)
+            yield from batches(broadcast_from_rank_zero(shards)[self.rank], layout, self.rank)
 
     def _log_and_look_for_trouble(self) -> bool:
         """Posts the metrics since the last call; says, on all ranks alike, whether too many images are bad."""
@@ -203,5 +227,5 @@ class Worker:
             return
         with tempfile.TemporaryDirectory() as folder:
             extra = {"pool_snapshot": snapshot, "seed": self.job.seed}
-            checkpoints.save_run(Path(folder), self.state, extra)
+            checkpoints.save_run(Path(folder), self.state, self.model.spec, extra)
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))

@@ -1,3 +1,4 @@
+import dataclasses
 from collections import defaultdict
 
 import cv2
@@ -59,6 +60,35 @@ def test_cropping_first_equals_resizing_first(side_px, step_px):
     top, left = crop.top_px * patch_px // side_px, crop.left_px * patch_px // side_px
     expected = whole[top : top + patch_px, left : left + patch_px].astype(int)
     assert np.abs(crop.finish(crop.cut(image), patch_px) - expected).max() <= 1
+
+
+def test_rotation_draws_every_quarter_turn_as_often_and_leaves_the_other_numbers_alone():
+    """Jobs without rotation keep their random numbers: those of the crop, and all that are drawn after it."""
+    turns = []
+    for seed in range(800):
+        plain_rng, turned_rng, expected = (np.random.default_rng(seed) for _ in range(3))
+        plain = sample_crop(plain_rng, 40, 60, patch_px=16, random_resize=True)
+        turned = sample_crop(turned_rng, 40, 60, patch_px=16, random_resize=True, rotation=True)
+        assert plain == dataclasses.replace(turned, quarter_turns=0)
+        side_px = round(16 * 40 / expected.uniform(16, 40))
+        assert (plain.side_px, plain.top_px) == (side_px, expected.integers(40 - side_px + 1))
+        assert (plain.left_px, plain.flip) == (expected.integers(60 - side_px + 1), expected.random() < 0.5)
+        assert plain_rng.random() == expected.random()
+        turns.append(turned.quarter_turns)
+    assert np.bincount(turns).min() > 150 and set(turns) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_a_crop_turns_after_its_flip(turns, flip):
+    region = textured(16, 20)[:, :16]
+    expected = region[:, ::-1] if flip else region
+    for _ in range(turns):
+        expected = expected.transpose(1, 0, 2)[::-1]
+    patch = Crop(0, 0, 16, flip, turns).finish(region, 16)
+    np.testing.assert_array_equal(patch, expected)
+    assert patch.flags.c_contiguous and not np.shares_memory(patch, region)
+    np.testing.assert_array_equal(Crop(0, 0, 16, flip, turns).finish(region[..., 0], 16), expected[..., 0])
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -7,20 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from corun_ray.core.checkpoints import (
     NETWORK_FILE,
+    SPEC_FILE,
     TRAINING_FILE,
     CheckpointError,
     load_network,
+    load_params,
     load_run,
-    load_state_dicts,
+    read_spec,
     save_network,
     save_run,
 )
 from corun_ray.core.corun import CORUN
-from corun_ray.core.losses import pretraining_losses
+from corun_ray.core.networks import NetworkSpec, build
 from corun_ray.core.state import TrainState
+from tests.core.golden import golden_shapes, golden_state_dict
+
+NAFNET = NetworkSpec("NAFNet", {"width": 8, "middle_blk_num": 1, "enc_blk_nums": [1], "dec_blk_nums": [1]})
 
 
 def random_network(stages: int = 2, width: int = 2, seed: int = 0) -> CORUN:
@@ -32,7 +39,7 @@ def random_network(stages: int = 2, width: int = 2, seed: int = 0) -> CORUN:
     return network
 
 
-def assert_equal_weights(ours: CORUN, expected: CORUN) -> None:
+def assert_equal_weights(ours: nn.Module, expected: nn.Module) -> None:
     torch.testing.assert_close(ours.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
@@ -41,7 +48,9 @@ def train(state: TrainState, steps: int) -> None:
     for _ in range(steps):
         generator = torch.Generator().manual_seed(state.step)
         hazy, clear = torch.rand(2, 1, 3, 16, 16, generator=generator)
-        state.update(pretraining_losses(state.student(hazy), clear, hazy), lr=1e-3, ema=0.9, batch_images=1)
+        scene, transmission = state.student(hazy)
+        losses = {"pixel": (scene - clear).abs().mean(), "transmission": transmission.mean()}
+        state.update(losses, lr=1e-3, ema=0.9, batch_images=1)
 
 
 def error_line(path: Path) -> str:
@@ -54,13 +63,18 @@ def error_line(path: Path) -> str:
     return line.removeprefix(f"{path}: ")
 
 
+def corun_spec(stages: int = 2, width: int = 2) -> NetworkSpec:
+    return NetworkSpec("corun", {"stages": stages, "width": width})
+
+
 @pytest.mark.parametrize(("stages", "width"), [(2, 6), (3, 4), (4, 2)])
 def test_stages_and_width_follow_from_the_file(tmp_path: Path, stages: int, width: int) -> None:
     student, teacher = random_network(stages, width), random_network(stages, width, seed=1)
     save_network(tmp_path / "a.pth", student, teacher)
     loaded = load_network(tmp_path / "a.pth")
-    assert (loaded.stages, loaded.width, loaded.training) == (stages, width, False)
-    assert_equal_weights(loaded, teacher)
+    assert loaded.spec == corun_spec(stages, width)
+    assert not loaded.network.training
+    assert_equal_weights(loaded.network, teacher)
 
 
 def test_the_saved_file_is_the_published_format(tmp_path: Path) -> None:
@@ -72,17 +86,111 @@ def test_the_saved_file_is_the_published_format(tmp_path: Path) -> None:
     torch.testing.assert_close(content["params_ema"], dict(teacher.state_dict()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("names", [["params"], ["params_ema"]])
-def test_a_file_may_hold_one_of_the_two_networks(tmp_path: Path, names: list[str]) -> None:
-    network = random_network()
-    torch.save({name: network.state_dict() for name in names}, tmp_path / "a.pth")
-    assert list(load_state_dicts(tmp_path / "a.pth")) == names
-    assert_equal_weights(load_network(tmp_path / "a.pth"), network)
+def test_a_published_checkpoint_of_three_stages_is_trained_and_exported_under_its_own_names(tmp_path: Path) -> None:
+    # Of the two middle stages of the published four, three stages have the first.
+    shapes = {name: shape for name, shape in golden_shapes(4).items() if not name.startswith("basic.1.")}
+    assert sum(name.startswith("basic.0.") for name in shapes) > 100
+    weights = golden_state_dict(shapes)
+    torch.save({"params": weights, "params_ema": weights}, tmp_path / "published.pth")
+    loaded = load_network(tmp_path / "published.pth")
+    assert loaded.spec == corun_spec(3, 30)
+
+    state = TrainState.start(loaded.network)
+    train(state, 1)
+    save_run(tmp_path, state, loaded.spec, {})
+    content = torch.load(tmp_path / NETWORK_FILE, weights_only=True)
+    assert list(content) == ["params", "params_ema"]
+    for params in content.values():
+        assert {name: tuple(tensor.shape) for name, tensor in params.items()} == shapes
+        assert all(tensor.dtype == torch.float32 for tensor in params.values())
+    assert not torch.equal(
+        content["params"]["last.dehaze_net.mapping.weight"], weights["last.dehaze_net.mapping.weight"]
+    )
+
+
+def wrappings(params: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "plain": params,
+        "both": {"params": other, "params_ema": params},
+        "student only": {"params": params},
+        "average only": {"params_ema": params},
+        "state_dict": {"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in params.items()}},
+    }
+
+
+@pytest.mark.parametrize("wrapping", ["plain", "both", "student only", "average only", "state_dict"])
+@pytest.mark.parametrize("spec", [corun_spec(), NAFNET], ids=lambda spec: spec.type)
+def test_the_state_dict_is_found_in_its_wrapping(tmp_path: Path, wrapping: str, spec: NetworkSpec) -> None:
+    network, other = build(spec), build(spec)
+    torch.save(wrappings(network.state_dict(), other.state_dict())[wrapping], tmp_path / "a.pth")
+    loaded = load_network(tmp_path / "a.pth")
+    assert loaded.spec.type == spec.type and spec.args.items() <= loaded.spec.args.items()
+    assert_equal_weights(loaded.network, network)
+    torch.testing.assert_close(load_params(tmp_path / "a.pth", other), dict(network.state_dict()), rtol=0, atol=0)
+
+
+def test_safetensors_are_read_as_well(tmp_path: Path) -> None:
+    network = build(NAFNET)
+    save_file(network.state_dict(), tmp_path / "nafnet.safetensors")
+    assert_equal_weights(load_network(tmp_path / "nafnet.safetensors").network, network)
+
+
+class Brighten(nn.Module):
+    """A user's own network."""
+
+    def __init__(self, start: float = 1.0) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(start))
+
+    def forward(self, hazy: Tensor) -> Tensor:
+        return self.gain * hazy
+
+
+BRIGHTEN = NetworkSpec(f"{__name__}:Brighten", {"start": 2.0})
+
+
+@pytest.mark.parametrize("spec", [BRIGHTEN, NAFNET], ids=["own", "spandrel"])
+def test_a_run_of_any_network_goes_on_and_is_a_model(tmp_path: Path, spec: NetworkSpec) -> None:
+    state = TrainState.start(build(spec))
+    hazy = torch.rand(1, 3, 16, 16)
+    state.update({"brightness": state.student(hazy).square().mean()}, lr=1e-2, ema=0.9, batch_images=1)
+    save_run(tmp_path, state, spec, {"seed": 7})
+    assert read_spec(tmp_path) == spec
+    loaded = load_network(tmp_path)
+    assert loaded.spec == spec
+    assert_equal_weights(loaded.network, state.teacher)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(loaded.network.parameters(), state.student.parameters(), strict=True)
+    )
+
+    resumed = TrainState.start(build(spec))
+    assert load_run(tmp_path, resumed, spec) == {"seed": 7}
+    assert_equal_weights(resumed.student, state.student)
+
+
+def test_a_bare_file_of_a_users_own_class_needs_its_type(tmp_path: Path) -> None:
+    network = build(BRIGHTEN)
+    save_network(tmp_path / "own.pth", network, network)
+    assert "a network of your own needs its network.type (module.path:ClassName)" in error_line(tmp_path / "own.pth")
+    params = load_params(tmp_path / "own.pth", Brighten())
+    assert params["gain"] == 2.0
+
+
+def test_parameters_of_another_network_are_one_line(tmp_path: Path) -> None:
+    torch.save(build(NAFNET).state_dict(), tmp_path / "a.pth")
+    wider = build(NetworkSpec("NAFNet", {**NAFNET.args, "width": 16}))
+    with pytest.raises(CheckpointError) as caught:
+        load_params(tmp_path / "a.pth", wider)
+    line = str(caught.value)
+    assert "does not fit NAFNet: " in line and "tensors of another shape (" in line and "instead of" in line
+    assert line.count("instead of") == 3 and line.endswith(", ...)") and "\n" not in line
+    with pytest.raises(CheckpointError, match=r"fit Brighten: 1 tensors missing \(gain\), \d+ tensors unexpected \("):
+        load_params(tmp_path / "a.pth", Brighten())
 
 
 def test_no_file_and_no_checkpoint(tmp_path: Path) -> None:
     assert error_line(tmp_path / "none.pth") == "no such file"
-    with pytest.raises(CheckpointError, match=f"{NETWORK_FILE}: no such file"):
+    with pytest.raises(CheckpointError, match=f"no checkpoint folder .no {SPEC_FILE} in it"):
         load_network(tmp_path)
     whole = tmp_path / "whole.pth"
     save_network(whole, random_network(), random_network())
@@ -90,7 +198,13 @@ def test_no_file_and_no_checkpoint(tmp_path: Path) -> None:
     for number, data in enumerate([b"", b"no checkpoint", bytes(range(256)) * 9, content[: len(content) // 2]]):
         path = tmp_path / f"{number}.pth"
         path.write_bytes(data)
-        assert error_line(path).startswith("not a torch checkpoint of plain tensors (")
+        assert error_line(path).startswith("not a file of plain tensors (")
+    (tmp_path / SPEC_FILE).write_text(corun_spec().to_json())
+    with pytest.raises(CheckpointError, match=f"{NETWORK_FILE}: no such file"):
+        load_network(tmp_path)
+    (tmp_path / SPEC_FILE).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{SPEC_FILE}: not a network's description"):
+        load_network(tmp_path)
 
 
 class Intruder:
@@ -109,7 +223,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
     plain.write_bytes(pickle.dumps({"params_ema": Intruder(mark)}, protocol=2))
     torch.save({"params": weights, "params_ema": weights, "extra": Intruder(mark)}, zipped)
     for path in (plain, zipped):
-        assert error_line(path).startswith("not a torch checkpoint of plain tensors (")
+        assert error_line(path).startswith("not a file of plain tensors (")
         assert not mark.exists()
     pickle.loads(plain.read_bytes())
     assert mark.exists()  # so the file was a real trap
@@ -139,18 +253,15 @@ def test_tensors_that_do_not_fit_are_one_line(tmp_path: Path, what: str) -> None
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (WEIGHTS, "no `params_ema` in it; a CORUN checkpoint has `params` and `params_ema`"),
-        ([1, 2], "no `params_ema` in it; a CORUN checkpoint has `params` and `params_ema`"),
-        ({"params_ema": 3}, "no `params_ema` in it; a CORUN checkpoint has `params` and `params_ema`"),
-        (
-            {"params": {"a": torch.ones(1)}, "params_ema": {"a": torch.ones(1)}},
-            f"its tensors are not those of CORUN (no {EMBEDDING})",
-        ),
+        ([1, 2], "no state dict in it (plain, or under params_ema, "),
+        ({}, "no state dict in it (plain, or under params_ema, "),
+        ({"params_ema": 3}, "no state dict in it (params_ema is int, not a tensor)"),
+        ({"params_ema": {"a": torch.ones(1)}}, "neither CORUN nor an architecture that spandrel recognises; "),
     ],
 )
 def test_other_contents_are_told_apart(tmp_path: Path, content: Any, expected: str) -> None:
     torch.save(content, tmp_path / "a.pth")
-    assert error_line(tmp_path / "a.pth") == expected
+    assert error_line(tmp_path / "a.pth").startswith(expected)
 
 
 def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
@@ -159,9 +270,9 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
 
     stopped = TrainState.start(random_network())
     train(stopped, 3)
-    save_run(tmp_path, stopped, {"pool_snapshot": "step-3", "seed": 7})
+    save_run(tmp_path, stopped, corun_spec(), {"pool_snapshot": "step-3", "seed": 7})
     resumed = TrainState.start(CORUN(2, 2))
-    assert load_run(tmp_path, resumed) == {"pool_snapshot": "step-3", "seed": 7}
+    assert load_run(tmp_path, resumed, corun_spec()) == {"pool_snapshot": "step-3", "seed": 7}
     assert (resumed.step, resumed.num_images_seen) == (3, 3)
     assert_equal_weights(resumed.student, stopped.student)
     assert_equal_weights(resumed.teacher, stopped.teacher)
@@ -172,7 +283,7 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.state_dict(), expected.state_dict(), rtol=0, atol=1e-6)
 
     # Without the optimizer's moments the same two steps lead elsewhere: the comparison above can fail.
-    networks = load_state_dicts(tmp_path / NETWORK_FILE)
+    networks = torch.load(tmp_path / NETWORK_FILE, weights_only=True)
     forgetful = TrainState.start(CORUN(2, 2))
     record = forgetful.training_record() | {"step": 3, "num_images_seen": 3}
     forgetful.restore(networks["params"], networks["params_ema"], record)
@@ -181,22 +292,17 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     assert max((ours - expected).abs().max() for ours, expected in pairs) > 1e-4
 
 
-def test_a_run_folder_is_also_a_model(tmp_path: Path) -> None:
-    state = TrainState.start(random_network())
-    train(state, 2)
-    save_run(tmp_path, state, {})
-    assert_equal_weights(load_network(tmp_path), state.teacher)
-
-
-@pytest.mark.parametrize("wrong", ["no file", "no checkpoint", "another run"])
+@pytest.mark.parametrize("wrong", ["no file", "no checkpoint", "other tensors", "another run"])
 def test_a_run_that_cannot_be_resumed_is_one_line(tmp_path: Path, wrong: str) -> None:
-    save_run(tmp_path, TrainState.start(random_network()), {})
-    target = TrainState.start(CORUN(3 if wrong == "another run" else 2, 2))
+    save_run(tmp_path, TrainState.start(random_network()), corun_spec(), {})
+    stages = 3 if wrong == "another run" else 2
     if wrong == "no file":
         (tmp_path / TRAINING_FILE).unlink()
     elif wrong == "no checkpoint":
         (tmp_path / TRAINING_FILE).write_bytes(pickle.dumps({"extra": Intruder(tmp_path / "mark")}, protocol=2))
+    elif wrong == "other tensors":
+        save_network(tmp_path / NETWORK_FILE, random_network(3), random_network(3))
     with pytest.raises(CheckpointError) as caught:
-        load_run(tmp_path, target)
+        load_run(tmp_path, TrainState.start(CORUN(stages, 2)), corun_spec(stages))
     assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path))
     assert not (tmp_path / "mark").exists()

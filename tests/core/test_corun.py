@@ -1,7 +1,7 @@
 """The unfolding network: against reference outputs, against its closed form, and how it trains."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from corun_ray.core.checkpoints import load_network
 from corun_ray.core.corun import CORUN, Restoration, transmission_step
+from corun_ray.core.cpmm import CPMM
 from tests.core.golden import golden_outputs, golden_shapes, golden_state_dict
 
 
@@ -26,7 +27,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
     path: Path = tmp_path_factory.mktemp("golden") / "published.pth"
     weights = golden_state_dict(golden_shapes(2))
     torch.save({"params": {name: torch.zeros_like(w) for name, w in weights.items()}, "params_ema": weights}, path)
-    network, expected = load_network(path), golden_outputs()
+    network, expected = cast(CORUN, load_network(path).network), golden_outputs()
     stages = list(network.unfold(torch.from_numpy(expected["input"])))
     scene, transmission = stages[-1]
     loss = (scene.clamp(0, 1) * torch.linspace(0, 1, scene.shape[-1])).mean() + transmission.mean()
@@ -175,6 +176,30 @@ def test_images_of_a_batch_do_not_mix() -> None:
         together = network(hazy)
         alone = network(hazy[1:])
     torch.testing.assert_close(together.scene[1:], alone.scene, rtol=0, atol=1e-5)
+
+
+def test_activations_computed_again_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    kept, again = CORUN(3, width=4), CORUN(3, width=4, checkpoint_activations=True)
+    for parameter in kept.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    assert again.load_state_dict(kept.state_dict()) and list(again.state_dict()) == list(kept.state_dict())
+    calls = []
+    forward = CPMM.forward
+    monkeypatch.setattr(CPMM, "forward", lambda self, *inputs: calls.append(0) or forward(self, *inputs))
+
+    def run(network: CORUN) -> tuple[Restoration, dict[str, Tensor | None], int]:
+        calls.clear()
+        scene, transmission = network(torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)))
+        (scene.square().mean() + transmission.mean()).backward()
+        return Restoration(scene, transmission), {name: p.grad for name, p in network.named_parameters()}, len(calls)
+
+    expected, gradients, once = run(kept)
+    outputs, same_gradients, twice = run(again)
+    assert (once, twice) == (5, 10)
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+    torch.testing.assert_close(same_gradients, gradients, rtol=1e-5, atol=1e-7)
+    assert run(again.eval())[2] == 5, "only training recomputes"
 
 
 @pytest.mark.parametrize(("stages", "width"), [(1, 30), (0, 30), (4, 31), (4, 0)])

@@ -1,8 +1,11 @@
 """Pictures for people."""
 
 import numpy as np
+import pytest
+import torch
 
-from corun_ray.core.pictures import BACKGROUND, GAP_PX, HEADING_PX, colour_map, grid
+from corun_ray.core.corun import Restoration
+from corun_ray.core.pictures import BACKGROUND, ERROR_GAIN, GAP_PX, HEADING_PX, colour_map, grid, stage_rows
 
 
 def plain(height_px: int, width_px: int, colour: tuple[int, int, int]) -> np.ndarray:
@@ -59,3 +62,34 @@ def test_pictures_are_enlarged_and_reduced_to_the_cell() -> None:
     small, large = plain(4, 8, (200, 0, 0)), plain(300, 600, (0, 200, 0))
     canvas = grid([{"small": small, "large": large}], cell_px=60)
     assert box(canvas, (200, 0, 0))[2:] == box(canvas, (0, 200, 0))[2:] == (30, 60)
+
+
+def test_rows_have_their_labels_to_the_left() -> None:
+    red, green = (200, 0, 0), (0, 200, 0)
+    rows = [{"scene": plain(30, 30, red)}, {"scene": plain(30, 30, green)}]
+    bare, labelled = grid(rows, cell_px=30), grid(rows, cell_px=30, labels=["hazy", "2"])
+    margin = labelled.shape[1] - bare.shape[1]
+    assert margin > 20 and labelled.shape[0] == bare.shape[0]
+    np.testing.assert_array_equal(labelled[:, margin + GAP_PX :], bare[:, GAP_PX:])
+    for top in (HEADING_PX, HEADING_PX + 30 + GAP_PX):
+        assert labelled[top : top + 30, :margin].min() < 150
+    assert (labelled[:HEADING_PX, :margin] == BACKGROUND).all()
+    with pytest.raises(ValueError):
+        grid(rows, labels=["only one"])
+
+
+def test_a_stage_shows_what_it_explains_and_what_not() -> None:
+    hazy = torch.full((1, 3, 16, 20), 0.8)
+    hazy[..., 10:] = 0.7
+    stage = Restoration(torch.full((1, 3, 16, 20), 0.5), torch.full((1, 1, 16, 20), 0.4))  # 0.5 * 0.4 + 0.6 = 0.8
+    rows = stage_rows([stage, Restoration(hazy, None)], hazy)
+    assert list(rows) == ["hazy", "1", "2"]
+    np.testing.assert_array_equal(rows["hazy"]["scene"][0, [0, -1], 0], [204, 178])
+    assert {name for name, picture in rows["1"].items() if picture is None} == set()
+    assert (rows["1"]["scene"] == 128).all() and (rows["1"]["re-hazed"] == 204).all()
+    np.testing.assert_array_equal(rows["1"]["transmission"], colour_map(np.full((16, 20), 0.4)))
+    error = np.where(np.arange(20) < 10, 0, 0.1 * ERROR_GAIN) * np.ones((16, 1))
+    np.testing.assert_allclose(rows["1"][f"error x{ERROR_GAIN}"], colour_map(error), atol=3)
+    for row in (rows["hazy"], rows["2"]):
+        assert [name for name, picture in row.items() if picture is not None] == ["scene"]
+    assert grid(list(rows.values()), 40, list(rows)).shape[0] == HEADING_PX + 3 * (32 + GAP_PX)

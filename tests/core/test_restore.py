@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.corun import CORUN, Restoration
-from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.core.restore import padded_size, restore, stages, to_image, to_tensor
 
 
 class Recorder(nn.Module):
@@ -29,6 +29,7 @@ def photograph(height_px: int, width_px: int, batch: int = 1) -> Tensor:
 def test_every_size_comes_back_as_it_was(height: int, width: int) -> None:
     network, hazy = Recorder(), photograph(height, width, batch=2)
     scene, transmission = restore(network, hazy)
+    assert transmission is not None
     assert scene.shape == (2, 3, height, width) and transmission.shape == (2, 1, height, width)
 
     (padded,) = network.inputs
@@ -50,7 +51,7 @@ def test_it_is_the_network_on_the_padded_image() -> None:
         nn.init.normal_(cpmm.mapping.weight, std=0.05)
     hazy = photograph(17, 31)
     scene, transmission = restore(network, hazy)
-    assert not scene.requires_grad and not transmission.requires_grad
+    assert transmission is not None and not scene.requires_grad and not transmission.requires_grad
     with torch.no_grad():
         expected = network(nn.functional.pad(hazy, (0, 1, 0, 15), mode="reflect"))
     assert torch.equal(scene, expected.scene[..., :17, :31].clamp(0, 1))
@@ -61,6 +62,60 @@ def test_it_is_the_network_on_the_padded_image() -> None:
 def test_too_small_images_are_refused(height: int, width: int) -> None:
     with pytest.raises(ValueError, match=rf"^an image of {width} x {height} px is too small .*at least 16 px"):
         restore(Recorder(), photograph(height, width))
+
+
+class Sized(Recorder):
+    """A network without a transmission that takes only certain sizes."""
+
+    def __init__(self, **attributes: int) -> None:
+        super().__init__()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, hazy: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hazy).scene
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({}, (32, 112)),
+        ({"size_multiple_px": 64}, (64, 128)),
+        ({"size_multiple_px": 8}, (24, 104)),
+        ({"size_min_px": 40}, (48, 112)),
+        ({"size_multiple_px": 64, "size_square": True}, (128, 128)),
+    ],
+)
+def test_networks_say_what_sizes_they_take(attributes: dict[str, int], expected: tuple[int, int]) -> None:
+    network, hazy = Sized(**attributes), photograph(20, 101)
+    scene, transmission = restore(network, hazy)
+    assert transmission is None
+    torch.testing.assert_close(scene, (2 * hazy - 0.5).bfloat16().float().clamp(0, 1))
+    (padded,) = network.inputs
+    assert tuple(padded.shape[-2:]) == padded_size(network, 20, 101) == expected
+    # numpy reflects to and fro where the padding is longer than the side.
+    margins = ((0, 0), (0, 0), (0, expected[0] - 20), (0, expected[1] - 101))
+    np.testing.assert_array_equal(padded.numpy(), np.pad(hazy.numpy(), margins, mode="reflect"))
+
+
+def test_every_stage_is_restored_like_the_last() -> None:
+    torch.manual_seed(0)
+    network, hazy = CORUN(3, 4), photograph(17, 31)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    shown = stages(network, hazy)
+    assert len(shown) == 3
+    torch.testing.assert_close(shown[-1], restore(network, hazy), rtol=0, atol=0)
+    assert not torch.equal(shown[0].scene, shown[1].scene)
+    for scene, transmission in shown:
+        assert transmission is not None and not scene.requires_grad
+        assert scene.shape == (1, 3, 17, 31) and transmission.shape == (1, 1, 17, 31)
+        assert scene.min() >= 0 and scene.max() <= 1
+
+
+def test_other_networks_have_no_stages() -> None:
+    with pytest.raises(ValueError, match="^Recorder has no stages to show"):
+        stages(Recorder(), photograph(16, 16))
 
 
 def test_eight_bit_images_survive_the_way_through_tensors() -> None:

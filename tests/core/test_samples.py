@@ -5,7 +5,7 @@ import pytest
 
 from corun_ray.core import augment
 from corun_ray.core.images import BadImage
-from corun_ray.core.samples import real_views, synthetic_sample
+from corun_ray.core.samples import paired_sample, real_views, synthetic_sample
 from corun_ray.core.scattering import HazeRange, procedural_depth
 
 HAZE = HazeRange()
@@ -145,6 +145,56 @@ def test_depth_of_another_resolution_is_resized_and_of_another_frame_refused():
     assert np.abs(fine.hazy.astype(int) - coarse.hazy).mean() < 2
     with pytest.raises(BadImage, match="128 x 90 px does not fit its image of 130 x 130 px"):
         sample(0, image=scene(130, 130), depth=np.zeros((90, 128), np.float32))
+
+
+def test_rotation_turns_both_patches_alike_and_changes_nothing_else(monkeypatch):
+    monkeypatch.setattr(augment, "degrade", lambda rng, rgb: augment.darken(rgb, 1.0))
+    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: None)
+    no_haze = HazeRange(beta=(1e-9, 1e-9))
+    turns = set()
+    for seed in range(20):
+        depth = np.full((90, 130), 0.5, np.float32)
+        plain = sample(seed, depth=depth, haze_range=no_haze)
+        turned = sample(seed, depth=depth, haze_range=no_haze, rotation=True)
+        np.testing.assert_array_equal(turned.hazy, turned.clear)
+        turns.add(next(n for n in range(4) if np.array_equal(turned.clear, np.rot90(plain.clear, n))))
+    assert turns == {0, 1, 2, 3}
+
+
+def paired(seed: int, hazy: np.ndarray, clear: np.ndarray, **options):
+    defaults: dict[str, Any] = {"patch_px": 48, "random_resize": True, "rotation": True}
+    return paired_sample(hazy, clear, np.random.default_rng(seed), **(defaults | options))
+
+
+@pytest.mark.parametrize("size_px", [(90, 130), (48, 48), (30, 70)])
+def test_paired_patches_show_the_same_place(size_px):
+    clear = scene(*size_px)
+    for seed in range(12):
+        pair = paired(seed, 255 - clear, clear)
+        assert pair.clear.shape == pair.hazy.shape == (48, 48, 3) and pair.hazy.flags.c_contiguous
+        assert np.abs(255 - pair.clear.astype(int) - pair.hazy).max() <= 1  # resizing rounds
+        assert pair.jpeg_quality is None
+    pairs = [paired(seed, 255 - clear, clear) for seed in (1, 1, 2)]
+    assert same_bytes(pairs[0], pairs[1]) and not same_bytes(pairs[0], pairs[2])
+
+
+def test_nothing_is_added_to_a_paired_patch():
+    """Every patch is a piece of its source, flipped or turned: no degradation, no JPEG."""
+    clear = scene()
+    seen = set()
+    for seed in range(40):
+        pair = paired(seed, clear // 2, clear, random_resize=False)
+        row, column = int(pair.clear[..., 1].min()), int(pair.clear[..., 0].min())
+        region = clear[row : row + 48, column : column + 48]
+        places = [np.rot90(view, turns) for view in (region, region[:, ::-1]) for turns in range(4)]
+        seen.add(next(i for i, place in enumerate(places) if np.array_equal(place, pair.clear)))
+        np.testing.assert_array_equal(pair.hazy, pair.clear // 2)
+    assert seen == set(range(8))
+
+
+def test_a_pair_of_two_sizes_is_refused():
+    with pytest.raises(BadImage, match="^degraded image of 128 x 90 px does not fit its clean one of 130 x 90 px$"):
+        paired(0, scene(90, 128), scene(90, 130))
 
 
 @pytest.mark.parametrize("size_px", [(90, 130), (300, 60), (20, 20), (48, 48)])

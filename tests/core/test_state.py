@@ -1,26 +1,10 @@
-"""What training changes: schedule, one update, the moving average."""
+"""What training changes: one update, the moving average."""
 
 import pytest
 import torch
 
 from corun_ray.core.corun import CORUN
-from corun_ray.core.state import TrainState, cosine_lr, ema_step
-
-
-def test_cosine_schedule() -> None:
-    def lr(step: int) -> float:
-        return cosine_lr(step, lr=5e-5, min_lr=1e-6, schedule_steps=50_000)
-
-    assert lr(0) == 5e-5
-    assert lr(25_000) == pytest.approx((5e-5 + 1e-6) / 2)
-    assert lr(5_000) == pytest.approx(4.8800e-05, rel=1e-4)
-    assert lr(50_000) == lr(80_000) == 1e-6
-    rates = [lr(step) for step in range(0, 50_001, 500)]
-    assert all(later < earlier for earlier, later in zip(rates, rates[1:], strict=False))
-
-
-def test_the_rate_is_constant_where_both_ends_are_equal() -> None:
-    assert {cosine_lr(step, 1e-4, 1e-4, 30_000) for step in (0, 1, 12_345, 30_000, 99_999)} == {1e-4}
+from corun_ray.core.state import TrainState, ema_step
 
 
 def test_moving_average() -> None:
@@ -32,12 +16,44 @@ def test_moving_average() -> None:
     torch.testing.assert_close(list(student.parameters()), kept, rtol=0, atol=0)
 
 
+def test_the_teacher_takes_the_student_s_batch_statistics() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    state = TrainState.start(network)
+    images = 5 + torch.rand(2, 3, 8, 8)
+    state.update({"loss": network(images).square().mean()}, lr=1e-3, ema=0.999, batch_images=2)
+    ours, theirs = dict(state.teacher.named_buffers()), dict(network.named_buffers())
+    assert theirs["1.num_batches_tracked"] == 1 and theirs["1.running_mean"].abs().max() > 0
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert all(ours[name].data_ptr() != theirs[name].data_ptr() for name in ours)
+
+
+def test_any_network_starts_in_training_mode_and_is_restored() -> None:
+    def network() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3), torch.nn.Dropout()).eval()
+
+    torch.manual_seed(0)
+    state, resumed = TrainState.start(network()), TrainState.start(network())
+    assert state.student.training and not state.teacher.training
+    state.update({"loss": state.student(torch.rand(1, 3, 8, 8)).mean()}, lr=1e-3, ema=0.5, batch_images=3)
+    resumed.restore(state.student.state_dict(), state.teacher.state_dict(), state.training_record())
+    assert (resumed.step, resumed.num_images_seen) == (1, 3)
+    for ours, theirs in ((resumed.student, state.student), (resumed.teacher, state.teacher)):
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+def test_a_step_without_any_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to learn from: every loss has weight 0"):
+        TrainState.start(CORUN(2, 2)).update({}, lr=1e-3, ema=0.9, batch_images=1)
+
+
 def test_the_start_is_a_student_and_an_equal_teacher_that_does_not_learn() -> None:
     network = CORUN(3, 2)
     with torch.no_grad():
         network.last.dehaze_net.mapping.weight.fill_(0.5)
     state = TrainState.start(network)
     assert state.student is network and state.student.training and not state.teacher.training
+    assert isinstance(state.teacher, CORUN)
     assert (state.teacher.stages, state.teacher.width, state.step, state.num_images_seen) == (3, 2, 0, 0)
     torch.testing.assert_close(state.teacher.state_dict(), network.state_dict(), rtol=0, atol=0)
     assert not any(p.requires_grad for p in state.teacher.parameters())

@@ -1,5 +1,6 @@
 """The two training steps, with a teacher of one weight and scripted scores in place of the real ones."""
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.coherence import BlockScores, Coherence, GlobalScores
-from corun_ray.core.corun import Restoration
+from corun_ray.core.corun import CORUN, Restoration
 from corun_ray.core.labels import Encoding, Label, LocalPool, ReadyLabels, Scores, decode, encode
-from corun_ray.core.losses import colabator_losses, pretraining_losses
+from corun_ray.core.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
+from corun_ray.core.state import TrainState
 from corun_ray.core.steps import Colabator, PseudoLabels, RealBatch, SyntheticBatch, pretraining_step
 
 SIDE_PX, BLOCK_PX = 32, 16
+LOSSES = Losses(COLABATOR_WEIGHTS)
 
 
 class FakeNetwork(nn.Module):
@@ -27,6 +30,13 @@ class FakeNetwork(nn.Module):
     def forward(self, hazy: Tensor) -> Restoration:
         self.inputs.append(hazy)
         return Restoration(self.gain * hazy, 0.5 * self.gain * hazy.mean(1, keepdim=True))
+
+
+class SceneNetwork(FakeNetwork):
+    """Has no transmission."""
+
+    def forward(self, hazy: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hazy).scene
 
 
 class ScriptedCoherence(Coherence):
@@ -111,16 +121,16 @@ def assert_candidate(labels: PseudoLabels, row: int, weak: Tensor, gain: float) 
 
 
 def test_pretraining_step_is_its_losses() -> None:
-    student, batch = FakeNetwork(0.7), synthetic_batch(2)
-    output = pretraining_step(student, batch)
-    torch.testing.assert_close(output.losses, pretraining_losses(student(batch.hazy), batch.clear, batch.hazy))
+    student, batch, losses = FakeNetwork(0.7), synthetic_batch(2), Losses(PRETRAIN_WEIGHTS)
+    output = pretraining_step(student, batch, losses)
+    torch.testing.assert_close(output.losses, losses.pretraining(student(batch.hazy), batch.clear, batch.hazy))
     assert output.labels is None
 
 
 def test_images_seen_first_take_the_teacher_s_candidate() -> None:
     pool, coherence, teacher = RecordingPool(), ScriptedCoherence([(0.0, 0.3), (0.2, 0.0)]), FakeNetwork(1.5)
     real = real_batch("a.jpg", "b/a.jpg")
-    labels = Colabator(teacher, coherence, pool).best_labels(real, step=17)
+    labels = Colabator(teacher, coherence, pool, LOSSES).best_labels(real, step=17)
 
     assert pool.asked == [["a.jpg", "b/a.jpg"]]
     assert torch.equal(teacher.inputs[0], real.weak), "the teacher sees the weak view"
@@ -146,7 +156,7 @@ def test_losers_keep_the_pool_s_labels_and_no_block_is_rated() -> None:
     stored = [stored_label("a", 0.5, 0.5), stored_label("bb", 0.5, 0.5)]
     # Better in one score alone is not enough.
     pool, coherence = RecordingPool(stored), ScriptedCoherence([(0.9, 0.4), (0.4, 0.9)])
-    labels = Colabator(FakeNetwork(1.0), coherence, pool).best_labels(real_batch("a", "bb"), step=2)
+    labels = Colabator(FakeNetwork(1.0), coherence, pool, LOSSES).best_labels(real_batch("a", "bb"), step=2)
     for row, label in enumerate(stored):
         assert_stored(labels, row, label)
         assert pool.labels[label.key] is label
@@ -157,7 +167,7 @@ def test_losers_keep_the_pool_s_labels_and_no_block_is_rated() -> None:
 @pytest.mark.parametrize("scores", [(0.5, 0.5), (0.5, 0.6), (0.9, 0.5)])
 def test_a_candidate_at_least_as_good_in_both_replaces_the_stored_one(scores: tuple[float, float]) -> None:
     pool, real = RecordingPool([stored_label("a", 0.5, 0.5)]), real_batch("a")
-    labels = Colabator(FakeNetwork(0.8), ScriptedCoherence([scores]), pool).best_labels(real, step=9)
+    labels = Colabator(FakeNetwork(0.8), ScriptedCoherence([scores]), pool, LOSSES).best_labels(real, step=9)
     assert_candidate(labels, 0, real.weak[0], 0.8)
     assert pool.labels["a"].step == 9
 
@@ -167,7 +177,7 @@ def test_a_mixed_batch_keeps_its_order() -> None:
     pool = RecordingPool(stored)
     coherence = ScriptedCoherence([(0.6, 0.4), (0.1, 0.1), (0.6, 0.6), (0.7, 0.2)])
     real = real_batch("loses", "new", "wins", "loses too")
-    labels = Colabator(FakeNetwork(0.9), coherence, pool).best_labels(real, step=5)
+    labels = Colabator(FakeNetwork(0.9), coherence, pool, LOSSES).best_labels(real, step=5)
 
     assert labels.from_teacher == [False, True, True, False]
     assert_stored(labels, 0, stored[0])
@@ -177,12 +187,13 @@ def test_a_mixed_batch_keeps_its_order() -> None:
     (rated,) = coherence.rated_in_blocks
     torch.testing.assert_close(rated, 0.9 * real.weak[1:3])
     assert [[(o.key, o.step) for o in offer] for offer in pool.offers] == [[("new", 5), ("wins", 5)]]
+    assert (labels.block_ratings, labels.block_ratings_saved) == (8, 8)
 
 
 @pytest.mark.parametrize("encoding", ["float16", "float32"])
 def test_labels_are_kept_as_the_encoding_says(encoding: Encoding) -> None:
     pool, real = RecordingPool(), real_batch("a")
-    colabator = Colabator(FakeNetwork(0.9), ScriptedCoherence([(0.5, 0.5)]), pool, encoding)
+    colabator = Colabator(FakeNetwork(0.9), ScriptedCoherence([(0.5, 0.5)]), pool, LOSSES, encoding)
     labels = colabator.best_labels(real, step=0)
     assert pool.labels["a"].scene.dtype == encoding
     bound = 2**-12 if encoding == "float16" else 0
@@ -192,7 +203,7 @@ def test_labels_are_kept_as_the_encoding_says(encoding: Encoding) -> None:
 def test_a_colabator_step_is_the_student_s_losses_on_both_halves() -> None:
     student, teacher, pool = FakeNetwork(0.7), FakeNetwork(0.9), RecordingPool([stored_label("a", 0.5, 0.5)])
     synthetic, real = synthetic_batch(3), real_batch("a", "new")
-    colabator = Colabator(teacher, ScriptedCoherence([(0.1, 0.1), (0.1, 0.1)]), pool)
+    colabator = Colabator(teacher, ScriptedCoherence([(0.1, 0.1), (0.1, 0.1)]), pool, LOSSES)
     output = colabator.step(student, synthetic, real, step=3)
 
     (seen,) = student.inputs
@@ -200,7 +211,7 @@ def test_a_colabator_step_is_the_student_s_losses_on_both_halves() -> None:
     labels = output.labels
     assert labels is not None and labels.from_teacher == [False, True]
     assert_candidate(labels, 1, real.weak[1], 0.9)
-    expected = colabator_losses(
+    expected = LOSSES.colabator(
         student(synthetic.hazy), synthetic.clear, student(real.strong), real.strong, labels.scene, labels.trust
     )
     torch.testing.assert_close(output.losses, expected)
@@ -208,10 +219,105 @@ def test_a_colabator_step_is_the_student_s_losses_on_both_halves() -> None:
 
 def test_only_the_student_learns() -> None:
     student, teacher = FakeNetwork(0.7), FakeNetwork(0.9)
-    colabator = Colabator(teacher, ScriptedCoherence([(0.1, 0.1)]), LocalPool())
+    colabator = Colabator(teacher, ScriptedCoherence([(0.1, 0.1)]), LocalPool(), LOSSES)
     output = colabator.step(student, synthetic_batch(1), real_batch("a"), step=0)
     sum(output.losses.values()).backward()  # type: ignore[union-attr]
     assert student.gain.grad is not None and student.gain.grad != 0
     assert teacher.gain.grad is None
     assert output.labels is not None
     assert not output.labels.scene.requires_grad and not output.labels.trust.requires_grad
+
+
+def test_a_network_without_a_transmission_has_neither_its_label_nor_its_loss() -> None:
+    student, pool, real = SceneNetwork(0.7), RecordingPool(), real_batch("a", "b")
+    assert list(pretraining_step(student, synthetic_batch(1), LOSSES).losses) == ["pixel"]
+    colabator = Colabator(SceneNetwork(0.9), ScriptedCoherence([(0.1, 0.1)] * 2), pool, LOSSES)
+    output = colabator.step(student, synthetic_batch(1), real, step=0)
+    assert list(output.losses) == ["pixel_synthetic", "pixel_real"]
+    assert output.labels is not None
+    assert_candidate(output.labels, 1, real.weak[1], 0.9)
+    assert [pool.labels[key].transmission for key in "ab"] == [None, None]
+
+
+class EagerColabator:
+    """The published order, kept simple: every candidate is rated in blocks, then the scores decide.
+
+    Its pool is a dict from a key to (clarity, quality, J*, T*, w*), all in float32.
+    """
+
+    def __init__(self, teacher: nn.Module, coherence: Coherence) -> None:
+        self.teacher, self.coherence = teacher, coherence
+        self.pool: dict[str, tuple[float, float, Tensor, Tensor, Tensor]] = {}
+        self.block_ratings = 0
+
+    def losses(
+        self, student: nn.Module, synthetic: SyntheticBatch, real: RealBatch
+    ) -> tuple[dict[str, Tensor], list[bool]]:
+        with torch.no_grad():
+            scene, transmission = self.teacher(real.weak)
+            scene = scene.clamp(0, 1)
+        rated = self.coherence.global_scores(scene)
+        blocks = self.coherence.block_scores(scene)
+        trust = self.coherence.trust_map(blocks, SIDE_PX, SIDE_PX)
+        self.block_ratings += blocks.clarity.numel()
+        wins = []
+        for i, key in enumerate(real.keys):
+            clarity, quality = rated.clarity[i].item(), rated.quality[i].item()
+            wins.append(key not in self.pool or (clarity >= self.pool[key][0] and quality >= self.pool[key][1]))
+            if wins[-1]:
+                self.pool[key] = (clarity, quality, scene[i], transmission[i], trust[i])
+        label = torch.stack([self.pool[key][2] for key in real.keys])
+        trust = torch.stack([self.pool[key][4] for key in real.keys])
+        restored, transmission = student(torch.cat([synthetic.hazy, real.strong]))
+        half = len(synthetic.hazy)
+        rehazed = restored[half:] * transmission[half:] + 1 - transmission[half:]
+        return {
+            "pixel_synthetic": 5 * 0.5 * (restored[:half].clamp(0, 1) - synthetic.clear).abs().mean(),
+            "pixel_real": 5 * 0.5 * (2 * trust * (restored[half:] - label).abs()).mean(),
+            "scattering": 0.01 * 0.5 * (trust * (rehazed - real.strong).abs()).mean(),
+        }, wins
+
+
+def random_batches(step: int) -> tuple[SyntheticBatch, RealBatch]:
+    """Two synthetic pairs, and three of four real images that come again with other crops."""
+    generator = torch.Generator().manual_seed(step)
+    hazy, clear = torch.rand(2, 2, 3, SIDE_PX, SIDE_PX, generator=generator)
+    chosen = torch.randperm(4, generator=generator)[:3].tolist()
+    coarse = 0.3 + 0.6 * torch.rand(2, 3, 3, 8, 8, generator=generator)
+    weak, strong = (nn.functional.interpolate(views, SIDE_PX, mode="bilinear") for views in coarse)
+    return SyntheticBatch(hazy, clear), RealBatch(weak, strong, [f"photo_{i}" for i in chosen])
+
+
+def test_lazy_local_coherence_trains_exactly_as_the_eager_order() -> None:
+    torch.manual_seed(0)
+    network = CORUN(2, 4)
+    for cpmm in (network.first.trans_net, network.first.dehaze_net, network.last.dehaze_net):
+        nn.init.normal_(cpmm.mapping.weight, std=0.1)
+    ours, theirs = TrainState.start(network), TrainState.start(copy.deepcopy(network))
+    coherence, pool = Coherence(block_px=BLOCK_PX), LocalPool()
+    lazy, eager = Colabator(ours.teacher, coherence, pool, LOSSES, "float32"), EagerColabator(theirs.teacher, coherence)
+    all_wins, ratings, saved = [], 0, 0
+    for step in range(8):
+        synthetic, real = random_batches(step)
+        output = lazy.step(ours.student, synthetic, real, step)
+        expected, wins = eager.losses(theirs.student, synthetic, real)
+        assert output.labels is not None and output.labels.from_teacher == wins
+        torch.testing.assert_close(output.losses, expected, rtol=1e-7, atol=1e-7)
+        for state, losses in ((ours, output.losses), (theirs, expected)):
+            state.update(losses, lr=1e-3, ema=0.8, batch_images=5)
+        all_wins += wins
+        ratings, saved = ratings + output.labels.block_ratings, saved + output.labels.block_ratings_saved
+
+    assert 4 < sum(all_wins) < 20, "both outcomes happen, also for images with a stored label"
+    assert (ratings, ratings + saved) == (4 * sum(all_wins), eager.block_ratings)
+    assert pool.labels.keys() == eager.pool.keys()
+    for key, label in pool.labels.items():
+        clarity, quality, scene, transmission, trust = eager.pool[key]
+        assert label.scores == (clarity, quality)
+        np.testing.assert_array_equal(label.scene, scene)
+        assert label.transmission is not None
+        np.testing.assert_array_equal(label.transmission, transmission)
+        ours_trust = trust_of(torch.from_numpy(label.block_clarity), torch.from_numpy(label.block_quality))
+        torch.testing.assert_close(ours_trust, trust, rtol=0, atol=1e-7)
+    for mine, other in ((ours.student, theirs.student), (ours.teacher, theirs.teacher)):
+        torch.testing.assert_close(mine.state_dict(), other.state_dict(), rtol=0, atol=1e-7)

@@ -10,7 +10,10 @@ from corun_ray.jobfile import load_jobs
 
 
 def small_job(kind: str, root: Path, folder: Path, /, **sections: dict[str, Any]) -> TrainingJob:
-    """A job of a few steps on 32 px patches; `sections` are merged over the defaults below."""
+    """A job of a few steps on 32 px patches; `sections` are merged over the defaults below.
+
+    `data.paired` takes the place of clear and depth, another `network.type` that of stages and width.
+    """
     tree: dict[str, Any] = {
         "kind": kind,
         "name": f"test-{kind}",
@@ -25,6 +28,10 @@ def small_job(kind: str, root: Path, folder: Path, /, **sections: dict[str, Any]
         tree["optim"] = {"ema": 0.5, "lr": 1e-3}
     for name, section in sections.items():
         tree.setdefault(name, {}).update(section)
+    if "paired" in tree["data"]:
+        del tree["data"]["clear"], tree["data"]["depth"]
+    if "type" in sections.get("network", {}):
+        tree["network"] = sections["network"]
     path = folder / f"{kind}.yaml"
     path.write_text(yaml.safe_dump(tree))
     (job,) = load_jobs(path)

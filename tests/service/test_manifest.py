@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from corun_ray.service.manifest import ManifestError, build_manifest, held_out
+from corun_ray.service.manifest import ManifestError, build_manifest, held_out, held_out_sets
 from tests.service.jobs import small_job
 
 
@@ -60,3 +60,60 @@ def test_the_digest_follows_the_names(copy, tmp_path):
     assert build_manifest(job).digest() == before
     (copy / "clear/view_0.png").unlink()
     assert build_manifest(job).digest() != before
+
+
+def paired(root):
+    return {"paired": {"hazy": str(root / "hazy"), "clear": str(root / "hazy_truth")}}
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "colabator"])
+def test_paired_images_match_by_stem_and_leftovers_are_named(kind, copy, tmp_path):
+    shutil.move(copy / "hazy/photo_0.png", copy / "hazy/photo_0.jpg")
+    (copy / "hazy_truth/photo_1.png").unlink()
+    (copy / "hazy_truth/photo_2.jpg").write_bytes(b"x")
+    (copy / "hazy_truth/stray.png").write_bytes(b"x")
+    manifest = build_manifest(small_job(kind, copy, tmp_path, data=paired(copy)))
+    assert manifest.paired_hazy == ("photo_0.jpg", "photo_3.png", "photo_4.png", "photo_5.png")
+    assert manifest.clear == ("photo_0.png", "photo_3.png", "photo_4.png", "photo_5.png")
+    assert (manifest.depth, len(manifest.hazy)) == (None, 0 if kind == "pretrain" else 6)
+    assert manifest.set_aside == {
+        str(copy / "hazy/photo_1.png"): "no clean image of this name",
+        str(copy / "hazy/photo_2.png"): "2 clean images match it: photo_2.jpg, photo_2.png",
+        str(copy / "hazy_truth/stray.png"): "clean image of no image",
+    }
+    assert manifest.num_images == 4 + 3 + len(manifest.hazy)
+
+
+def test_paired_folders_without_images_or_matches_are_named(copy, tmp_path):
+    (copy / "empty").mkdir()
+    sides = paired(copy)["paired"]
+    for side in sides:
+        data = {"paired": sides | {side: str(copy / "empty")}}
+        with pytest.raises(ManifestError, match=f"data.paired.{side}: no images"):
+            build_manifest(small_job("pretrain", copy, tmp_path, data=data))
+    data = {"paired": sides | {"hazy": str(copy / "clear")}}
+    with pytest.raises(ManifestError, match="data.paired.clear: none of the 6 images below .* is named like one below"):
+        build_manifest(small_job("pretrain", copy, tmp_path, data=data))
+
+
+def test_the_digest_covers_the_degraded_half_of_the_pairs(copy, tmp_path):
+    job = small_job("pretrain", copy, tmp_path, data=paired(copy))
+    before = build_manifest(job).digest()
+    shutil.move(copy / "hazy/photo_0.png", copy / "hazy/photo_0.jpg")
+    assert build_manifest(job).digest() != before
+
+
+def test_held_out_sets_know_their_names(copy, tmp_path):
+    one = {"hazy": str(copy / "hazy"), "clear": str(copy / "hazy_truth")}
+    other = {"hazy": str(copy / "clear")}
+    sets = held_out_sets(
+        small_job("pretrain", copy, tmp_path, data={"validation": one, "validation_sets": {"far": other}})
+    )
+    assert [(held.prefix, held.hazy_root, held.clear_root, len(held.pairs)) for held in sets] == [
+        ("val", one["hazy"], one["clear"], 6),
+        ("val/far", other["hazy"], None, 8),
+    ]
+    assert held_out_sets(small_job("pretrain", copy, tmp_path)) == []
+    wrong = {"far": {"hazy": str(copy / "hazy"), "clear": str(copy / "clear")}}
+    with pytest.raises(ManifestError, match="^data.validation_sets.far.clear: 6 of 6 hazy images have no truth"):
+        held_out_sets(small_job("pretrain", copy, tmp_path, data={"validation_sets": wrong}))

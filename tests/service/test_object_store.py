@@ -1,14 +1,16 @@
 """Everything on an S3 endpoint over HTTP, by environment alone: data in, checkpoints, snapshots and pictures out."""
 
+from pathlib import Path
+
 import boto3
 import pandas
 import pytest
 import torch
 
-from corun_ray.core.corun import CORUN
+from corun_ray.core.networks import NetworkSpec
 from corun_ray.service.console import Console
 from corun_ray.service.dehaze import dehaze
-from corun_ray.service.models import fetch_network
+from corun_ray.service.models import Model, fetch_model
 from corun_ray.service.pool import PoolIndex
 from corun_ray.service.storage import StorageError, locate
 from corun_ray.service.train import run_training
@@ -59,19 +61,24 @@ def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, tmp_path):
         train={"steps": 6, "checkpoint_every": 3},
     )
     job = job.model_copy(update={"storage": f"{bucket}/runs"})
-    uri = run_training(job, Console())
-    assert fetch_network(uri, job.tracking.uri).stages == 2
+    uri = run_training(job, Console(), Path())
+    assert fetch_model(uri, job.tracking.uri).spec.args["stages"] == 2
 
     files = locate(f"{bucket}/runs").files()
     assert any(file.endswith("pictures/restorations_00000006.png") for file in files)
     last = max(file for file in files if file.endswith("training.pt"))
     checkpoint = locate(f"{bucket}/runs").child(last.rpartition("/")[0])
-    assert fetch_network(checkpoint.uri, "").stages == 2
+    assert fetch_model(checkpoint.uri, "").spec.args["stages"] == 2
     record = torch.load(checkpoint.download(tmp_path) / "training.pt", weights_only=True)
     snapshot = locate(record["extra"]["pool_snapshot"]).download(tmp_path)
     assert sorted(pandas.read_parquet(snapshot)["key"]) == [f"photo_{i}.png" for i in range(6)]
 
 
 def test_a_bucket_is_dehazed_into_a_bucket(bucket):
-    assert dehaze(f"{bucket}/hazy", f"{bucket}/clean", CORUN(2, 4).eval()).written == 6
+    assert (
+        dehaze(
+            f"{bucket}/hazy", f"{bucket}/clean", Model(NetworkSpec("corun", {"stages": 2, "width": 4}), None, {})
+        ).written
+        == 6
+    )
     assert locate(f"{bucket}/clean").files() == [f"photo_{i}.png" for i in range(6)]

@@ -1,15 +1,18 @@
 import collections
+import shutil
 
 import numpy as np
 import pytest
 import ray
 
+from corun_ray.core import augment
+from corun_ray.core.images import decode_image
 from corun_ray.service.board import start_board
 from corun_ray.service.manifest import Manifest, build_manifest
+from corun_ray.service.phases import Layout, remaining_phases
 from corun_ray.service.streams import (
     CLEAR,
     HAZY,
-    Layout,
     SampleMaker,
     TooManyBadFiles,
     batches,
@@ -33,7 +36,7 @@ def test_every_epoch_uses_each_image_once_in_another_order():
 
 def test_a_sample_follows_from_seed_and_index_alone(dataset, tmp_path):
     job = small_job("colabator", dataset, tmp_path)
-    make = SampleMaker(job, build_manifest(job), ignore)
+    make = SampleMaker(job, build_manifest(job), 32, ignore)
     whole = make({"id": np.arange(5, 9)})
     assert whole["hazy"].shape == whole["strong"].shape == (4, 32, 32, 3)
     assert whole["hazy"].dtype == np.uint8 and whole["index"].tolist() == [5, 6, 7, 8]
@@ -45,7 +48,7 @@ def test_a_sample_follows_from_seed_and_index_alone(dataset, tmp_path):
 
 def test_without_depth_maps_it_makes_its_own(dataset, tmp_path):
     job = small_job("pretrain", dataset, tmp_path, data={"depth": None})
-    sample = SampleMaker(job, build_manifest(job), ignore).sample(0)
+    sample = SampleMaker(job, build_manifest(job), 32, ignore).sample(0)
     assert set(sample) == {"hazy", "clear"}
     assert np.abs(sample["hazy"].astype(int) - sample["clear"]).mean() > 2
 
@@ -71,7 +74,7 @@ def test_awkward_files_are_used_correctly_or_named(tmp_path):
     job = small_job("pretrain", tmp_path, tmp_path)
     manifest = build_manifest(job)
     bad: dict[str, str] = {}
-    maker = SampleMaker(job, manifest, bad.update)
+    maker = SampleMaker(job, manifest, 32, bad.update)
     colours = collections.defaultdict(set)
     for index in range(len(manifest.clear)):
         image = manifest.clear[image_of_sample(job.seed, CLEAR, index, len(manifest.clear))]
@@ -95,53 +98,111 @@ def test_with_nothing_usable_it_stops(tmp_path):
     job = small_job("pretrain", tmp_path, tmp_path, data={"depth": None})
     bad: dict[str, str] = {}
     with pytest.raises(TooManyBadFiles, match="not one of the 1 clear images"):
-        SampleMaker(job, Manifest(("a.png",), None, ()), bad.update).sample(0)
+        SampleMaker(job, Manifest(("a.png",), None, ()), 32, bad.update).sample(0)
     assert list(bad) == [str(tmp_path / "clear/a.png")]
+
+
+def paired(root):
+    return {"paired": {"hazy": str(root / "hazy"), "clear": str(root / "hazy_truth")}}
+
+
+def test_paired_images_make_the_samples(dataset, tmp_path):
+    job = small_job("pretrain", dataset, tmp_path, data={**paired(dataset), "rotation": True})
+    make = SampleMaker(job, build_manifest(job), 32, ignore)
+    for index in range(12):
+        sample = make.sample(index)
+        assert set(sample) == {"hazy", "clear"} and sample["hazy"].shape == (32, 32, 3)
+        assert np.abs(0.5 * sample["clear"] + 110 - sample["hazy"]).max() <= 1
+    assert not np.array_equal(make.sample(0)["clear"], make.sample(6)["clear"])
+
+
+def test_with_pairs_colabator_takes_real_images_as_they_are(dataset, tmp_path):
+    """With paired data nothing goes through JPEG, so neither does the real half of the sample."""
+    job = small_job("colabator", dataset, tmp_path, data=paired(dataset))
+    make = SampleMaker(job, build_manifest(job), 32, ignore)
+    for index in range(8):
+        sample = make.sample(index)
+        assert np.abs(0.5 * sample["clear"] + 110 - sample["hazy"]).max() <= 2
+        real = decode_image((dataset / "hazy" / sample["key"]).read_bytes())
+        np.testing.assert_array_equal(sample["weak"], augment.resize(real, 32, 32))
+
+
+def test_a_pair_of_two_sizes_is_named_and_the_next_one_used(dataset, tmp_path):
+    data = shutil.copytree(dataset, tmp_path / "data")
+    write_image(data / "hazy/photo_2.png", np.zeros((50, 60, 3), np.uint8))
+    job = small_job("pretrain", data, tmp_path, data=paired(data))
+    bad: dict[str, str] = {}
+    make = SampleMaker(job, build_manifest(job), 32, bad.update)
+    assert len({make.sample(index)["clear"].tobytes() for index in range(6)}) == 6
+    reason = "degraded image of 60 x 50 px does not fit its clean one of 80 x 68 px"
+    assert bad == {str(data / "hazy/photo_2.png"): reason}
+
+
+def test_rotation_leaves_the_haze_of_a_sample_alone(dataset, tmp_path):
+    """Only with rotation on is one number more drawn; and then patches do get turned."""
+    plain, turned = (
+        small_job("pretrain", dataset, tmp_path, data={"rotation": rotation}) for rotation in (False, True)
+    )
+    turns = set()
+    for index in range(16):
+        before, after = (SampleMaker(job, build_manifest(job), 32, ignore).sample(index) for job in (plain, turned))
+        turns.add(next(n for n in range(4) if np.array_equal(np.rot90(before["clear"], n), after["clear"])))
+    assert turns == {0, 1, 2, 3}
 
 
 @ray.remote(num_cpus=0)
 def drain(shard, layout, rank):
-    return [(batch["index"].tolist(), batch["key"].tolist()) for batch in batches(shard, layout, rank)]
+    return [(batch["index"].tolist(), batch["hazy"].shape, batch.get("key")) for batch in batches(shard, layout, rank)]
 
 
-def read_stream(job, first, workers):
-    """What each rank is given: step → rank → (indices, keys)."""
+def read_stream(job, step, first, workers):
+    """What each rank is given: step → rank → (indices, shape, keys)."""
     board = start_board()
     manifest = ray.put(build_manifest(job))
-    size = job.train.batch_per_worker
-    layout = Layout(first, job.train.steps - first // (size * workers), size, workers)
-    shards = split_stream(job, manifest, board, layout)
-    per_rank = ray.get([drain.remote(shard, layout, rank) for rank, shard in enumerate(shards)])
-    return list(zip(*per_rank, strict=True))
+    steps = []
+    for phase, layout in remaining_phases(job, step, first, workers):
+        shards = split_stream(job, manifest, board, layout, phase.patch_px)
+        per_rank = ray.get([drain.remote(shard, layout, rank) for rank, shard in enumerate(shards)])
+        steps += zip(*per_rank, strict=True)
+    return steps
 
 
 def test_steps_take_the_stream_in_order_at_any_number_of_workers(local_ray, dataset, tmp_path):
     """One global batch is the same four samples, whether one worker takes it or two; a restart goes on in it."""
     one = small_job("colabator", dataset, tmp_path, train={"batch_per_worker": 4, "steps": 20})
     two = small_job("colabator", dataset, tmp_path, train={"batch_per_worker": 2, "steps": 20}, cluster={"workers": 2})
-    alone = read_stream(one, 0, 1)
-    together = read_stream(two, 0, 2)
-    resumed = read_stream(two, 8, 2)
+    alone = read_stream(one, 0, 0, 1)
+    together = read_stream(two, 0, 0, 2)
+    resumed = read_stream(two, 2, 8, 2)
 
     def per_step(steps):
-        return [[sum((list(rank[part]) for rank in step), []) for part in (0, 1)] for step in steps]
+        return [[sum((list(rank[part]) for rank in step), []) for part in (0, 2)] for step in steps]
 
     assert [indices for indices, _ in per_step(alone)] == [list(range(4 * s, 4 * s + 4)) for s in range(20)]
     assert per_step(together) == per_step(alone)
     assert per_step(resumed) == per_step(alone)[2:]
 
 
-@pytest.mark.parametrize("num_steps, batch, workers", [(1, 1, 1), (16, 2, 3), (17, 1, 2), (100, 3, 4), (90_000, 1, 5)])
-def test_the_layout_gives_each_rank_its_batches_in_order(num_steps, batch, workers):
-    """Whatever the cut, the r-th rank's blocks, read in turn, are the r-th batch of each step."""
-    layout = Layout(1000, num_steps, batch, workers)
-    assert layout.num_blocks <= 20_000 and layout.blocks_per_worker * layout.steps_per_block >= num_steps
-    rows = np.arange(layout.num_blocks * layout.rows_per_block).reshape(-1, workers, layout.rows_per_block)
-    samples = layout.samples(rows)
-    for rank in range(workers):
-        mine = samples[:, rank].reshape(-1, batch)[:num_steps]
-        steps = np.arange(num_steps)[:, None]
-        assert np.array_equal(mine, 1000 + (steps * workers + rank) * batch + np.arange(batch))
+def test_phases_follow_each_other_without_a_gap_also_after_a_restart_within_one(local_ray, dataset, tmp_path):
+    sections = {
+        "train": {
+            "batch_per_worker": 1,
+            "steps": 7,
+            "progressive": [
+                {"from_step": 2, "patch_px": 48, "batch_per_worker": 2},
+                {"from_step": 5, "patch_px": 64, "batch_per_worker": 1},
+            ],
+        },
+        "cluster": {"workers": 2},
+    }
+    job = small_job("pretrain", dataset, tmp_path, **sections)
+    whole = read_stream(job, 0, 0, 2)
+    indices = [[index for rank in step for index in rank[0]] for step in whole]
+    assert sum(indices, []) == list(range(2 * 2 + 3 * 4 + 2 * 2))
+    assert [len(step) for step in indices] == [2, 2, 4, 4, 4, 2, 2]
+    shapes = [(1, 32)] * 2 + [(2, 48)] * 3 + [(1, 64)] * 2
+    assert [step[0][1] for step in whole] == [(batch, side, side, 3) for batch, side in shapes]
+    assert read_stream(job, 3, 8, 2) == whole[3:]
 
 
 def test_a_stream_out_of_order_is_an_error():

@@ -20,11 +20,14 @@ from corun_ray.core.checkpoints import load_network
 from corun_ray.service import board as board_module
 from corun_ray.service import train as train_module
 from corun_ray.service.console import Console
-from corun_ray.service.models import fetch_network
+from corun_ray.service.models import ModelSourceError, fetch_model
 from corun_ray.service.storage import locate
 from corun_ray.service.train import JobFailed, prepare, run_training
 from tests.conftest import write_image
 from tests.service.jobs import small_job
+
+FOLDER = Path()
+"""Where a network's own class would lie."""
 
 
 def tracking(job):
@@ -54,7 +57,7 @@ def colabator(local_ray, dataset, tmp_path_factory):
         cluster={"workers": 2},
         tracking={"register": "corun-test"},
     )
-    uri = run_training(job, Console())
+    uri = run_training(job, Console(), FOLDER)
     return job, uri
 
 
@@ -80,8 +83,8 @@ def test_leaves_a_registered_model_that_plain_pyfunc_runs(colabator, dataset, tm
 
 def test_the_registered_model_is_the_last_checkpoint_s_teacher(colabator):
     job, uri = colabator
-    registered = fetch_network(uri, tracking(job)).state_dict()
-    checkpoint = torch.load(f"{last_checkpoint(job)}/corun.pth", weights_only=True)
+    registered = fetch_model(uri, tracking(job)).params
+    checkpoint = torch.load(f"{last_checkpoint(job)}/network.pth", weights_only=True)
     for name, value in checkpoint["params_ema"].items():
         assert torch.equal(registered[name], value), name
     assert any(not torch.equal(checkpoint["params"][n], v) for n, v in checkpoint["params_ema"].items())
@@ -115,14 +118,14 @@ def test_mlflow_has_params_metrics_pictures_and_the_job_file(colabator):
 def test_pretraining_starts_from_a_registered_model(colabator, dataset, tmp_path):
     job, uri = colabator
     again = small_job("pretrain", dataset, tmp_path, network={"init": uri}, tracking={"uri": tracking(job)})
-    _, params = prepare(again)
-    reference = fetch_network(uri, tracking(job)).state_dict()
+    params = prepare(again, FOLDER)[1].params
+    reference = fetch_model(uri, tracking(job)).params
     assert all(torch.equal(params[name], value) for name, value in reference.items())
     other = small_job(
         "pretrain", dataset, tmp_path, network={"init": uri, "stages": 3}, tracking={"uri": tracking(job)}
     )
-    with pytest.raises(JobFailed, match="network.stages: 3, but models:/corun-test/1 has 2"):
-        prepare(other)
+    with pytest.raises(ModelSourceError, match="network.stages: 3, but models:/corun-test/1 has 2"):
+        prepare(other, FOLDER)
 
 
 class Recorder(board_module.BoardState):
@@ -178,7 +181,7 @@ def test_kill_9_of_a_worker_costs_only_the_steps_since_the_checkpoint(local_ray,
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    run_training(job, Console())
+    run_training(job, Console(), FOLDER)
     killer.join()
     assert killed_at and killed_at[0] < 20, "the run ended before the worker could be killed"
 
@@ -193,7 +196,7 @@ def test_kill_9_of_a_worker_costs_only_the_steps_since_the_checkpoint(local_ray,
     checkpoint = last_checkpoint(job)
     record = torch.load(f"{checkpoint}/training.pt", weights_only=True)
     assert (record["step"], record["num_images_seen"]) == (20, 120)
-    assert load_network(Path(checkpoint)).stages == 2
+    assert load_network(Path(checkpoint)).spec.args["stages"] == 2
 
     # Everything that the snapshot of that checkpoint held is still there at the end, as it was or bettered.
     pool = Path(run_folder(job).path) / "pool"
@@ -215,7 +218,7 @@ def test_too_many_bad_images_fail_the_job_and_are_named(local_ray, dataset, tmp_
     with pytest.raises(
         JobFailed, match=r"2 of 6 images cannot be used, more than data.max_bad_fraction \(0.2\)"
     ) as error:
-        run_training(job, Console())
+        run_training(job, Console(), FOLDER)
     assert f"{data}/clear/bad_0.png: not an image" in str(error.value)
     assert b"bad_1.png\tnot an image" in run_folder(job).child("bad_files.tsv").read()
 
@@ -227,5 +230,5 @@ def test_some_bad_images_are_tolerated_and_listed(local_ray, dataset, tmp_path):
     (data / "clear/bad.png").write_text("no picture")
     sections = {"data": {"depth": None, "max_bad_fraction": 0.5}, "train": {"steps": 6, "checkpoint_every": 6}}
     job = small_job("pretrain", data, tmp_path, **sections)
-    assert run_training(job, Console()).startswith("models:/")
+    assert run_training(job, Console(), FOLDER).startswith("models:/")
     assert run_folder(job).child("bad_files.tsv").read().decode().startswith(f"{data}/clear/bad.png\tnot an image")

@@ -1,0 +1,67 @@
+"""Which network: a type and the arguments of its class, as plain data that travels and is stored beside its weights."""
+
+import inspect
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+CORUN_TYPE = "corun"
+TYPE_PATTERN = re.compile(r"[A-Za-z]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+class NetworkError(ValueError):
+    """A network that cannot be made or does not fit its use; the message is one line."""
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """All that it takes to build a network without its weights."""
+
+    type: str
+    """`corun`, the name of a class of spandrel (`NAFNet`, ...), or `module.path:ClassName`."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the class: plain JSON values (tuples become lists)."""
+
+    def __post_init__(self) -> None:
+        """Raises `NetworkError` for what is no type or no plain value."""
+        if not isinstance(self.type, str) or not TYPE_PATTERN.fullmatch(self.type):
+            raise NetworkError(f"{self.type!r} is no network type (corun, a class of spandrel, module.path:ClassName)")
+        if not isinstance(self.args, dict):
+            raise NetworkError(f"{self.type}: args are {type(self.args).__name__}, not a mapping of names to values")
+        try:
+            plain = json.loads(json.dumps(self.args, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise NetworkError(f"{self.type}: args are not plain values ({one_line(error)})") from None
+        object.__setattr__(self, "args", plain)
+
+    def to_json(self) -> str:
+        """The inverse of `from_json`."""
+        return json.dumps({"type": self.type, "args": self.args}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "NetworkSpec":
+        """Reads `{"type": ..., "args": {...}}` and nothing else; raises `NetworkError`."""
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise NetworkError(f"not JSON ({one_line(error)})") from None
+        if not isinstance(content, dict) or content.keys() != {"type", "args"}:
+            raise NetworkError("not a network's description: an object of exactly `type` and `args` was expected")
+        return cls(content["type"], content["args"])
+
+
+def construct(network_class: type[nn.Module], spec: NetworkSpec) -> nn.Module:
+    """An instance of the class with the arguments of `spec`; raises `NetworkError` with what the class accepts."""
+    try:
+        return network_class(**spec.args)
+    except Exception as error:
+        accepted = ", ".join(inspect.signature(network_class).parameters) or "none"
+        raise NetworkError(f"{spec.type} refuses its args ({one_line(error)}); it takes {accepted}") from None
+
+
+def one_line(error: Exception) -> str:
+    """An error in one line, however long it is."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,84 @@
+"""The networks that judge a Colabator run, built from the job's sections: scorers and the features of the losses."""
+
+import contextlib
+
+from torch import Tensor
+from torch import device as Device
+
+from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.core.coherence import Coherence, Scorer
+from corun_ray.core.daclip import DACLIP_FILE, load_daclip
+from corun_ray.core.iqa import load_quality, probe
+from corun_ray.core.losses import Losses, LossWeights
+from corun_ray.core.vgg import VGG_FILE, load_vgg19
+from corun_ray.core.weights import WeightsError, WeightsSource, no_weights
+from corun_ray.jobmethod import QUALITY_NAMES, ColabatorLoss
+from corun_ray.jobmethod import Coherence as CoherenceSection
+from corun_ray.service.weights import Recorder, WeightsFolder
+
+
+def weights_source(uri: str | None) -> WeightsSource:
+    """The weights below a folder or URI of the job file, checked and kept on this node."""
+    return no_weights if uri is None else WeightsFolder(uri)
+
+
+def build_coherence(section: CoherenceSection, source: WeightsSource, device: Device | str = "cpu") -> Coherence:
+    """The job's two scorers; raises `WeightsError`."""
+    clarity: str | Scorer = section.clarity
+    if section.clarity == "daclip":
+        clarity = load_daclip(source(DACLIP_FILE), section.degradations, section.chunk_images).to(device)
+    quality: str | Scorer = section.quality
+    if section.quality not in QUALITY_NAMES:
+        quality = load_quality(section.quality, source, section.quality_range, section.chunk_images).to(device)
+    return Coherence(clarity, quality, section.block_px, section.combine)
+
+
+def build_losses(
+    job: TrainingJob, source: WeightsSource, coherence: Coherence | None, device: Device | str = "cpu"
+) -> Losses:
+    """The job's losses; raises `WeightsError`."""
+    loss = job.loss
+    features = load_vgg19(source(VGG_FILE)).to(device) if loss.perceptual == "vgg19" else None
+    density_weight = 0.0
+    if isinstance(loss, ColabatorLoss) and coherence is not None:
+        clarity, density_weight = coherence.clarity, loss.haze_density_weight
+
+        def density(images: Tensor) -> Tensor:
+            return 1 - clarity(images)
+
+    terms = (loss.pixel_weight, loss.scattering_weight, loss.perceptual_weight, loss.contrastive_weight)
+    return Losses(LossWeights(*terms, density_weight), features, density if density_weight else None)
+
+
+def check_scoring(job: TrainingJob) -> None:
+    """Builds everything once and tries the scorers on the sizes that they will see, so that no worker starts in vain.
+
+    Raises `WeightsError`, and `ValueError` for a scorer that cannot rate such images.
+    """
+    coherence = None
+    if isinstance(job, ColabatorJob):
+        coherence = build_coherence(job.coherence, weights_source(job.coherence.weights))
+        if job.coherence.quality not in QUALITY_NAMES:
+            probe(coherence.quality, job.coherence.block_px, job.data.patch_px, key="coherence.quality")
+    build_losses(job, weights_source(job.loss.weights), coherence)
+
+
+def needed_files(job: TrainingJob) -> dict[str | None, dict[str, str]]:
+    """The weight files that a job needs: folder or URI (None: the job names none) → file → the key that needs it.
+
+    What a metric of pyiqa needs is found by building it: where its first file is missing, later ones stay unknown.
+    """
+    needed: dict[str | None, dict[str, str]] = {}
+    if isinstance(job, ColabatorJob):
+        section = job.coherence
+        if section.clarity == "daclip":
+            needed.setdefault(section.weights, {})[DACLIP_FILE] = "coherence.clarity daclip"
+        if section.quality not in QUALITY_NAMES:
+            source = Recorder(weights_source(section.weights))
+            with contextlib.suppress(WeightsError):  # of the file that is missing, or that the listing will show
+                load_quality(section.quality, source, section.quality_range)
+            for name in source.asked:
+                needed.setdefault(section.weights, {})[name] = f"coherence.quality {section.quality}"
+    if job.loss.perceptual == "vgg19":
+        needed.setdefault(job.loss.weights, {})[VGG_FILE] = "loss.perceptual vgg19"
+    return needed

@@ -1,0 +1,197 @@
+"""What a Colabator step costs in the published eager order and in ours, side by side on one 96 px image.
+
+Both orders run by turns from the same weights on the same batches: CORUN of 4 stages and width 30, DA-CLIP
+(ViT-B/32), MUSIQ and VGG-19 of the true size with random weights, one synthetic and one real image a step.
+Prints a Markdown table:
+
+    python docs/evidence/lazy_coherence.py --steps 50 --image tests/data/fade/lhd_4.png
+
+The eager order rates every candidate's blocks before it decides, computes features anew for every term that needs
+them, and rates both restorations once more for a number that is only logged (SPEC sections 3 and 4).
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from corun_ray.core.coherence import BlockScores, Coherence
+from corun_ray.core.corun import CORUN, Restoration
+from corun_ray.core.daclip import DACLIP_FILE, load_daclip
+from corun_ray.core.images import decode_image
+from corun_ray.core.iqa import load_quality
+from corun_ray.core.labels import Label, LocalPool, Scores, decode, encode
+from corun_ray.core.losses import COLABATOR_WEIGHTS, Losses, contrastive, perceptual
+from corun_ray.core.samples import real_views, synthetic_sample
+from corun_ray.core.scattering import HazeRange
+from corun_ray.core.state import TrainState
+from corun_ray.core.steps import Colabator, RealBatch, SyntheticBatch
+from corun_ray.core.vgg import VGG_FILE, Vgg19Features, load_vgg19
+
+ROOT = Path(__file__).parents[2]
+SIDE_PX, KEY = 96, "photograph"
+MUSIQ_FILE = "musiq_koniq_ckpt-e95806b9.pth"
+LR, EMA = 5e-5, 0.999
+
+
+@dataclass(frozen=True)
+class EagerOrder:
+    """One published step for batches of one image, in core's own parts."""
+
+    teacher: nn.Module
+    coherence: Coherence
+    features: Vgg19Features
+    pool: LocalPool = field(default_factory=LocalPool)
+
+    def step(
+        self, student: nn.Module, synthetic: SyntheticBatch, real: RealBatch, step: int
+    ) -> tuple[dict[str, Tensor], bool]:
+        """The losses, and whether the teacher's candidate became the label."""
+        restored = student(synthetic.hazy)
+        with torch.no_grad():
+            candidate = self.teacher(real.weak)
+        on_real = student(real.strong)
+        label, trust, won = self.rate_then_decide(candidate, step)
+        with torch.no_grad():  # without a gradient, so only logged
+            for scene in (restored.scene, on_real.scene):
+                self.coherence.clarity(scene.clamp(0, 1))
+        plain = Losses(replace(COLABATOR_WEIGHTS, perceptual=0, contrastive=0))
+        losses = plain.colabator(restored, synthetic.clear, on_real, real.strong, label, trust)
+        vgg, weights = self.features, COLABATOR_WEIGHTS
+        similar = perceptual(vgg(restored.scene.clamp(0, 1)), vgg(synthetic.clear))
+        contrasted = contrastive(vgg(on_real.scene), vgg(label), vgg(real.strong))
+        return losses | {"perceptual": weights.perceptual * similar, "contrastive": contrasted}, won
+
+    def rate_then_decide(self, candidate: Restoration, step: int) -> tuple[Tensor, Tensor, bool]:
+        """J* and w* of the label that the pool then holds, and whether it is the candidate."""
+        scene = candidate.scene.clamp(0, 1)
+        blocks, rated = self.coherence.block_scores(scene), self.coherence.global_scores(scene)
+        scores = Scores(rated.clarity.item(), rated.quality.item())
+        assert candidate.transmission is not None
+        label, transmission = (encode(unit[0].numpy(), "uint8") for unit in (scene, candidate.transmission))
+        new = Label(KEY, scores, step, label, transmission, blocks.clarity[0].numpy(), blocks.quality[0].numpy())
+        self.pool.offer([new])
+        kept = self.pool.labels[KEY]
+        kept_blocks = BlockScores(*(torch.from_numpy(s)[None] for s in (kept.block_clarity, kept.block_quality)))
+        trust = self.coherence.trust_map(kept_blocks, SIDE_PX, SIDE_PX)
+        return torch.from_numpy(decode(kept.scene))[None], trust, kept is new
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50, help="at least 2")
+    parser.add_argument("--image", type=Path, default=ROOT / "tests/data/fade/lhd_4.png")
+    parser.add_argument("--daclip-keys", type=Path, default=ROOT / "tests/data/daclip/daclip_keys.json")
+    arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error("--steps: at least 2 expected, the first one warms up")
+    photograph = decode_image(arguments.image.read_bytes())
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        write_weights(Path(folder), json.loads(arguments.daclip_keys.read_text()))
+        clarity = load_daclip(Path(folder) / DACLIP_FILE)
+        quality = load_quality("musiq", lambda name: Path(folder) / name)
+        features = load_vgg19(Path(folder) / VGG_FILE)
+        measure(photograph, Coherence(clarity, quality), features, arguments.steps)
+
+
+def measure(photograph: np.ndarray, coherence: Coherence, features: Vgg19Features, steps: int) -> None:
+    """Both orders step by step, each going first every other time, and the table."""
+    network = CORUN(stages=4, width=30)
+    states = [TrainState.start(copy.deepcopy(network)) for _ in range(2)]
+    eager = EagerOrder(states[0].teacher, coherence, features)
+    lazy = Colabator(states[1].teacher, coherence, LocalPool(), Losses(COLABATOR_WEIGHTS, features))
+    rng = np.random.default_rng(0)
+    times_s: list[list[float]] = [[], []]
+    wins: list[list[bool]] = [[], []]
+    saved = 0
+
+    def step_eagerly() -> None:
+        losses, won = eager.step(states[0].student, synthetic, real, step)
+        states[0].update(losses, LR, EMA, 1)
+        wins[0].append(won)
+
+    def step_lazily() -> None:
+        nonlocal saved
+        output = lazy.step(states[1].student, synthetic, real, step)
+        states[1].update(output.losses, LR, EMA, 1)
+        assert output.labels is not None
+        wins[1] += output.labels.from_teacher
+        saved += output.labels.block_ratings_saved
+
+    orders = (step_eagerly, step_lazily)
+    for step in range(steps):
+        synthetic, real = batch(photograph, rng)
+        for which in (0, 1) if step % 2 else (1, 0):
+            times_s[which].append(seconds(orders[which]))
+    total = steps * (SIDE_PX // coherence.block_px) ** 2
+    # The first step also allocates memory and the optimiser's state.
+    print_table([times[1:] for times in times_s], total, saved)
+    same = sum(a == b for a, b in zip(*wins, strict=True))
+    print(f"\n{same} of {steps} decisions were the same, {sum(wins[1])} of ours for the candidate.")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} cores")
+
+
+def print_table(times_s: list[list[float]], total: int, saved: int) -> None:
+    medians = [statistics.median(times) for times in times_s]
+    print(f"\n| order | median of steps 2 to {len(times_s[0]) + 1} | mean | block ratings |\n| --- | --- | --- | --- |")
+    for name, times, median, ratings in zip(("eager", "ours"), times_s, medians, (total, total - saved), strict=True):
+        print(f"| {name} | {median:.2f} s | {statistics.mean(times):.2f} s | {ratings} |")
+    ratio = statistics.mean(times_s[0]) / statistics.mean(times_s[1])
+    print(f"| ratio, saved | {medians[0] / medians[1]:.2f} | {ratio:.2f} | {saved} ({saved / total:.0%}) |")
+
+
+def batch(photograph: np.ndarray, rng: np.random.Generator) -> tuple[SyntheticBatch, RealBatch]:
+    """One image for each half, made as the stream makes them; its depth falls from the lower to the upper edge."""
+    height_px, width_px = photograph.shape[:2]
+    near = np.repeat(np.linspace(0, 1, height_px, dtype=np.float32)[:, None], width_px, 1)
+    pair = synthetic_sample(photograph, near, rng, patch_px=SIDE_PX, haze_range=HazeRange(), random_resize=True)
+    views = real_views(photograph, rng, patch_px=SIDE_PX, jpeg_quality=pair.jpeg_quality)
+    hazy, clear, weak, strong = (
+        torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255
+        for image in (pair.hazy, pair.clear, views.weak, views.strong)
+    )
+    return SyntheticBatch(hazy, clear), RealBatch(weak, strong, [KEY])
+
+
+def seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def write_weights(folder: Path, daclip_shapes: dict[str, list[int]]) -> None:
+    """Random weights of the true shapes under the published names."""
+    from pyiqa.archs.musiq_arch import MUSIQ
+
+    # The frozen visual tower takes no part in scoring, so it need not be written.
+    scoring = {name: shape for name, shape in daclip_shapes.items() if not name.startswith("clip.visual.")}
+    torch.save({name: random_weight(name, shape) for name, shape in scoring.items()}, folder / DACLIP_FILE)
+    vgg = {name: random_weight(name, list(w.shape), gain=2**0.5) for name, w in Vgg19Features().state_dict().items()}
+    torch.save(vgg, folder / VGG_FILE)
+    musiq = MUSIQ(pretrained=False)
+    # Scores as far apart as those of photographs, in the middle of the scale.
+    nn.init.normal_(musiq.head.weight, std=0.5)
+    nn.init.constant_(musiq.head.bias, 50.0)
+    torch.save(musiq.state_dict(), folder / MUSIQ_FILE)
+
+
+def random_weight(name: str, shape: list[int], gain: float = 1.0) -> Tensor:
+    """1 for a scale, small for a bias, else what keeps the variance of a layer's input."""
+    if len(shape) > 1:
+        return gain * torch.randn(shape) / float(np.prod(shape[1:])) ** 0.5
+    return torch.ones(shape) if name.endswith("weight") or not shape else 0.01 * torch.randn(shape)
+
+
+if __name__ == "__main__":
+    main()

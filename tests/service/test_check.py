@@ -1,0 +1,29 @@
+"""What `corun-ray check` says of a job's images."""
+
+from corun_ray.service.check import check_job
+from tests.service.jobs import small_job
+
+
+def test_pairs_and_every_held_out_set_are_looked_at(dataset, tmp_path):
+    truth = {"hazy": str(dataset / "hazy"), "clear": str(dataset / "hazy_truth")}
+    sets = {"far": {"hazy": str(dataset / "clear")}, "near": truth}
+    data = {"paired": truth, "validation": truth, "validation_sets": sets}
+    notes, mistakes = check_job(small_job("colabator", dataset, tmp_path, data=data), [])
+    assert mistakes == []
+    assert notes[:4] == [
+        "data      6 pairs of degraded and clean images, 6 real hazy",
+        "held out  6 images, measured as val/...",
+        "held out  8 images, measured as val/far/...",
+        "held out  6 images, measured as val/near/...",
+    ]
+
+
+def test_a_wrong_set_or_pair_is_one_line_that_names_its_key(dataset, tmp_path):
+    wrong = {"hazy": str(dataset / "hazy"), "clear": str(dataset / "clear")}
+    for data, expected in (
+        ({"validation_sets": {"far": wrong}}, "data.validation_sets.far.clear: 6 of 6 hazy images have no truth"),
+        ({"paired": wrong}, "data.paired.clear: none of the 8 images"),
+    ):
+        _, mistakes = check_job(small_job("pretrain", dataset, tmp_path, data=data), [])
+        (mistake,) = mistakes
+        assert mistake.startswith(expected)

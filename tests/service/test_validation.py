@@ -1,0 +1,96 @@
+"""What is measured and pictured during training, in one process."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from corun_ray.core.corun import Restoration
+from corun_ray.core.images import decode_image
+from corun_ray.core.metrics import psnr
+from corun_ray.core.pictures import GAP_PX, HEADING_PX
+from corun_ray.core.restore import to_tensor
+from corun_ray.service.manifest import build_manifest
+from corun_ray.service.validation import Validator, load_image
+from tests.service.jobs import small_job
+
+CELL_PX = 192
+
+
+class Unchanged(nn.Module):
+    """Returns the image as it is; a transmission of one half, or none."""
+
+    def __init__(self, has_transmission: bool) -> None:
+        super().__init__()
+        self.has_transmission = has_transmission
+
+    def forward(self, hazy):
+        return Restoration(hazy, torch.full_like(hazy[:, :1], 0.5) if self.has_transmission else None)
+
+
+def validator(job, rank=0):
+    return Validator(job, build_manifest(job), rank, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def sections(dataset):
+    truth = {"hazy": str(dataset / "hazy"), "clear": str(dataset / "hazy_truth")}
+    same = {"hazy": str(dataset / "clear"), "clear": str(dataset / "clear")}
+    return {"truth": truth, "same": same, "far": {"hazy": str(dataset / "clear")}}
+
+
+def test_each_set_is_measured_under_its_name(dataset, tmp_path, sections):
+    sets = {name: sections[name] for name in ("far", "same")}
+    job = small_job("pretrain", dataset, tmp_path, data={"validation": sections["truth"], "validation_sets": sets})
+    metrics = validator(job).measure(Unchanged(True))
+    assert set(metrics) == {
+        "val/fade",
+        "val/psnr",
+        "val/ssim",
+        "val/far/fade",
+        *(f"val/same/{name}" for name in ("fade", "psnr", "ssim")),
+    }
+    expected = [
+        psnr(*(to_tensor(load_image(sections["truth"][side], f"photo_{i}.png")) for side in ("hazy", "clear"))).item()
+        for i in range(6)
+    ]
+    assert metrics["val/psnr"] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert math.isinf(metrics["val/same/psnr"]) and metrics["val/same/ssim"] == pytest.approx(1)
+    assert metrics["val/far/fade"] == metrics["val/same/fade"] != metrics["val/fade"]
+
+
+def test_a_job_without_held_out_images_measures_nothing(dataset, tmp_path):
+    assert validator(small_job("pretrain", dataset, tmp_path)).measure(Unchanged(True)) == {}
+
+
+def num_columns(picture: np.ndarray) -> int:
+    return (picture.shape[1] - GAP_PX) // (CELL_PX + GAP_PX)
+
+
+@pytest.mark.parametrize("has_transmission", [True, False])
+@pytest.mark.parametrize("held", ["truth", "far", None])
+def test_the_picture_has_a_column_for_what_there_is(held, has_transmission, dataset, tmp_path, sections):
+    data = {} if held is None else {"validation": sections[held]}
+    job = small_job("pretrain", dataset, tmp_path, data=data, train={"validation_images": 2})
+    picture = decode_image(validator(job).picture(Unchanged(has_transmission), None))
+    assert num_columns(picture) == 2 + has_transmission + (held != "far")
+
+
+def test_sets_with_and_without_a_truth_share_one_picture(dataset, tmp_path, sections):
+    """Two images of each; where a set has no truth, its cell is empty."""
+    sets = {"far": sections["far"], "truth": sections["truth"]}
+    job = small_job("pretrain", dataset, tmp_path, data={"validation_sets": sets}, train={"validation_images": 4})
+    picture = decode_image(validator(job).picture(Unchanged(False), None))
+    assert num_columns(picture) == 3
+    first_line = picture[HEADING_PX : HEADING_PX + 144]
+    truth_cell = first_line[:, GAP_PX + 2 * (CELL_PX + GAP_PX) :]
+    assert np.ptp(truth_cell) == 0 and np.ptp(first_line[:, :CELL_PX]) > 50
+    heights = [144, 144, 144, round(192 * 64 / 80)]  # views are 72 x 96 px, photographs 60 x 80 and 64 x 80
+    assert picture.shape[0] == HEADING_PX + sum(heights) + 4 * GAP_PX
+
+
+def test_pairs_are_pictured_where_nothing_is_held_out(dataset, tmp_path, sections):
+    job = small_job("pretrain", dataset, tmp_path, data={"paired": sections["truth"]}, train={"validation_images": 2})
+    assert num_columns(decode_image(validator(job).picture(Unchanged(True), None))) == 4
