@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from corun_ray.iqanames import no_reference_metrics
+from corun_ray.core.iqanames import no_reference_metrics
 from corun_ray.jobvalues import (
     Count,
     LearningRate,
@@ -51,7 +51,9 @@ def _known_quality(name: str) -> str:
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f'"{name}" is neither of {", ".join(QUALITY_NAMES)} nor a no-reference metric of pyiqa{hint}')
+        raise ValueError(
+            f'"{name}" is neither of {", ".join(QUALITY_NAMES)} nor a no-reference metric of pyiqa that can be used here{hint}'
+        )
     return name
 
 

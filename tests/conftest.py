@@ -64,15 +64,20 @@ def wait_for(url: str, timeout_s: float = 60.0) -> None:
 
 
 @pytest.fixture(scope="session")
-def local_ray(s3_server: str) -> Iterator[None]:
+def local_ray(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray for the whole session, with more logical CPUs than the machine may have."""
     import ray
+
+    # Ray's processes inherit it: what they fetch is gone with the session.
+    environment = pytest.MonkeyPatch()
+    environment.setenv("CORUN_WEIGHTS_CACHE", str(tmp_path_factory.mktemp("weights_cache")))
 
     from corun_ray.service import cluster
 
     cluster.connect(Cluster(workers=3, data_cpus=1))
     yield
     ray.shutdown()
+    environment.undo()
 
 
 def photograph(rng: np.random.Generator, height_px: int, width_px: int) -> np.ndarray:

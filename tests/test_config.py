@@ -78,7 +78,11 @@ def test_published_loss_weights_are_the_defaults() -> None:
     [
         ("coherence", {"clarity": "daclip"}, "coherence.weights: missing (clarity daclip needs its weights)"),
         ("coherence", {"degradations": ("rainy",)}, "coherence.degradations: only used by daclip, not by contrast"),
-        ("coherence", {"quality": "musik"}, "neither of clean, unclipped nor a no-reference metric of pyiqa (did you"),
+        (
+            "coherence",
+            {"quality": "musik"},
+            "neither of clean, unclipped nor a no-reference metric of pyiqa that can be used here (did you",
+        ),
         ("coherence", {"quality": "psnr"}, 'coherence.quality: "psnr" is neither of'),
         ("coherence", {"quality": "pi"}, "coherence.quality_range: missing (pyiqa gives pi no range)"),
         ("loss", {"perceptual": "vgg19"}, "loss.weights: missing (perceptual vgg19 needs its weights)"),

@@ -7,6 +7,7 @@ would have to follow every one of them.
 """
 
 import contextlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -108,17 +109,15 @@ def _environment(**values: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _pkg_resources() -> Iterator[None]:
     """Stands in for `pkg_resources`, of which openai-clip wants nothing but `packaging`; setuptools 82 dropped it."""
-    try:
-        import pkg_resources  # noqa: F401
-    except ModuleNotFoundError:
-        import packaging.version
-
-        module: Any = ModuleType("pkg_resources")
-        module.packaging = packaging
-        sys.modules["pkg_resources"] = module
-        try:
-            yield
-        finally:
-            del sys.modules["pkg_resources"]
-    else:
+    if importlib.util.find_spec("pkg_resources"):
         yield
+        return
+    import packaging.version
+
+    module: Any = ModuleType("pkg_resources")
+    module.packaging = packaging
+    sys.modules["pkg_resources"] = module
+    try:
+        yield
+    finally:
+        del sys.modules["pkg_resources"]

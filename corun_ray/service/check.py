@@ -23,7 +23,8 @@ def check_job(job: Job, earlier: Sequence[Job]) -> tuple[list[str], list[str]]:
     notes, mistakes = [], []
     for look in (_data, _models, _weights, _storage, _machines):
         try:
-            notes += list(look(job, earlier))
+            for note in look(job, earlier):
+                notes.append(note)
         except (StorageError, ManifestError, WeightsError, _Mistake) as error:
             mistakes += str(error).splitlines()
     return notes, mistakes

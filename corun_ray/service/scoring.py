@@ -53,13 +53,16 @@ def build_losses(
 def check_scoring(job: TrainingJob) -> None:
     """Builds everything once and tries the scorers on the sizes that they will see, so that no worker starts in vain.
 
-    Raises `WeightsError`, and `ValueError` for a scorer that cannot rate such images.
+    Raises `WeightsError`, also for a scorer that cannot rate such images.
     """
     coherence = None
     if isinstance(job, ColabatorJob):
         coherence = build_coherence(job.coherence, weights_source(job.coherence.weights))
         if job.coherence.quality not in QUALITY_NAMES:
-            probe(coherence.quality, job.coherence.block_px, job.data.patch_px, key="coherence.quality")
+            try:
+                probe(coherence.quality, job.coherence.block_px, job.data.patch_px, key="coherence.quality")
+            except ValueError as error:
+                raise WeightsError(str(error)) from None
     build_losses(job, weights_source(job.loss.weights), coherence)
 
 

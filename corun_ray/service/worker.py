@@ -155,9 +155,7 @@ class Worker:
         if self.num_workers == 1:
             return student
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            student, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return nn.parallel.DistributedDataParallel(student, device_ids=devices, gradient_as_bucket_view=True)
 
     def _coherence(self) -> Coherence | None:
         if not isinstance(self.job, ColabatorJob):

@@ -59,6 +59,8 @@ def channel(*values: float) -> Tensor:
 def test_rehaze_is_the_scattering_model_with_white_airlight() -> None:
     hazy = rehaze(Restoration(filled(0.2, 0.2, 0.2), channel(1, 0.5, 0)))
     torch.testing.assert_close(hazy, filled(0.2, 0.6, 1.0))
+    with pytest.raises(ValueError, match="without a transmission"):
+        rehaze(Restoration(filled(0.2), None))
 
 
 def test_pretraining_by_hand() -> None:
@@ -80,6 +82,7 @@ def colabator_example() -> tuple[dict[str, Tensor], Restoration, Restoration, di
         "trust": channel(0.5, 0.1),
     }
     for tensor in (*synthetic, *real, *targets.values()):
+        assert tensor is not None
         tensor.requires_grad_()
     losses = Losses(COLABATOR_WEIGHTS).colabator(synthetic=synthetic, real=real, **targets)
     return losses, synthetic, real, targets
@@ -112,6 +115,7 @@ def test_only_the_synthetic_scene_is_clamped() -> None:
 def test_the_scattering_loss_teaches_scene_and_transmission_of_the_real_half() -> None:
     losses, synthetic, real, targets = colabator_example()
     losses["scattering"].backward()
+    assert real.transmission is not None and synthetic.transmission is not None
     assert real.scene.grad is not None and real.transmission.grad is not None
     # Rehazed is too bright: a darker scene, and a larger transmission where the scene is dark, would help.
     assert (real.scene.grad > 0).all()

@@ -73,7 +73,8 @@ def test_one_update() -> None:
     assert (state.step, state.num_images_seen) == (1, 4)
 
     # AdamW's first step moves every parameter that has a gradient by the learning rate, and no other: no decay.
-    moved = state.student.first.dehaze_prox.step_lambda.detach() - before["first.dehaze_prox.step_lambda"]
+    name = "first.dehaze_prox.step_lambda"
+    moved = state.student.get_parameter(name).detach() - before[name]
     assert moved.abs().item() == pytest.approx(1e-3, rel=1e-3)
     for name, weight in state.student.state_dict().items():
         if name.endswith("mapping.weight"):
@@ -87,7 +88,7 @@ def test_one_update() -> None:
 
 def test_an_update_forgets_the_gradients_of_the_last() -> None:
     state = TrainState.start(CORUN(2, 2))
-    weight = state.student.last.dehaze_net.mapping.weight
+    weight = state.student.get_parameter("last.dehaze_net.mapping.weight")
     for factor in (1.0, 3.0):
         state.update({"a": factor * weight.sum(), "b": weight.sum()}, lr=1e-3, ema=0.9, batch_images=1)
         assert weight.grad is not None and (weight.grad == factor + 1).all()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from corun_ray.core.checkpoints import load_network
+from corun_ray.core.restore import restore
 from corun_ray.service.console import Console
 from corun_ray.service.models import fetch_model
 from corun_ray.service.train import run_training
@@ -97,8 +98,8 @@ def test_colabator_around_another_network_leaves_a_model_that_pyfunc_runs(name, 
     tracking = f"sqlite:///{job.storage}/mlflow.db"
     model = fetch_model(uri, tracking)
     assert model.spec.type == network["type"] and bool(model.code) == (name == "users-class")
-    image = torch.rand(1, 3, 32, 32)
-    assert model.build().eval()(image).shape == image.shape
+    image = torch.rand(1, 3, 32, 40)
+    assert restore(model.build().eval(), image).scene.shape == image.shape
     (tmp_path / "elsewhere").mkdir()
     plain_pyfunc(tracking, name, tmp_path / "elsewhere")
 
