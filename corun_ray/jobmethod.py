@@ -51,9 +51,8 @@ def _known_quality(name: str) -> str:
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(
-            f'"{name}" is neither of {", ".join(QUALITY_NAMES)} nor a no-reference metric of pyiqa that can be used here{hint}'
-        )
+        ours = ", ".join(QUALITY_NAMES)
+        raise ValueError(f'"{name}" is neither of {ours} nor a metric of pyiqa that rates single images{hint}')
     return name
 
 
