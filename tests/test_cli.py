@@ -1,6 +1,7 @@
 """The command line as its user meets it: a process, its output, its exit code."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 
 from corun_ray.core.daclip import DEGRADATIONS
 from corun_ray.core.scorers import CLARITY, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY
-from corun_ray.jobfile import load_jobs
+from corun_ray.jobfile import dump_job, load_jobs
 from corun_ray.jobmethod import CLARITY_NAMES, QUALITY_NAMES, Degradation
 from tests.service.jobs import small_job
 
@@ -120,3 +121,25 @@ def test_the_jobs_that_we_ship_are_executable_and_valid(name):
     with open(path) as file:
         assert file.readline().strip() == "#!/usr/bin/env -S python3 -m corun_ray run"
     assert load_jobs(Path(path), env={})
+
+
+def test_weights_are_indexed_listed_and_missed(tmp_path, dataset):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    scoring = {"quality": "niqe", "weights": str(weights), "block_px": 96}
+    job = small_job("colabator", dataset, tmp_path, coherence=scoring, data={"patch_px": 96})
+    (tmp_path / "job.yaml").write_text(dump_job(job))
+    result = corun_ray("weights", "index", weights)
+    assert result.returncode == 2 and "no weight files there" in result.stderr
+    result = corun_ray("weights", "ls", tmp_path / "job.yaml")
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("niqe_modelparameters.mat")]
+    assert result.returncode == 1 and line.split()[-3:] == ["missing", "coherence.quality", "niqe"]
+    result = corun_ray("run", tmp_path / "job.yaml")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith(
+        "test-colabator: weights: niqe_modelparameters.mat (for coherence.quality niqe): mis"
+    )
+    shutil.copy("tests/data/iqa/niqe_modelparameters.mat", weights)
+    assert corun_ray("weights", "index", weights).returncode == 0
+    result = corun_ray("weights", "ls", tmp_path / "job.yaml")
+    assert result.returncode == 0 and " ok " in result.stdout

@@ -10,7 +10,6 @@ from corun_ray.core.weights import WeightsError
 from corun_ray.jobmethod import QUALITY_NAMES
 from corun_ray.service.manifest import Manifest, ManifestError, build_manifest, held_out, held_out_sets
 from corun_ray.service.storage import StorageError, locate
-from corun_ray.service.weights_cli import lacking
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")
 
@@ -86,14 +85,12 @@ def _has_networks(job: TrainingJob) -> bool:
 def _weights(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
     if not isinstance(job, TrainingJob) or (job.loss.weights is None and not _has_networks(job)):
         return
-    from corun_ray.service.scoring import needed_files
+    from corun_ray.service.scoring import missing_weights, needed_files
 
-    lines = []
     for folder, wanted in needed_files(job).items():
         yield f"weights   {', '.join(wanted)} in {folder}"
-        lines += lacking(folder, wanted)
-    if lines:
-        raise _Mistake("\n".join(f"weights: {line}" for line in lines))
+    if lines := missing_weights(job):
+        raise _Mistake("\n".join(lines))
 
 
 def _storage(job: Job, earlier: Sequence[Job]) -> Iterator[str]:

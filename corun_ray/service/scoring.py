@@ -15,6 +15,7 @@ from corun_ray.core.weights import WeightsError, WeightsSource, no_weights
 from corun_ray.jobmethod import QUALITY_NAMES, ColabatorLoss
 from corun_ray.jobmethod import Coherence as CoherenceSection
 from corun_ray.service.weights import Recorder, WeightsFolder
+from corun_ray.service.weights_cli import lacking
 
 
 def weights_source(uri: str | None) -> WeightsSource:
@@ -64,6 +65,11 @@ def check_scoring(job: TrainingJob) -> None:
             except ValueError as error:
                 raise WeightsError(str(error)) from None
     build_losses(job, weights_source(job.loss.weights), coherence)
+
+
+def missing_weights(job: TrainingJob) -> list[str]:
+    """One line for each file that the job needs and that cannot be used as it is; raises `WeightsError`."""
+    return [f"weights: {line}" for folder, wanted in needed_files(job).items() for line in lacking(folder, wanted)]
 
 
 def needed_files(job: TrainingJob) -> dict[str | None, dict[str, str]]:
