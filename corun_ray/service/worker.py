@@ -155,7 +155,13 @@ class Worker:
         if self.num_workers == 1:
             return student
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(student, device_ids=devices, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(
+            student,
+            device_ids=devices,
+            gradient_as_bucket_view=True,
+            # A network that is not ours may have parameters that take no part in restoring.
+            find_unused_parameters=self.model.spec.type != "corun",
+        )
 
     def _coherence(self) -> Coherence | None:
         if not isinstance(self.job, ColabatorJob):
