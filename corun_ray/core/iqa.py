@@ -73,7 +73,7 @@ def load_quality(
     if name not in no_reference_metrics():
         raise ValueError(f"coherence.quality: {name!r} is no metric of pyiqa that rates single images")
     worst, best = score_range or _own_range(name)
-    return Iqa(name, build_metric(name, lambda url: weights(_file_name(url))), worst, best, chunk_images)
+    return Iqa(name, build_metric(name, lambda url: weights(file_name(url))), worst, best, chunk_images)
 
 
 def build_metric(name: str, find: Find) -> nn.Module:
@@ -86,7 +86,7 @@ def build_metric(name: str, find: Find) -> nn.Module:
     files: list[str] = []
 
     def found(url: str) -> Path:
-        files.append(_file_name(url))
+        files.append(file_name(url))
         return find(url)
 
     try:
@@ -130,7 +130,8 @@ def _own_range(name: str) -> tuple[float, float]:
     return (facts.high, facts.low) if facts.lower_better else (facts.low, facts.high)
 
 
-def _file_name(url: str) -> str:
+def file_name(url: str) -> str:
+    """The name under which a weights folder holds what pyiqa has at `url`."""
     return Path(urlparse(url).path).name
 
 

@@ -87,9 +87,10 @@ def _weights(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
         return
     from corun_ray.service.scoring import missing_weights, needed_files
 
-    for folder, wanted in needed_files(job).items():
+    needed = needed_files(job)
+    for folder, wanted in needed.items():
         yield f"weights   {', '.join(wanted)} in {folder}"
-    if lines := missing_weights(job):
+    if lines := missing_weights(needed):
         raise _Mistake("\n".join(lines))
 
 

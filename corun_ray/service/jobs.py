@@ -13,7 +13,7 @@ from corun_ray.service.console import Console, duration, table
 from corun_ray.service.evaluate import Evaluation, evaluate
 from corun_ray.service.manifest import build_manifest
 from corun_ray.service.models import fetch_model
-from corun_ray.service.scoring import missing_weights
+from corun_ray.service.scoring import missing_weights, needed_files
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.tracking import Tracker, tracking_uri
 from corun_ray.service.train import run_training
@@ -37,7 +37,7 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path) -> None:
         # What is wrong with any job's data or weights should be said before a cluster is asked for anything.
         if isinstance(job, TrainingJob):
             build_manifest(job)
-            if lines := missing_weights(job):
+            if lines := missing_weights(needed_files(job)):
                 raise WeightsError("\n".join(f"{job.name}: {line}" for line in lines))
     cluster.connect(*(job.cluster for job in jobs))
     for job in jobs:

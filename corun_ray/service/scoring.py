@@ -17,6 +17,9 @@ from corun_ray.jobmethod import Coherence as CoherenceSection
 from corun_ray.service.weights import Recorder, WeightsFolder
 from corun_ray.service.weights_cli import lacking
 
+NeededFiles = dict[str | None, dict[str, str]]
+"""Folder or URI of weights (None: the job names none) → file → the key of the job file that needs it."""
+
 
 def weights_source(uri: str | None) -> WeightsSource:
     """The weights below a folder or URI of the job file, checked and kept on this node."""
@@ -67,17 +70,17 @@ def check_scoring(job: TrainingJob) -> None:
     build_losses(job, weights_source(job.loss.weights), coherence)
 
 
-def missing_weights(job: TrainingJob) -> list[str]:
-    """One line for each file that the job needs and that cannot be used as it is; raises `WeightsError`."""
-    return [f"weights: {line}" for folder, wanted in needed_files(job).items() for line in lacking(folder, wanted)]
+def missing_weights(needed: NeededFiles) -> list[str]:
+    """One line for each of `needed_files` that cannot be used as it is; raises `WeightsError`."""
+    return [f"weights: {line}" for folder, wanted in needed.items() for line in lacking(folder, wanted)]
 
 
-def needed_files(job: TrainingJob) -> dict[str | None, dict[str, str]]:
-    """The weight files that a job needs: folder or URI (None: the job names none) → file → the key that needs it.
+def needed_files(job: TrainingJob) -> NeededFiles:
+    """The weight files that a job needs.
 
     What a metric of pyiqa needs is found by building it: where its first file is missing, later ones stay unknown.
     """
-    needed: dict[str | None, dict[str, str]] = {}
+    needed: NeededFiles = {}
     if isinstance(job, ColabatorJob):
         section = job.coherence
         if section.clarity == "daclip":

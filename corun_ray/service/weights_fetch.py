@@ -11,6 +11,8 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
+from corun_ray.core import iqa
+from corun_ray.core.daclip import DACLIP_FILE
 from corun_ray.core.iqanames import no_reference_metrics
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.weights import INDEX, Content, file_content, read_index, write_index
@@ -18,7 +20,6 @@ from corun_ray.service.weights import INDEX, Content, file_content, read_index, 
 PUBLISHED = ("daclip", "musiq", "vgg19")
 """What the published recipe needs."""
 DACLIP_HUB = "weblzw/daclip-uir-ViT-B-32-irsde"
-DACLIP_FILE = "daclip_ViT-B-32.pt"
 
 Progress = Callable[[str], None]
 
@@ -50,18 +51,16 @@ def fetch(folder: Path, what: Sequence[str], progress: Progress = print) -> None
 
 def _fetch_metric(name: str, folder: Path, progress: Progress) -> None:
     """Builds a metric, which tells what it needs, again and again until it has it all."""
-    from corun_ray.core.iqa import build_metric
-
     fetched: set[str] = set()
 
     def find(url: str) -> Path:
         if url not in fetched:
             raise _Wanted(url)
-        return folder / _file_name(url)
+        return folder / iqa.file_name(url)
 
     while True:
         try:
-            build_metric(name, find)
+            iqa.build_metric(name, find)
             return
         except _Wanted as wanted:
             # While a metric is built the downloaders are replaced: only now can they be used.
@@ -73,7 +72,7 @@ def _fetch_metric(name: str, folder: Path, progress: Progress) -> None:
 def _fetch_file(url: str, folder: Path, progress: Progress) -> None:
     """Puts a file into the folder and its index, unless it is there as the index says."""
     contents = read_index(str(folder)) if (folder / INDEX).exists() else {}
-    name = _file_name(url)
+    name = iqa.file_name(url)
     path = folder / name
     if path.is_file() and contents.get(name) == file_content(path):
         progress(f"{name}  {_megabytes(contents[name])}  already there")
@@ -95,12 +94,12 @@ def _download(url: str, scratch: Path) -> Path:
         # OpenAI's URLs hold the whole digest, torchvision's file names its first digits.
         whole, start = re.search(r"/([0-9a-f]{64})/", url), re.search(r"-([0-9a-f]{8,})\.\w+$", url)
         digest = whole or start
-        path = scratch / _file_name(url)
+        path = scratch / iqa.file_name(url)
         torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress=sys.stderr.isatty())
         return _as_state_dict(path) if whole else path
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise WeightsError(f"{_file_name(url)}: cannot be had from {urlparse(url).netloc} ({reason})") from None
+        raise WeightsError(f"{iqa.file_name(url)}: cannot be had from {urlparse(url).netloc} ({reason})") from None
 
 
 def _from_hub(repository: str, name: str, scratch: Path) -> Path:
@@ -122,10 +121,6 @@ def _as_state_dict(archive: Path) -> Path:
     tensors = dict(torch.jit.load(str(archive), map_location="cpu").state_dict())
     torch.save(tensors, archive)
     return archive
-
-
-def _file_name(url: str) -> str:
-    return Path(urlparse(url).path).name
 
 
 def _megabytes(content: Content) -> str:

@@ -1,5 +1,7 @@
 """Small training jobs for tests, written as their job files would say them."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +39,21 @@ def small_job(kind: str, root: Path, folder: Path, /, **sections: dict[str, Any]
     (job,) = load_jobs(path)
     assert isinstance(job, TrainingJob)
     return job
+
+
+def assert_plain_pyfunc_runs(tracking: str, name: str, folder: Path) -> None:
+    """The champion of `name` restores images of two sizes in a fresh process that imports MLflow alone."""
+    code = (
+        "import sys, mlflow, numpy as np\n"
+        f"mlflow.set_tracking_uri({tracking!r})\n"
+        f"model = mlflow.pyfunc.load_model('models:/{name}@champion')\n"
+        "for shape in [(1, 40, 56, 3), (3, 33, 17, 3)]:\n"
+        "    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)\n"
+        "    out = model.predict(images)\n"
+        "    assert out.shape == shape and out.dtype == np.uint8, (out.shape, out.dtype)\n"
+        "    assert (out != images).any()\n"
+        "assert 'ray' not in sys.modules\n"
+        "print('fine')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    assert result.stdout.strip().endswith("fine"), result.stderr[-2000:]

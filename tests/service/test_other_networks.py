@@ -1,8 +1,5 @@
 """Colabator around other networks and on other tasks: two workers each, to a registered model that pyfunc runs."""
 
-import subprocess
-import sys
-
 import cv2
 import numpy as np
 import pytest
@@ -14,7 +11,7 @@ from corun_ray.service.console import Console
 from corun_ray.service.models import fetch_model
 from corun_ray.service.train import run_training
 from tests.conftest import photograph, write_image
-from tests.service.jobs import small_job
+from tests.service.jobs import assert_plain_pyfunc_runs, small_job
 
 USER_CLASS = '''
 from torch import nn
@@ -53,21 +50,6 @@ def rainy(tmp_path_factory):
     return root
 
 
-def plain_pyfunc(tracking, name, folder):
-    """Loads the model in a fresh process with MLflow alone, not in this checkout, and restores two images."""
-    code = (
-        "import mlflow, numpy as np\n"
-        f"mlflow.set_tracking_uri({tracking!r})\n"
-        f"model = mlflow.pyfunc.load_model('models:/{name}@champion')\n"
-        "images = np.random.default_rng(0).integers(0, 256, (2, 33, 50, 3)).astype(np.uint8)\n"
-        "out = model.predict(images)\n"
-        "assert out.shape == images.shape and out.dtype == np.uint8 and (out != images).any()\n"
-        "print('fine')\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
-    assert result.stdout.strip().endswith("fine"), result.stderr[-2000:]
-
-
 def networks(dataset, rainy):
     paired = {"clear": None, "depth": None, "hazy": str(rainy / "real")}
     paired["paired"] = {"hazy": str(rainy / "pairs" / "rainy"), "clear": str(rainy / "pairs" / "clean")}
@@ -102,7 +84,7 @@ def test_colabator_around_another_network_leaves_a_model_that_pyfunc_runs(name, 
     image = torch.rand(1, 3, 32, 40)
     assert restore(model.build().eval(), image).scene.shape == image.shape
     (tmp_path / "elsewhere").mkdir()
-    plain_pyfunc(tracking, name, tmp_path / "elsewhere")
+    assert_plain_pyfunc_runs(tracking, name, tmp_path / "elsewhere")
 
 
 def test_a_published_checkpoint_of_three_stages_is_fine_tuned_and_exported_under_the_same_names(

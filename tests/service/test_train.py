@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,7 +22,7 @@ from corun_ray.service.models import ModelSourceError, fetch_model
 from corun_ray.service.storage import locate
 from corun_ray.service.train import JobFailed, prepare, run_training
 from tests.conftest import write_image
-from tests.service.jobs import small_job
+from tests.service.jobs import assert_plain_pyfunc_runs, small_job
 
 FOLDER = Path()
 """Where a network's own class would lie."""
@@ -65,20 +63,7 @@ def test_leaves_a_registered_model_that_plain_pyfunc_runs(colabator, dataset, tm
     """In a fresh process that imports MLflow alone."""
     job, uri = colabator
     assert uri == "models:/corun-test/1"
-    code = (
-        "import sys, mlflow, numpy as np\n"
-        f"mlflow.set_tracking_uri({tracking(job)!r})\n"
-        "model = mlflow.pyfunc.load_model('models:/corun-test@champion')\n"
-        "for shape in [(1, 40, 56, 3), (3, 33, 17, 3)]:\n"
-        "    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)\n"
-        "    out = model.predict(images)\n"
-        "    assert out.shape == shape and out.dtype == np.uint8, (out.shape, out.dtype)\n"
-        "    assert (out != images).any()\n"
-        "assert 'ray' not in sys.modules\n"
-        "print('fine')\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert result.stdout.strip().endswith("fine"), result.stderr[-2000:]
+    assert_plain_pyfunc_runs(tracking(job), "corun-test", tmp_path)
 
 
 def test_the_registered_model_is_the_last_checkpoint_s_teacher(colabator):
