@@ -76,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
             help="override a key in every job that has it (NAME:key.path=value: in one); may be repeated",
         )
 
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the last run of each training job from its last checkpoint: same samples, labels and "
+        "optimizer; jobs that had ended are passed over, jobs without a run begin",
+    )
+
     demo = command(
         "demo", _demo, "write a small dataset of rendered scenes", "Folders: clear, depth, hazy, hazy_truth."
     )
@@ -151,23 +158,27 @@ def _run(args: argparse.Namespace) -> int:
     from corun_ray.service.console import Console
     from corun_ray.service.jobs import run_jobs
 
-    return _reporting(lambda: run_jobs(jobs, Console(), args.job.parent.absolute()))
+    return _reporting(lambda: run_jobs(jobs, Console(), args.job.parent.absolute(), args.resume))
 
 
 def _reporting(action: Callable[[], object]) -> int:
     """Runs a job's action and turns the errors that a user can mend into lines and exit codes."""
     from corun_ray.core.weights import WeightsError
     from corun_ray.service.cluster import ClusterError
+    from corun_ray.service.fit import JobFailed
     from corun_ray.service.manifest import ManifestError
     from corun_ray.service.models import ModelSourceError
+    from corun_ray.service.runs import ResumeError
     from corun_ray.service.storage import StorageError
     from corun_ray.service.tracking import TrackingError
-    from corun_ray.service.train import JobFailed
 
     log = _divert_stderr()
     try:
         action()
-    except (ClusterError, ManifestError, ModelSourceError, StorageError, TrackingError, WeightsError) as error:
+    except (
+        *(ClusterError, ManifestError, ModelSourceError, ResumeError),
+        *(StorageError, TrackingError, WeightsError),
+    ) as error:
         raise WrongRequest(error) from None
     except JobFailed as error:
         print(f"{error}\nRay's own messages: {log}", file=sys.stderr)

@@ -27,6 +27,7 @@ from corun_ray.jobvalues import (
     Strict,
     Text,
     Whole,
+    Workers,
     some_once,
 )
 
@@ -120,11 +121,31 @@ class ColabatorTrain(Train):
 
 
 class Cluster(Section):
-    workers: OneOrMore = Field(1, description="number of training workers")
+    workers: Workers = Field((1, 1), description="training workers; [low, high]: as many as there is room for")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of a worker; 0 runs on the CPU")
     cpus_per_worker: Positive = Field(1.0, description="CPUs of a worker")
     data_cpus: OneOrMore = Field(1, description="CPUs that decode images")
     max_failures: Count = Field(3, ge=0, description="restarts before the job fails")
+
+    @property
+    def min_workers(self) -> int:
+        """As many must there be."""
+        return self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """More are never used."""
+        return self.workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change in a run."""
+        return self.min_workers < self.max_workers
+
+    @property
+    def workers_text(self) -> str:
+        """For people: `8` or `4 to 8`."""
+        return f"{self.min_workers} to {self.max_workers}" if self.is_elastic else str(self.max_workers)
 
 
 with warnings.catch_warnings():

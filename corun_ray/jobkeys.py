@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from corun_ray.config import KINDS, ColabatorJob, EvaluateJob, Job, PretrainJob
-from corun_ray.jobvalues import Section
+from corun_ray.jobvalues import WORKERS, Section
 
 LIMIT_WORDS = {
     "ge": "at least",
@@ -88,7 +88,8 @@ def reference() -> str:
         same = len(set(defaults.values())) == 1
         default = defaults[users[0]] if same else ", ".join(f"{d} in {kind}" for kind, d in defaults.items())
         meaning = f"{field.description}{only if only != said else ''}"
-        lines += [f"  {path:<26} {default}", f"      {_type(field.annotation)}{_range(field)}; {meaning}"]
+        kind_of_value = "whole number or [low, high]" if WORKERS in field.metadata else _type(field.annotation)
+        lines += [f"  {path:<26} {default}", f"      {kind_of_value}{_range(field)}; {meaning}"]
     return "\n".join(lines) + "\n"
 
 
@@ -109,6 +110,8 @@ def _default(path: str, fields: dict[str, FieldInfo]) -> str:
     section = path.rpartition(".")[0]
     siblings = {p.rpartition(".")[2]: f.default for p, f in fields.items() if p.rpartition(".")[0] == section}
     value = fields[path].get_default(call_default_factory=True, validated_data=siblings)
+    if WORKERS in fields[path].metadata and value[0] == value[1]:
+        value = value[0]
     return value if value and isinstance(value, str) else json.dumps(value)
 
 

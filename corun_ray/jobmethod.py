@@ -156,8 +156,11 @@ class Coherence(Section):
 
 
 class Pool(Section):
-    shards: Count = Field(1, ge=1, le=1, description="number of actors that share the index")
+    shards: Count = Field(1, ge=1, le=256, description="number of actors that the labels are spread over")
     encoding: Encoding = Field("uint8", description="number type in which a label is kept")
+    memory_mib: OptionalCount = Field(
+        None, ge=1, description="labels in memory, all shards together; others are read back from storage; null: all"
+    )
 
 
 class Loss(Section):

@@ -1,9 +1,11 @@
 """Kinds of values that a job file holds: a type with its checks, ranges and the spellings that it takes."""
 
+import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+WORKERS = "workers"  # marks a number or a pair that is kept as a pair
 COUNT = "count"  # marks a number of things: out of range it is "too few", where a size is "too small"
 
 
@@ -24,6 +26,21 @@ def _low_first(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
         raise ValueError(f"[{pair[0]}, {pair[1]}] is in the wrong order (low first)")
     return pair
+
+
+def _workers(value: Any) -> Any:
+    """Takes a number n for [n, n]."""
+    low, high = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
+    for number in (_whole(low), _whole(high)):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ValueError(f"{_written(value)} is not a whole number or [low, high]")
+        if number < 1:
+            raise ValueError(f"{_written(value)} is too few (at least 1)")
+    return _whole(low), _whole(high)
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def some_once(items: tuple[str, ...]) -> tuple[str, ...]:
@@ -47,6 +64,13 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_low_first)]
 FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_low_first)]
+Workers = Annotated[
+    tuple[int, int],
+    BeforeValidator(_workers),
+    AfterValidator(_low_first),
+    PlainSerializer(lambda pair: pair[0] if pair[0] == pair[1] else pair),
+    WORKERS,
+]
 LearningRate = Annotated[float, Field(gt=0, le=1, description="learning rate at the first step")]
 MinLearningRate = Annotated[float, Field(ge=0, description="learning rate at the schedule's end; lr: constant")]
 ScheduleSteps = Annotated[OneOrMore, Field(description="length of the cosine schedule, in steps")]

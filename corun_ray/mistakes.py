@@ -9,7 +9,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from corun_ray.config import KINDS, Job
-from corun_ray.jobkeys import LIMIT_WORDS, field_at, keys, limits, takes
+from corun_ray.jobkeys import LIMIT_WORDS, field_at, keys, takes
 from corun_ray.jobvalues import COUNT, Mismatch
 from corun_ray.jobyaml import Loc
 
@@ -88,10 +88,7 @@ def _words(error: Any, field: FieldInfo) -> str:
 def _out_of_range(field: FieldInfo, ctx: Mapping[str, float]) -> str:
     (word, limit), *_ = ctx.items()
     low, high = ("few", "many") if COUNT in field.metadata else ("small", "large")
-    span = limits(field)
-    is_single = "ge" in span and span["ge"] == span.get("le")
-    expected = f"only {limit} so far" if is_single else f"{LIMIT_WORDS[word]} {limit:.10g}"
-    return f"too {low if word in ('ge', 'gt') else high} ({expected})"
+    return f"too {low if word in ('ge', 'gt') else high} ({LIMIT_WORDS[word]} {limit:.10g})"
 
 
 def not_one_of(value: Any, choices: Collection[str]) -> str:

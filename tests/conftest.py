@@ -32,9 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """An S3 endpoint over HTTP on loopback, which this process and all its children know by environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -48,6 +46,13 @@ def s3_server() -> Iterator[str]:
         environment.undo()
         server.terminate()
         server.wait()
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def wait_for(url: str, timeout_s: float = 60.0) -> None:
@@ -98,7 +103,11 @@ def write_image(path: Path, image: np.ndarray) -> None:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `clear` (8), `depth` (8), `hazy` (6) and `hazy_truth` (6)."""
-    root = tmp_path_factory.mktemp("dataset")
+    return make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+def make_dataset(root: Path) -> Path:
+    """Writes it below `root`."""
     rng = np.random.default_rng(0)
     for i in range(8):
         clear = photograph(rng, 72, 96)

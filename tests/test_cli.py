@@ -30,7 +30,7 @@ data: {clear: /clear, hazy: /hazy, patch_px: 300}
 network: {stages: 1}
 optim: {learning_rate: 1.0e-4}
 train: {steps: many}
-pool: {shards: 4}
+pool: {shards: 400}
 """
 
 
@@ -44,7 +44,7 @@ def test_five_mistakes_are_five_lines_and_exit_code_2(tmp_path, command):
         "data.patch_px: 300 is not a multiple of 16",
         "network.stages: 1 is too few (at least 2)",
         "optim.learning_rate: unknown key (did you mean optim.lr?)",
-        "pool.shards: 4 is too many (only 1 so far)",
+        "pool.shards: 400 is too many (at most 256)",
         'train.steps: "many" is not a whole number',
     ]
     assert result.stdout == ""

@@ -72,6 +72,7 @@ LAZY = {
     name: {Import(package, True) for package in packages}
     for name, packages in {
         "weights.py": ("torch", "safetensors"),
+        "tensorfile.py": ("safetensors",),
         "daclip.py": ("open_clip",),
         "iqa.py": ("pyiqa",),
         "iqa_offline.py": ("pyiqa", "timm", "clip", "packaging"),

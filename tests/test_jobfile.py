@@ -46,7 +46,7 @@ def test_set_replaces_adds_and_takes_yaml(tmp_path: Path) -> None:
     )
     assert (job.train.steps, job.train.log_every, job.haze.beta) == (20, 2, (0.5, 1.5))
     assert job.data.validation and job.data.validation.hazy == "s3://b/v?a=b"
-    assert (job.optim.lr, job.cluster.workers, job.cluster.cpus_per_worker) == (1e-3, 2, 0.5)
+    assert (job.optim.lr, job.cluster.workers, job.cluster.cpus_per_worker) == (1e-3, (2, 2), 0.5)
     assert (job.tracking.uri, job.network.init, job.seed) == ("", "a.pth", 4)
 
 

@@ -23,4 +23,6 @@ def test_reference_gives_defaults_ranges_and_kinds() -> None:
     )
     assert "pool: the optimal label pool (colabator only)" in lines
     assert "text; a folder or URI of real hazy images (colabator only)" in lines
-    assert lines[lines.index("cluster.workers 1") + 1] == "whole number, at least 1; number of training workers"
+    assert lines[lines.index("cluster.workers 1") + 1] == (
+        "whole number or [low, high]; training workers; [low, high]: as many as there is room for"
+    )

@@ -37,7 +37,7 @@ train: {steps: many}
             'network.type: "NAFnet" is neither corun, an architecture of spandrel nor module.path:ClassName '
             "(did you mean NAFNet?)",
         ),
-        ("pool: {shards: 4}", "pool.shards: 4 is too many (only 1 so far)"),
+        ("pool: {shards: 400}", "pool.shards: 400 is too many (at most 256)"),
         ("loss: {perceptual: vgg19}", "loss.weights: missing (perceptual vgg19 needs its weights)"),
         ("optim: {lr: 0}", "optim.lr: 0 is too small (more than 0)"),
         ("optim: {ema: 1}", "optim.ema: 1 is too large (less than 1)"),

@@ -37,6 +37,12 @@ class Label:
     block_quality: np.ndarray
     """h w, float32."""
 
+    @property
+    def size_bytes(self) -> int:
+        """What its arrays take in memory."""
+        arrays = (self.scene, self.transmission, self.block_clarity, self.block_quality)
+        return sum(array.nbytes for array in arrays if array is not None)
+
 
 def encode(unit: np.ndarray, encoding: Encoding) -> np.ndarray:
     """Values in [0, 1] as stored: `uint8` rounds to 1/255, `float16` to 11 bits, `float32` is exact."""

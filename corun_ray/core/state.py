@@ -1,11 +1,15 @@
 """Everything that training changes, in one place: networks, optimizer, schedule and position in the stream."""
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter from its first gradient on."""
 
 
 @dataclass
@@ -45,20 +49,62 @@ class TrainState:
         self.step += 1
         self.num_images_seen += batch_images
 
-    def training_record(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the networks: tensors and plain values only, so that it loads as data."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "num_images_seen": self.num_images_seen,
-        }
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state, not copied: `student.NAME`, `teacher.NAME` and `optimizer.NAME.KEY`.
 
-    def restore(self, params: dict[str, Tensor], params_ema: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """The inverse of saving: see `checkpoints`."""
-        self.student.load_state_dict(params)
-        self.teacher.load_state_dict(params_ema)
-        self.optimizer.load_state_dict(record["optimizer"])
-        self.step, self.num_images_seen = record["step"], record["num_images_seen"]
+        The last are AdamW's, with every KEY of `MOMENTS` for each of the student's parameters that has had a gradient.
+        """
+        moments = {
+            f"optimizer.{name}.{key}": tensor
+            for name, parameter in self.student.named_parameters()
+            for key, tensor in self.optimizer.state.get(parameter, {}).items()
+        }
+        return self._network_tensors() | moments
+
+    def values(self) -> dict[str, Any]:
+        """Everything of the state that is no tensor, as plain values: both counters and AdamW's groups, lr included."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        return {"step": self.step, "num_images_seen": self.num_images_seen, "param_groups": groups}
+
+    def wanted(self, stored: Collection[str]) -> dict[str, Tensor]:
+        """What `restore` takes of a state stored under these names: tensors of the right shapes and dtypes.
+
+        The names decide only which parameters have had a gradient: AdamW has all of `MOMENTS` for them, else none.
+        """
+        wanted = self._network_tensors()
+        for name, parameter in self.student.named_parameters():
+            like = dict.fromkeys(MOMENTS, parameter) | {"step": torch.tensor(0.0, dtype=torch.float32)}
+            moments = {f"optimizer.{name}.{key}": tensor for key, tensor in like.items()}
+            if not moments.keys().isdisjoint(stored):
+                wanted |= moments
+        return wanted
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """The inverse of `tensors` and `values`, which must be those of a state like this one; all are copied."""
+        for part, network in self._networks().items():
+            network.load_state_dict({name: tensors[f"{part}.{name}"] for name in network.state_dict()})
+        moments = {}
+        for index, (name, _) in enumerate(self.student.named_parameters()):
+            if f"optimizer.{name}.step" in tensors:
+                # Copies, since AdamW keeps what it is given and these may be mapped from a file that goes away.
+                moments[index] = {key: tensors[f"optimizer.{name}.{key}"].clone() for key in MOMENTS}
+        groups = [
+            # JSON has no tuples, which betas are.
+            {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()} | {"params": own["params"]}
+            for group, own in zip(values["param_groups"], self.optimizer.state_dict()["param_groups"], strict=True)
+        ]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.step, self.num_images_seen = values["step"], values["num_images_seen"]
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student, "teacher": self.teacher}
+
+    def _network_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{part}.{name}": tensor
+            for part, network in self._networks().items()
+            for name, tensor in network.state_dict().items()
+        }
 
 
 @torch.no_grad()

@@ -30,6 +30,8 @@ class News:
     """Step, name and PNG."""
     errors: list[tuple[int, str]] = field(default_factory=list)
     """Rank and traceback of workers that raised; one that was killed says nothing."""
+    notes: list[str] = field(default_factory=list)
+    """Lines for the console."""
     attempts: list[Attempt] = field(default_factory=list)
     num_bad_files: int = 0
 
@@ -73,6 +75,10 @@ class BoardState:
         """A worker is about to fail."""
         self._news.errors.append((rank, traceback))
 
+    def post_note(self, text: str) -> None:
+        """Something that a person who watches should know."""
+        self._news.notes.append(text)
+
     def take_news(self) -> News:
         """What has come since the last call."""
         news, self._news = self._news, News(step=self._news.step)
@@ -81,5 +87,6 @@ class BoardState:
 
 
 def start_board() -> Any:
-    """The board as an actor, alive as long as the driver holds the handle."""
-    return ray.remote(num_cpus=0)(BoardState).remote()
+    """The board as an actor on the driver's node, alive as long as the driver holds the handle."""
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return ray.remote(num_cpus=0, label_selector=here)(BoardState).remote()

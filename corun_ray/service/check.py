@@ -103,10 +103,11 @@ def _storage(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
 
 def _machines(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
     size = job.cluster
-    cpus = size.workers * size.cpus_per_worker + size.data_cpus
-    gpus = size.workers * size.gpus_per_worker
+    cpus = size.min_workers * size.cpus_per_worker + size.data_cpus
+    gpus = size.min_workers * size.gpus_per_worker
     where = os.environ.get("RAY_ADDRESS")
-    yield f"machines  {size.workers} workers; {cpus:g} CPUs and {gpus:g} GPUs in all, on {where or 'a local Ray'}"
+    needs = f"{'at least ' if size.is_elastic else ''}{cpus:g} CPUs and {gpus:g} GPUs in all"
+    yield f"machines  {size.workers_text} workers; {needs}, on {where or 'a local Ray'}"
     if gpus and not where and gpus > _local_gpus():
         raise _Mistake(
             f"cluster.gpus_per_worker: {gpus:g} GPUs in all, but this machine has {_local_gpus()} "

@@ -31,7 +31,7 @@ def connect(*needs: Cluster) -> str:
     training workers and decoding tasks share a small machine; a cluster must really have them.
     """
     if not ray.is_initialized():
-        _start_or_join(max(map(_cpus_needed, needs), default=1))
+        _start_or_join(max((_cpus_needed(need, need.max_workers) for need in needs), default=1))
     for need in needs:
         _check_size(need)
     if not os.environ.get("RAY_ADDRESS"):
@@ -40,8 +40,8 @@ def connect(*needs: Cluster) -> str:
     return f"{os.environ['RAY_ADDRESS']} ({nodes} node{'s' * (nodes != 1)})"
 
 
-def _cpus_needed(cluster: Cluster) -> float:
-    return cluster.workers * cluster.cpus_per_worker + cluster.data_cpus
+def _cpus_needed(cluster: Cluster, workers: int) -> float:
+    return workers * cluster.cpus_per_worker + cluster.data_cpus
 
 
 def _start_or_join(min_cpus: float) -> None:
@@ -62,10 +62,11 @@ def _start_or_join(min_cpus: float) -> None:
 
 def _check_size(cluster: Cluster) -> None:
     total = ray.cluster_resources()
-    needed = {"CPU": _cpus_needed(cluster), "GPU": cluster.workers * cluster.gpus_per_worker}
+    workers = cluster.min_workers
+    needed = {"CPU": _cpus_needed(cluster, workers), "GPU": workers * cluster.gpus_per_worker}
     for kind, amount in needed.items():
         if amount > total.get(kind, 0):
             raise ClusterError(
-                f"cluster: {cluster.workers} workers need {amount:g} {kind}s in all (decoding included), "
+                f"cluster: {workers} workers need {amount:g} {kind}s in all (decoding included), "
                 f"Ray has {total.get(kind, 0):g}"
             )

@@ -75,6 +75,8 @@ class Follower:
                 self._console.say(
                     f"  workers restarted: going on from step {attempt.first_step} with {attempt.workers}"
                 )
+        for text in news.notes:
+            self._console.say(f"  {text}")
         for step, metrics in news.metrics:
             self._latest |= metrics
             self._tracker.metrics(step, metrics)

@@ -27,8 +27,10 @@ FOLDERS = (
 """The keys of a job file that name folders or URIs; `*` is every key at its place."""
 
 
-def run_jobs(jobs: Sequence[Job], console: Console, folder: Path) -> None:
+def run_jobs(jobs: Sequence[Job], console: Console, folder: Path, resume: bool = False) -> None:
     """Runs a pipeline from a job file in `folder`; the first job that fails ends it.
+
+    With `resume`, training jobs go on where their last runs stopped, and those that had ended are passed over.
 
     Raises what `run_training` and `run_evaluation` raise.
     """
@@ -42,7 +44,7 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path) -> None:
     cluster.connect(*(job.cluster for job in jobs))
     for job in jobs:
         if isinstance(job, TrainingJob):
-            run_training(job, console, folder)
+            run_training(job, console, folder, resume)
         elif isinstance(job, EvaluateJob):
             run_evaluation(job, console)
 

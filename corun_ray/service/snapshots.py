@@ -1,77 +1,180 @@
-"""A label pool on storage: one Parquet file, one row a label, readable with pyarrow or pandas.
+"""Snapshots of a label pool: which segments, in which order, are the pool as it was after a step.
 
-Arrays are raw little-endian bytes beside their dtype and shape; nothing in the file is ever executed.
+A run keeps its pool in one folder: `segments/`, `step_00000500.json` for each snapshot, and `current.json`, which says
+where a shard that comes back must stand. A snapshot's file is written when all of its segments are, so that a crash
+leaves the last good one; segments that no snapshot names are deleted by the next sweep.
 """
 
-import io
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from corun_ray.core.labels import Label, Scores
+from corun_ray.core.labels import Label
+from corun_ray.service import segments
+from corun_ray.service.poolindex import Head, Place, PoolCounters, Segment
 from corun_ray.service.storage import Location, StorageError
 
-ROWS_PER_GROUP = 64
-DTYPES = frozenset({"uint8", "float16", "float32"})
-ARRAYS = ("scene", "transmission", "block_clarity", "block_quality")
+CURRENT_FILE = "current.json"
+SEGMENTS = "segments"
+FORMAT = 1
+_SNAPSHOT_NAME = re.compile(r"step_(\d{8,})\.json")
 
-ARRAY_TYPE = pa.struct([("dtype", pa.string()), ("shape", pa.list_(pa.int32())), ("data", pa.binary())])
-SCHEMA = pa.schema(
-    [("key", pa.string()), ("clarity", pa.float64()), ("quality", pa.float64()), ("step", pa.int64())]
-    + [(name, ARRAY_TYPE) for name in ARRAYS]
-)
+SegmentName = Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,100}$")]
+Number = Annotated[int, Field(ge=0)]
 
 
-def write(target: Location, labels: Iterable[Label]) -> None:
-    """Writes a snapshot; a reader sees all of it or nothing. Raises `StorageError`."""
-    buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, SCHEMA, compression="zstd") as writer:
-        rows: list[dict] = []
-        for label in labels:
-            rows.append(_row(label))
-            if len(rows) == ROWS_PER_GROUP:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
-                rows = []
-        if rows:
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
-    target.write(buffer.getvalue())
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-def read(source: Location) -> Iterator[Label]:
-    """The labels of a snapshot; raises `StorageError` for a file that is none."""
+class SegmentRecord(_Checked):
+    """See `poolindex.Segment`; a name has no separators, so it stays in its folder."""
+
+    name: SegmentName
+    order: Number
+    rows: Number
+
+
+class CounterRecord(_Checked):
+    """See `PoolCounters`, of one shard."""
+
+    offers: Number
+    wins: Number
+    reads: Number
+    hits: Number
+    loads: Number
+    evictions: Number
+    wins_by_step: dict[Annotated[str, Field(pattern=r"^\d{1,15}$")], Number]
+
+
+class Snapshot(_Checked):
+    """The content of a snapshot's file."""
+
+    format: int = Field(FORMAT, ge=FORMAT, le=FORMAT)
+    step: Number
+    labels: Number
+    segments: tuple[SegmentRecord, ...]
+    shards: tuple[CounterRecord, ...]
+
+
+class Current(_Checked):
+    """Where the pool of a running job stands: what a shard that was restarted restores."""
+
+    generation: Number
+    snapshot: Annotated[str, Field(pattern=r"^step_\d{8,}\.json$")] | None
+
+
+def name_of(step: int) -> str:
+    """The file of the snapshot taken after `step` steps."""
+    return f"step_{step:08d}.json"
+
+
+def step_of(name: str) -> int | None:
+    """The inverse of `name_of`; None for other files."""
+    match = _SNAPSHOT_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def write(
+    pool: Location, step: int, labels: int, parts: Iterable[Iterable[Segment]], counters: Iterable[PoolCounters]
+) -> None:
+    """Makes a snapshot visible, once all its segments are written: one list of segments and counters per shard."""
+    merged = {segment.name: segment for part in parts for segment in part}
+    ordered = sorted(merged.values(), key=lambda segment: (segment.order, segment.name))
+    snapshot = Snapshot(
+        format=FORMAT,
+        step=step,
+        labels=labels,
+        segments=tuple(SegmentRecord(**segment._asdict()) for segment in ordered),
+        shards=tuple(_counter_record(shard) for shard in counters),
+    )
+    pool.child(name_of(step)).write(snapshot.model_dump_json(indent=1).encode())
+
+
+def read(place: Location) -> Snapshot:
+    """A snapshot's file, checked; raises `StorageError`."""
+    return _read(place, Snapshot, "snapshot of a label pool")
+
+
+def write_current(pool: Location, current: Current) -> None:
+    """Says where the pool stands."""
+    pool.child(CURRENT_FILE).write(current.model_dump_json().encode())
+
+
+def read_current(pool: Location) -> Current:
+    """See `Current`; raises `StorageError`."""
+    return _read(pool.child(CURRENT_FILE), Current, "label pool's state")
+
+
+def index(pool: Location, snapshot: Snapshot) -> dict[str, tuple[Head, Place]]:
+    """Every label of a snapshot without its images, and where it is; raises `StorageError`."""
+    folder = pool.child(SEGMENTS)
+    found: dict[str, tuple[Head, Place]] = {}
+    for segment in sorted(snapshot.segments, key=lambda segment: segment.order):
+        for row, head in enumerate(segments.read_index(folder, segment.name)):
+            found[head.key] = (head, Place(segment.name, row))
+    return found
+
+
+def labels(pool: Location, snapshot: Snapshot) -> Iterator[Label]:
+    """Every label of a snapshot; raises `StorageError`."""
+    rows: dict[str, list[int]] = {}
+    for _, place in index(pool, snapshot).values():
+        rows.setdefault(place.segment, []).append(place.row)
+    for name, wanted in rows.items():
+        yield from segments.read_labels(pool.child(SEGMENTS), name, sorted(wanted))
+
+
+def counters_of_shard(snapshot: Snapshot, number: int, num_shards: int) -> PoolCounters:
+    """With what a shard goes on counting: its own counters, or, where shards have changed, all of them on the first."""
+    if num_shards == len(snapshot.shards):
+        return _counters(snapshot.shards[number])
+    return total_counters(snapshot) if number == 0 else PoolCounters()
+
+
+def total_counters(snapshot: Snapshot) -> PoolCounters:
+    """The counters of all shards, added up."""
+    return sum(map(_counters, snapshot.shards), PoolCounters())
+
+
+def sweep(pool: Location, keep: set[str], in_use: Iterable[str]) -> None:
+    """Deletes snapshots not among `keep` (file names), and segments that neither they nor `in_use` name.
+
+    `in_use` must be learnt after the files have been listed: it is consumed only then.
+    """
+    files = pool.files()
+    named: set[str] = set()
+    for file in files:
+        if step_of(file) is not None and file not in keep:
+            pool.child(file).delete()
+        elif file in keep:
+            named |= {segment.name for segment in read(pool.child(file)).segments}
+    named.update(in_use)
+    for file in files:
+        folder, _, base = file.rpartition("/")
+        if folder == SEGMENTS and base.partition(".")[0] not in named:
+            pool.child(file).delete()
+
+
+def _read(place: Location, model: type[Any], what: str) -> Any:
     try:
-        file = pq.ParquetFile(io.BytesIO(source.read()))
-        for batch in file.iter_batches(batch_size=ROWS_PER_GROUP):
-            for row in batch.to_pylist():
-                yield _label(row)
-    except (pa.ArrowException, KeyError, ValueError) as error:
-        raise StorageError(f"{source.uri} is not a label pool's snapshot: {str(error).splitlines()[0]}") from None
+        return model.model_validate_json(place.read())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise StorageError(f"{place.uri} is no {what}: {where + ': ' if where else ''}{first['msg']}") from None
 
 
-def _row(label: Label) -> dict:
-    arrays = {name: _pack(getattr(label, name)) for name in ARRAYS}
-    return {"key": label.key, **label.scores._asdict(), "step": label.step, **arrays}
+def _counter_record(counters: PoolCounters) -> CounterRecord:
+    names = [name for name in CounterRecord.model_fields if name != "wins_by_step"]
+    by_step = {str(step): wins for step, wins in sorted(counters.wins_by_step.items())}
+    return CounterRecord(**{name: getattr(counters, name) for name in names}, wins_by_step=by_step)
 
 
-def _label(row: dict) -> Label:
-    scores = Scores(row["clarity"], row["quality"])
-    arrays = {name: _unpack(row[name]) for name in ARRAYS}
-    if any(arrays[name] is None for name in ARRAYS if name != "transmission"):
-        raise ValueError(f"label {row['key']} lacks an array")
-    return Label(key=row["key"], scores=scores, step=row["step"], **arrays)  # type: ignore[arg-type]
-
-
-def _pack(array: np.ndarray | None) -> dict | None:
-    if array is None:
-        return None
-    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": array.tobytes()}
-
-
-def _unpack(packed: dict | None) -> np.ndarray | None:
-    if packed is None:
-        return None
-    if packed["dtype"] not in DTYPES:
-        raise ValueError(f"an array of {packed['dtype']}; expected one of {', '.join(sorted(DTYPES))}")
-    return np.frombuffer(packed["data"], dtype=packed["dtype"]).reshape(packed["shape"])
+def _counters(record: CounterRecord) -> PoolCounters:
+    values = record.model_dump()
+    by_step = {int(step): wins for step, wins in values.pop("wins_by_step").items()}
+    return PoolCounters(**values, wins_by_step=Counter(by_step))

@@ -21,7 +21,7 @@ from corun_ray.core import samples, scattering
 from corun_ray.core.images import BadImage, decode_depth, decode_image
 from corun_ray.service.manifest import Manifest
 from corun_ray.service.phases import Layout
-from corun_ray.service.storage import StorageError, locate
+from corun_ray.service.storage import MissingFile, locate
 
 T = TypeVar("T")
 Batch = dict[str, np.ndarray]
@@ -141,7 +141,10 @@ class _Unusable(Exception):
 
 
 class _naming:
-    """Gives a `BadImage` raised inside the name of the file that it is about."""
+    """Gives a `BadImage` or `MissingFile` raised inside the name of the file that it is about.
+
+    Any other `StorageError` passes: a store that cannot be reached says nothing about its images.
+    """
 
     def __init__(self, root: str, key: str) -> None:
         self.uri = posixpath.join(root, key)
@@ -150,7 +153,7 @@ class _naming:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, BadImage | StorageError):
+        if isinstance(error, BadImage | MissingFile):
             raise _Unusable(self.uri, str(error)) from None
 
 

@@ -65,15 +65,16 @@ def _mlflow(uri: str) -> Any:
 class Tracker:
     """One MLflow run, from `start` to `finish`."""
 
-    def __init__(self, job: Job, run_id: str) -> None:
-        """Opens the run named `run_id`; raises `TrackingError`."""
+    def __init__(self, job: Job, name: str, earlier: str | None = None) -> None:
+        """Opens a run called `name`, or again the one of MLflow's id `earlier`; raises `TrackingError`."""
         self.uri = tracking_uri(job)
         self._mlflow = _mlflow(self.uri)
         try:
             self._select_experiment(job)
-            self._run = self._mlflow.start_run(run_name=run_id, log_system_metrics=False)
-            params = flatten(job.model_dump(mode="json"))
-            self._mlflow.log_params({key: str(value)[:500] for key, value in params.items()})
+            self._run = self._mlflow.start_run(earlier, run_name=name, log_system_metrics=False)
+            if earlier is None:  # MLflow's params stay what the run began with
+                params = flatten(job.model_dump(mode="json"))
+                self._mlflow.log_params({key: str(value)[:500] for key, value in params.items()})
         except Exception as error:
             raise TrackingError(f"tracking.uri: {self.uri} does not answer as MLflow: {_first_line(error)}") from None
 

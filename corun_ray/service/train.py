@@ -1,36 +1,32 @@
 """A pre-training or Colabator job, seen from the driver: prepare, train on Ray, register."""
 
-import functools
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train import Result
 
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.jobfile import dump_job
 from corun_ray.service import cluster
 from corun_ray.service.board import start_board
 from corun_ray.service.console import Console, duration
+from corun_ray.service.fit import JobFailed, fit
 from corun_ray.service.follower import Follower
 from corun_ray.service.manifest import Manifest, build_manifest, held_out_sets
 from corun_ray.service.models import Model, starting_model
 from corun_ray.service.phases import phases
 from corun_ray.service.pool import start_pool
+from corun_ray.service.runs import JOB_FILE, RunRecord, last_run, new_run, read_record, refuse_changes, write_record
+from corun_ray.service.saving import steps_saved
 from corun_ray.service.scoring import check_scoring
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.tracking import Tracker
-from corun_ray.service.worker import WorkerPlan, train_worker
+from corun_ray.service.worker import POOL_FOLDER, WorkerPlan
 
 NAMED_BAD_FILES = 10
-
-
-class JobFailed(Exception):
-    """The job ended without its result; the message says why, for a person."""
 
 
 def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
@@ -45,37 +41,43 @@ def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
     return manifest, starting_model(job, folder)
 
 
-def run_training(job: TrainingJob, console: Console, folder: Path) -> str:
+def run_training(job: TrainingJob, console: Console, folder: Path, resume: bool = False) -> str:
     """Runs the job to its end and returns the URI of its model; `folder` is the job file's.
 
-    Raises the errors of `prepare`, `ClusterError`, `TrackingError` and `JobFailed`.
+    With `resume`, goes on with the job's last run where its last checkpoint stands; one that has ended is left as it
+    is, and without one the job begins. Raises the errors of `prepare`, `ClusterError`, `TrackingError`,
+    `ResumeError` and `JobFailed`.
     """
     started = time.monotonic()
     manifest, model = prepare(job, folder)
+    earlier = last_run(job) if resume else None
+    record = None
+    if earlier is not None:
+        record = read_record(earlier)
+        refuse_changes(job, earlier, record, manifest.digest())
+        if record.model is not None and job.train.steps <= max(steps_saved(earlier), default=0):
+            console.say(f"\n{job.kind} {job.name}: has ended before ({record.model}, {earlier.uri})")
+            return record.model
     place = cluster.connect(job.cluster)
-    run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = locate(job.storage).child(run_id)
-    tracker = Tracker(job, run_id)
-    console.header(f"{job.kind} {job.name}", _header(job, manifest, model, place, run, tracker))
+    run = earlier or new_run(job)
+    tracker = Tracker(job, run.name, None if record is None else record.mlflow_run)
+    record = RunRecord(state="running", mlflow_run=tracker.run_id, data=manifest.digest())
+    facts = _header(job, manifest, model, place, run, tracker)
+    if resume:
+        facts["resume"] = "no earlier run: begins" if earlier is None else "goes on with this run"
+    console.header(f"{job.kind} {job.name}", facts)
     succeeded = False
     try:
-        run.child("job.yaml").write(dump_job(job).encode())
-        tracker.file("job.yaml", dump_job(job).encode())
-        tracker.tags({"corun_ray.data": manifest.digest(), "corun_ray.kind": job.kind})
-        board = start_board()
-        ray.get(board.report_bad.remote(manifest.set_aside))
-        plan = WorkerPlan(
-            job=job,
-            run_uri=run.uri,
-            manifest=ray.put(manifest),
-            model=ray.put(model),
-            board=board,
-            pool=start_pool() if isinstance(job, ColabatorJob) else None,
-        )
-        with Follower(job, board, tracker, console, run) as follower:
-            result = _fit(plan, run_id)
-        _list_bad_files(job, manifest, board, tracker, run)
+        run.child(JOB_FILE).write(dump_job(job).encode())
+        write_record(run, record)
+        tracker.file(JOB_FILE, dump_job(job).encode())
+        tracker.tags({"corun_ray.data": record.data, "corun_ray.kind": job.kind})
+        plan = _plan(job, manifest, model, run)
+        with Follower(job, plan.board, tracker, console, run) as follower:
+            result = fit(plan, run.name, console)
+        _list_bad_files(job, manifest, plan.board, tracker, run)
         model_uri = _register(job, model, result, tracker)
+        write_record(run, record.model_copy(update={"state": "finished", "model": model_uri}))
         succeeded = True
     finally:
         tracker.finish(succeeded)
@@ -87,6 +89,22 @@ def run_training(job: TrainingJob, console: Console, folder: Path) -> str:
     }
     console.footer("done", facts, [f"corun-ray dehaze PHOTOS OUT --model {model_uri} --tracking {tracker.uri}"])
     return model_uri
+
+
+def _plan(job: TrainingJob, manifest: Manifest, model: Model, run: Location) -> WorkerPlan:
+    board = start_board()
+    ray.get(board.report_bad.remote(manifest.set_aside))
+    shards: list[Any] = []
+    if isinstance(job, ColabatorJob):
+        shards = start_pool(job.pool.shards, run.child(POOL_FOLDER), job.pool.memory_mib)
+    return WorkerPlan(
+        job=job,
+        run_uri=run.uri,
+        manifest=ray.put(manifest),
+        model=ray.put(model),
+        board=board,
+        shards=tuple(shards),
+    )
 
 
 def _header(
@@ -104,7 +122,8 @@ def _header(
     size = job.cluster
     device = f"{size.gpus_per_worker:g} GPU" if size.gpus_per_worker else f"{size.cpus_per_worker:g} CPU"
     spans = phases(job)
-    steps = f"{job.train.steps} steps of {' then '.join(str(phase.batch) for phase in spans)} x {size.workers} images"
+    batches = " then ".join(str(phase.batch) for phase in spans)
+    steps = f"{job.train.steps} steps of {batches} x {size.workers_text} images"
     network = f"{job.network.stages} stages, width {job.network.width}"
     if model.spec.type != "corun":
         network = f"{model.spec.type} " + " ".join(f"{name}={value}" for name, value in model.spec.args.items())
@@ -114,36 +133,10 @@ def _header(
         "data": data,
         "network": network,
         "training": f"{steps} at {' then '.join(str(phase.patch_px) for phase in spans)} px",
-        "workers": f"{size.workers} x {device} on {place}",
+        "workers": f"{size.workers_text} x {device} on {place}",
         "run": run.uri,
         "mlflow": f"{tracker.uri} (experiment {job.tracking.experiment})",
     }
-
-
-def _fit(plan: WorkerPlan, run_id: str) -> Result:
-    job, storage = plan.job, locate(plan.job.storage)
-    trainer = TorchTrainer(
-        functools.partial(train_worker, plan),
-        scaling_config=ScalingConfig(
-            num_workers=job.cluster.workers,
-            use_gpu=job.cluster.gpus_per_worker > 0,
-            resources_per_worker={
-                "CPU": job.cluster.cpus_per_worker,
-                **({"GPU": job.cluster.gpus_per_worker} if job.cluster.gpus_per_worker else {}),
-            },
-        ),
-        run_config=RunConfig(
-            name=run_id,
-            storage_path=storage.path,
-            storage_filesystem=storage.filesystem,
-            failure_config=FailureConfig(max_failures=job.cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
-        ),
-    )
-    try:
-        return trainer.fit()
-    except TrainingFailedError as error:
-        raise JobFailed(f"training failed; restarts allowed: {job.cluster.max_failures}\n{error}") from None
 
 
 def _refuse_too_many(job: TrainingJob, manifest: Manifest, bad_files: dict[str, str]) -> None:

@@ -1,8 +1,7 @@
 """What one training worker runs: the loop over the stream, and what happens every so many steps."""
 
 import contextlib
-import tempfile
-import time
+import hashlib
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +13,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint
-from ray.train.collective import barrier, broadcast_from_rank_zero
+from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor, nn
 
 from corun_ray.config import ColabatorJob, TrainingJob
@@ -32,10 +30,15 @@ from corun_ray.service.manifest import Manifest
 from corun_ray.service.meter import Meter
 from corun_ray.service.models import Model
 from corun_ray.service.phases import remaining_phases
-from corun_ray.service.pool import PoolClient
+from corun_ray.service.pool import PoolClient, PoolKeeper, count
+from corun_ray.service.saving import Saver
 from corun_ray.service.scoring import build_coherence, build_losses, weights_source
+from corun_ray.service.storage import locate
 from corun_ray.service.streams import Batch, batches, split_stream
 from corun_ray.service.validation import Validator
+
+POOL_FOLDER = "pool"
+"""Where, in a run's folder, its label pool is."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,17 @@ class WorkerPlan:
     model: Any
     """Reference to the `Model` to start from."""
     board: Any
-    pool: Any
-    """The pool's actor; None for a job without one."""
+    shards: tuple[Any, ...]
+    """The label pool's actors; none for a job without one."""
+
+    @property
+    def pool_uri(self) -> str:
+        """Where the label pool keeps its segments and snapshots."""
+        return f"{self.run_uri}/{POOL_FOLDER}"
+
+
+PREEMPTION_EVERY = 5
+"""Steps between two looks for notices that a node is about to be taken away; each is a round trip of all ranks."""
 
 
 def learning_cycles(optim: Optim) -> list[Cycle]:
@@ -59,6 +71,11 @@ def learning_cycles(optim: Optim) -> list[Cycle]:
     if optim.cycles:
         return [Cycle(cycle.steps, cycle.lr, cycle.min_lr) for cycle in optim.cycles]
     return [Cycle(optim.schedule_steps, optim.lr, optim.min_lr)]
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What a rank's random numbers start from at a step: nothing of them has to be saved to go on as before."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest(), "big")
 
 
 def train_worker(plan: WorkerPlan) -> None:
@@ -81,16 +98,21 @@ class Worker:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, int(self.job.cluster.cpus_per_worker)))
-        torch.manual_seed(self.job.seed)
         self.model: Model = ray.get(plan.model)
         self.state = TrainState.start(self._initial_network(), self.device)
-        self.snapshot = self._resume()
+        self.keeper = PoolKeeper(plan.shards, locate(plan.pool_uri)) if plan.shards and self.rank == 0 else None
+        self.pool = self._restored_pool(self._resume())
+        run = locate(plan.run_uri)
+        self.saver = Saver(run, self.state, self.model.spec, self.job.seed, self.rank, plan.board)
+        if self.rank == 0:
+            self.saver.discard_later()
         self.manifest: Manifest = ray.get(plan.manifest)
         self.student = self._prepared_student()
         self.coherence = self._coherence()
         source = weights_source(self.job.loss.weights)
         self.losses = build_losses(self.job, source, self.coherence, self.device)
         self.colabator = self._colabator()
+        self.preempted_nodes: list[str] = []
         self.cycles = learning_cycles(self.job.optim)
         self.meter = Meter(self.device)
         self.validator = Validator(self.job, self.manifest, self.rank, self.num_workers, self.device)
@@ -99,6 +121,7 @@ class Worker:
         """The loop."""
         job, state = self.job, self.state
         for batch in self._stream():
+            torch.manual_seed(step_seed(job.seed, state.step, self.rank))
             with self._autocast():
                 output = self._forward(batch)
             lr = learning_rate(state.step, self.cycles, job.optim.warmup_steps)
@@ -110,11 +133,26 @@ class Worker:
                 return
             if self._due(job.train.validate_every):
                 self._validate()
-            if self._due(job.train.checkpoint_every):
-                self._checkpoint()
+            if self._due(job.train.checkpoint_every) or self._is_about_to_lose_a_node():
+                self.saver.save(self.pool, self.keeper)
 
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.job.train.steps
+
+    def _is_about_to_lose_a_node(self) -> bool:
+        """Whether a preemption has been announced since the last checkpoint; all ranks learn the same."""
+        if self.state.step % PREEMPTION_EVERY:
+            return False
+        info = ray.train.get_preemption_info()
+        is_news = info is not None and info.preempted_node_ids != self.preempted_nodes
+        if info is not None:
+            self.preempted_nodes = info.preempted_node_ids
+        if is_news and self.rank == 0:
+            text = (
+                f"{len(self.preempted_nodes)} of the workers' nodes will be taken away: saving step {self.state.step}"
+            )
+            self.plan.board.post_note.remote(text)
+        return is_news
 
     def _forward(self, batch: Batch) -> StepOutput:
         synthetic = SyntheticBatch(self._to_device(batch["hazy"]), self._to_device(batch["clear"]))
@@ -148,6 +186,13 @@ class Worker:
         with checkpoint.as_directory() as folder:
             return checkpoints.load_run(Path(folder), self.state, self.model.spec)["pool_snapshot"]
 
+    def _restored_pool(self, snapshot: str | None) -> PoolClient | None:
+        """The label pool, standing where the checkpoint stood."""
+        if not self.plan.shards:
+            return None
+        generation = None if self.keeper is None else self.keeper.restore(snapshot)
+        return PoolClient(self.plan.shards, broadcast_from_rank_zero(generation))
+
     def _prepared_student(self) -> nn.Module:
         student: nn.Module = self.state.student
         if self.job.optim.compile:
@@ -169,17 +214,11 @@ class Worker:
         return build_coherence(self.job.coherence, weights_source(self.job.coherence.weights), self.device)
 
     def _colabator(self) -> Colabator | None:
-        """The teacher's side of the job, its pool standing where the checkpoint stood."""
+        """The teacher's side of the job."""
         if not isinstance(self.job, ColabatorJob) or self.coherence is None:
             return None
-        if self.rank == 0:
-            # The step may repeat (a crash before the first checkpoint), a start of the workers does not.
-            generation = time.time_ns()
-            ray.get(self.plan.pool.restore.remote(self.snapshot, generation))
-        else:
-            generation = None
-        pool = PoolClient(self.plan.pool, broadcast_from_rank_zero(generation))
-        return Colabator(self.state.teacher, self.coherence, pool, self.losses, self.job.pool.encoding)
+        assert self.pool is not None
+        return Colabator(self.state.teacher, self.coherence, self.pool, self.losses, self.job.pool.encoding)
 
     def _stream(self) -> Iterator[Batch]:
         """This rank's batches from where the state stands to the end of the run, phase by phase."""
@@ -198,8 +237,8 @@ class Worker:
         is_bad = False
         metrics = self.meter.reduce()
         if self.rank == 0:
-            if self.colabator is not None:
-                metrics |= {f"pool/{name}": n for name, n in ray.get(self.plan.pool.counters.remote()).items()}
+            if self.plan.shards:
+                metrics |= {f"pool/{name}": n for name, n in count(self.plan.shards).items()}
             num_bad = ray.get(self.plan.board.num_bad_files.remote())
             metrics["data/bad_files"] = num_bad
             self.plan.board.post_metrics.remote(self.state.step, metrics)
@@ -214,22 +253,3 @@ class Worker:
             self.plan.board.post_metrics.remote(self.state.step, metrics)
         picture = self.validator.picture(self.state.teacher, self.colabator)
         self.plan.board.post_picture.remote(self.state.step, "restorations", picture)
-
-    def _checkpoint(self) -> None:
-        """Saves the run; the pool's snapshot holds every label offered up to this step by any rank."""
-        snapshot = None
-        if self.colabator is not None:
-            assert isinstance(self.colabator.pool, PoolClient)
-            self.colabator.pool.flush()
-            barrier()
-            snapshot = f"{self.plan.run_uri}/pool/step_{self.state.step:08d}.parquet"
-            if self.rank == 0:
-                ray.get(self.plan.pool.save.remote(snapshot))
-        metrics = {"step": self.state.step, "num_images_seen": self.state.num_images_seen}
-        if self.rank != 0:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            extra = {"pool_snapshot": snapshot, "seed": self.job.seed}
-            checkpoints.save_run(Path(folder), self.state, self.model.spec, extra)
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))

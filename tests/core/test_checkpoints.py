@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from corun_ray.core.checkpoints import (
     NETWORK_FILE,
     SPEC_FILE,
-    TRAINING_FILE,
     CheckpointError,
     load_network,
     load_params,
@@ -262,47 +261,3 @@ def test_tensors_that_do_not_fit_are_one_line(tmp_path: Path, what: str) -> None
 def test_other_contents_are_told_apart(tmp_path: Path, content: Any, expected: str) -> None:
     torch.save(content, tmp_path / "a.pth")
     assert error_line(tmp_path / "a.pth").startswith(expected)
-
-
-def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
-    straight = TrainState.start(random_network())
-    train(straight, 5)
-
-    stopped = TrainState.start(random_network())
-    train(stopped, 3)
-    save_run(tmp_path, stopped, corun_spec(), {"pool_snapshot": "step-3", "seed": 7})
-    resumed = TrainState.start(CORUN(2, 2))
-    assert load_run(tmp_path, resumed, corun_spec()) == {"pool_snapshot": "step-3", "seed": 7}
-    assert (resumed.step, resumed.num_images_seen) == (3, 3)
-    assert_equal_weights(resumed.student, stopped.student)
-    assert_equal_weights(resumed.teacher, stopped.teacher)
-
-    train(resumed, 2)
-    assert resumed.step == straight.step == 5
-    for ours, expected in ((resumed.student, straight.student), (resumed.teacher, straight.teacher)):
-        torch.testing.assert_close(ours.state_dict(), expected.state_dict(), rtol=0, atol=1e-6)
-
-    # Without the optimizer's moments the same two steps lead elsewhere: the comparison above can fail.
-    networks = torch.load(tmp_path / NETWORK_FILE, weights_only=True)
-    forgetful = TrainState.start(CORUN(2, 2))
-    record = forgetful.training_record() | {"step": 3, "num_images_seen": 3}
-    forgetful.restore(networks["params"], networks["params_ema"], record)
-    train(forgetful, 2)
-    pairs = zip(forgetful.student.parameters(), straight.student.parameters(), strict=True)
-    assert max((ours - expected).abs().max() for ours, expected in pairs) > 1e-4
-
-
-@pytest.mark.parametrize("wrong", ["no file", "no checkpoint", "other tensors", "another run"])
-def test_a_run_that_cannot_be_resumed_is_one_line(tmp_path: Path, wrong: str) -> None:
-    save_run(tmp_path, TrainState.start(random_network()), corun_spec(), {})
-    stages = 3 if wrong == "another run" else 2
-    if wrong == "no file":
-        (tmp_path / TRAINING_FILE).unlink()
-    elif wrong == "no checkpoint":
-        (tmp_path / TRAINING_FILE).write_bytes(pickle.dumps({"extra": Intruder(tmp_path / "mark")}, protocol=2))
-    elif wrong == "other tensors":
-        save_network(tmp_path / NETWORK_FILE, random_network(3), random_network(3))
-    with pytest.raises(CheckpointError) as caught:
-        load_run(tmp_path, TrainState.start(CORUN(stages, 2)), corun_spec(stages))
-    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path))
-    assert not (tmp_path / "mark").exists()

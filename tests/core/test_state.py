@@ -36,7 +36,7 @@ def test_any_network_starts_in_training_mode_and_is_restored() -> None:
     state, resumed = TrainState.start(network()), TrainState.start(network())
     assert state.student.training and not state.teacher.training
     state.update({"loss": state.student(torch.rand(1, 3, 8, 8)).mean()}, lr=1e-3, ema=0.5, batch_images=3)
-    resumed.restore(state.student.state_dict(), state.teacher.state_dict(), state.training_record())
+    resumed.restore(state.tensors(), state.values())
     assert (resumed.step, resumed.num_images_seen) == (1, 3)
     for ours, theirs in ((resumed.student, state.student), (resumed.teacher, state.teacher)):
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)

@@ -3,19 +3,19 @@
 from pathlib import Path
 
 import boto3
-import pandas
 import pytest
-import torch
 
+from corun_ray.core.checkpoints import TRAINING_FILE, read_record
 from corun_ray.core.networks import NetworkSpec
+from corun_ray.service import snapshots
 from corun_ray.service.console import Console
 from corun_ray.service.dehaze import dehaze
 from corun_ray.service.models import Model, fetch_model
-from corun_ray.service.pool import PoolIndex
+from corun_ray.service.pool import PoolClient, PoolKeeper, start_pool
 from corun_ray.service.storage import StorageError, locate
 from corun_ray.service.train import run_training
 from tests.service.jobs import small_job
-from tests.service.test_pool import label
+from tests.service.labels import label
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,18 @@ def test_a_bucket_reads_and_writes_as_a_folder_does(bucket, dataset):
         locate("s3://no-such-bucket/x").files()
 
 
-def test_the_pool_is_saved_to_a_bucket_and_restored(bucket):
-    pool = PoolIndex()
-    pool.restore(None, 1)
-    pool.offer(1, [label("a/b.png", 0.5, 0.5, 3)])
-    assert pool.save(f"{bucket}/pool/one.parquet") == 1
-    again = PoolIndex()
-    assert again.restore(f"{bucket}/pool/one.parquet", 1) == 1
-    assert again.offer(1, [label("a/b.png", 0.4, 0.6)]) == [False]
+def test_the_pool_is_saved_to_a_bucket_and_restored(bucket, tmp_path):
+    pool = locate(f"{bucket}/pool")
+    keeper = PoolKeeper(shards := start_pool(2, pool), pool)
+    client = PoolClient(shards, keeper.restore(None))
+    client.offer([label("a/b.png", 0.5, 0.5, 3), label("c.png", 0.5, 0.5, 3)])
+    client.settle()
+    keeper.finish(4, keeper.freeze())
+    keeper.sweep([4])
+    keeper = PoolKeeper(shards := start_pool(1, pool), pool)
+    client = PoolClient(shards, keeper.restore("step_00000004.json"))
+    client.offer([label("a/b.png", 0.4, 0.6, 5)])
+    assert [found.step for found in client.prefetch(["a/b.png", "c.png"]).result()] == [3, 3]
 
 
 def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, tmp_path):
@@ -66,12 +70,13 @@ def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, tmp_path):
 
     files = locate(f"{bucket}/runs").files()
     assert any(file.endswith("pictures/restorations_00000006.png") for file in files)
-    last = max(file for file in files if file.endswith("training.pt"))
+    last = max(file for file in files if file.endswith(TRAINING_FILE))
     checkpoint = locate(f"{bucket}/runs").child(last.rpartition("/")[0])
     assert fetch_model(checkpoint.uri, "").spec.args["stages"] == 2
-    record = torch.load(checkpoint.download(tmp_path) / "training.pt", weights_only=True)
-    snapshot = locate(record["extra"]["pool_snapshot"]).download(tmp_path)
-    assert sorted(pandas.read_parquet(snapshot)["key"]) == [f"photo_{i}.png" for i in range(6)]
+    record = read_record(checkpoint.download(tmp_path))
+    pool = locate(f"{bucket}/runs").child(last.partition("/")[0]).child("pool")
+    content = snapshots.index(pool, snapshots.read(pool.child(record["extra"]["pool_snapshot"])))
+    assert sorted(content) == [f"photo_{i}.png" for i in range(6)]
 
 
 def test_a_bucket_is_dehazed_into_a_bucket(bucket):

@@ -1,45 +1,105 @@
-import numpy as np
-import pandas
+import json
+from collections import Counter
+
 import pytest
 
-from corun_ray.core.labels import Label, Scores
-from corun_ray.service import snapshots
+from corun_ray.service import segments, snapshots
+from corun_ray.service.poolindex import PoolCounters, Segment
 from corun_ray.service.storage import StorageError, locate
+from tests.service.labels import label
 
 
-def label(key: str, dtype: str = "uint8", transmission: bool = True) -> Label:
-    rng = np.random.default_rng(len(key))
-    image = (rng.uniform(0, 1, (3, 8, 8)) * (255 if dtype == "uint8" else 1)).astype(dtype)
-    blocks = rng.uniform(0, 1, (2, 1, 1)).astype(np.float32)
-    return Label(key, Scores(0.25, 0.75), 7, image, image[:1] if transmission else None, blocks[0], blocks[1])
+@pytest.fixture
+def pool(tmp_path):
+    return locate(str(tmp_path)).child("pool")
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])
-def test_labels_come_back_bit_for_bit(tmp_path, dtype):
-    labels = [label("a/b.png", dtype), label("ä.jpg", dtype, transmission=False)]
-    place = locate(str(tmp_path)).child("pool/step.parquet")
-    snapshots.write(place, labels)
-    for before, after in zip(labels, snapshots.read(place), strict=True):
-        assert (after.key, after.scores, after.step) == (before.key, before.scores, before.step)
-        for name in snapshots.ARRAYS:
-            old, new = getattr(before, name), getattr(after, name)
-            assert (old is None and new is None) or (old.dtype == new.dtype and np.array_equal(old, new))
+def write_segment(pool, name, order, *labels):
+    segments.write(pool.child("segments"), name, labels)
+    return Segment(name, order, len(labels))
 
 
-def test_pandas_reads_it(tmp_path):
-    snapshots.write(locate(str(tmp_path)).child("pool.parquet"), [label(f"{i}.png") for i in range(100)])
-    frame = pandas.read_parquet(tmp_path / "pool.parquet")
-    assert frame["key"].tolist() == [f"{i}.png" for i in range(100)] and set(frame["quality"]) == {0.75}
+def test_the_later_segment_is_right(pool):
+    old = write_segment(pool, "a", 1, label("x", step=1), label("y", step=1))
+    new = write_segment(pool, "b", 2, label("y", 0.9, step=5))
+    other = write_segment(pool, "c", 1, label("z", step=2))
+    snapshots.write(pool, 6, 3, [[old, new], [old, other]], [PoolCounters(), PoolCounters()])
+    content = snapshots.read(pool.child("step_00000006.json"))
+    assert [segment.name for segment in content.segments] == ["a", "c", "b"]
+    assert {key: head.step for key, (head, _) in snapshots.index(pool, content).items()} == {"x": 1, "y": 5, "z": 2}
+    assert {one.key: one.step for one in snapshots.labels(pool, content)} == {"x": 1, "y": 5, "z": 2}
 
 
-def test_an_empty_pool_is_a_snapshot_too(tmp_path):
-    place = locate(str(tmp_path)).child("pool.parquet")
-    snapshots.write(place, [])
-    assert list(snapshots.read(place)) == []
+def test_an_empty_pool_is_a_snapshot_too(pool):
+    snapshots.write(pool, 0, 0, [[]], [PoolCounters()])
+    assert snapshots.index(pool, snapshots.read(pool.child(snapshots.name_of(0)))) == {}
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1 nonsense", b"x" * 1000])
-def test_other_files_are_refused(tmp_path, content):
-    (tmp_path / "pool.parquet").write_bytes(content)
-    with pytest.raises(StorageError, match="not a label pool's snapshot"):
-        list(snapshots.read(locate(str(tmp_path)).child("pool.parquet")))
+def test_counters_come_back_by_shard_or_all_on_the_first(pool):
+    counters = [PoolCounters(offers=n, wins=n, wins_by_step=Counter({n: 1})) for n in (1, 2)]
+    snapshots.write(pool, 1, 0, [[], []], counters)
+    content = snapshots.read(pool.child(snapshots.name_of(1)))
+    assert [snapshots.counters_of_shard(content, n, 2).offers for n in range(2)] == [1, 2]
+    assert [snapshots.counters_of_shard(content, n, 3).offers for n in range(3)] == [3, 0, 0]
+    assert snapshots.total_counters(content).wins_by_step == {1: 1, 2: 1}
+
+
+def damaged(**changes):
+    record = {"format": 1, "step": 1, "labels": 0, "segments": [], "shards": []}
+    return json.dumps(record | changes).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        damaged(format=2),
+        damaged(step=-1),
+        damaged(more=1),
+        damaged(segments=[{"name": "../../etc/passwd", "order": 1, "rows": 1}]),
+        damaged(segments=[{"name": "a/b", "order": 1, "rows": 1}]),
+        damaged(segments=[{"name": "a", "order": "1", "rows": 1}]),
+        damaged(shards=[{"offers": 1}]),
+        damaged()[:-5],
+    ],
+)
+def test_other_content_is_refused(pool, content):
+    pool.child("step_00000001.json").write(content)
+    with pytest.raises(StorageError, match="is no snapshot of a label pool") as error:
+        snapshots.read(pool.child("step_00000001.json"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_sweep_leaves_what_is_named_or_in_use(pool):
+    for name in ("old", "shared", "new", "unfinished"):
+        write_segment(pool, name, 1, label(name))
+    snapshots.write(pool, 1, 2, [[Segment("old", 1, 1), Segment("shared", 1, 1)]], [PoolCounters()])
+    snapshots.write(pool, 2, 2, [[Segment("shared", 1, 1), Segment("new", 2, 1)]], [PoolCounters()])
+    snapshots.write_current(pool, snapshots.Current(generation=1, snapshot="step_00000002.json"))
+    snapshots.sweep(pool, {"step_00000002.json"}, iter(["unfinished"]))
+    left = {file.rpartition("/")[2].partition(".")[0] for file in pool.files()}
+    assert left == {"shared", "new", "unfinished", "step_00000002", "current"}
+
+
+def test_what_is_in_use_is_asked_after_the_listing(pool):
+    """A segment that begins to be written in between is not in the listing, so it cannot be deleted."""
+    write_segment(pool, "stale", 1, label("a"))
+
+    def in_use():
+        write_segment(pool, "begun", 1, label("b"))
+        yield from ()
+
+    snapshots.sweep(pool, set(), in_use())
+    assert sorted(pool.files()) == ["segments/begun.index.parquet", "segments/begun.parquet"]
+
+
+def test_where_the_pool_stands(pool):
+    for snapshot in (None, "step_00000020.json"):
+        current = snapshots.Current(generation=7, snapshot=snapshot)
+        snapshots.write_current(pool, current)
+        assert snapshots.read_current(pool) == current
+    pool.child("current.json").write(b'{"generation": 1, "snapshot": "../x.json"}')
+    with pytest.raises(StorageError, match="is no label pool's state: snapshot"):
+        snapshots.read_current(pool)

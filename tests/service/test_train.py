@@ -8,14 +8,15 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
-import pandas
 import psutil
 import pytest
 import ray
 import torch
 
-from corun_ray.core.checkpoints import load_network
+from corun_ray.core.checkpoints import TRAINING_FILE, load_network, read_record
+from corun_ray.core.labels import supersedes
 from corun_ray.service import board as board_module
+from corun_ray.service import snapshots
 from corun_ray.service import train as train_module
 from corun_ray.service.console import Console
 from corun_ray.service.models import ModelSourceError, fetch_model
@@ -37,9 +38,15 @@ def run_folder(job):
     return locate(folder.path)
 
 
+def labels_of(job, snapshot):
+    """The labels of a snapshot of the job's run, by key."""
+    pool = run_folder(job).child("pool")
+    return {label.key: label for label in snapshots.labels(pool, snapshots.read(pool.child(snapshot)))}
+
+
 def last_checkpoint(job):
     run = run_folder(job)
-    return run.child(max(f for f in run.files() if f.endswith("training.pt"))).path.removesuffix("/training.pt")
+    return run.child(max(f for f in run.files() if f.endswith(TRAINING_FILE))).path.removesuffix(f"/{TRAINING_FILE}")
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +84,11 @@ def test_the_registered_model_is_the_last_checkpoint_s_teacher(colabator):
 
 def test_the_checkpoint_names_a_snapshot_with_one_label_per_hazy_image(colabator):
     job, _ = colabator
-    record = torch.load(f"{last_checkpoint(job)}/training.pt", weights_only=True)
+    record = read_record(Path(last_checkpoint(job)))
     assert (record["step"], record["num_images_seen"]) == (6, 12)
-    frame = pandas.read_parquet(record["extra"]["pool_snapshot"])
-    assert sorted(frame["key"]) == [f"photo_{i}.png" for i in range(6)]
-    assert frame["step"].between(0, 5).all()
+    content = labels_of(job, record["extra"]["pool_snapshot"])
+    assert sorted(content) == [f"photo_{i}.png" for i in range(6)]
+    assert all(0 <= label.step <= 5 for label in content.values())
 
 
 def test_mlflow_has_params_metrics_pictures_and_the_job_file(colabator):
@@ -179,17 +186,15 @@ def test_kill_9_of_a_worker_costs_only_the_steps_since_the_checkpoint(local_ray,
     assert (second.first_sample, second.workers) == (6 * resumed, 2)
 
     checkpoint = last_checkpoint(job)
-    record = torch.load(f"{checkpoint}/training.pt", weights_only=True)
+    record = read_record(Path(checkpoint))
     assert (record["step"], record["num_images_seen"]) == (20, 120)
     assert load_network(Path(checkpoint)).spec.args["stages"] == 2
 
     # Everything that the snapshot of that checkpoint held is still there at the end, as it was or bettered.
-    pool = Path(run_folder(job).path) / "pool"
-    before = pandas.read_parquet(pool / f"step_{resumed:08d}.parquet").set_index("key")
-    after = pandas.read_parquet(pool / "step_00000020.parquet").set_index("key")
-    assert len(before) > 0 and set(before.index) <= set(after.index)
-    for key, row in before.iterrows():
-        assert after.loc[key, "clarity"] >= row["clarity"] and after.loc[key, "quality"] >= row["quality"]
+    before, after = (labels_of(job, snapshots.name_of(step)) for step in (resumed, 20))
+    assert before and before.keys() <= after.keys()
+    for key, label in before.items():
+        assert supersedes(after[key].scores, label.scores)
 
 
 def test_too_many_bad_images_fail_the_job_and_are_named(local_ray, dataset, tmp_path):

@@ -1,0 +1,187 @@
+"""One run under one fault, and what must hold at its end; the whole matrix as a command (`make faults`)."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from corun_ray.core.checkpoints import load_network, read_record
+from corun_ray.core.labels import supersedes
+from corun_ray.service import snapshots
+from corun_ray.service.poolindex import Head
+from corun_ray.service.runs import RUN_FILE
+from corun_ray.service.storage import Location, locate
+from tests.conftest import CREDENTIALS, free_port, make_dataset, wait_for
+from tests.faults.inject import FAULTS, Fault, Scene, storage_for
+from tests.faults.rig import STEPS, Driver, Rig, write_job
+from tests.faulty_s3 import FaultyS3
+
+STATE_FILE = "checkpoint_manager_snapshot.json"
+DONE = 0
+
+
+@dataclass
+class Outcome:
+    """What came of a run under a fault; no `problems` means that everything held."""
+
+    fault: str
+    seed: int
+    struck_at_step: int = -1
+    labels_held: int = 0
+    """Labels of the last checkpoint before the fault."""
+    resumed: int = 0
+    """Times that a person had to start the job again, with --resume."""
+    restarts: int = 0
+    """Times that the workers began again by themselves."""
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+    output: str = ""
+
+
+@contextmanager
+def stage() -> Iterator[tuple[Rig, FaultyS3, Path]]:
+    """A cluster, an object store behind a proxy that can fail, and a small dataset, for as many runs as wanted."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="corun-faults-")))
+        make_dataset(folder / "data")
+        port = free_port()
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        stack.callback(server.wait)
+        stack.callback(server.terminate)
+        wait_for(f"http://127.0.0.1:{port}")
+        store = stack.enter_context(FaultyS3(f"http://127.0.0.1:{port}"))
+        before = dict(os.environ)
+        # Ray's nodes, and what they start, know the object store by their environment.
+        os.environ.update({**CREDENTIALS, "AWS_ENDPOINT_URL": store.url})
+        stack.callback(lambda: (os.environ.clear(), os.environ.update(before)))
+        rig = Rig()
+        stack.callback(rig.close)
+        yield rig, store, folder
+
+
+def run(rig: Rig, store: FaultyS3, folder: Path, fault: Fault, seed: int) -> Outcome:
+    """A run from its start to its end, struck at a random moment; raises OSError where the fault cannot be staged."""
+    started, rng, outcome = time.monotonic(), np.random.default_rng(seed), Outcome(fault.name, seed)
+    name = f"{fault.name.replace(' ', '-')}-{seed}"
+    place = folder / name
+    place.mkdir()
+    rig.mend()
+    with storage_for(fault, place, name) as storage:
+        job = write_job(place, folder / "data", storage, name)
+        driver = Driver(job, rig.environment())
+        moment = int(rng.integers(1, STEPS - 1))
+        if driver.wait_for(lambda: driver.step >= moment):
+            time.sleep(rng.uniform(0, 0.6))
+            outcome.struck_at_step = driver.step
+            held = _last_labels(locate(storage))
+            outcome.labels_held = len(held)
+            fault.strike(Scene(rig, driver, rng, store, place / "disk"))
+            code = driver.finish()
+            outcome.output = driver.output
+            while code != DONE and outcome.resumed < 2:
+                rig.mend()
+                outcome.resumed += 1
+                driver = Driver(job, rig.environment(), "--resume")
+                code = driver.finish()
+                outcome.output += driver.output
+            outcome.problems = list(_problems(code, locate(storage), held))
+        else:
+            driver.finish()
+            outcome.output, outcome.problems = driver.output, [f"ended before step {moment}"]
+    outcome.restarts = outcome.output.count("workers restarted")
+    outcome.seconds = round(time.monotonic() - started, 1)
+    shutil.rmtree(place, ignore_errors=True)
+    return outcome
+
+
+def _run_folder(storage: Location) -> Location:
+    (name,) = [name for name in storage.folders() if storage.child(name).child(RUN_FILE).exists()]
+    return storage.child(name)
+
+
+def _registered(place: Location) -> list[str]:
+    """The checkpoints that Ray Train has taken note of, in order."""
+    if not place.child(STATE_FILE).exists():
+        return []
+    return [one["checkpoint_dir_name"] for one in json.loads(place.child(STATE_FILE).read())["checkpoint_results"]]
+
+
+def _last_labels(storage: Location) -> dict[str, Head]:
+    """The labels that the last checkpoint holds, by key."""
+    place = _run_folder(storage)
+    checkpoints = _registered(place)
+    if not checkpoints:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        return _labels(place, place.child(checkpoints[-1]).download(Path(folder)))
+
+
+def _labels(place: Location, checkpoint: Path) -> dict[str, Head]:
+    pool = place.child("pool")
+    snapshot = snapshots.read(pool.child(read_record(checkpoint)["extra"]["pool_snapshot"]))
+    assert sum(1 for _ in snapshots.labels(pool, snapshot)) == snapshot.labels, "every label has its images"
+    return {key: head for key, (head, _) in snapshots.index(pool, snapshot).items()}
+
+
+def _problems(code: int, storage: Location, held: dict[str, Head]) -> Iterator[str]:
+    """What does not hold at the end of a run."""
+    if code != DONE:
+        yield f"exit code {code}"
+        return
+    place = _run_folder(storage)
+    checkpoints = _registered(place)
+    with tempfile.TemporaryDirectory() as folder:
+        last = place.child(checkpoints[-1]).download(Path(folder))
+        if (step := read_record(last)["step"]) != STEPS:
+            yield f"the last checkpoint is of step {step}, not {STEPS}"
+        load_network(last)
+        labels = _labels(place, last)
+    lost = [key for key, head in held.items() if key not in labels or not supersedes(labels[key].scores, head.scores)]
+    if lost:
+        yield f"labels lost or worse than before: {', '.join(lost)}"
+    if len(labels) != 6:
+        yield f"{len(labels)} labels for 6 hazy images"
+
+
+def line(outcome: Outcome) -> str:
+    """An outcome for a person."""
+    verdict = "; ".join(outcome.problems) or "held"
+    counts = f"{outcome.restarts} restarts  {outcome.resumed} resumed  {outcome.labels_held} labels held"
+    where = f"seed {outcome.seed}  struck at step {outcome.struck_at_step:>2}"
+    return f"{outcome.fault:<20} {where}  {counts}  {outcome.seconds:5.1f} s  {verdict}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the matrix; exits with 1 if anything did not hold."""
+    parser = argparse.ArgumentParser(description="Runs a small Colabator job under every fault, at random moments.")
+    parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--json", type=Path, help="file for what came of every run")
+    args = parser.parse_args(arguments)
+    outcomes = []
+    with stage() as (rig, store, folder):
+        for name in args.faults:
+            for seed in args.seeds:
+                outcome = run(rig, store, folder, FAULTS[name], seed)
+                outcomes.append(outcome)
+                print(line(outcome), flush=True)
+                if outcome.problems:
+                    print(outcome.output[-6000:].replace("\r", "\n"), file=sys.stderr, flush=True)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(one) | {"output": None} for one in outcomes], indent=1))
+    sys.exit(any(outcome.problems for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    main()
