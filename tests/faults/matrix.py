@@ -72,7 +72,11 @@ def stage() -> Iterator[tuple[Rig, FaultyS3, Path]]:
 
 def run(rig: Rig, store: FaultyS3, folder: Path, fault: Fault, seed: int) -> Outcome:
     """A run from its start to its end, struck at a random moment; raises OSError where the fault cannot be staged."""
-    started, rng, outcome = time.monotonic(), np.random.default_rng(seed), Outcome(fault.name, seed)
+    started, rng, outcome = (
+        time.monotonic(),
+        np.random.default_rng([seed, *fault.name.encode()]),
+        Outcome(fault.name, seed),
+    )
     name = f"{fault.name.replace(' ', '-')}-{seed}"
     place = folder / name
     place.mkdir()
@@ -168,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--json", type=Path, help="file for what came of every run")
+    parser.add_argument("--show", action="store_true", help="also print what each run printed")
     args = parser.parse_args(arguments)
     outcomes = []
     with stage() as (rig, store, folder):
@@ -176,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 outcome = run(rig, store, folder, FAULTS[name], seed)
                 outcomes.append(outcome)
                 print(line(outcome), flush=True)
-                if outcome.problems:
+                if outcome.problems or args.show:
                     print(outcome.output[-6000:].replace("\r", "\n"), file=sys.stderr, flush=True)
     if args.json:
         args.json.write_text(json.dumps([asdict(one) | {"output": None} for one in outcomes], indent=1))
