@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from corun_ray.service.pool_cli import add_pool_commands
 from corun_ray.service.weights_cli import Wanted, add_weights_commands
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         help="MLflow server of models:/ and runs:/ (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)",
     )
     add_weights_commands(commands, _weights_of_jobs)
+    add_pool_commands(commands)
     return parser
 
 

@@ -1,16 +1,19 @@
 """Ray Train around the worker loop: how many workers, what is retried, and what a failure means for a person."""
 
 import functools
+from dataclasses import replace
 
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import ScalingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from corun_ray.config import Cluster
 from corun_ray.service.console import Console
-from corun_ray.service.storage import locate
+from corun_ray.service.follower import root_cause
+from corun_ray.service.recovery import start_from
+from corun_ray.service.storage import Location, locate
 from corun_ray.service.worker import WorkerPlan, train_worker
 
 RESIZE_EVERY_S = 60.0
@@ -21,24 +24,33 @@ class JobFailed(Exception):
     """The job ended without its result; the message says why, for a person."""
 
 
-def fit(plan: WorkerPlan, name: str, console: Console) -> Result:
-    """Trains from the last checkpoint of the run called `name`, if it has one, to the end; raises `JobFailed`.
+def fit(plan: WorkerPlan, run: Location, console: Console) -> Result:
+    """Trains from the last checkpoint of the run, if it has one, to the end; raises `JobFailed` and `StorageError`.
 
     Ray Train starts workers again that fail; its controller, should that die, is started again here. Both go on from
     the last checkpoint, and each may happen `cluster.max_failures` times.
     """
-    failures = 0
+    failures, allowed = 0, plan.job.cluster.max_failures
     while True:
         try:
-            return _trainer(plan, name).fit()
-        except TrainingFailedError as error:
-            allowed = plan.job.cluster.max_failures
-            raise JobFailed(f"training failed; restarts allowed: {allowed}\n{error}") from None
-        except RayActorError as error:
+            return _trainer(replace(plan, start_from=start_from(run)), run.name).fit()
+        except (RayActorError, TrainingFailedError) as error:
             failures += 1
-            if failures > plan.job.cluster.max_failures:
-                raise JobFailed(f"Ray Train's controller died {failures} times; the last time: {error}") from None
-            console.say("  Ray Train's controller died: starting another one")
+            is_over = isinstance(error, TrainingFailedError) and not isinstance(error, ControllerError)
+            if is_over or failures > allowed:
+                reasons = "".join(f"\n  {line}" for line in _reasons(error))
+                raise JobFailed(f"training failed; restarts allowed: {allowed}{reasons}") from None
+            console.say(f"  starting another controller: {'; '.join(_reasons(error))}")
+
+
+def _reasons(error: Exception) -> list[str]:
+    """A line a cause; whole tracebacks are in the run's errors.log."""
+    if isinstance(error, WorkerGroupError):
+        causes = {rank: root_cause(str(failure)) for rank, failure in sorted(error.worker_failures.items())}
+        return [f"worker {rank}: {text}" for rank, text in causes.items()]
+    if isinstance(error, ControllerError):
+        return [f"Ray Train's controller: {root_cause(str(error.controller_failure))}"]
+    return [f"Ray Train's controller died: {str(error).splitlines()[0]}"]
 
 
 def _trainer(plan: WorkerPlan, name: str) -> TorchTrainer:

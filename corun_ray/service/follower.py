@@ -9,7 +9,7 @@ import ray
 from corun_ray.config import TrainingJob
 from corun_ray.service.board import News
 from corun_ray.service.console import Console
-from corun_ray.service.storage import Location
+from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.tracking import Tracker
 
 POLL_S = 0.5
@@ -68,7 +68,7 @@ class Follower:
         for rank, text in news.errors:
             self._console.say(f"  worker {rank} failed: {root_cause(text)}")
             self._errors += f"worker {rank}, {time.strftime('%H:%M:%S')}\n{text}\n"
-            self._run.child("errors.log").write(self._errors.encode())
+            self._keep("errors.log", self._errors.encode())
         for attempt in news.attempts:
             self._num_attempts += 1
             if self._num_attempts > 1:
@@ -82,10 +82,17 @@ class Follower:
             self._tracker.metrics(step, metrics)
         for step, name, png in news.pictures:
             path = f"pictures/{name}_{step:08d}.png"
-            self._run.child(path).write(png)
+            self._keep(path, png)
             self._tracker.file(path, png)
         if news.step:
             self._console.progress(news.step, self._job.train.steps, "step", self._details(news))
+
+    def _keep(self, name: str, content: bytes) -> None:
+        """Writes a file of the run that people look at; the training does not fail for want of it."""
+        try:
+            self._run.child(name).write(content)
+        except StorageError as error:
+            self._console.say(f"  not kept: {error}")
 
     def _details(self, news: News) -> list[str]:
         details = []

@@ -14,6 +14,8 @@ from corun_ray.service.storage import Location, StorageError, locate
 
 RUN_FILE = "run.json"
 JOB_FILE = "job.yaml"
+POOL_FOLDER = "pool"
+_CHECKPOINT = re.compile(r"checkpoint_(\d{8,})")
 
 FREE = (
     *("storage", "cluster.", "tracking.", "pool.shards", "pool.memory_mib", "train.batch_per_worker", "train.steps"),
@@ -38,6 +40,22 @@ class RunRecord(BaseModel):
     mlflow_run: str
     data: Annotated[str, Field(description="digest of the manifest")]
     model: str | None = None
+
+
+def folder_name(step: int) -> str:
+    """The folder of a checkpoint in its run's."""
+    return f"checkpoint_{step:08d}"
+
+
+def step_of_folder(name: str) -> int | None:
+    """The inverse of `folder_name`; None for other folders."""
+    match = _CHECKPOINT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def steps_saved(run: Location) -> list[int]:
+    """The steps after which the run has a checkpoint's folder, in order; raises `StorageError`."""
+    return sorted(step for name in run.folders() if (step := step_of_folder(name)) is not None)
 
 
 def new_run(job: TrainingJob) -> Location:

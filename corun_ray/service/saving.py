@@ -21,22 +21,9 @@ from corun_ray.core.networks import NetworkSpec
 from corun_ray.core.state import TrainState
 from corun_ray.service import snapshots
 from corun_ray.service.pool import PoolClient, PoolError, PoolKeeper
+from corun_ray.service.runs import folder_name, step_of_folder, steps_saved
 from corun_ray.service.shard import PartOfSave
 from corun_ray.service.storage import Location, StorageError
-
-FOLDER = "checkpoint_{step:08d}"
-
-
-def folder_name(step: int) -> str:
-    """The folder of a checkpoint in its run's."""
-    return FOLDER.format(step=step)
-
-
-def steps_saved(run: Location) -> list[int]:
-    """The steps after which the run has a checkpoint's folder, in order; raises `StorageError`."""
-    folders = {file.partition("/")[0] for file in run.files()}
-    names = (name.removeprefix("checkpoint_") for name in folders if name.startswith("checkpoint_"))
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 class Saver:
@@ -102,7 +89,8 @@ class Saver:
         self, checkpoint: Checkpoint, name: str, keeper: PoolKeeper | None, parts: list[PartOfSave] | None
     ) -> Checkpoint:
         """Runs in a thread of Ray Train's, which tries again where an object store asks for it."""
-        step = int(name.removeprefix("checkpoint_"))
+        step = step_of_folder(name)
+        assert step is not None
         if keeper is not None and parts is not None:
             keeper.finish(step, parts)
         persisted = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)

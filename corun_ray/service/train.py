@@ -18,13 +18,23 @@ from corun_ray.service.follower import Follower
 from corun_ray.service.manifest import Manifest, build_manifest, held_out_sets
 from corun_ray.service.models import Model, starting_model
 from corun_ray.service.phases import phases
-from corun_ray.service.pool import start_pool
-from corun_ray.service.runs import JOB_FILE, RunRecord, last_run, new_run, read_record, refuse_changes, write_record
-from corun_ray.service.saving import steps_saved
+from corun_ray.service.pool import PoolError, start_pool
+from corun_ray.service.recovery import last_step
+from corun_ray.service.runs import (
+    JOB_FILE,
+    POOL_FOLDER,
+    RunRecord,
+    last_run,
+    new_run,
+    read_record,
+    refuse_changes,
+    steps_saved,
+    write_record,
+)
 from corun_ray.service.scoring import check_scoring
-from corun_ray.service.storage import Location, locate
+from corun_ray.service.storage import Location, StorageError, locate
 from corun_ray.service.tracking import Tracker
-from corun_ray.service.worker import POOL_FOLDER, WorkerPlan
+from corun_ray.service.worker import WorkerPlan
 
 NAMED_BAD_FILES = 10
 
@@ -74,11 +84,13 @@ def run_training(job: TrainingJob, console: Console, folder: Path, resume: bool 
         tracker.tags({"corun_ray.data": record.data, "corun_ray.kind": job.kind})
         plan = _plan(job, manifest, model, run)
         with Follower(job, plan.board, tracker, console, run) as follower:
-            result = fit(plan, run.name, console)
+            result = fit(plan, run, console)
         _list_bad_files(job, manifest, plan.board, tracker, run)
         model_uri = _register(job, model, result, tracker)
         write_record(run, record.model_copy(update={"state": "finished", "model": model_uri}))
         succeeded = True
+    except (JobFailed, PoolError, StorageError) as error:
+        raise JobFailed(f"{error}\n{_way_on(run)}") from None
     finally:
         tracker.finish(succeeded)
     facts = {
@@ -89,6 +101,16 @@ def run_training(job: TrainingJob, console: Console, folder: Path, resume: bool 
     }
     console.footer("done", facts, [f"corun-ray dehaze PHOTOS OUT --model {model_uri} --tracking {tracker.uri}"])
     return model_uri
+
+
+def _way_on(run: Location) -> str:
+    """What is left of a run that has failed, and how to go on with it."""
+    try:
+        step = last_step(run)
+    except StorageError as error:
+        return f"the run: {run.uri}, which cannot be looked at now ({error}); --resume goes on with it"
+    done = "no checkpoint yet" if step is None else f"its last checkpoint is of step {step}"
+    return f"the run: {run.uri}, {done}; --resume goes on with it"
 
 
 def _plan(job: TrainingJob, manifest: Manifest, model: Model, run: Location) -> WorkerPlan:

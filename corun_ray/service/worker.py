@@ -13,6 +13,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train import Checkpoint
 from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor, nn
 
@@ -31,14 +32,12 @@ from corun_ray.service.meter import Meter
 from corun_ray.service.models import Model
 from corun_ray.service.phases import remaining_phases
 from corun_ray.service.pool import PoolClient, PoolKeeper, count
+from corun_ray.service.runs import POOL_FOLDER
 from corun_ray.service.saving import Saver
 from corun_ray.service.scoring import build_coherence, build_losses, weights_source
 from corun_ray.service.storage import locate
 from corun_ray.service.streams import Batch, batches, split_stream
 from corun_ray.service.validation import Validator
-
-POOL_FOLDER = "pool"
-"""Where, in a run's folder, its label pool is."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,8 @@ class WorkerPlan:
     board: Any
     shards: tuple[Any, ...]
     """The label pool's actors; none for a job without one."""
+    start_from: str | None = None
+    """The checkpoint to begin with where Ray Train knows of none."""
 
     @property
     def pool_uri(self) -> str:
@@ -99,6 +100,7 @@ class Worker:
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, int(self.job.cluster.cpus_per_worker)))
         self.model: Model = ray.get(plan.model)
+        torch.manual_seed(self.job.seed)  # of a network that begins without parameters; the same on every rank
         self.state = TrainState.start(self._initial_network(), self.device)
         self.keeper = PoolKeeper(plan.shards, locate(plan.pool_uri)) if plan.shards and self.rank == 0 else None
         self.pool = self._restored_pool(self._resume())
@@ -181,6 +183,9 @@ class Worker:
     def _resume(self) -> str | None:
         """Restores the state from the last checkpoint; returns the pool snapshot taken with it."""
         checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None and self.plan.start_from is not None:
+            place = locate(self.plan.start_from)
+            checkpoint = Checkpoint(place.path, place.filesystem)
         if checkpoint is None:
             return None
         with checkpoint.as_directory() as folder:

@@ -1,0 +1,110 @@
+"""A run of 40 steps against the same run stopped at 20 and gone on with, also by another number of workers."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from corun_ray.core import tensorfile
+from corun_ray.core.checkpoints import TRAINING_FILE, read_record
+from corun_ray.service import snapshots
+from corun_ray.service.console import Console
+from corun_ray.service.runs import folder_name, last_run
+from corun_ray.service.train import run_training
+from tests.service.jobs import small_job
+
+HERE = Path(__file__).parent
+
+
+def traced_job(dataset, folder, steps, workers=1):
+    """Four samples a step, by one worker or several."""
+    folder.mkdir(exist_ok=True)
+    return small_job(
+        "colabator",
+        dataset,
+        folder,
+        network={"type": "traced:Traced", "args": {"trace": str(dataset.parent / "trace.txt")}},
+        train={"steps": steps, "batch_per_worker": 4 // workers, "log_every": 20, "checkpoint_every": 10},
+        cluster={"workers": workers},
+        pool={"shards": 2},
+        optim={"lr": 1e-3, "min_lr": 1e-5, "schedule_steps": 40, "ema": 0.9},
+        tracking={"uri": f"sqlite:///{dataset.parent}/mlflow.db"},
+    )
+
+
+def train(job, dataset, resume=False):
+    """Runs the job; returns the steps that it traced: the digests of all ranks in order, synthetic then real."""
+    trace = dataset.parent / "trace.txt"
+    trace.write_text("")
+    run_training(job, Console(), HERE, resume)
+    lines = [line.split() for line in trace.read_text().splitlines()]
+    ranks = [[line[1:] for line in lines if line[0] == str(rank)] for rank in range(job.cluster.max_workers)]
+    ranks = [passes[-len(ranks[0]) :] for passes in ranks]
+    half = job.train.batch_per_worker
+    return [
+        ([d for one in step for d in one[:half]], [d for one in step for d in one[half:]])
+        for step in zip(*ranks, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(local_ray, dataset, tmp_path_factory):
+    root = tmp_path_factory.mktemp("resume")
+    data = shutil.copytree(dataset, root / "data")
+    whole = train(traced_job(data, root / "whole", 40), data)
+    first = train(traced_job(data, root / "stopped", 20), data)
+    shutil.copytree(root / "stopped", root / "two")
+    second = train(traced_job(data, root / "stopped", 40), data, resume=True)
+    by_two = train(traced_job(data, root / "two", 40, workers=2), data, resume=True)
+    return root, data, whole, first, second, by_two
+
+
+def last(folder, data):
+    """The run's folder and its last checkpoint."""
+    run = last_run(traced_job(data, folder, 40))
+    return run, Path(run.path) / folder_name(40)
+
+
+def final_labels(run):
+    """Scores and steps of the labels at the end."""
+    pool = run.child("pool")
+    content = snapshots.index(pool, snapshots.read(pool.child(snapshots.name_of(40))))
+    return {key: head for key, (head, _) in content.items()}
+
+
+def test_the_same_samples_come_in_the_same_order(runs):
+    _, _, whole, first, second, by_two = runs
+    whole = whole[-40:]  # the network is tried once before the training
+    assert len(first[-20:] + second[-20:]) == 40
+    assert first[-20:] + second[-20:] == whole
+    assert by_two[-20:] == whole[20:]
+    assert len({digest for step in whole for part in step for digest in part}) > 200, "no two samples are the same"
+
+
+def test_with_one_worker_the_final_weights_and_labels_are_those_of_the_whole_run(runs):
+    root, data, *_ = runs
+    (whole, one), (resumed, other) = (last(root / name, data) for name in ("whole", "stopped"))
+    ours, theirs = (tensorfile.read(folder / TRAINING_FILE)[0] for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6, msg=name)
+    mine, others = (final_labels(run) for run in (whole, resumed))
+    assert mine == others and len(mine) == 6
+
+
+def test_the_counters_and_positions_go_on(runs):
+    root, data, *_ = runs
+    for name in ("whole", "stopped", "two"):
+        run, folder = last(root / name, data)
+        record = read_record(folder)
+        assert (record["step"], record["num_images_seen"]) == (40, 160)
+        pool = run.child("pool")
+        total = snapshots.total_counters(snapshots.read(pool.child(snapshots.name_of(40))))
+        assert total.reads >= 160 and sum(total.wins_by_step.values()) == total.wins
+
+
+def test_a_run_that_has_ended_is_passed_over(runs, capsys):
+    root, data, *_ = runs
+    assert train(traced_job(data, root / "stopped", 40), data, resume=True) == []
+    assert "has ended before" in capsys.readouterr().out

@@ -1,0 +1,94 @@
+"""What `--resume` finds, and what it refuses to go on with."""
+
+import pytest
+
+from corun_ray.jobfile import dump_job
+from corun_ray.service.runs import (
+    JOB_FILE,
+    ResumeError,
+    RunRecord,
+    last_run,
+    new_run,
+    read_record,
+    refuse_changes,
+    write_record,
+)
+from corun_ray.service.storage import StorageError, locate
+from tests.service.jobs import small_job
+
+RECORD = RunRecord(state="running", mlflow_run="abc", data="digest")
+
+
+def begun(job, name):
+    run = locate(job.storage).child(name)
+    run.child(JOB_FILE).write(dump_job(job).encode())
+    write_record(run, RECORD)
+    return run
+
+
+@pytest.fixture
+def job(dataset, tmp_path):
+    return small_job("colabator", dataset, tmp_path)
+
+
+def test_the_last_run_of_this_name_that_has_a_record(job, tmp_path):
+    assert last_run(job) is None
+    for name in ("test-colabator-20260101-000000", "test-colabator-20260102-000000", "test-20270101-000000"):
+        begun(job, name)
+    begun(job, "test-colabator-more-20270101-000000")
+    locate(job.storage).child("test-colabator-20260103-000000/job.yaml").write(b"")
+    assert last_run(job).name == "test-colabator-20260102-000000"
+    assert read_record(last_run(job)) == RECORD
+    assert new_run(job).name > last_run(job).name
+
+
+def variant(dataset, folder, **sections):
+    folder.mkdir(exist_ok=True)
+    return small_job("colabator", dataset, folder, **sections)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"cluster": {"workers": 2}, "train": {"batch_per_worker": 2}},
+        {"train": {"batch_per_worker": 4, "steps": 99, "checkpoint_every": 7}, "pool": {"shards": 3, "memory_mib": 5}},
+        {"tracking": {"uri": "http://other"}, "train": {"batch_per_worker": 4}},
+    ],
+)
+def test_where_and_on_what_it_runs_may_change(dataset, tmp_path, sections):
+    job = variant(dataset, tmp_path / "a", train={"batch_per_worker": 4})
+    run = begun(job, "test-colabator-20260101-000000")
+    sections = sections or {"train": {"batch_per_worker": 4}}
+    refuse_changes(variant(dataset, tmp_path / "b", **sections), run, RECORD, "digest")
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({"network": {"width": 8}}, "network.width: 8 now, 4 in the run to go on with"),
+        ({"optim": {"lr": 0.5}}, "optim.lr: 0.5 now, 0.001 in the run to go on with"),
+        ({"pool": {"encoding": "float16"}}, "pool.encoding: float16 now, uint8 in the run to go on with"),
+        ({"cluster": {"workers": 2}}, "train.batch_per_worker: 1 on 2 workers now, 1 on 1 in the run to go on with"),
+        ({"train": {"batch_per_worker": 2}, "cluster": {"workers": (1, 2)}}, "train.batch_per_worker: 2 on 1 to 2"),
+    ],
+)
+def test_what_it_learns_from_may_not(dataset, tmp_path, sections, line):
+    run = begun(variant(dataset, tmp_path / "a"), "test-colabator-20260101-000000")
+    with pytest.raises(ResumeError) as error:
+        refuse_changes(variant(dataset, tmp_path / "b", **sections), run, RECORD, "digest")
+    assert any(text.startswith(line) for text in str(error.value).splitlines()), str(error.value)
+
+
+def test_other_data_is_refused(job):
+    run = begun(job, "test-colabator-20260101-000000")
+    with pytest.raises(ResumeError, match="data: other files than those that the run began with"):
+        refuse_changes(job, run, RECORD, "other digest")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"state": "running", "mlflow_run": 1, "data": ""}'])
+def test_other_records_are_refused(tmp_path, content):
+    run = locate(str(tmp_path))
+    run.child("run.json").write(content)
+    with pytest.raises(StorageError, match="is no run's record"):
+        read_record(run)
