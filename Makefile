@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test lint lock clean
+.PHONY: setup demo test faults lint lock clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST)
+
+# The fault matrix: seven faults at random moments, five seeds each (about 35 minutes on 2 cores).
+# make faults FAULTS='--faults driver --seeds 7 8'
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults.matrix $(FAULTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

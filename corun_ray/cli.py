@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from corun_ray.service.bench_cli import add_bench_commands
 from corun_ray.service.pool_cli import add_pool_commands
 from corun_ray.service.weights_cli import Wanted, add_weights_commands
 
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_weights_commands(commands, _weights_of_jobs)
     add_pool_commands(commands)
+    add_bench_commands(commands, _reporting)
     return parser
 
 

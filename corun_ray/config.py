@@ -126,6 +126,7 @@ class Cluster(Section):
     cpus_per_worker: Positive = Field(1.0, description="CPUs of a worker")
     data_cpus: OneOrMore = Field(1, description="CPUs that decode images")
     max_failures: Count = Field(3, ge=0, description="restarts before the job fails")
+    resize_every_s: Positive = Field(60.0, description="seconds between two looks whether an elastic job can grow")
 
     @property
     def min_workers(self) -> int:

@@ -12,12 +12,10 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from corun_ray.config import Cluster
 from corun_ray.service.console import Console
 from corun_ray.service.follower import root_cause
+from corun_ray.service.plan import WorkerPlan
 from corun_ray.service.recovery import start_from
 from corun_ray.service.storage import Location, locate
-from corun_ray.service.worker import WorkerPlan, train_worker
-
-RESIZE_EVERY_S = 60.0
-"""Between two looks of an elastic job whether there is room for more workers."""
+from corun_ray.service.worker import train_worker
 
 
 class JobFailed(Exception):
@@ -76,5 +74,5 @@ def _scaling(cluster: Cluster) -> ScalingConfig:
         num_workers=cluster.workers if cluster.is_elastic else cluster.max_workers,
         use_gpu=cluster.gpus_per_worker > 0,
         resources_per_worker=resources,
-        elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
+        elastic_resize_monitor_interval_s=cluster.resize_every_s,
     )

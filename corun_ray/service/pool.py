@@ -7,118 +7,20 @@ and hand over again. Meanwhile training goes on: a label that cannot be had is t
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from corun_ray.core.labels import Label
-from corun_ray.service import snapshots
-from corun_ray.service.poolindex import PoolCounters
-from corun_ray.service.shard import PartOfSave, PoolShard, Reply, shard_of
+from corun_ray.service.poollink import PING_S, READ_TIMEOUT_S, RETURN_TIMEOUT_S, ShardLink
+from corun_ray.service.poolrecords import PoolCounters
+from corun_ray.service.shard import PoolShard, shard_of
 from corun_ray.service.storage import Location
 
-READ_TIMEOUT_S = 20.0
-"""A shard that does not answer for so long counts as away, and its labels as missing, until it answers again."""
-RETURN_TIMEOUT_S = 300.0
-"""For so long a checkpoint waits for a shard that is away."""
-PING_S = 5.0
-PAUSE_S = 0.2
 MIB = 2**20
 ANY_NODE: list[dict[str, Any]] = [{"label_selector": {}}]
-Call = Callable[[Any], ray.ObjectRef]
-
-
-class PoolError(Exception):
-    """The pool cannot be saved; the message is one line."""
-
-
-class ShardLink:
-    """One worker's view of one shard: whether it answers, and the labels that only this worker may still hold."""
-
-    def __init__(self, actor: Any, number: int, generation: int) -> None:
-        self.actor, self.number, self.generation = actor, number, generation
-        self._incarnation: int | None = None
-        self._probe: ray.ObjectRef | None = None
-        """A ping under way to a shard that did not answer; None while it does."""
-        self._held: dict[str, Label] = {}
-        """Labels offered since the last snapshot."""
-
-    def read(self, keys: Sequence[str]) -> ray.ObjectRef | None:
-        """Starts reading; None if the shard is away."""
-        return self.actor.read.remote(list(keys)) if self._answers() else None
-
-    def offer(self, labels: Sequence[Label]) -> None:
-        """Hands labels over without waiting, and holds them until storage has them."""
-        self._held |= {label.key: label for label in labels}
-        if self._answers():
-            self.actor.offer.remote(self.generation, list(labels))
-
-    def reply(self, ref: ray.ObjectRef | None) -> list[ray.ObjectRef | None] | None:
-        """What a read gave; None if the shard turned out to be away."""
-        if ref is None:
-            return None
-        try:
-            reply: Reply = ray.get(ref, timeout=READ_TIMEOUT_S)
-        except (RayActorError, GetTimeoutError):
-            self._lose()
-            return None
-        self._hear(reply.incarnation, reply.saved_step)
-        return reply.labels
-
-    def settle(self, deadline_s: float) -> None:
-        """Waits until everything offered so far has been decided, if need be until the shard is back.
-
-        Raises `PoolError` past the deadline (of `time.monotonic`).
-        """
-        while time.monotonic() < deadline_s:
-            try:
-                heard = ray.get(self.actor.ping.remote(), timeout=PING_S)
-                if not self._hear(*heard):
-                    self._probe = None
-                    return
-            except (RayActorError, GetTimeoutError):
-                self._lose()
-            time.sleep(PAUSE_S)
-        raise PoolError(f"label pool: shard {self.number} has not come back in {RETURN_TIMEOUT_S:.0f} s")
-
-    def forget(self, keys: Sequence[str]) -> None:
-        """Tells the shard that the labels of `keys` could not be had."""
-        self.actor.forget.remote(self.generation, list(keys))
-
-    def _answers(self) -> bool:
-        if self._probe is None:
-            return True
-        if ray.wait([self._probe], timeout=0)[0]:
-            try:
-                incarnation, saved_step = ray.get(self._probe)
-                if incarnation is not None:
-                    self._probe = None
-                    self._hear(incarnation, saved_step)
-                    return True
-            except RayActorError:
-                pass
-            self._probe = self.actor.ping.remote()
-        return False
-
-    def _lose(self) -> None:
-        self._probe = self.actor.ping.remote()
-
-    def _hear(self, incarnation: int | None, saved_step: int) -> bool:
-        """Takes note of how the shard stands; says whether it must be asked again.
-
-        A shard that has restarted is handed what it cannot have from storage.
-        """
-        if incarnation is None:
-            self._probe = self.actor.ping.remote()
-            return True
-        self._held = {key: label for key, label in self._held.items() if label.step >= saved_step}
-        is_new = self._incarnation not in (None, incarnation)
-        self._incarnation = incarnation
-        if is_new and self._held:
-            self.actor.offer.remote(self.generation, list(self._held.values()))
-        return is_new
 
 
 class PendingRead:
@@ -190,95 +92,6 @@ class PoolClient:
         for key, item in items:
             found[shard_of(key, len(self._links))].append(item)
         return [(self._links[number], some) for number, some in found.items()]
-
-
-class PoolKeeper:
-    """What one worker, of rank 0, does with the whole pool: restore it, save it, sweep up."""
-
-    def __init__(self, shards: Sequence[Any], pool: Location) -> None:
-        self._shards, self._pool = shards, pool
-        self._generation = 0
-
-    def restore(self, snapshot: str | None) -> int:
-        """Makes the pool what a snapshot (None: nothing) holds; returns the generation that offers must name.
-
-        Raises `StorageError` and `PoolError`.
-        """
-        # The step may repeat (a crash before the first checkpoint), a start of the workers does not.
-        self._generation = time.time_ns()
-        snapshots.write_current(self._pool, snapshots.Current(generation=self._generation, snapshot=snapshot))
-        self._ask_all(lambda shard: shard.restore.remote(snapshot, self._generation))
-        return self._generation
-
-    def freeze(self) -> list[PartOfSave]:
-        """Fixes the content of all shards as of now; the writing goes on beside the training. Raises `PoolError`."""
-        return self._ask_all(self._freeze)
-
-    def finish(self, step: int, parts: Sequence[PartOfSave]) -> None:
-        """Waits for what `freeze` has started and makes the snapshot of `step` visible.
-
-        A shard that died meanwhile is saved as it stands once it is back. Raises `StorageError`, and `PoolError`
-        where it does not come back.
-        """
-        whole = [self._written(number, part) for number, part in enumerate(parts)]
-        counters = [part.counters for part in whole]
-        labels = sum(shard.labels for shard in counters)
-        snapshots.write(self._pool, step, labels, [[*part.kept, *part.new] for part in whole], counters)
-        current = snapshots.Current(generation=self._generation, snapshot=snapshots.name_of(step))
-        snapshots.write_current(self._pool, current)
-        for shard in self._shards:
-            shard.confirm.remote(self._generation, step)
-
-    def sweep(self, keep_steps: Iterable[int]) -> None:
-        """Deletes snapshots other than those of `keep_steps`, and what only they held.
-
-        Raises `StorageError` and `PoolError`.
-        """
-
-        def in_use() -> Iterable[str]:
-            for names in self._ask_all(lambda shard: shard.segment_names.remote(self._generation)):
-                yield from names
-
-        snapshots.sweep(self._pool, {snapshots.name_of(step) for step in keep_steps}, in_use())
-
-    def _freeze(self, shard: Any) -> ray.ObjectRef:
-        return shard.freeze.remote(self._generation)
-
-    def _written(self, number: int, part: PartOfSave) -> PartOfSave:
-        deadline_s = time.monotonic() + RETURN_TIMEOUT_S
-        while part.written is not None:
-            try:
-                ray.get(part.written)
-                break
-            except RayTaskError as error:
-                raise error.cause from None
-            except RayError:  # what was frozen has died with its shard
-                part = _insist(self._shards[number], self._freeze, number, deadline_s)
-        return part
-
-    def _ask_all(self, call: Call) -> list[Any]:
-        """Asks all shards at once and, until they are back, those again that do not answer."""
-        deadline_s = time.monotonic() + RETURN_TIMEOUT_S
-        asked = [call(shard) for shard in self._shards]
-        return [
-            _insist(shard, call, number, deadline_s, first=ref)
-            for number, (shard, ref) in enumerate(zip(self._shards, asked, strict=True))
-        ]
-
-
-def _insist(shard: Any, call: Call, number: int, deadline_s: float, first: ray.ObjectRef | None = None) -> Any:
-    """A shard's answer, asked for until it comes; raises what the shard raises, and `PoolError` past the deadline."""
-    ref = call(shard) if first is None else first
-    while True:
-        try:
-            return ray.get(ref, timeout=max(0.0, deadline_s - time.monotonic()))
-        except RayTaskError as error:
-            raise error.cause from None
-        except (RayActorError, GetTimeoutError):
-            if time.monotonic() > deadline_s:
-                raise PoolError(f"label pool: shard {number} has not come back in {RETURN_TIMEOUT_S:.0f} s") from None
-        time.sleep(PAUSE_S)
-        ref = call(shard)
 
 
 def start_pool(num_shards: int, pool: Location, memory_mib: int | None = None) -> list[Any]:

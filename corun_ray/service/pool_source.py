@@ -13,7 +13,7 @@ from corun_ray.config import ColabatorJob
 from corun_ray.core.labels import Label
 from corun_ray.jobfile import JobFileError, load_jobs
 from corun_ray.service import segments, snapshots
-from corun_ray.service.poolindex import Head, Place
+from corun_ray.service.poolrecords import Head, Place
 from corun_ray.service.runs import JOB_FILE, POOL_FOLDER, folder_name, step_of_folder, steps_saved
 from corun_ray.service.snapshots import Snapshot
 from corun_ray.service.storage import Location, StorageError, locate

@@ -10,7 +10,7 @@ import numpy as np
 
 from corun_ray.service import snapshots
 from corun_ray.service.pool_source import ImageKind, Index, Source, snapshots_in
-from corun_ray.service.poolindex import Head
+from corun_ray.service.poolrecords import Head
 
 SCORE_BINS = 10
 STEP_RANGES, AGE_RANGES = 10, 6

@@ -20,7 +20,9 @@ from corun_ray.core import checkpoints
 from corun_ray.core.networks import NetworkSpec
 from corun_ray.core.state import TrainState
 from corun_ray.service import snapshots
-from corun_ray.service.pool import PoolClient, PoolError, PoolKeeper
+from corun_ray.service.pool import PoolClient
+from corun_ray.service.poolkeeper import PoolKeeper
+from corun_ray.service.poollink import PoolError
 from corun_ray.service.runs import folder_name, step_of_folder, steps_saved
 from corun_ray.service.shard import PartOfSave
 from corun_ray.service.storage import Location, StorageError

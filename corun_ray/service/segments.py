@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corun_ray.core.labels import Label, Scores
-from corun_ray.service.poolindex import Head
+from corun_ray.service.poolrecords import Head
 from corun_ray.service.storage import Location, StorageError
 
 ROWS_PER_GROUP = 4

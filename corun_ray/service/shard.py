@@ -18,7 +18,8 @@ import ray
 
 from corun_ray.core.labels import Label
 from corun_ray.service import segments, snapshots
-from corun_ray.service.poolindex import Entry, Frozen, Head, Part, Place, PoolCounters, PoolIndex, Segment
+from corun_ray.service.poolindex import PoolIndex
+from corun_ray.service.poolrecords import Entry, Frozen, Head, Part, Place, PoolCounters, Segment
 from corun_ray.service.storage import Location, StorageError, locate
 
 LABELS_AT_ONCE = 32

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from corun_ray.core.labels import Label
 from corun_ray.service import segments
-from corun_ray.service.poolindex import Head, Place, PoolCounters, Segment
+from corun_ray.service.poolrecords import Head, Place, PoolCounters, Segment
 from corun_ray.service.storage import Location, StorageError
 
 CURRENT_FILE = "current.json"

@@ -10,7 +10,7 @@ from ray.train import Result
 
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.jobfile import dump_job
-from corun_ray.service import cluster
+from corun_ray.service import cluster, snapshots
 from corun_ray.service.board import start_board
 from corun_ray.service.console import Console, duration
 from corun_ray.service.fit import JobFailed, fit
@@ -18,7 +18,9 @@ from corun_ray.service.follower import Follower
 from corun_ray.service.manifest import Manifest, build_manifest, held_out_sets
 from corun_ray.service.models import Model, starting_model
 from corun_ray.service.phases import phases
-from corun_ray.service.pool import PoolError, start_pool
+from corun_ray.service.plan import WorkerPlan
+from corun_ray.service.pool import start_pool
+from corun_ray.service.poollink import PoolError
 from corun_ray.service.recovery import last_step
 from corun_ray.service.runs import (
     JOB_FILE,
@@ -34,7 +36,6 @@ from corun_ray.service.runs import (
 from corun_ray.service.scoring import check_scoring
 from corun_ray.service.storage import Location, StorageError, locate
 from corun_ray.service.tracking import Tracker
-from corun_ray.service.worker import WorkerPlan
 
 NAMED_BAD_FILES = 10
 
@@ -86,6 +87,9 @@ def run_training(job: TrainingJob, console: Console, folder: Path, resume: bool 
         with Follower(job, plan.board, tracker, console, run) as follower:
             result = fit(plan, run, console)
         _list_bad_files(job, manifest, plan.board, tracker, run)
+        if isinstance(job, ColabatorJob):
+            # Ray Train deletes old checkpoints after the workers' last sweep.
+            snapshots.sweep(run.child(POOL_FOLDER), {snapshots.name_of(step) for step in steps_saved(run)}, ())
         model_uri = _register(job, model, result, tracker)
         write_record(run, record.model_copy(update={"state": "finished", "model": model_uri}))
         succeeded = True

@@ -4,9 +4,7 @@ import contextlib
 import hashlib
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -17,7 +15,7 @@ from ray.train import Checkpoint
 from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor, nn
 
-from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.config import ColabatorJob
 from corun_ray.core import checkpoints
 from corun_ray.core.coherence import Coherence
 from corun_ray.core.corun import CORUN
@@ -31,37 +29,14 @@ from corun_ray.service.manifest import Manifest
 from corun_ray.service.meter import Meter
 from corun_ray.service.models import Model
 from corun_ray.service.phases import remaining_phases
-from corun_ray.service.pool import PoolClient, PoolKeeper, count
-from corun_ray.service.runs import POOL_FOLDER
+from corun_ray.service.plan import WorkerPlan
+from corun_ray.service.pool import PoolClient, count
+from corun_ray.service.poolkeeper import PoolKeeper
 from corun_ray.service.saving import Saver
 from corun_ray.service.scoring import build_coherence, build_losses, weights_source
 from corun_ray.service.storage import locate
 from corun_ray.service.streams import Batch, batches, split_stream
 from corun_ray.service.validation import Validator
-
-
-@dataclass(frozen=True)
-class WorkerPlan:
-    """Everything a worker needs to know; made by the driver."""
-
-    job: TrainingJob
-    run_uri: str
-    """Where the run keeps its checkpoints, snapshots and pictures."""
-    manifest: Any
-    """Reference to the `Manifest` in the object store."""
-    model: Any
-    """Reference to the `Model` to start from."""
-    board: Any
-    shards: tuple[Any, ...]
-    """The label pool's actors; none for a job without one."""
-    start_from: str | None = None
-    """The checkpoint to begin with where Ray Train knows of none."""
-
-    @property
-    def pool_uri(self) -> str:
-        """Where the label pool keeps its segments and snapshots."""
-        return f"{self.run_uri}/{POOL_FOLDER}"
-
 
 PREEMPTION_EVERY = 5
 """Steps between two looks for notices that a node is about to be taken away; each is a round trip of all ranks."""

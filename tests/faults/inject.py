@@ -89,7 +89,7 @@ def disk_full(scene: Scene) -> None:
         while True:
             file.write(bytes(2**16))
             file.flush()
-    scene.driver.wait_for(lambda: FULL_TEXT in scene.driver.output)
+    scene.driver.says(FULL_TEXT)
     balloon.unlink()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from corun_ray.core.checkpoints import load_network, read_record
 from corun_ray.core.labels import supersedes
 from corun_ray.service import snapshots
-from corun_ray.service.poolindex import Head
+from corun_ray.service.poolrecords import Head
 from corun_ray.service.runs import RUN_FILE
 from corun_ray.service.storage import Location, locate
 from tests.conftest import CREDENTIALS, free_port, make_dataset, wait_for
@@ -28,6 +28,7 @@ from tests.faulty_s3 import FaultyS3
 
 STATE_FILE = "checkpoint_manager_snapshot.json"
 DONE = 0
+MAX_RESUMED = 3
 
 
 @dataclass
@@ -72,41 +73,54 @@ def stage() -> Iterator[tuple[Rig, FaultyS3, Path]]:
 
 def run(rig: Rig, store: FaultyS3, folder: Path, fault: Fault, seed: int) -> Outcome:
     """A run from its start to its end, struck at a random moment; raises OSError where the fault cannot be staged."""
-    started, rng, outcome = (
-        time.monotonic(),
-        np.random.default_rng([seed, *fault.name.encode()]),
-        Outcome(fault.name, seed),
-    )
-    name = f"{fault.name.replace(' ', '-')}-{seed}"
+    rng = np.random.default_rng([seed, *fault.name.encode()])
+    return run_under(rig, store, folder, [(fault, int(rng.integers(1, STEPS - 1)))], rng, seed)
+
+
+def run_under(
+    rig: Rig, store: FaultyS3, folder: Path, blows: Sequence[tuple[Fault, int]], rng: np.random.Generator, seed: int = 0
+) -> Outcome:
+    """A run from its start to its end, struck by each fault in turn soon after it has done so many steps.
+
+    All faults use the storage of the first. A person starts the job again, with `--resume`, when its process has ended
+    before its time. Raises OSError where a fault cannot be staged.
+    """
+    started = time.monotonic()
+    outcome = Outcome(" + ".join(fault.name for fault, _ in blows), seed)
+    name = f"{outcome.fault.replace(' + ', '-').replace(' ', '-')}-{seed}"
     place = folder / name
     place.mkdir()
     rig.mend()
-    with storage_for(fault, place, name) as storage:
+    with storage_for(blows[0][0], place, name[:60]) as storage:
         job = write_job(place, folder / "data", storage, name)
-        driver = Driver(job, rig.environment())
-        moment = int(rng.integers(1, STEPS - 1))
-        if driver.wait_for(lambda: driver.step >= moment):
+        driver, held = Driver(job, rig.environment()), {}
+        for fault, moment in blows:
+            if not driver.reaches(moment):
+                outcome.problems.append(f"ended before step {moment}")
+                break
             time.sleep(rng.uniform(0, 0.6))
             outcome.struck_at_step = driver.step
             held = _last_labels(locate(storage))
             outcome.labels_held = len(held)
             fault.strike(Scene(rig, driver, rng, store, place / "disk"))
-            code = driver.finish()
-            outcome.output = driver.output
-            while code != DONE and outcome.resumed < 2:
-                rig.mend()
-                outcome.resumed += 1
-                driver = Driver(job, rig.environment(), "--resume")
-                code = driver.finish()
-                outcome.output += driver.output
-            outcome.problems = list(_problems(code, locate(storage), held))
-        else:
-            driver.finish()
-            outcome.output, outcome.problems = driver.output, [f"ended before step {moment}"]
+            if not driver.is_running:
+                driver = _resumed(driver, job, rig, outcome)
+        while driver.finish() != DONE and outcome.resumed < MAX_RESUMED:
+            driver = _resumed(driver, job, rig, outcome)
+        outcome.output += driver.output
+        outcome.problems += _problems(driver.finish(), locate(storage), held)
     outcome.restarts = outcome.output.count("workers restarted")
     outcome.seconds = round(time.monotonic() - started, 1)
     shutil.rmtree(place, ignore_errors=True)
     return outcome
+
+
+def _resumed(driver: Driver, job: Path, rig: Rig, outcome: Outcome) -> Driver:
+    driver.finish()
+    outcome.output += driver.output
+    outcome.resumed += 1
+    rig.mend()
+    return Driver(job, rig.environment(), "--resume")
 
 
 def _run_folder(storage: Location) -> Location:

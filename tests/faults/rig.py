@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -20,14 +21,14 @@ STEPS = 24
 CHECKPOINT_EVERY = 6
 RUN_TIMEOUT_S = 240.0
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-STEP = re.compile(rf"step (\d+)/{STEPS}")
+STEP = re.compile(r"step (\d+)/\d+")
 
 
 class Rig:
     """The cluster: a head that runs no workers, and nodes that do."""
 
     def __init__(self, num_nodes: int = 2) -> None:
-        self._num_nodes = num_nodes
+        self.num_nodes = num_nodes
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.nodes: list = []
         self.mend()
@@ -35,7 +36,7 @@ class Rig:
     def mend(self) -> None:
         """Adds nodes for those that were taken away."""
         self.nodes = [node for node in self.nodes if node in self.cluster.worker_nodes]
-        while len(self.nodes) < self._num_nodes:
+        while len(self.nodes) < self.num_nodes:
             self.nodes.append(self.cluster.add_node(num_cpus=3, object_store_memory=200 * 2**20))
 
     def environment(self, **extra: str) -> dict[str, str]:
@@ -107,6 +108,14 @@ class Driver:
             time.sleep(0.05)
         return False
 
+    def reaches(self, step: int) -> bool:
+        """Waits until so many steps are done; False as of `wait_for`."""
+        return self.wait_for(lambda: self.step >= step)
+
+    def says(self, text: str) -> bool:
+        """Waits until it has printed this; False as of `wait_for`."""
+        return self.wait_for(lambda: text in self.output)
+
     @property
     def is_running(self) -> bool:
         """Whether the process lives."""
@@ -128,9 +137,9 @@ class Driver:
         return code
 
 
-def write_job(folder: Path, data: Path, storage: str, name: str, tracking: str = "") -> Path:
-    """A small Colabator job: two workers, two shards, a checkpoint every few steps."""
-    tree = {
+def write_job(folder: Path, data: Path, storage: str, name: str, **sections: dict[str, Any]) -> Path:
+    """A small Colabator job: two workers, two shards, a checkpoint every few steps; `sections` are merged over that."""
+    tree: dict[str, Any] = {
         "kind": "colabator",
         "name": name,
         "storage": storage,
@@ -148,8 +157,10 @@ def write_job(folder: Path, data: Path, storage: str, name: str, tracking: str =
             "keep_checkpoints": 2,
         },
         "cluster": {"workers": 2, "max_failures": 3},
-        "tracking": {"uri": tracking or f"sqlite:///{folder}/mlflow.db"},
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
     }
+    for section, values in sections.items():
+        tree[section] |= values
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

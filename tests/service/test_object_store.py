@@ -11,7 +11,8 @@ from corun_ray.service import snapshots
 from corun_ray.service.console import Console
 from corun_ray.service.dehaze import dehaze
 from corun_ray.service.models import Model, fetch_model
-from corun_ray.service.pool import PoolClient, PoolKeeper, start_pool
+from corun_ray.service.pool import PoolClient, start_pool
+from corun_ray.service.poolkeeper import PoolKeeper
 from corun_ray.service.storage import StorageError, locate
 from corun_ray.service.train import run_training
 from tests.service.jobs import small_job

@@ -11,7 +11,9 @@ import ray
 
 from corun_ray.core.labels import Label, LocalPool, Scores
 from corun_ray.service import snapshots
-from corun_ray.service.pool import PoolClient, PoolKeeper, count, start_pool
+from corun_ray.service.pool import PoolClient, count, start_pool
+from corun_ray.service.poolkeeper import PoolKeeper
+from corun_ray.service.poollink import PoolError
 from corun_ray.service.shard import shard_of
 from corun_ray.service.storage import locate
 from tests.service.labels import assert_equal, label, photo_label
@@ -168,7 +170,10 @@ def test_a_restored_pool_stands_where_it_stood_and_late_offers_do_not_change_it(
 def test_a_stale_keeper_can_neither_save_nor_sweep(local_ray, tmp_path):
     pool = Pool(tmp_path)
     stale = pool.keeper
+    parts = stale.freeze()
     PoolKeeper(pool.shards, pool.folder).restore(None)
+    with pytest.raises(PoolError, match="another start of the workers has taken over"):
+        stale.finish(1, parts)
     for action in (stale.freeze, lambda: stale.sweep([])):
         with pytest.raises(RuntimeError, match="generation .* is over"):
             action()

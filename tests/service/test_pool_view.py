@@ -25,7 +25,7 @@ from corun_ray.service.pool_view import (
     step_table,
     summarise,
 )
-from corun_ray.service.poolindex import Head, PoolCounters, Segment
+from corun_ray.service.poolrecords import Head, PoolCounters, Segment
 from corun_ray.service.storage import StorageError, locate
 from tests.service.labels import label, photo_label
 

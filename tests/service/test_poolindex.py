@@ -5,7 +5,8 @@ import pytest
 
 from corun_ray.core.labels import Scores, supersedes
 from corun_ray.service import poolindex
-from corun_ray.service.poolindex import Head, Place, PoolIndex
+from corun_ray.service.poolindex import PoolIndex
+from corun_ray.service.poolrecords import Head, Place
 
 SIZE = 100
 

@@ -10,7 +10,7 @@ from corun_ray.core import tensorfile
 from corun_ray.core.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service import snapshots
 from corun_ray.service.console import Console
-from corun_ray.service.runs import folder_name, last_run
+from corun_ray.service.runs import folder_name, last_run, steps_saved
 from corun_ray.service.train import run_training
 from tests.service.jobs import small_job
 
@@ -91,6 +91,14 @@ def test_with_one_worker_the_final_weights_and_labels_are_those_of_the_whole_run
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6, msg=name)
     mine, others = (final_labels(run) for run in (whole, resumed))
     assert mine == others and len(mine) == 6
+
+
+def test_snapshots_go_with_the_checkpoints_that_name_them(runs):
+    root, data, *_ = runs
+    for name in ("whole", "stopped", "two"):
+        run, _ = last(root / name, data)
+        found = {snapshots.step_of(file) for file in run.child("pool").files()} - {None}
+        assert found == {30, 40} == set(steps_saved(run)), "keep_checkpoints is 2"
 
 
 def test_the_counters_and_positions_go_on(runs):

@@ -1,23 +1,15 @@
 """Whole training jobs, small, through the driver: real Ray Train workers, pool, MLflow file, registry."""
 
 import os
-import signal
-import threading
-import time
 from pathlib import Path
 
 import mlflow
 import numpy as np
-import psutil
 import pytest
-import ray
 import torch
 
-from corun_ray.core.checkpoints import TRAINING_FILE, load_network, read_record
-from corun_ray.core.labels import supersedes
-from corun_ray.service import board as board_module
+from corun_ray.core.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service import snapshots
-from corun_ray.service import train as train_module
 from corun_ray.service.console import Console
 from corun_ray.service.models import ModelSourceError, fetch_model
 from corun_ray.service.storage import locate
@@ -118,83 +110,6 @@ def test_pretraining_starts_from_a_registered_model(colabator, dataset, tmp_path
     )
     with pytest.raises(ModelSourceError, match="network.stages: 3, but models:/corun-test/1 has 2"):
         prepare(other, FOLDER)
-
-
-class Recorder(board_module.BoardState):
-    """A board that also keeps every start of the workers, for the test to see."""
-
-    def __init__(self):
-        super().__init__()
-        self.attempts = []
-
-    def post_attempt(self, attempt):
-        self.attempts.append(attempt)
-        super().post_attempt(attempt)
-
-    def seen(self):
-        return self.attempts, self._news.step
-
-
-def training_workers():
-    """The processes of the training workers, by what Ray calls them."""
-    return [p for p in psutil.process_iter(["cmdline"]) if any("RayTrainWorker" in c for c in p.info["cmdline"] or [])]
-
-
-def test_kill_9_of_a_worker_costs_only_the_steps_since_the_checkpoint(local_ray, dataset, tmp_path, monkeypatch):
-    """One of two workers is killed some steps after a checkpoint; the job goes on from there to its end."""
-    boards = []
-
-    def recording_board():
-        boards.append(ray.remote(num_cpus=0)(Recorder).remote())
-        return boards[-1]
-
-    monkeypatch.setattr(train_module, "start_board", recording_board)
-    job = small_job(
-        "colabator",
-        dataset,
-        tmp_path,
-        data={"patch_px": 64},
-        network={"width": 8},
-        train={"steps": 20, "batch_per_worker": 3, "log_every": 1, "checkpoint_every": 6, "keep_checkpoints": 9},
-        cluster={"workers": 2, "max_failures": 1},
-    )
-    killed_at = []
-
-    def kill_one():
-        """Between two checkpoints, once Ray Train has taken note of the first of them."""
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline and not killed_at:
-            step = ray.get(boards[0].seen.remote())[1] if boards else 0
-            known = list(Path(job.storage).glob("*/checkpoint_manager_snapshot.json"))
-            if known and step % 6 in (1, 2, 3):
-                os.kill(training_workers()[-1].pid, signal.SIGKILL)
-                killed_at.append(step)
-            time.sleep(0.02)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    run_training(job, Console(), FOLDER)
-    killer.join()
-    assert killed_at and killed_at[0] < 20, "the run ended before the worker could be killed"
-
-    first, second = ray.get(boards[0].seen.remote())[0]
-    assert (first.first_step, first.first_sample) == (0, 0)
-    # Each worker checks every index that it is given, so where the second start began says all: nothing after
-    # that checkpoint was skipped, and nothing before it came again.
-    resumed = second.first_step
-    assert 0 < resumed <= killed_at[0] and resumed % 6 == 0, (resumed, killed_at)
-    assert (second.first_sample, second.workers) == (6 * resumed, 2)
-
-    checkpoint = last_checkpoint(job)
-    record = read_record(Path(checkpoint))
-    assert (record["step"], record["num_images_seen"]) == (20, 120)
-    assert load_network(Path(checkpoint)).spec.args["stages"] == 2
-
-    # Everything that the snapshot of that checkpoint held is still there at the end, as it was or bettered.
-    before, after = (labels_of(job, snapshots.name_of(step)) for step in (resumed, 20))
-    assert before and before.keys() <= after.keys()
-    for key, label in before.items():
-        assert supersedes(after[key].scores, label.scores)
 
 
 def test_too_many_bad_images_fail_the_job_and_are_named(local_ray, dataset, tmp_path):

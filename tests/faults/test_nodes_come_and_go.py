@@ -1,0 +1,82 @@
+"""Nodes that are announced to go, and an elastic job that takes what there is."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from corun_ray.core.checkpoints import read_record
+from corun_ray.service.runs import RUN_FILE, folder_name, steps_saved
+from corun_ray.service.storage import locate
+from tests.faults.matrix import stage
+from tests.faults.rig import Driver, write_job
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def theatre():
+    with stage() as (rig, _, folder):
+        yield rig, folder
+
+
+def run_folder(storage):
+    (name,) = [name for name in locate(str(storage)).folders() if (storage / name / RUN_FILE).exists()]
+    return locate(str(storage / name))
+
+
+def drain(rig, node, deadline_s):
+    """Announces what a cloud would: the node will be taken away."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    options = ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+    deadline = ["--deadline-remaining-seconds", str(deadline_s)]
+    subprocess.run([ray, "drain-node", "--address", rig.cluster.address, *options, *deadline], check=True)
+
+
+def test_a_preemption_notice_is_answered_by_a_checkpoint_in_time(theatre, tmp_path):
+    """No checkpoint is due before the end: the one that the run goes on from is the one that the notice caused."""
+    rig, folder = theatre
+    train = {"steps": 80, "checkpoint_every": 1000}
+    job = write_job(tmp_path, folder / "data", str(tmp_path / "runs"), "preempted", train=train)
+    driver = Driver(job, rig.environment())
+    assert driver.reaches(8), driver.output[-3000:]
+    (node,) = [node for node in rig.nodes if rig.processes("RayTrainWorker", node)]
+    drain(rig, node, 30)
+    assert driver.says("will be taken away: saving step"), driver.output[-3000:]
+    saved = int(re.findall(r"saving step (\d+)", driver.output)[-1])
+    assert driver.says("workers restarted: going on from step") or "done" in driver.output, driver.output[-3000:]
+    if node in rig.cluster.worker_nodes:
+        rig.cluster.remove_node(node, allow_graceful=False)
+    assert driver.finish() == 0, driver.output[-3000:]
+    resumed = [int(step) for step in re.findall(r"going on from step (\d+)", driver.output)]
+    assert saved % 5 == 0 and resumed[0] >= saved > 0
+    rig.mend()
+
+
+def test_an_elastic_job_grows_and_shrinks_with_the_cluster(theatre, tmp_path):
+    rig, folder = theatre
+    rig.num_nodes = 1
+    while len(rig.cluster.worker_nodes) > 1:
+        rig.cluster.remove_node(rig.nodes.pop())
+    cluster = {"workers": [1, 2], "cpus_per_worker": 2, "resize_every_s": 5}
+    train = {"steps": 120, "checkpoint_every": 10}
+    job = write_job(tmp_path, folder / "data", str(tmp_path / "runs"), "elastic", cluster=cluster, train=train)
+    driver = Driver(job, rig.environment())
+    assert driver.reaches(12), driver.output[-3000:]
+    assert len(rig.processes("RayTrainWorker")) == 1
+    rig.num_nodes = 2
+    rig.mend()
+    assert driver.says("with 2"), driver.output[-3000:]
+    after = driver.step
+    assert driver.reaches(after + 12)
+    rig.cluster.remove_node(rig.nodes[-1], allow_graceful=False)
+    assert driver.says("with 1"), driver.output[-3000:]
+    assert driver.finish() == 0, driver.output[-3000:]
+    run = run_folder(tmp_path / "runs")
+    assert steps_saved(run)[-1] == 120
+    record = read_record(Path(run.child(folder_name(120)).path))
+    # Two images a worker and step: somewhere between what one and two workers would have seen.
+    assert record["step"] == 120 and 240 < record["num_images_seen"] < 480
+    rig.mend()
