@@ -19,6 +19,8 @@ A job file says everything about a job; `corun-ray check --keys` lists what it m
 
   corun-ray demo demo                     make a small dataset
   corun-ray run jobs/quickstart.yaml      train on it: pretrain, colabator, evaluate
+  corun-ray run JOB.yaml --resume         go on where its last run stopped
+  corun-ray pool ls runs/RUN              look into the label pool of a run
   corun-ray dehaze PHOTOS OUT --model models:/corun-demo@champion --tracking sqlite:///runs/mlflow.db
 
 RAY_ADDRESS names the cluster to use; without it, a local Ray is started.

@@ -36,7 +36,7 @@ examples:
   corun-ray bench pool --labels 100000 --storage /data --json pool.json --plot pool.png
                                                            33 GB on disk, an hour or more
 
-Ctrl-C stops it; what it wrote to --storage is deleted in any case."""
+What it writes below --storage is deleted at the end, and when Ctrl-C stops it."""
 
 
 def add_bench_commands(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
@@ -135,14 +135,17 @@ def _measure(args: argparse.Namespace, settings: "Settings") -> None:
         labels = f"{settings.labels} of {settings.side_px} px in {settings.encoding}"
         console.header("bench pool", {"labels": labels, "on": place, "storage": folder.uri})
         try:
-            report = bench_pool(settings, folder, lambda done, what: console.progress(done, total, "label", [what]))
+            for report in bench_pool(
+                settings, folder, lambda done, what: console.progress(done, total, "label", [what])
+            ):
+                # What is known already should outlast whatever ends a long run.
+                if args.json:
+                    args.json.write_text(as_json(report))
+                if args.plot:
+                    args.plot.write_bytes(plot(report))
         except PoolError as error:
             raise JobFailed(f"bench pool: {error}") from None
     console.say(f"\n{table(report)}")
-    if args.json:
-        args.json.write_text(as_json(report))
-    if args.plot:
-        args.plot.write_bytes(plot(report))
 
 
 @contextmanager

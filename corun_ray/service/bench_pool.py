@@ -5,7 +5,7 @@ with an incremental snapshot, after which what was saved may leave memory: so a 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,8 @@ Tell = Callable[[int, str], None]
 """Takes how many labels have been filled in, of all pools, and what is being done."""
 
 
-def bench_pool(settings: Settings, folder: Location, tell: Tell) -> Report:
-    """Measures below `folder`; needs a running Ray.
+def bench_pool(settings: Settings, folder: Location, tell: Tell) -> Iterator[Report]:
+    """Measures below `folder`; gives what is known after each pool. Needs a running Ray.
 
     Raises `PoolError` where labels are missing or a shard does not come back, and `StorageError`.
     """
@@ -59,9 +59,9 @@ def bench_pool(settings: Settings, folder: Location, tell: Tell) -> Report:
                 series.append(trial.run())
             finally:
                 trial.end()
+            yield Report(settings, bench_probe.machine(), time.monotonic() - start_s, tuple(series))
     finally:
         crew.end()
-    return Report(settings, bench_probe.machine(), time.monotonic() - start_s, tuple(series))
 
 
 class Trial:

@@ -29,6 +29,10 @@ class Rig:
 
     def __init__(self, num_nodes: int = 2) -> None:
         self.num_nodes = num_nodes
+        self.open()
+
+    def open(self) -> None:
+        """Starts the cluster, a new one after `close`."""
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.nodes: list = []
         self.mend()

@@ -61,22 +61,37 @@ def test_an_elastic_job_grows_and_shrinks_with_the_cluster(theatre, tmp_path):
     while len(rig.cluster.worker_nodes) > 1:
         rig.cluster.remove_node(rig.nodes.pop())
     cluster = {"workers": [1, 2], "cpus_per_worker": 2, "resize_every_s": 5}
-    train = {"steps": 120, "checkpoint_every": 10}
+    train = {"steps": 60, "checkpoint_every": 6}
     job = write_job(tmp_path, folder / "data", str(tmp_path / "runs"), "elastic", cluster=cluster, train=train)
     driver = Driver(job, rig.environment())
-    assert driver.reaches(12), driver.output[-3000:]
+    assert driver.reaches(8), driver.output[-3000:]
     assert len(rig.processes("RayTrainWorker")) == 1
     rig.num_nodes = 2
     rig.mend()
     assert driver.says("with 2"), driver.output[-3000:]
     after = driver.step
-    assert driver.reaches(after + 12)
+    assert driver.reaches(after + 8)
     rig.cluster.remove_node(rig.nodes[-1], allow_graceful=False)
     assert driver.says("with 1"), driver.output[-3000:]
     assert driver.finish() == 0, driver.output[-3000:]
     run = run_folder(tmp_path / "runs")
-    assert steps_saved(run)[-1] == 120
-    record = read_record(Path(run.child(folder_name(120)).path))
+    assert steps_saved(run)[-1] == 60
+    record = read_record(Path(run.child(folder_name(60)).path))
     # Two images a worker and step: somewhere between what one and two workers would have seen.
-    assert record["step"] == 120 and 240 < record["num_images_seen"] < 480
+    assert record["step"] == 60 and 120 < record["num_images_seen"] < 240
     rig.mend()
+
+
+def test_with_the_head_gone_the_job_goes_on_in_a_new_cluster(theatre, tmp_path):
+    rig, folder = theatre
+    job = write_job(tmp_path, folder / "data", str(tmp_path / "runs"), "beheaded")
+    driver = Driver(job, rig.environment())
+    assert driver.reaches(13), driver.output[-3000:]
+    rig.close()
+    assert driver.finish() != 0, "nothing is left to train on"
+    rig.open()
+    again = Driver(job, rig.environment(), "--resume")
+    assert again.finish() == 0, again.output[-3000:]
+    assert "goes on with this run" in again.output
+    record = read_record(Path(run_folder(tmp_path / "runs").child(folder_name(24)).path))
+    assert (record["step"], record["num_images_seen"]) == (24, 96)

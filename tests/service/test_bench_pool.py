@@ -38,7 +38,7 @@ def report(local_ray, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     told = []
     settings = Settings(60, 32, (1, 2), "uint8", memory_mib=64, workers=4, job_s=0.6)
-    found = bench_pool(settings, locate(str(folder)), lambda done, what: told.append((done, what)))
+    found = list(bench_pool(settings, locate(str(folder)), lambda done, what: told.append((done, what))))[-1]
     assert list(folder.rglob("*.parquet")) == []
     assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1][0] == 120
     assert told[0][1] == "1 shard: warming up" and told[-1][1] == "2 shards: 4 workers with 60 labels"
