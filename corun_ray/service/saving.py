@@ -5,6 +5,7 @@ then written in the background, in this order, and Ray Train takes note of the c
 leaves the last good one.
 """
 
+import contextlib
 import tempfile
 import threading
 import traceback
@@ -69,6 +70,8 @@ class Saver:
                 return self._upload(checkpoint, name, keeper, parts)
             except Exception:
                 ray.get(self._board.post_error.remote(self._rank, traceback.format_exc()))
+                with contextlib.suppress(StorageError):  # half of a checkpoint only takes room
+                    self._run.child(name).delete()
                 raise
             finally:
                 self._is_idle.set()

@@ -15,7 +15,7 @@ from tests.faults.rig import Driver, Rig, kill
 from tests.faulty_s3 import FaultyS3
 
 OUTAGE_S = 20.0
-DISK_MIB = 48
+DISK_MIB = 96
 FULL_TEXT = "No space left on device"
 
 
