@@ -22,7 +22,7 @@ CLIENTS = 2
 """Of these, the ones that offer and read as fast as they can."""
 READ_AT_ONCE = 8
 OFFERS_AT_ONCE = 16
-"""Labels that a process has under way at most: the object store must hold them twice until the pool has decided."""
+"""Labels in a call, and under way at most: the object store must hold them twice until the pool has decided."""
 TEACHER_S = 0.1
 """From a step's start until it asks for its labels; until then, reading them costs it nothing."""
 OFFER_SHARE = 0.1
@@ -78,13 +78,15 @@ class LoadMaker:
         self._clients = [PoolClient(shards, generation) for _ in range(num_clients)]
 
     def offer(self, numbers: Sequence[int], step: int) -> list[float]:
-        """Offers the labels of `numbers`; returns the seconds to the answer of one offer in `OFFERS_AT_ONCE`."""
+        """Offers the labels of `numbers`, most of them together; returns how many seconds single ones took.
+
+        Of `OFFERS_AT_ONCE` labels, the last goes alone.
+        """
         client = self._clients[0]
         times_s = []
         for first in range(0, len(numbers), OFFERS_AT_ONCE):
             *unanswered, last = [self._make(number, step) for number in numbers[first : first + OFFERS_AT_ONCE]]
-            for label in unanswered:
-                client.offer([label])
+            client.offer(unanswered)
             client.settle()
             start_s = time.perf_counter()
             client.offer([last])

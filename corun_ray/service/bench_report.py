@@ -17,7 +17,7 @@ LevelFigure = Callable[[Level], float]
 JobFigure = Callable[[Job], float]
 
 LEVEL_ROWS: dict[str, dict[str, LevelFigure]] = {
-    "offers of new labels, 2 processes": {
+    "offers of new labels, 2 processes, 15 a call": {
         "labels/s": lambda level: level.offers_per_s,
         "one with its answer, median ms": lambda level: level.offer.median_ms,
         "one with its answer, p99 ms": lambda level: level.offer.p99_ms,
