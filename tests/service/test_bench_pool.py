@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from corun_ray.core.labels import supersedes
+from corun_ray.service import bench_load, bench_probe
 from corun_ray.service.bench_figures import STEP_S, Save, Settings, Tick, job_of, latency, levels_to
 from corun_ray.service.bench_load import Crew, LabelMaker
 from corun_ray.service.bench_pool import bench_pool
@@ -38,7 +39,10 @@ def report(local_ray, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     told = []
     settings = Settings(60, 32, (1, 2), "uint8", memory_mib=64, workers=4, job_s=0.6)
-    found = list(bench_pool(settings, locate(str(folder)), lambda done, what: told.append((done, what))))[-1]
+    with pytest.MonkeyPatch.context() as faster:
+        faster.setattr(bench_load, "PROCESSES", 2)
+        faster.setattr(bench_probe, "REPORT_S", 0.2)
+        found = list(bench_pool(settings, locate(str(folder)), lambda done, what: told.append((done, what))))[-1]
     assert list(folder.rglob("*.parquet")) == []
     assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1][0] == 120
     assert told[0][1] == "1 shard: warming up" and told[-1][1] == "2 shards: 4 workers with 60 labels"
