@@ -3,6 +3,7 @@
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,6 +59,14 @@ def steps_saved(run: Location) -> list[int]:
     return sorted(step for name in run.folders() if (step := step_of_folder(name)) is not None)
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections → `section.key: value`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
 def new_run(job: TrainingJob) -> Location:
     """The folder of a run that begins now."""
     return locate(job.storage).child(f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -98,14 +107,14 @@ def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, digest: s
             (before,) = load_jobs(place.download(Path(folder)), env={})
         except JobFileError as error:
             raise ResumeError(f"{place.uri}: {error}") from None
-    old, new = _flat(before.model_dump(mode="json")), _flat(job.model_dump(mode="json"))
+    if not isinstance(before, TrainingJob):
+        raise ResumeError(f"{place.uri}: a {before.kind} job, not a {job.kind} job")
+    old, new = flatten(before.model_dump(mode="json")), flatten(job.model_dump(mode="json"))
     lines = [
         f"{key}: {new.get(key)} now, {old.get(key)} in the run to go on with"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not key.startswith(FREE)
     ]
-    if not isinstance(before, TrainingJob):
-        raise ResumeError(f"{place.uri}: a {before.kind} job, not a {job.kind} job")
     if not _same_global_batch(before, job):
         lines.append(
             f"train.batch_per_worker: {job.train.batch_per_worker} on {job.cluster.workers_text} workers now, "
@@ -123,10 +132,3 @@ def _same_global_batch(before: TrainingJob, job: TrainingJob) -> bool:
         return before.train.batch_per_worker == job.train.batch_per_worker
     sizes = {one.train.batch_per_worker * one.cluster.max_workers for one in (before, job)}
     return len(sizes) == 1
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

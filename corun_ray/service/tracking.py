@@ -17,6 +17,7 @@ from corun_ray.config import Job
 from corun_ray.core.checkpoints import NETWORK_FILE, SPEC_FILE, read_spec
 from corun_ray.core.networks import requirements
 from corun_ray.service import usercode
+from corun_ray.service.runs import flatten
 
 MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 PACKAGE = Path(__file__).parents[1]
@@ -33,14 +34,6 @@ class TrackingError(Exception):
 def tracking_uri(job: Job) -> str:
     """The MLflow server of a job: its own, or an SQLite file in its storage folder."""
     return job.tracking.uri or f"{SQLITE}{Path(job.storage).expanduser().absolute()}/mlflow.db"
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections → `section.key: value`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def _mlflow(uri: str) -> Any:
