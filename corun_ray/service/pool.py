@@ -8,7 +8,8 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
@@ -23,55 +24,30 @@ MIB = 2**20
 ANY_NODE: list[dict[str, Any]] = [{"label_selector": {}}]
 
 
-class PendingRead:
-    """A read under way; see `core.labels.PendingLabels`."""
+class Read(NamedTuple):
+    """A read of one shard under way."""
 
-    def __init__(self, keys: Sequence[str], reads: Iterable[tuple[ShardLink, list[str], ray.ObjectRef | None]]) -> None:
-        self._keys = keys
-        self._reads = list(reads)
-
-    def result(self) -> list[Label | None]:
-        """Waits for the labels; arrays are read in place on the node that holds them."""
-        refs: dict[str, tuple[ShardLink, ray.ObjectRef]] = {}
-        for link, keys, read in self._reads:
-            for key, ref in zip(keys, link.reply(read) or (), strict=False):
-                if ref is not None:
-                    refs[key] = (link, ref)
-        labels = self._labels(refs)
-        return [labels.get(key) for key in self._keys]
-
-    def _labels(self, refs: dict[str, tuple[ShardLink, ray.ObjectRef]]) -> dict[str, Label]:
-        try:
-            found = ray.get([ref for _, ref in refs.values()], timeout=READ_TIMEOUT_S)
-            return dict(zip(refs, found, strict=True))
-        except RayError:
-            return {key: label for key, (link, ref) in refs.items() if (label := self._label(link, key, ref))}
-
-    def _label(self, link: ShardLink, key: str, ref: ray.ObjectRef) -> Label | None:
-        """One label where not all could be had: its shard may have died since, or its segment be out of reach."""
-        try:
-            return ray.get(ref, timeout=PING_S)
-        except GetTimeoutError:
-            return None  # still on its way
-        except RayError:
-            link.forget([key])
-            return None
+    link: ShardLink
+    keys: list[str]
+    reply: ray.ObjectRef | None
 
 
 class PoolClient:
     """One worker's view of the shared pool; a `core.labels.LabelPool`.
 
     A step costs one round trip to each shard that it touches. A worker's calls reach a shard in the order in which
-    it made them: what it offered, it reads back.
+    it made them: what it offered, it reads back. Labels are fetched, from other nodes if need be, by a thread.
     """
 
     def __init__(self, shards: Sequence[Any], generation: int) -> None:
         self._links = [ShardLink(actor, number, generation) for number, actor in enumerate(shards)]
+        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="label-pool")
 
-    def prefetch(self, keys: Sequence[str]) -> PendingRead:
-        """Starts reading the labels of `keys`."""
+    def prefetch(self, keys: Sequence[str]) -> Future[list[Label | None]]:
+        """Starts reading the labels of `keys`; arrays are read in place on the node that holds them."""
         by_link = self._by_link((key, key) for key in keys)
-        return PendingRead(keys, [(link, wanted, link.read(wanted)) for link, wanted in by_link])
+        reads = [Read(link, wanted, link.read(wanted)) for link, wanted in by_link]
+        return self._fetcher.submit(_fetch, keys, reads)
 
     def offer(self, labels: Sequence[Label]) -> None:
         """Hands labels over without waiting; the shards compare each again."""
@@ -92,6 +68,33 @@ class PoolClient:
         for key, item in items:
             found[shard_of(key, len(self._links))].append(item)
         return [(self._links[number], some) for number, some in found.items()]
+
+
+def _fetch(keys: Sequence[str], reads: Iterable[Read]) -> list[Label | None]:
+    """Waits for the labels of `keys`; None where there is none, or it cannot be had now."""
+    refs = {
+        key: (read.link, ref)
+        for read in reads
+        for key, ref in zip(read.keys, read.link.reply(read.reply) or (), strict=False)
+        if ref is not None
+    }
+    try:
+        found = ray.get([ref for _, ref in refs.values()], timeout=READ_TIMEOUT_S)
+        labels = dict(zip(refs, found, strict=True))
+    except RayError:
+        labels = {key: label for key, (link, ref) in refs.items() if (label := _fetch_one(link, key, ref))}
+    return [labels.get(key) for key in keys]
+
+
+def _fetch_one(link: ShardLink, key: str, ref: ray.ObjectRef) -> Label | None:
+    """One label where not all could be had: its shard may have died since, or its segment be out of reach."""
+    try:
+        return ray.get(ref, timeout=PING_S)
+    except GetTimeoutError:
+        return None  # still on its way
+    except RayError:
+        link.forget([key])
+        return None
 
 
 def start_pool(num_shards: int, pool: Location, memory_mib: int | None = None) -> list[Any]:

@@ -1,5 +1,6 @@
 """One process's line to one shard of the label pool: what it does while the shard is away, and when it is back."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,10 +25,14 @@ class PoolError(Exception):
 
 
 class ShardLink:
-    """One worker's view of one shard: whether it answers, and the labels that only this worker may still hold."""
+    """One worker's view of one shard: whether it answers, and the labels that only this worker may still hold.
+
+    `reply` and `forget` may run in another thread than the rest.
+    """
 
     def __init__(self, actor: Any, number: int, generation: int) -> None:
         self.actor, self.number, self.generation = actor, number, generation
+        self._lock = threading.RLock()
         self._incarnation: int | None = None
         self._probe: ray.ObjectRef | None = None
         """A ping under way to a shard that did not answer; None while it does."""
@@ -40,9 +45,10 @@ class ShardLink:
 
     def offer(self, labels: Sequence[Label]) -> None:
         """Hands labels over without waiting, and holds them until storage has them."""
-        self._held |= {label.key: label for label in labels}
-        if self._answers():
-            self.actor.offer.remote(self.generation, list(labels))
+        with self._lock:
+            self._held |= {label.key: label for label in labels}
+            if self._answers():
+                self.actor.offer.remote(self.generation, list(labels))
 
     def reply(self, ref: ray.ObjectRef | None) -> list[ray.ObjectRef | None] | None:
         """What a read gave; None if the shard turned out to be away."""
@@ -77,37 +83,40 @@ class ShardLink:
         self.actor.forget.remote(self.generation, list(keys))
 
     def _answers(self) -> bool:
-        if self._probe is None:
-            return True
-        if ray.wait([self._probe], timeout=0)[0]:
-            try:
-                incarnation, saved_step = ray.get(self._probe)
-                if incarnation is not None:
-                    self._probe = None
-                    self._hear(incarnation, saved_step)
-                    return True
-            except RayActorError:
-                pass
-            self._probe = self.actor.ping.remote()
-        return False
+        with self._lock:
+            if self._probe is None:
+                return True
+            if ray.wait([self._probe], timeout=0)[0]:
+                try:
+                    incarnation, saved_step = ray.get(self._probe)
+                    if incarnation is not None:
+                        self._probe = None
+                        self._hear(incarnation, saved_step)
+                        return True
+                except RayActorError:
+                    pass
+                self._lose()
+            return False
 
     def _lose(self) -> None:
-        self._probe = self.actor.ping.remote()
+        with self._lock:
+            self._probe = self.actor.ping.remote()
 
     def _hear(self, incarnation: int | None, saved_step: int) -> bool:
         """Takes note of how the shard stands; says whether it must be asked again.
 
         A shard that has restarted is handed what it cannot have from storage.
         """
-        if incarnation is None:
-            self._probe = self.actor.ping.remote()
-            return True
-        self._held = {key: label for key, label in self._held.items() if label.step >= saved_step}
-        is_new = self._incarnation not in (None, incarnation)
-        self._incarnation = incarnation
-        if is_new and self._held:
-            self.actor.offer.remote(self.generation, list(self._held.values()))
-        return is_new
+        with self._lock:
+            if incarnation is None:
+                self._lose()
+                return True
+            self._held = {key: label for key, label in self._held.items() if label.step >= saved_step}
+            is_new = self._incarnation not in (None, incarnation)
+            self._incarnation = incarnation
+            if is_new and self._held:
+                self.actor.offer.remote(self.generation, list(self._held.values()))
+            return is_new
 
 
 def insist(shard: Any, call: Call, number: int, deadline_s: float, first: ray.ObjectRef | None = None) -> Any:

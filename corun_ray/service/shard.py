@@ -1,8 +1,8 @@
 """One shard of the label pool as a Ray actor: `PoolIndex` with Ray's object store for its labels.
 
 The actor puts each label into the object store itself and so owns it: labels outlive the worker that made them, are
-read in place on a node, pulled between nodes, and spilled to disk by Ray where memory runs out. Segments are written,
-and labels read back from them, by tasks; the actor only answers.
+read in place on a node, pulled between nodes, and spilled to disk by Ray where memory runs out. Segments are written by
+tasks, labels read back from them by an actor of its own; the shard only answers.
 """
 
 import functools
@@ -11,7 +11,7 @@ import math
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import ray
@@ -20,6 +20,7 @@ from corun_ray.core.labels import Label
 from corun_ray.service import segments, snapshots
 from corun_ray.service.poolindex import PoolIndex
 from corun_ray.service.poolrecords import Entry, Frozen, Head, Part, Place, PoolCounters, Segment
+from corun_ray.service.segmentreader import READS_AT_ONCE, SegmentReader
 from corun_ray.service.storage import Location, StorageError, locate
 
 LABELS_AT_ONCE = 32
@@ -67,7 +68,7 @@ class PoolShard:
         if not self._is_whole():
             return Reply(None, 0, [None] * len(keys))
         entries = self._index.read(keys)
-        self._load({entry.head.key: entry for entry in entries if entry is not None and entry.payload is None})
+        self._load(entry for entry in entries if entry is not None and entry.payload is None)
         found = [None if entry is None else entry.payload for entry in entries]
         self._keep_to_budget()
         return Reply(self._incarnation, self._saved_step, found)
@@ -162,18 +163,20 @@ class PoolShard:
         if generation != self._generation:
             raise RuntimeError(f"label pool: generation {generation} of the workers is over, {self._generation} runs")
 
-    def _load(self, entries: dict[str, Entry]) -> None:
-        """Starts reading labels back, one task for each segment."""
-        by_segment: dict[str, dict[int, str]] = defaultdict(dict)
-        for key, entry in entries.items():
+    def _load(self, entries: Iterable[Entry]) -> None:
+        """Starts reading labels back."""
+        for entry in entries:
             assert entry.place is not None
-            by_segment[entry.place.segment][entry.place.row] = key
-        for name, keys in by_segment.items():
-            rows = sorted(keys)
-            refs: Any = read_back.options(num_returns=len(rows)).remote(self._pool_uri, name, rows)
-            for row, ref in zip(rows, refs if len(rows) > 1 else [refs], strict=True):
-                self._index.attach(keys[row], ref)
-                self._index.counters.loads += 1
+            self._index.attach(entry.head.key, self._reader.read.remote(*entry.place))
+            self._index.counters.loads += 1
+
+    @functools.cached_property
+    def _reader(self) -> Any:
+        """Beside the shard, which owns what it reads; it goes when the shard goes."""
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        reader: Any = ray.remote(SegmentReader)
+        options = reader.options(num_cpus=0, max_restarts=-1, max_concurrency=READS_AT_ONCE, label_selector=here)
+        return options.remote(self._pool.child(snapshots.SEGMENTS).uri)
 
     def _write(self, frozen: Frozen) -> ray.ObjectRef | None:
         if not frozen.parts:
@@ -226,10 +229,3 @@ def _gathered(folder: Location, rows: Sequence[Any]) -> Iterator[Label]:
         some = rows[first : first + LABELS_AT_ONCE]
         held = iter(ray.get([row for row in some if not isinstance(row, Place)]))
         yield from (stored[row] if isinstance(row, Place) else next(held) for row in some)
-
-
-@ray.remote(num_cpus=0)
-def read_back(pool_uri: str, segment: str, rows: Sequence[int]) -> Any:
-    """Labels of a segment into the object store, one return value a row. Raises `StorageError`."""
-    found = list(segments.read_labels(locate(pool_uri).child(snapshots.SEGMENTS), segment, rows))
-    return found if len(found) > 1 else found[0]
