@@ -21,6 +21,9 @@ from corun_ray.service.shard import PoolShard, shard_of
 from corun_ray.service.storage import Location
 
 MIB = 2**20
+FETCHER = ThreadPoolExecutor(1, thread_name_prefix="label-pool")
+"""Fetches the labels of all clients of a process. With more threads than one, Ray (2.60) can forget where an object is
+while it fetches it: when another thread gives up the same object at that moment, the fetch never ends."""
 ANY_NODE: list[dict[str, Any]] = [{"label_selector": {}}]
 
 
@@ -41,13 +44,12 @@ class PoolClient:
 
     def __init__(self, shards: Sequence[Any], generation: int) -> None:
         self._links = [ShardLink(actor, number, generation) for number, actor in enumerate(shards)]
-        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="label-pool")
 
     def prefetch(self, keys: Sequence[str]) -> Future[list[Label | None]]:
         """Starts reading the labels of `keys`; arrays are read in place on the node that holds them."""
         by_link = self._by_link((key, key) for key in keys)
         reads = [Read(link, wanted, link.read(wanted)) for link, wanted in by_link]
-        return self._fetcher.submit(_fetch, keys, reads)
+        return FETCHER.submit(_fetch, keys, reads)
 
     def offer(self, labels: Sequence[Label]) -> None:
         """Hands labels over without waiting; the shards compare each again."""
@@ -93,7 +95,7 @@ def _fetch_one(link: ShardLink, key: str, ref: ray.ObjectRef) -> Label | None:
     except GetTimeoutError:
         return None  # still on its way
     except RayError:
-        link.forget([key])
+        link.forget(key, ref)
         return None
 
 

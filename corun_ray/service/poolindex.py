@@ -86,10 +86,10 @@ class PoolIndex:
         entry.payload = payload
         self._touch(key)
 
-    def forget_payload(self, key: str) -> None:
-        """The payload of `key` turned out to be lost: from now on storage has the label, or nobody."""
+    def forget(self, key: str, payload: Any) -> None:
+        """This payload of `key` turned out to be lost: from now on storage has the label, or nobody."""
         entry = self._entries.get(key)
-        if entry is not None:
+        if entry is not None and entry.payload == payload:
             self._drop(entry)
             if entry.place is None:
                 self._remove(key)

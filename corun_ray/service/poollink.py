@@ -78,9 +78,9 @@ class ShardLink:
             time.sleep(PAUSE_S)
         raise PoolError(f"label pool: shard {self.number} has not come back in {RETURN_TIMEOUT_S:.0f} s")
 
-    def forget(self, keys: Sequence[str]) -> None:
-        """Tells the shard that the labels of `keys` could not be had."""
-        self.actor.forget.remote(self.generation, list(keys))
+    def forget(self, key: str, label: ray.ObjectRef) -> None:
+        """Tells the shard that this label of `key` could not be had."""
+        self.actor.forget.remote(self.generation, [(key, label)])
 
     def _answers(self) -> bool:
         with self._lock:

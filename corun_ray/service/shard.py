@@ -81,11 +81,11 @@ class PoolShard:
         self._keep_to_budget()
         return taken
 
-    def forget(self, generation: int, keys: Sequence[str]) -> None:
-        """A reader could not get the labels of `keys`: from now on they are read back from storage, if it has them."""
+    def forget(self, generation: int, lost: Sequence[tuple[str, ray.ObjectRef]]) -> None:
+        """A reader could not get these labels: from now on they are read back from storage, if it has them."""
         if generation == self._generation:
-            for key in keys:
-                self._index.forget_payload(key)
+            for key, label in lost:
+                self._index.forget(key, label)
 
     def freeze(self, generation: int) -> PartOfSave:
         """Fixes the pool's content as of now and starts writing what storage lacks of it.

@@ -5,9 +5,11 @@ where a shard that comes back must stand. A snapshot's file is written when all 
 leaves the last good one; segments that no snapshot names are deleted by the next sweep.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,6 +22,8 @@ from corun_ray.service.storage import Location, StorageError
 CURRENT_FILE = "current.json"
 SEGMENTS = "segments"
 FORMAT = 1
+INDEXES_AT_ONCE = 16
+"""So many requests to an object store hide how long one takes."""
 _SNAPSHOT_NAME = re.compile(r"step_(\d{8,})\.json")
 
 SegmentName = Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,100}$")]
@@ -111,11 +115,12 @@ def read_current(pool: Location) -> Current:
 
 def index(pool: Location, snapshot: Snapshot) -> dict[str, tuple[Head, Place]]:
     """Every label of a snapshot without its images, and where it is; raises `StorageError`."""
-    folder = pool.child(SEGMENTS)
+    in_order = [one.name for one in sorted(snapshot.segments, key=lambda segment: segment.order)]
     found: dict[str, tuple[Head, Place]] = {}
-    for segment in sorted(snapshot.segments, key=lambda segment: segment.order):
-        for row, head in enumerate(segments.read_index(folder, segment.name)):
-            found[head.key] = (head, Place(segment.name, row))
+    with ThreadPoolExecutor(INDEXES_AT_ONCE) as threads:
+        indexes = threads.map(functools.partial(segments.read_index, pool.child(SEGMENTS)), in_order)
+        for name, heads in zip(in_order, indexes, strict=True):
+            found |= {head.key: (head, Place(name, row)) for row, head in enumerate(heads)}
     return found
 
 

@@ -144,8 +144,10 @@ def test_a_lost_payload_is_read_back_or_the_label_is_gone():
     offer(index, head("saved"))
     save(index, storage)
     offer(index, head("unsaved"))
-    index.forget_payload("saved")
-    index.forget_payload("unsaved")
+    index.forget("saved", "saved@another time")
+    assert index.read(["saved"])[0].payload is not None
+    for key in ("saved", "unsaved"):
+        index.forget(key, index.read([key])[0].payload)
     saved, unsaved = index.read(["saved", "unsaved"])
     assert saved.payload is None and saved.place is not None and unsaved is None
     assert index.counters.resident_bytes == 0
