@@ -120,6 +120,8 @@ class Job:
     blocked: Latency
     """By the pool, of one worker in one step."""
     blocked_share_of_step: float
+    worker_cpu_s_per_step: float
+    """Of the blocked time, what the worker's own thread worked: what is left where every worker has its own core."""
     late_share_of_steps: float
     """Steps that began more than `LATE_SHARE_OF_STEP` of a step after their time: the machine was too slow for them."""
     shard_cpu_s_per_step: float
@@ -155,6 +157,8 @@ class Tick(NamedTuple):
 
     blocked_s: float
     """In calls of the pool: by so much the step would be shorter without one."""
+    cpu_s: float
+    """Of these, at work in the worker's thread."""
     late_s: float
     """How long after its time the step began."""
 
@@ -178,4 +182,11 @@ def job_of(ticks: Sequence[Tick], steps: int, shard_cpu_s: float) -> Job:
     """Sums up the steps of all workers, `steps` of each; raises ValueError where there are none."""
     blocked = latency([tick.blocked_s for tick in ticks])
     late = sum(tick.late_s > LATE_SHARE_OF_STEP * STEP_S for tick in ticks) / len(ticks)
-    return Job(len(ticks), blocked, blocked.mean_ms / 1000 / STEP_S, late, shard_cpu_s / steps)
+    return Job(
+        worker_steps=len(ticks),
+        blocked=blocked,
+        blocked_share_of_step=blocked.mean_ms / 1000 / STEP_S,
+        worker_cpu_s_per_step=sum(tick.cpu_s for tick in ticks) / len(ticks),
+        late_share_of_steps=late,
+        shard_cpu_s_per_step=shard_cpu_s / steps,
+    )

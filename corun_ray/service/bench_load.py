@@ -124,20 +124,32 @@ class LoadMaker:
     def _step(self, client: PoolClient, number: int, step: int, due_s: float) -> Tick:
         """One step as `core.steps` takes it, with sleep in place of the networks."""
         time.sleep(max(0.0, due_s - time.time()))
-        late_s = max(0.0, time.time() - due_s)
-        called_s = time.perf_counter()
-        pending = client.prefetch([key_of(number)])
-        blocked_s = time.perf_counter() - called_s
-        time.sleep(max(0.0, called_s + TEACHER_S - time.perf_counter()))
-        asked_s = time.perf_counter()
-        pending.result()
-        blocked_s += time.perf_counter() - asked_s
+        late_s, start_s = max(0.0, time.time() - due_s), time.perf_counter()
+        watch = Stopwatch()
+        with watch:
+            pending = client.prefetch([key_of(number)])
+        time.sleep(max(0.0, start_s + TEACHER_S - time.perf_counter()))
+        with watch:
+            pending.result()
         if random.random() < OFFER_SHARE:
             label = self._make(number, step)
-            offered_s = time.perf_counter()
-            client.offer([label])
-            blocked_s += time.perf_counter() - offered_s
-        return Tick(blocked_s, late_s)
+            with watch:
+                client.offer([label])
+        return Tick(watch.wall_s, watch.cpu_s, late_s)
+
+
+class Stopwatch:
+    """Sums up the time of `with` blocks, and how much of it their thread was at work."""
+
+    wall_s = cpu_s = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter(), time.thread_time()
+
+    def __exit__(self, *_: object) -> None:
+        start_s, start_cpu_s = self._start
+        self.wall_s += time.perf_counter() - start_s
+        self.cpu_s += time.thread_time() - start_cpu_s
 
 
 class Crew:

@@ -59,6 +59,7 @@ JOB_ROWS: dict[str, JobFigure] = {
     "blocked by the pool, mean ms": lambda job: job.blocked.mean_ms,
     "blocked by the pool, p99 ms": lambda job: job.blocked.p99_ms,
     "blocked, mean share of a step, %": lambda job: 100 * job.blocked_share_of_step,
+    "processor time of the worker in them, mean ms": lambda job: 1000 * job.worker_cpu_s_per_step,
     "steps that began late, %": lambda job: 100 * job.late_share_of_steps,
     "processor time of all shards a step, s": lambda job: job.shard_cpu_s_per_step,
 }

@@ -94,9 +94,10 @@ def test_latency_is_summed_up_in_milliseconds():
 
 
 def test_a_job_is_summed_up_by_worker_and_step():
-    job = job_of([Tick(0.03, 0.0), Tick(0.06, 0.5 * STEP_S)], steps=2, shard_cpu_s=0.1)
+    job = job_of([Tick(0.03, 0.001, 0.0), Tick(0.06, 0.003, 0.5 * STEP_S)], steps=2, shard_cpu_s=0.1)
     assert job.worker_steps == 2 and job.late_share_of_steps == 0.5
     assert job.blocked_share_of_step == pytest.approx(0.045 / STEP_S)
+    assert job.worker_cpu_s_per_step == pytest.approx(0.002)
     assert job.shard_cpu_s_per_step == pytest.approx(0.05)
 
 
