@@ -14,8 +14,8 @@ from corun_ray.core.pictures import grid, stage_rows
 from corun_ray.core.restore import restore, stages, to_image, to_tensor
 from corun_ray.service.manifest import images_below, stem
 from corun_ray.service.models import Model, ModelSourceError
-from corun_ray.service.restorers import Restorers, actor_slots
-from corun_ray.service.storage import StorageError, locate
+from corun_ray.service.restorers import Restorers, actor_slots, rows_of
+from corun_ray.service.storage import MissingFile, StorageError, locate
 
 STAGE_CELL_PX = 320
 
@@ -51,7 +51,7 @@ class DehazeFiles(Restorers):
                 rows = stage_rows(unfolded, hazy)
                 picture = grid(list(rows.values()), STAGE_CELL_PX, list(rows))
                 self.target.child(f"{stem(key)}.stages.png").write(encode_png(picture))
-        except (BadImage, StorageError, ValueError) as error:
+        except (BadImage, MissingFile, ValueError) as error:
             return str(error)
         return ""
 
@@ -90,7 +90,7 @@ def dehaze(
         **actor_slots(),
     )
     result = DehazeResult()
-    for done, row in enumerate(outcomes.iter_rows(), 1):
+    for done, row in enumerate(rows_of(outcomes), 1):
         if row["error"]:
             result.bad_files[posixpath.join(source, row["key"])] = row["error"]
         else:

@@ -20,8 +20,8 @@ from corun_ray.core.pictures import grid
 from corun_ray.core.restore import restore, to_image, to_tensor
 from corun_ray.service.manifest import held_out
 from corun_ray.service.models import Model
-from corun_ray.service.restorers import Restorers, actor_slots
-from corun_ray.service.storage import StorageError
+from corun_ray.service.restorers import Restorers, actor_slots, rows_of
+from corun_ray.service.storage import MissingFile, StorageError
 from corun_ray.service.validation import Row, load_image
 
 HAZY = "hazy input"
@@ -84,7 +84,7 @@ class MeasureFiles(Restorers):
             scenes = [hazy, *(restore(network, hazy).scene for network in self.networks.values())]
             values = self._values(scenes, truth)
             strip = encode_png(np.concatenate([to_image(scene) for scene in scenes], 1)) if shown else b""
-        except (BadImage, StorageError, ValueError) as reason:
+        except (BadImage, MissingFile, ValueError) as reason:
             error = str(reason)
         cells = {"key": key, "error": error, "strip": strip}
         row = {name: np.array([cell], dtype=object) for name, cell in cells.items()}
@@ -125,7 +125,7 @@ def evaluate(
     )
     names = [HAZY, *models]
     images, bad_files, strips = [], {}, {}
-    for done, row in enumerate(outcomes.iter_rows(), 1):
+    for done, row in enumerate(rows_of(outcomes), 1):
         if row["error"]:
             bad_files[posixpath.join(section.hazy, row["key"])] = row["error"]
         else:

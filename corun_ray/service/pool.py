@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
@@ -22,24 +22,16 @@ from corun_ray.service.storage import Location
 
 MIB = 2**20
 FETCHER = ThreadPoolExecutor(1, thread_name_prefix="label-pool")
-"""Fetches the labels of all clients of a process. With more threads than one, Ray (2.60) can forget where an object is
+"""Reads for all clients of a process. With more threads than one, Ray (2.60) can forget where an object is
 while it fetches it: when another thread gives up the same object at that moment, the fetch never ends."""
 ANY_NODE: list[dict[str, Any]] = [{"label_selector": {}}]
-
-
-class Read(NamedTuple):
-    """A read of one shard under way."""
-
-    link: ShardLink
-    keys: list[str]
-    reply: ray.ObjectRef | None
 
 
 class PoolClient:
     """One worker's view of the shared pool; a `core.labels.LabelPool`.
 
-    A step costs one round trip to each shard that it touches. A worker's calls reach a shard in the order in which
-    it made them: what it offered, it reads back. Labels are fetched, from other nodes if need be, by a thread.
+    A step costs one round trip to each shard that it touches, and a thread makes it. What a worker has offered, it
+    reads back; what it offers while a read is under way, that read may see or not.
     """
 
     def __init__(self, shards: Sequence[Any], generation: int) -> None:
@@ -47,9 +39,7 @@ class PoolClient:
 
     def prefetch(self, keys: Sequence[str]) -> Future[list[Label | None]]:
         """Starts reading the labels of `keys`; arrays are read in place on the node that holds them."""
-        by_link = self._by_link((key, key) for key in keys)
-        reads = [Read(link, wanted, link.read(wanted)) for link, wanted in by_link]
-        return FETCHER.submit(_fetch, keys, reads)
+        return FETCHER.submit(self._read, keys)
 
     def offer(self, labels: Sequence[Label]) -> None:
         """Hands labels over without waiting; the shards compare each again."""
@@ -65,27 +55,27 @@ class PoolClient:
         for link in self._links:
             link.settle(deadline_s)
 
+    def _read(self, keys: Sequence[str]) -> list[Label | None]:
+        """Asks all shards at once, then waits for the labels; None where there is none, or it cannot be had now."""
+        asked = [(link, some, link.read(some)) for link, some in self._by_link((key, key) for key in keys)]
+        refs = {
+            key: (link, ref)
+            for link, some, reply in asked
+            for key, ref in zip(some, link.reply(reply) or (), strict=False)
+            if ref is not None
+        }
+        try:
+            found = ray.get([ref for _, ref in refs.values()], timeout=READ_TIMEOUT_S)
+            labels = dict(zip(refs, found, strict=True))
+        except RayError:
+            labels = {key: label for key, (link, ref) in refs.items() if (label := _fetch_one(link, key, ref))}
+        return [labels.get(key) for key in keys]
+
     def _by_link(self, items: Iterable[tuple[str, Any]]) -> list[tuple[ShardLink, list[Any]]]:
         found = defaultdict(list)
         for key, item in items:
             found[shard_of(key, len(self._links))].append(item)
         return [(self._links[number], some) for number, some in found.items()]
-
-
-def _fetch(keys: Sequence[str], reads: Iterable[Read]) -> list[Label | None]:
-    """Waits for the labels of `keys`; None where there is none, or it cannot be had now."""
-    refs = {
-        key: (read.link, ref)
-        for read in reads
-        for key, ref in zip(read.keys, read.link.reply(read.reply) or (), strict=False)
-        if ref is not None
-    }
-    try:
-        found = ray.get([ref for _, ref in refs.values()], timeout=READ_TIMEOUT_S)
-        labels = dict(zip(refs, found, strict=True))
-    except RayError:
-        labels = {key: label for key, (link, ref) in refs.items() if (label := _fetch_one(link, key, ref))}
-    return [labels.get(key) for key in keys]
 
 
 def _fetch_one(link: ShardLink, key: str, ref: ray.ObjectRef) -> Label | None:

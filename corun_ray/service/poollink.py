@@ -27,7 +27,7 @@ class PoolError(Exception):
 class ShardLink:
     """One worker's view of one shard: whether it answers, and the labels that only this worker may still hold.
 
-    `reply` and `forget` may run in another thread than the rest.
+    `read`, `reply` and `forget` may run in another thread than the rest.
     """
 
     def __init__(self, actor: Any, number: int, generation: int) -> None:

@@ -11,7 +11,7 @@ from corun_ray.service.storage import locate
 READS_AT_ONCE = 8
 """Of one reader; enough to have several requests to an object store under way."""
 FOOTERS = 256
-"""Segments whose footers are remembered: a pool of 131,072 labels, and about 100 MB."""
+"""Segments whose footers are remembered: of 131,072 labels, and 360 MB at most."""
 
 
 class SegmentReader:

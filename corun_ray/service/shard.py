@@ -126,9 +126,10 @@ class PoolShard:
         else:
             content = snapshots.read(self._pool.child(snapshot))
             counters = snapshots.counters_of_shard(content, self._number, self._num_shards)
-            rows = snapshots.index(self._pool, content)
+            records = snapshots.segments_of_shard(content, self._number, self._num_shards)
+            rows = snapshots.index(self._pool, content, records)
             mine = (row for key, row in rows.items() if shard_of(key, self._num_shards) == self._number)
-            kept = [Segment(segment.name, segment.order, segment.rows) for segment in content.segments]
+            kept = [Segment(record.name, record.order, record.rows) for record in records]
             self._index.restore(kept, mine, counters)
             self._saved_step = content.step
         self._generation, self._has_to_restore = generation, False

@@ -7,7 +7,7 @@ leaves the last good one; segments that no snapshot names are deleted by the nex
 
 import functools
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
@@ -40,6 +40,8 @@ class SegmentRecord(_Checked):
     name: SegmentName
     order: Number
     rows: Number
+    shards: tuple[Number, ...]
+    """Those whose labels it holds."""
 
 
 class CounterRecord(_Checked):
@@ -86,13 +88,16 @@ def write(
     pool: Location, step: int, labels: int, parts: Iterable[Iterable[Segment]], counters: Iterable[PoolCounters]
 ) -> None:
     """Makes a snapshot visible, once all its segments are written: one list of segments and counters per shard."""
-    merged = {segment.name: segment for part in parts for segment in part}
-    ordered = sorted(merged.values(), key=lambda segment: (segment.order, segment.name))
+    shards: defaultdict[Segment, list[int]] = defaultdict(list)
+    for number, part in enumerate(parts):
+        for segment in part:
+            shards[segment].append(number)
+    ordered = sorted(shards, key=lambda segment: (segment.order, segment.name))
     snapshot = Snapshot(
         format=FORMAT,
         step=step,
         labels=labels,
-        segments=tuple(SegmentRecord(**segment._asdict()) for segment in ordered),
+        segments=tuple(SegmentRecord(**segment._asdict(), shards=tuple(shards[segment])) for segment in ordered),
         shards=tuple(_counter_record(shard) for shard in counters),
     )
     pool.child(name_of(step)).write(snapshot.model_dump_json(indent=1).encode())
@@ -113,9 +118,12 @@ def read_current(pool: Location) -> Current:
     return _read(pool.child(CURRENT_FILE), Current, "label pool's state")
 
 
-def index(pool: Location, snapshot: Snapshot) -> dict[str, tuple[Head, Place]]:
-    """Every label of a snapshot without its images, and where it is; raises `StorageError`."""
-    in_order = [one.name for one in sorted(snapshot.segments, key=lambda segment: segment.order)]
+def index(
+    pool: Location, snapshot: Snapshot, some: Iterable[SegmentRecord] | None = None
+) -> dict[str, tuple[Head, Place]]:
+    """Every label of a snapshot, or of some of its segments, without images, and where it is; raises `StorageError`."""
+    among = snapshot.segments if some is None else some
+    in_order = [one.name for one in sorted(among, key=lambda segment: segment.order)]
     found: dict[str, tuple[Head, Place]] = {}
     with ThreadPoolExecutor(INDEXES_AT_ONCE) as threads:
         indexes = threads.map(functools.partial(segments.read_index, pool.child(SEGMENTS)), in_order)
@@ -138,6 +146,12 @@ def counters_of_shard(snapshot: Snapshot, number: int, num_shards: int) -> PoolC
     if num_shards == len(snapshot.shards):
         return _counters(snapshot.shards[number])
     return total_counters(snapshot) if number == 0 else PoolCounters()
+
+
+def segments_of_shard(snapshot: Snapshot, number: int, num_shards: int) -> list[SegmentRecord]:
+    """Where a shard has to look for its labels: in its own segments, or, where shards have changed, in all."""
+    is_same = num_shards == len(snapshot.shards)
+    return [segment for segment in snapshot.segments if not is_same or number in segment.shards]
 
 
 def total_counters(snapshot: Snapshot) -> PoolCounters:

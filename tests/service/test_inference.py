@@ -92,3 +92,9 @@ def test_stage_pictures_show_each_stage_and_leave_the_result_as_it_is(local_ray,
         assert picture.shape[0] > 3 * 200 and picture.shape[1] > 4 * 320 and picture.std() > 20
     with pytest.raises(ModelSourceError, match="NAFNet has no stages; only corun has"):
         dehaze(str(dataset / "hazy"), str(staged), Model(NetworkSpec("NAFNet", {}), None, {}), with_stages=True)
+
+
+def test_a_store_that_does_not_take_the_images_is_one_error_not_many_bad_images(local_ray, dataset, model, tmp_path):
+    (tmp_path / "file").write_text("where a folder is needed")
+    with pytest.raises(StorageError, match=r"cannot write \S+/file/out/\S+\.png: "):
+        dehaze(str(dataset / "hazy"), str(tmp_path / "file" / "out"), model)

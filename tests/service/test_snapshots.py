@@ -28,6 +28,9 @@ def test_the_later_segment_is_right(pool):
     assert [segment.name for segment in content.segments] == ["a", "c", "b"]
     assert {key: head.step for key, (head, _) in snapshots.index(pool, content).items()} == {"x": 1, "y": 5, "z": 2}
     assert {one.key: one.step for one in snapshots.labels(pool, content)} == {"x": 1, "y": 5, "z": 2}
+    names = [[one.name for one in snapshots.segments_of_shard(content, n, 2)] for n in range(2)]
+    assert names == [["a", "b"], ["a", "c"]]
+    assert [one.name for one in snapshots.segments_of_shard(content, 0, 3)] == ["a", "c", "b"]
 
 
 def test_an_empty_pool_is_a_snapshot_too(pool):
