@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from corun_ray.core.checkpoints import read_record
+from corun_ray.service.recovery import STATE_FILE
 from corun_ray.service.runs import RUN_FILE, folder_name, steps_saved
 from corun_ray.service.storage import locate
 from tests.faults.matrix import stage
@@ -25,6 +26,12 @@ def theatre():
 def run_folder(storage):
     (name,) = [name for name in locate(str(storage)).folders() if (storage / name / RUN_FILE).exists()]
     return locate(str(storage / name))
+
+
+def is_noted(run, step):
+    """Whether Ray Train's own list has the checkpoint: from then on workers start from it."""
+    checkpoints = run.child(STATE_FILE)
+    return checkpoints.exists() and folder_name(step).encode() in checkpoints.read()
 
 
 def drain(rig, node, deadline_s):
@@ -46,7 +53,8 @@ def test_a_preemption_notice_is_answered_by_a_checkpoint_in_time(theatre, tmp_pa
     drain(rig, node, 30)
     assert driver.says("will be taken away: saving step"), driver.output[-3000:]
     saved = int(re.findall(r"saving step (\d+)", driver.output)[-1])
-    assert driver.wait_for(lambda: saved in steps_saved(run_folder(tmp_path / "runs"))), driver.output[-3000:]
+    # The notice gives 30 s, of which the upload and Ray Train's noting of it take a few.
+    assert driver.wait_for(lambda: is_noted(run_folder(tmp_path / "runs"), saved)), driver.output[-3000:]
     if node in rig.cluster.worker_nodes:
         rig.cluster.remove_node(node, allow_graceful=False)
     assert driver.finish() == 0, driver.output[-3000:]
