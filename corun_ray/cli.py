@@ -121,9 +121,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _weights_of_jobs(args: argparse.Namespace) -> list[tuple[str | None, Wanted]]:
     from corun_ray.config import TrainingJob
+    from corun_ray.jobtrials import example
     from corun_ray.service.scoring import needed_files
 
-    jobs = [job for job in _load(Path(args.where), args.set) if isinstance(job, TrainingJob)]
+    jobs = [job for job in map(example, _load(Path(args.where), args.set)) if isinstance(job, TrainingJob)]
     return [folder for job in jobs for folder in needed_files(job).items()]
 
 

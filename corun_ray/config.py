@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from corun_ray.jobmethod import Coherence, ColabatorLoss, ColabatorOptim, Loss, Network, Optim, Pool
+from corun_ray.jobtune import Tune
 from corun_ray.jobvalues import (
     Batch,
     Count,
@@ -183,7 +184,7 @@ def _section(description: str) -> Any:
 
 
 class Job(Strict):
-    kind: str = Field(description="pretrain, colabator or evaluate")
+    kind: str = Field(description="pretrain, colabator, tune or evaluate")
     name: Name = Field(description="lower-case letters, digits, . _ - and no . _ - in front")
     seed: Whole = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
     storage: Text = Field("runs", description="a folder or URI for checkpoints, label pool and reports")
@@ -197,6 +198,11 @@ class Job(Strict):
         if not tracking.uri and "://" in storage:
             raise Mismatch("tracking.uri", f"needed because storage {storage} is not a folder")
         return tracking
+
+    @property
+    def whole_cluster(self) -> Cluster:
+        """What it takes at any one time."""
+        return self.cluster
 
 
 class TrainingJob(Job):
@@ -222,8 +228,9 @@ class PretrainJob(TrainingJob):
     train: PretrainTrain = _section("the training loop")
 
 
-class ColabatorJob(TrainingJob):
-    kind: Literal["colabator"]
+class ColabatorKeys(TrainingJob):
+    """The keys of a Colabator job, and of a search over such jobs."""
+
     data: ColabatorData = _section("images")
     optim: ColabatorOptim = _section("the optimiser, AdamW")
     train: ColabatorTrain = _section("the training loop")
@@ -244,9 +251,30 @@ class ColabatorJob(TrainingJob):
         return coherence
 
 
+class ColabatorJob(ColabatorKeys):
+    kind: Literal["colabator"]
+
+
+class TuneJob(ColabatorKeys):
+    kind: Literal["tune"]
+    tune: Tune = _section("the search: which keys vary, and how trials are judged")
+
+    @property
+    def whole_cluster(self) -> Cluster:
+        """What all trials that run at once take."""
+        one, trials = self.cluster, self.tune.trials_at_once or 1
+        sizes = {"workers": tuple(n * trials for n in one.workers), "data_cpus": one.data_cpus * trials}
+        return one.model_copy(update=sizes)
+
+
 class EvaluateJob(Job):
     kind: Literal["evaluate"]
     evaluate: Evaluate = _section("what is measured, and of which models")
 
 
-KINDS: dict[str, type[Job]] = {"pretrain": PretrainJob, "colabator": ColabatorJob, "evaluate": EvaluateJob}
+KINDS: dict[str, type[Job]] = {
+    "pretrain": PretrainJob,
+    "colabator": ColabatorJob,
+    "tune": TuneJob,
+    "evaluate": EvaluateJob,
+}

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from corun_ray.config import KINDS, Job
+from corun_ray.config import KINDS, Job, TuneJob
 from corun_ray.jobkeys import ORDER, takes
+from corun_ray.jobtrials import trial_mistakes
 from corun_ray.jobyaml import Dumper, Loader, Loc, Reader, syntax_problem
 from corun_ray.mistakes import closest, not_a_key, not_one_of, path_of, plain_mistakes, show
 
@@ -93,7 +94,10 @@ class _Document:
         elif written != kind:
             self.tell(("kind",), not_one_of(written, KINDS))
         try:
-            return KINDS[kind].model_validate(self.raw | {"kind": kind})
+            job = KINDS[kind].model_validate(self.raw | {"kind": kind})
+            for loc, text in trial_mistakes(job).items() if isinstance(job, TuneJob) else ():
+                self.tell(loc, text)
+            return job
         except ValidationError as error:
             errors = error.errors(include_url=False)
         for loc, text in plain_mistakes(errors, kind, is_sure=closest(written, KINDS) is not None):

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from corun_ray.config import KINDS, ColabatorJob, EvaluateJob, Job, PretrainJob
+from corun_ray.config import KINDS, ColabatorJob, EvaluateJob, Job, PretrainJob, TuneJob
 from corun_ray.jobvalues import WORKERS, Section
 
 LIMIT_WORDS = {
@@ -21,7 +21,7 @@ LIMIT_WORDS = {
 # The order in which a job's keys are listed and written; sections that a kind does not use are left out.
 ORDER = (
     *("kind", "name", "seed", "storage", "data", "haze", "network", "coherence", "pool"),
-    *("loss", "optim", "train", "evaluate", "cluster", "tracking"),
+    *("loss", "optim", "train", "tune", "evaluate", "cluster", "tracking"),
 )
 
 
@@ -77,16 +77,18 @@ def reference() -> str:
     by_kind = {kind: keys(job) for kind, job in KINDS.items()}
     lines: list[str] = []
     said = ""
-    for path, field in _in_order(keys(ColabatorJob), keys(PretrainJob), keys(EvaluateJob)).items():
+    for path, field in _in_order(keys(TuneJob), keys(ColabatorJob), keys(PretrainJob), keys(EvaluateJob)).items():
         users = [kind for kind in KINDS if path in by_kind[kind]]
         only = f" ({', '.join(users)} only)" if len(users) < len(KINDS) else ""
         if section_of(field) and "." not in path:
             lines += ["", f"{path}: {field.description}{only}"]
             said = only
             continue
-        defaults = {kind: _default(path, by_kind[kind]) for kind in users}
-        same = len(set(defaults.values())) == 1
-        default = defaults[users[0]] if same else ", ".join(f"{d} in {kind}" for kind, d in defaults.items())
+        defaults: dict[str, list[str]] = {}
+        for kind in users:
+            defaults.setdefault(_default(path, by_kind[kind]), []).append(kind)
+        each = [f"{default} in {' and '.join(kinds)}" for default, kinds in defaults.items()]
+        default = ", ".join(each) if len(defaults) > 1 else next(iter(defaults))
         meaning = f"{field.description}{only if only != said else ''}"
         kind_of_value = "whole number or [low, high]" if WORKERS in field.metadata else _type(field.annotation)
         lines += [f"  {path:<26} {default}", f"      {kind_of_value}{_range(field)}; {meaning}"]

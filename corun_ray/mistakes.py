@@ -41,7 +41,7 @@ _SYNONYMS = {
 def plain_mistakes(errors: Iterable[Any], kind: str, is_sure: bool) -> Iterator[tuple[Loc, str]]:
     """Where and what, in plain words. Where the kind is only guessed, nothing is said of its own keys."""
     for error in errors:
-        loc = tuple(part for part in error["loc"] if part != "[key]")
+        loc = tuple(part for part in error["loc"] if not str(part).startswith("["))  # pydantic's own
         path = path_of(loc)
         cause = error.get("ctx", {}).get("error")
         if error["type"] == "default_factory_not_called":

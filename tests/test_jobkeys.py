@@ -15,14 +15,14 @@ def test_every_key_is_described_and_listed() -> None:
 
 def test_reference_gives_defaults_ranges_and_kinds() -> None:
     lines = [" ".join(line.split()) for line in reference().splitlines()]
-    assert "optim.lr 0.0001 in pretrain, 5e-05 in colabator" in lines
-    assert "train.steps 30000 in pretrain, 5000 in colabator" in lines
+    assert "optim.lr 0.0001 in pretrain, 5e-05 in colabator and tune" in lines
+    assert "train.steps 30000 in pretrain, 5000 in colabator and tune" in lines
     assert "whole number, at least 2, at most 16; number of unfolding stages; corun only" in lines
     assert "train.progressive []" in lines and lines.index("train.progressive []") > lines.index(
-        "train.steps 30000 in pretrain, 5000 in colabator"
+        "train.steps 30000 in pretrain, 5000 in colabator and tune"
     )
-    assert "pool: the optimal label pool (colabator only)" in lines
-    assert "text; a folder or URI of real hazy images (colabator only)" in lines
+    assert "pool: the optimal label pool (colabator, tune only)" in lines
+    assert "text; a folder or URI of real hazy images (colabator, tune only)" in lines
     assert lines[lines.index("cluster.workers 1") + 1] == (
         "whole number or [low, high]; training workers; [low, high]: as many as there is room for"
     )

@@ -5,9 +5,10 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 
-from corun_ray.config import ColabatorJob, EvaluateJob, Job, TrainingJob
+from corun_ray.config import ColabatorJob, EvaluateJob, Job, TrainingJob, TuneJob
 from corun_ray.core.weights import WeightsError
 from corun_ray.jobmethod import QUALITY_NAMES
+from corun_ray.jobtrials import example
 from corun_ray.service.manifest import Manifest, ManifestError, build_manifest, held_out, held_out_sets
 from corun_ray.service.storage import StorageError, locate
 
@@ -20,9 +21,11 @@ def check_job(job: Job, earlier: Sequence[Job]) -> tuple[list[str], list[str]]:
     `earlier` are the jobs before it in its file: models that they will register cannot be looked at yet.
     """
     notes, mistakes = [], []
+    if isinstance(job, TuneJob):
+        notes.append(f"trials    {job.tune.num_trials} of {job.train.steps} steps; the first one's files:")
     for look in (_data, _models, _weights, _storage, _machines):
         try:
-            for note in look(job, earlier):
+            for note in look(example(job), earlier):
                 notes.append(note)
         except (StorageError, ManifestError, WeightsError, _Mistake) as error:
             mistakes += str(error).splitlines()

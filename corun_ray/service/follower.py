@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -13,6 +14,8 @@ from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.tracking import Tracker
 
 POLL_S = 0.5
+Listener = Callable[[int, Mapping[str, float]], None]
+"""Hears of metrics after so many steps."""
 
 
 def root_cause(traceback: str) -> str:
@@ -24,8 +27,17 @@ def root_cause(traceback: str) -> str:
 class Follower:
     """A thread of the driver that carries the board's news to the console, MLflow and the run's folder."""
 
-    def __init__(self, job: TrainingJob, board: Any, tracker: Tracker, console: Console, run: Location) -> None:
+    def __init__(
+        self,
+        job: TrainingJob,
+        board: Any,
+        tracker: Tracker,
+        console: Console,
+        run: Location,
+        listen: Listener | None = None,
+    ) -> None:
         self._job, self._board, self._tracker, self._console, self._run = job, board, tracker, console, run
+        self._listen = listen
         self._latest: dict[str, float] = {}
         self._num_attempts = 0
         self._errors = ""
@@ -80,6 +92,8 @@ class Follower:
         for step, metrics in news.metrics:
             self._latest |= metrics
             self._tracker.metrics(step, metrics)
+            if self._listen is not None:
+                self._listen(step, metrics)
         for step, name, png in news.pictures:
             path = f"pictures/{name}_{step:08d}.png"
             self._keep(path, png)

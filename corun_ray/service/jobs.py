@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from corun_ray.config import EvaluateJob, Job, TrainingJob
+from corun_ray.config import EvaluateJob, Job, TrainingJob, TuneJob
 from corun_ray.core.weights import WeightsError
 from corun_ray.jobfile import dump_job
+from corun_ray.jobtrials import example
 from corun_ray.service import cluster
 from corun_ray.service.console import Console, duration, table
 from corun_ray.service.evaluate import Evaluation, evaluate
@@ -35,15 +36,19 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path, resume: bool =
     Raises what `run_training` and `run_evaluation` raise.
     """
     jobs = [with_absolute_paths(job) for job in jobs]
-    for job in jobs:
+    for job in map(example, jobs):
         # What is wrong with any job's data or weights should be said before a cluster is asked for anything.
         if isinstance(job, TrainingJob):
             build_manifest(job)
             if lines := missing_weights(needed_files(job)):
                 raise WeightsError("\n".join(f"{job.name}: {line}" for line in lines))
-    cluster.connect(*(job.cluster for job in jobs))
+    cluster.connect(*(job.whole_cluster for job in jobs))
     for job in jobs:
-        if isinstance(job, TrainingJob):
+        if isinstance(job, TuneJob):
+            from corun_ray.service.tune import run_search  # Tune takes seconds to import
+
+            run_search(job, console, folder, resume)
+        elif isinstance(job, TrainingJob):
             run_training(job, console, folder, resume)
         elif isinstance(job, EvaluateJob):
             run_evaluation(job, console)
@@ -57,6 +62,9 @@ def with_absolute_paths(job: Job) -> Job:
         for section in _sections(tree, names):
             if section.get(key):
                 section[key] = locate(section[key]).uri
+    for path, choice in tree.get("tune", {}).get("search", {}).items():
+        if path in FOLDERS and isinstance(choice, tuple):
+            tree["tune"]["search"][path] = tuple(locate(value).uri for value in choice)
     return type(job).model_validate(tree)
 
 

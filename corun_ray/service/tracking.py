@@ -58,13 +58,21 @@ def _mlflow(uri: str) -> Any:
 class Tracker:
     """One MLflow run, from `start` to `finish`."""
 
-    def __init__(self, job: Job, name: str, earlier: str | None = None) -> None:
-        """Opens a run called `name`, or again the one of MLflow's id `earlier`; raises `TrackingError`."""
+    def __init__(self, job: Job, name: str, earlier: str | None = None, parent: str | None = None) -> None:
+        """Opens a run called `name`, below the run `parent`, or again the one of MLflow's id `earlier`.
+
+        Raises `TrackingError`.
+        """
         self.uri = tracking_uri(job)
         self._mlflow = _mlflow(self.uri)
         try:
             self._select_experiment(job)
-            self._run = self._mlflow.start_run(earlier, run_name=name, log_system_metrics=False)
+            self._run = self._mlflow.start_run(
+                earlier,
+                run_name=name,
+                tags=None if parent is None else {"mlflow.parentRunId": parent},
+                log_system_metrics=False,
+            )
             if earlier is None:  # MLflow's params stay what the run began with
                 params = flatten(job.model_dump(mode="json"))
                 self._mlflow.log_params({key: str(value)[:500] for key, value in params.items()})
@@ -106,8 +114,7 @@ class Tracker:
     def log_model(self, checkpoint: Path, code: usercode.Code, register: str | None) -> str:
         """Logs the network of a checkpoint folder, and the `code` of its class, as a pyfunc model; returns its URI.
 
-        With `register`, it becomes a new version with the alias `candidate`, and the name's first version also
-        `champion`.
+        With `register`, it is also registered under that name.
         """
         signature, example = _signature(self._mlflow)
         # MLflow prints its own account of this; what goes wrong is raised.
@@ -125,15 +132,25 @@ class Tracker:
                 signature=signature,
                 input_example=example,
                 pip_requirements=[*MODEL_REQUIREMENTS, *requirements(read_spec(model))],
-                registered_model_name=register,
             )
-        if register is None:
-            return info.model_uri
-        client, version = self._mlflow.MlflowClient(), str(info.registered_model_version)
-        client.set_registered_model_alias(register, "candidate", version)
+        return info.model_uri if register is None else self.register(info.model_uri, register)
+
+    def register(self, model_uri: str, name: str) -> str:
+        """Makes a logged model a new version with the alias `candidate`, the name's first also `champion`.
+
+        Returns the version's URI.
+        """
+        client = self._mlflow.MlflowClient()
+        with contextlib.redirect_stderr(io.StringIO()):
+            version = str(self._mlflow.register_model(model_uri, name).version)
+        client.set_registered_model_alias(name, "candidate", version)
         if version == "1":
-            client.set_registered_model_alias(register, "champion", version)
-        return f"models:/{register}/{version}"
+            client.set_registered_model_alias(name, "champion", version)
+        return f"models:/{name}/{version}"
+
+    def end_other(self, run_id: str) -> None:
+        """Closes another run, whose process was ended before it could."""
+        self._mlflow.MlflowClient().set_terminated(run_id, "KILLED")
 
     def finish(self, succeeded: bool) -> None:
         """Closes the run."""

@@ -14,7 +14,7 @@ from corun_ray.service import cluster, snapshots
 from corun_ray.service.board import start_board
 from corun_ray.service.console import Console, duration
 from corun_ray.service.fit import JobFailed, fit
-from corun_ray.service.follower import Follower
+from corun_ray.service.follower import Follower, Listener
 from corun_ray.service.manifest import Manifest, build_manifest, held_out_sets
 from corun_ray.service.models import Model, starting_model
 from corun_ray.service.phases import phases
@@ -52,11 +52,20 @@ def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
     return manifest, starting_model(job, folder)
 
 
-def run_training(job: TrainingJob, console: Console, folder: Path, resume: bool = False) -> str:
+def run_training(
+    job: TrainingJob,
+    console: Console,
+    folder: Path,
+    resume: bool = False,
+    parent: str | None = None,
+    listen: Listener | None = None,
+) -> str:
     """Runs the job to its end and returns the URI of its model; `folder` is the job file's.
 
     With `resume`, goes on with the job's last run where its last checkpoint stands; one that has ended is left as it
-    is, and without one the job begins. Raises the errors of `prepare`, `ClusterError`, `TrackingError`,
+    is, and without one the job begins. The MLflow run goes below that of id `parent`; `listen` hears of all metrics.
+
+    Raises the errors of `prepare`, `ClusterError`, `TrackingError`,
     `ResumeError` and `JobFailed`.
     """
     started = time.monotonic()
@@ -71,7 +80,7 @@ def run_training(job: TrainingJob, console: Console, folder: Path, resume: bool 
             return record.model
     place = cluster.connect(job.cluster)
     run = earlier or new_run(job)
-    tracker = Tracker(job, run.name, None if record is None else record.mlflow_run)
+    tracker = Tracker(job, run.name, None if record is None else record.mlflow_run, parent)
     record = RunRecord(state="running", mlflow_run=tracker.run_id, data=manifest.digest())
     facts = _header(job, manifest, model, place, run, tracker)
     if resume:
@@ -84,7 +93,7 @@ def run_training(job: TrainingJob, console: Console, folder: Path, resume: bool 
         tracker.file(JOB_FILE, dump_job(job).encode())
         tracker.tags({"corun_ray.data": record.data, "corun_ray.kind": job.kind})
         plan = _plan(job, manifest, model, run)
-        with Follower(job, plan.board, tracker, console, run) as follower:
+        with Follower(job, plan.board, tracker, console, run, listen) as follower:
             result = fit(plan, run, console)
         _list_bad_files(job, manifest, plan.board, tracker, run)
         if isinstance(job, ColabatorJob):

@@ -1,0 +1,105 @@
+"""A search for real: trials by Ray Tune, each a Ray Train run with its own pool; and what it makes of their results."""
+
+import csv
+import io
+
+import mlflow
+import pytest
+
+from corun_ray.config import TuneJob
+from corun_ray.core.corun import CORUN
+from corun_ray.core.images import decode_image
+from corun_ray.service.console import Console
+from corun_ray.service.fit import JobFailed
+from corun_ray.service.runs import last_run, read_record
+from corun_ray.service.storage import locate
+from corun_ray.service.tracking import tracking_uri
+from corun_ray.service.tune import run_search
+from corun_ray.service.tune_report import Trial, cost_of, ranked, summary
+from tests.service.jobs import small_job
+
+
+def search_job(dataset, folder, **sections) -> TuneJob:
+    tune = {"search": {"network.stages": [2, 3]}, "trials_at_once": 2, "scheduler": "all"} | sections.pop("tune", {})
+    train = {"steps": 4, "validate_every": 2, "validation_images": 1}
+    data = {"hazy": str(dataset / "hazy"), "validation": {"hazy": str(dataset / "hazy")}}
+    job = small_job("tune", dataset, folder, data=data, train=train, tune=tune, **sections)
+    assert isinstance(job, TuneJob)
+    return job
+
+
+def files_of(job):
+    run = last_run(job)
+    assert run is not None
+    return run, {name: run.child(name).read() for name in ("trials.csv", "trials.png")}
+
+
+@pytest.mark.slow
+def test_a_search_trains_compares_and_registers_the_best(local_ray, dataset, tmp_path, capsys):
+    job = search_job(dataset, tmp_path, tracking={"register": "searched"})
+    model = run_search(job, Console(), tmp_path)
+    assert model == "models:/searched/1"
+    run, files = files_of(job)
+    rows = list(csv.DictReader(io.StringIO(files["trials.csv"].decode())))
+    assert sorted(row["stages"] for row in rows) == ["2", "3"]
+    assert float(rows[0]["fade"]) <= float(rows[1]["fade"]) and {row["steps"] for row in rows} == {"4"}
+    for row in rows:
+        assert int(row["parameters"]) == sum(p.numel() for p in CORUN(int(row["stages"]), 4).parameters())
+        assert float(row["images/s"]) > 0
+    assert decode_image(files["trials.png"]).std() > 5
+    output = capsys.readouterr().out
+    assert all(row["trial"] in output for row in rows) and model in output
+
+    client = mlflow.MlflowClient(tracking_uri(job))
+    parent = client.get_run(read_record(run).mlflow_run)
+    assert parent.info.status == "FINISHED" and parent.data.tags["corun_ray.best_trial"] == rows[0]["trial"]
+    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert [child.info.status for child in children] == ["FINISHED"] * 2
+    version = client.get_model_version_by_alias("searched", "champion")
+    assert str(version.version) == "1"
+
+    assert run_search(job, Console(), tmp_path, resume=True) == model
+    assert "has ended before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_when_no_trial_comes_to_an_end_the_reason_is_told(local_ray, dataset, tmp_path, capsys):
+    (tmp_path / "user_net.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.Module):\n    def __init__(self, size):\n        super().__init__()\n"
+        "        self.layer = torch.nn.Conv2d(3, 3, size, padding=size // 2)\n\n"
+        "    def forward(self, x):\n        if self.training:\n            raise RuntimeError('not today')\n"
+        "        return self.layer(x)\n"
+    )
+    tune = {"search": {"seed": [1]}, "trials_at_once": 1}
+    network = {"type": "user_net:Net", "args": {"size": 3}}
+    job = search_job(dataset, tmp_path, tune=tune, network=network, cluster={"max_failures": 0})
+    with pytest.raises(JobFailed, match="not one of 1 trials has come to an end"):
+        run_search(job, Console(), tmp_path)
+    assert "not today" in capsys.readouterr().out
+
+
+def trial(name, stages, fade, model="m", **kwargs):
+    return Trial(name, {"network.stages": stages}, {"val/fade": fade, "rate/steps_per_s": 2.0}, 4, model, **kwargs)
+
+
+def test_the_best_come_first_and_those_that_were_stopped_last():
+    trials = [trial("a", 2, 0.3), trial("b", 3, 0.1, model=None), trial("c", 4, 0.2), trial("d", 5, 0.0, error="x")]
+    assert [one.name for one in ranked(trials, "val/fade", "min")] == ["c", "a", "b"]
+    assert [one.name for one in ranked(trials, "val/fade", "max")] == ["a", "c", "b"]
+    assert ranked(trials, "val/psnr", "max") == []
+
+
+def test_costs_are_those_of_the_network(dataset, tmp_path):
+    job = search_job(dataset, tmp_path)
+    two, four = (cost_of(job, trial("x", stages, 0.0)) for stages in (2, 4))
+    assert four.parameters == sum(p.numel() for p in CORUN(4, 4).parameters()) > two.parameters
+    assert 1.5 < four.gflops / two.gflops < 2.5
+
+
+def test_the_table_has_a_line_a_trial(dataset, tmp_path):
+    job = search_job(dataset, tmp_path)
+    found = summary(job, [trial("c", 3, 0.2), trial("a", 2, 0.3, model=None)])
+    assert len(found.lines) == 3 and found.lines[0].split()[:2] == ["stages", "parameters"]
+    assert found.lines[1].split()[0] == "3" and found.lines[2].split()[-1] == "a"
+    assert len({len(line) for line in found.lines}) == 1
+    assert locate(str(tmp_path)).exists() and found.csv.decode().count("\n") == 3
