@@ -23,9 +23,10 @@ def check_job(job: Job, earlier: Sequence[Job]) -> tuple[list[str], list[str]]:
     notes, mistakes = [], []
     if isinstance(job, TuneJob):
         notes.append(f"trials    {job.tune.num_trials} of {job.train.steps} steps; the first one's files:")
-    for look in (_data, _models, _weights, _storage, _machines):
+    trial = example(job)
+    for look, at in ((_data, trial), (_models, trial), (_weights, trial), (_storage, job), (_machines, job)):
         try:
-            for note in look(example(job), earlier):
+            for note in look(at, earlier):
                 notes.append(note)
         except (StorageError, ManifestError, WeightsError, _Mistake) as error:
             mistakes += str(error).splitlines()
@@ -105,7 +106,7 @@ def _storage(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
 
 
 def _machines(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
-    size = job.cluster
+    size = job.whole_cluster
     cpus = size.min_workers * size.cpus_per_worker + size.data_cpus
     gpus = size.min_workers * size.gpus_per_worker
     where = os.environ.get("RAY_ADDRESS")

@@ -46,9 +46,9 @@ def _cpus_needed(cluster: Cluster, workers: int) -> float:
 
 def _start_or_join(min_cpus: float) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    for name in ("ray", "ray.data", "ray.train"):
-        # Ray Data logs an error with several tracebacks and raises it as well.
-        logging.getLogger(name).setLevel(logging.CRITICAL if name == "ray.data" else logging.ERROR)
+    # Ray Data logs an error with several tracebacks and raises it as well.
+    for name, level in {"ray": logging.ERROR, "ray.train": logging.ERROR, "ray.data": logging.CRITICAL}.items():
+        logging.getLogger(name).setLevel(level)
     if os.environ.get("RAY_ADDRESS"):
         environment = {} if IN_RAY_JOB in os.environ else {"py_modules": [str(PACKAGE)]}
         try:

@@ -21,7 +21,7 @@ from corun_ray.service.storage import Location, StorageError
 
 CURRENT_FILE = "current.json"
 SEGMENTS = "segments"
-FORMAT = 1
+FORMAT = 2
 INDEXES_AT_ONCE = 16
 """So many requests to an object store hide how long one takes."""
 _SNAPSHOT_NAME = re.compile(r"step_(\d{8,})\.json")

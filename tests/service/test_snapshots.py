@@ -48,7 +48,7 @@ def test_counters_come_back_by_shard_or_all_on_the_first(pool):
 
 
 def damaged(**changes):
-    record = {"format": 1, "step": 1, "labels": 0, "segments": [], "shards": []}
+    record = {"format": 2, "step": 1, "labels": 0, "segments": [], "shards": []}
     return json.dumps(record | changes).encode()
 
 
@@ -58,7 +58,7 @@ def damaged(**changes):
         b"",
         b"[]",
         b"{}",
-        damaged(format=2),
+        damaged(format=1),
         damaged(step=-1),
         damaged(more=1),
         damaged(segments=[{"name": "../../etc/passwd", "order": 1, "rows": 1}]),

@@ -12,7 +12,6 @@ from corun_ray.core.images import decode_image
 from corun_ray.service.console import Console
 from corun_ray.service.fit import JobFailed
 from corun_ray.service.runs import last_run, read_record
-from corun_ray.service.storage import locate
 from corun_ray.service.tracking import tracking_uri
 from corun_ray.service.tune import run_search
 from corun_ray.service.tune_report import Trial, cost_of, ranked, summary
@@ -102,4 +101,4 @@ def test_the_table_has_a_line_a_trial(dataset, tmp_path):
     assert len(found.lines) == 3 and found.lines[0].split()[:2] == ["stages", "parameters"]
     assert found.lines[1].split()[0] == "3" and found.lines[2].split()[-1] == "a"
     assert len({len(line) for line in found.lines}) == 1
-    assert locate(str(tmp_path)).exists() and found.csv.decode().count("\n") == 3
+    assert found.csv.decode().count("\n") == 3
