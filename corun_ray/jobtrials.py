@@ -67,6 +67,9 @@ def trial_mistakes(job: TuneJob) -> dict[Loc, str]:
             found["tune", "search", path] = not_a_key(path, "colabator", used_elsewhere=takes("pretrain", path))
         elif path in known and section_of(known[path]):
             found["tune", "search", path] = "a section, not a value"
+    if job.tune.metric not in (measured := _measured(job)):
+        gives = ", ".join(measured) or "nothing: there is no data.validation"
+        found["tune", "metric"] = f"{job.tune.metric} is not measured (validation gives {gives})"
     if found:
         return found
     for values in corners(job):
@@ -77,6 +80,17 @@ def trial_mistakes(job: TuneJob) -> dict[Loc, str]:
                 searched = next((path for path in values if tuple(path.split(".")) == loc[: path.count(".") + 1]), None)
                 found.setdefault(loc if searched is None else ("tune", "search", searched), text)
     return found
+
+
+def _measured(job: TuneJob) -> list[str]:
+    """The metrics that validation will have; see `service.validation`."""
+    named = {f"val/{name}": section for name, section in job.data.validation_sets.items()}
+    sections = named if job.data.validation is None else {"val": job.data.validation} | named
+    return [
+        f"{prefix}/{metric}"
+        for prefix, section in sections.items()
+        for metric in (("fade",) if section.clear is None else ("fade", "psnr", "ssim"))
+    ]
 
 
 def _ends(choice: Choice) -> tuple[Any, ...]:

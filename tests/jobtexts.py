@@ -10,7 +10,11 @@ from corun_ray.jobfile import JobFileError, load_jobs
 
 PRETRAIN = "kind: pretrain\nname: p\ndata: {clear: clear}\n"
 COLABATOR = "kind: colabator\nname: c\ndata: {clear: clear, hazy: hazy}\n"
-TUNE = "kind: tune\nname: t\ndata: {clear: clear, hazy: hazy}\ntune: {search: {network.stages: [2, 3]}}\n"
+TUNE = (
+    "kind: tune\nname: t\ndata: {clear: clear, hazy: hazy, validation: {hazy: v}}\n"
+    "tune: {search: {network.stages: [2, 3]}}\n"
+)
+)
 EVALUATE = "kind: evaluate\nname: e\nevaluate: {hazy: hazy}\n"
 PIPELINE = f"{PRETRAIN}---\n{COLABATOR}---\n{EVALUATE}"
 

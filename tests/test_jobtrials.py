@@ -93,6 +93,18 @@ def test_mistakes_of_a_search_are_told_before_it_starts(tmp_path: Path, text: st
     assert mistakes(tmp_path, search(text)) == [line]
 
 
+@pytest.mark.parametrize(
+    ("setting", "gives"),
+    [
+        ("data.validation=null", "nothing: there is no data.validation"),
+        ("data.validation_sets.fog={hazy: f, clear: c}", "val/fade, val/fog/fade, val/fog/psnr, val/fog/ssim"),
+    ],
+)
+def test_a_metric_that_no_validation_has_is_told(tmp_path: Path, setting: str, gives: str) -> None:
+    line = f"tune.metric: val/psnr is not measured (validation gives {gives})"
+    assert mistakes(tmp_path, search("{network.stages: [2]}", ", metric: val/psnr"), setting) == [line]
+
+
 def test_a_range_must_be_one(tmp_path: Path) -> None:
     for text, part in [("{low: 2, high: 1}", "low 2 is not less than high 1"), ("{low: 1}", "missing")]:
         (line,) = mistakes(tmp_path, search(f"{{optim.lr: {text}}}"))
