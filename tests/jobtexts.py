@@ -14,7 +14,6 @@ TUNE = (
     "kind: tune\nname: t\ndata: {clear: clear, hazy: hazy, validation: {hazy: v}}\n"
     "tune: {search: {network.stages: [2, 3]}}\n"
 )
-)
 EVALUATE = "kind: evaluate\nname: e\nevaluate: {hazy: hazy}\n"
 PIPELINE = f"{PRETRAIN}---\n{COLABATOR}---\n{EVALUATE}"
 

@@ -46,8 +46,14 @@ def _cpus_needed(cluster: Cluster, workers: int) -> float:
 
 def _start_or_join(min_cpus: float) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    # Ray Data logs an error with several tracebacks and raises it as well.
-    for name, level in {"ray": logging.ERROR, "ray.train": logging.ERROR, "ray.data": logging.CRITICAL}.items():
+    # Ray Data and Tune log an error with tracebacks, and give it to us as well.
+    levels = {
+        "ray": logging.ERROR,
+        "ray.train": logging.ERROR,
+        "ray.data": logging.CRITICAL,
+        "ray.tune": logging.CRITICAL,
+    }
+    for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     if os.environ.get("RAY_ADDRESS"):
         environment = {} if IN_RAY_JOB in os.environ else {"py_modules": [str(PACKAGE)]}

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from corun_ray.config import TuneJob
 from corun_ray.core.networks import build
 from corun_ray.jobtrials import trial_job
+from corun_ray.service.fit import JobFailed
 from corun_ray.service.follower import root_cause
 from corun_ray.service.models import spec_of
 
@@ -44,13 +45,19 @@ class Trial:
             metrics={name: value for name, value in numbers.items() if not name.startswith("config/")},
             step=last.get("step", 0),
             model=last.get("model"),
-            error=None if result.error is None else root_cause(str(result.error)),
+            error=None if result.error is None else _reason(str(result.error)),
         )
 
     @property
     def validation(self) -> dict[str, float]:
         """What it was last measured at."""
         return {name: value for name, value in self.metrics.items() if name.startswith(VALIDATION)}
+
+
+def _reason(traceback: str) -> str:
+    """What a trial died of: a job's own account of its failure has lines, of which none is to be lost."""
+    _, told, account = traceback.rpartition(f"{JobFailed.__name__}: ")
+    return account.strip() if told else root_cause(traceback)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -75,6 +76,20 @@ def test_when_no_trial_comes_to_an_end_the_reason_is_told(local_ray, dataset, tm
     with pytest.raises(JobFailed, match="not one of 1 trials has come to an end"):
         run_search(job, Console(), tmp_path)
     assert "not today" in capsys.readouterr().out
+
+
+def test_the_reason_of_a_failed_trial_is_told_whole():
+    result = SimpleNamespace(
+        path="/runs/search/00001_stages-3",
+        config={"network.stages": 3},
+        metrics={"val/fade": 0.5, "config/network.stages": 3, "step": 2},
+        error="Traceback\n  x\ncorun_ray.service.fit.JobFailed: training failed\n  worker 0: KeyError: 3\nthe run: r\n",
+    )
+    found = Trial.of(result)
+    assert (found.name, found.step, found.model, found.metrics) == ("00001_stages-3", 2, None, {"val/fade": 0.5})
+    assert found.error == "training failed\n  worker 0: KeyError: 3\nthe run: r"
+    result.error = "Traceback\n  x\nOSError: gone\n"
+    assert Trial.of(result).error == "OSError: gone"
 
 
 def trial(name, stages, fade, model="m", **kwargs):
