@@ -1,7 +1,6 @@
 """The front door: `corun-ray COMMAND`. Heavy imports happen in the command that needs them."""
 
 import argparse
-import functools
 import os
 import sys
 import tempfile
@@ -9,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from corun_ray.service.bench_cli import add_bench_commands
+from corun_ray.service.model_cli import add_model_commands
 from corun_ray.service.pool_cli import add_pool_commands
 from corun_ray.service.weights_cli import Wanted, add_weights_commands
 
@@ -21,6 +21,7 @@ A job file says everything about a job; `corun-ray check --keys` lists what it m
   corun-ray run jobs/quickstart.yaml      train on it: pretrain, colabator, evaluate
   corun-ray run JOB.yaml --resume         go on where its last run stopped
   corun-ray pool ls runs/RUN              look into the label pool of a run
+  corun-ray evaluate PHOTOS               measure photographs, baselines and models
   corun-ray dehaze PHOTOS OUT --model models:/corun-demo@champion --tracking sqlite:///runs/mlflow.db
 
 RAY_ADDRESS names the cluster to use; without it, a local Ray is started.
@@ -93,38 +94,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("folder", type=Path, metavar="DIR")
     demo.add_argument("--seed", type=int, default=0, help="other scenes for another seed (default 0)")
 
-    dehaze = command("dehaze", _dehaze, "dehaze a folder of images", "Writes PNG files of the same names and sizes.")
-    dehaze.add_argument("input", metavar="INPUT", help="folder or URI of images")
-    dehaze.add_argument("output", metavar="OUTPUT", help="folder or URI to write to")
-    dehaze.add_argument(
-        "--model",
-        required=True,
-        metavar="SOURCE",
-        help="models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth",
-    )
-    dehaze.add_argument(
-        "--stages",
-        action="store_true",
-        help="also write NAME.stages.png: every stage's scene, transmission and re-hazed image (CORUN only)",
-    )
-    dehaze.add_argument(
-        "--tracking",
-        default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db",
-        metavar="URI",
-        help="MLflow server of models:/ and runs:/ (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)",
-    )
     add_weights_commands(commands, _weights_of_jobs)
     add_pool_commands(commands)
+    add_model_commands(commands, _reporting)
     add_bench_commands(commands, _reporting)
     return parser
 
 
 def _weights_of_jobs(args: argparse.Namespace) -> list[tuple[str | None, Wanted]]:
-    from corun_ray.config import TrainingJob
     from corun_ray.jobtrials import example
     from corun_ray.service.scoring import needed_files
 
-    jobs = [job for job in map(example, _load(Path(args.where), args.set)) if isinstance(job, TrainingJob)]
+    jobs = map(example, _load(Path(args.where), args.set))
     return [folder for job in jobs for folder in needed_files(job).items()]
 
 
@@ -171,6 +152,7 @@ def _run(args: argparse.Namespace) -> int:
 def _reporting(action: Callable[[], object]) -> int:
     """Runs a job's action and turns the errors that a user can mend into lines and exit codes."""
     from corun_ray.core.weights import WeightsError
+    from corun_ray.jobfile import JobFileError
     from corun_ray.service.cluster import ClusterError
     from corun_ray.service.fit import JobFailed
     from corun_ray.service.manifest import ManifestError
@@ -183,7 +165,7 @@ def _reporting(action: Callable[[], object]) -> int:
     try:
         action()
     except (
-        *(ClusterError, ManifestError, ModelSourceError, ResumeError),
+        *(ClusterError, JobFileError, ManifestError, ModelSourceError, ResumeError),
         *(StorageError, TrackingError, WeightsError),
     ) as error:
         raise WrongRequest(error) from None
@@ -214,24 +196,3 @@ def _demo(args: argparse.Namespace) -> int:
         raise WrongRequest(f"demo: {error}") from None
     console.say(f"  {args.folder}: clear, depth, hazy, hazy_truth")
     return DONE
-
-
-def _dehaze(args: argparse.Namespace) -> int:
-    from corun_ray.service import cluster
-    from corun_ray.service.console import Console
-    from corun_ray.service.dehaze import dehaze
-    from corun_ray.service.models import fetch_model
-
-    console = Console()
-
-    def action() -> None:
-        model = fetch_model(args.model, args.tracking)
-        place = cluster.connect()
-        console.header("dehaze", {"input": args.input, "model": args.model, "output": args.output, "on": place})
-        progress = functools.partial(console.progress, what="image")
-        result = dehaze(args.input, args.output, model, progress, args.stages)
-        for uri, reason in result.bad_files.items():
-            console.say(f"  left out: {uri}: {reason}")
-        console.footer(f"done: {result.written} images written", {})
-
-    return _reporting(action)

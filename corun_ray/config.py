@@ -5,82 +5,29 @@ A job is one of the classes in `KINDS`, chosen by its `kind`; a class has the ke
 """
 
 import warnings
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from corun_ray.jobdata import ColabatorData, Haze, TrainingData
+from corun_ray.jobevaluate import Evaluate
 from corun_ray.jobmethod import Coherence, ColabatorLoss, ColabatorOptim, Loss, Network, Optim, Pool
 from corun_ray.jobtune import Tune
 from corun_ray.jobvalues import (
     Batch,
     Count,
-    Fraction,
-    FractionRange,
     Mismatch,
     Name,
     OneOrMore,
     OptionalText,
     Positive,
-    PositiveRange,
-    RandomResize,
     Section,
     Steps,
     Strict,
     Text,
     Whole,
     Workers,
-    some_once,
 )
-
-Metric = Literal["psnr", "ssim", "fade"]
-DepthKind = Literal["inverse", "metres"]
-
-
-class Validation(Section):
-    hazy: Text = Field(description="a folder or URI of hazy images")
-    clear: OptionalText = Field(None, description="a folder or URI of their clear truth, paired by stem")
-
-
-class Paired(Section):
-    hazy: Text = Field(description="a folder or URI of degraded images")
-    clear: Text = Field(description="a folder or URI of their clean truth, paired by stem")
-
-
-class TrainingData(Section):
-    clear: OptionalText = Field(None, description="a folder or URI of clear images, on which haze is laid")
-    depth: OptionalText = Field(None, description="a folder or URI of their depth; null: a procedural depth")
-    depth_kind: DepthKind = Field("inverse", description="metres: far is large and 0 is no reading")
-    paired: Paired | None = Field(None, description="degraded and clean images, instead of clear and depth")
-    validation: Validation | None = Field(None, description="held-out images")
-    validation_sets: dict[Name, Validation] = Field({}, description="more held-out images, by name: {hazy, clear}")
-    patch_px: Whole = Field(288, ge=32, multiple_of=16, description="side of a training patch, in pixels")
-    random_resize: RandomResize = False
-    rotation: bool = Field(False, description="turn synthetic or paired patches by a random multiple of 90 degrees")
-    mixup: float = Field(0.0, ge=0, description="alpha of the Beta(alpha, alpha) that mixes pairs; 0: no mixup")
-    max_bad_fraction: Fraction = Field(0.01, description="fraction of unusable images tolerated")
-
-    @field_validator("paired")
-    @classmethod
-    def _one_source_of_pairs(cls, paired: Paired | None, info: ValidationInfo) -> Paired | None:
-        if "clear" not in info.data:
-            return paired  # what is wrong with it is told
-        if (info.data["clear"] is None) == (paired is None):
-            text = "missing (a folder or URI of clear images; or give data.paired)"
-            raise Mismatch("data.clear", text if paired is None else "not used together with data.paired")
-        if paired is not None and info.data.get("depth") is not None:
-            raise Mismatch("data.depth", "not used together with data.paired")
-        return paired
-
-
-class ColabatorData(TrainingData):
-    hazy: Text = Field(description="a folder or URI of real hazy images")
-    random_resize: RandomResize = True
-
-
-class Haze(Section):
-    beta: PositiveRange = Field((0.2, 2.8), description="scattering coefficient, each more than 0")
-    airlight: FractionRange = Field((0.25, 1.0), description="brightness of the airlight, each in 0 to 1")
-    airlight_tint: float = Field(0.025, ge=0, description="largest deviation of a colour channel from it")
 
 
 class Train(Section):
@@ -158,24 +105,6 @@ with warnings.catch_warnings():
         uri: str = Field("", description="MLflow server; empty: mlflow.db in the storage folder")
         experiment: Text = Field("corun", description="MLflow experiment")
         register: OptionalText = Field(None, description="registered model's name; null: not registered")
-
-
-class Evaluate(Section):
-    hazy: Text = Field(description="a folder or URI of hazy images")
-    clear: OptionalText = Field(None, description="a folder or URI of their clear truth, paired by stem")
-    models: dict[Name, Text] = Field({}, description="models by name; empty: the hazy input alone is measured")
-    metrics: Annotated[tuple[Metric, ...], AfterValidator(some_once)] = Field(
-        default_factory=lambda earlier: get_args(Metric) if earlier["clear"] else ("fade",),
-        description="psnr and ssim need clear; with it, all three are the default",
-    )
-
-    @field_validator("metrics")
-    @classmethod
-    def _truth_for_references(cls, metrics: tuple[Metric, ...], info: ValidationInfo) -> tuple[Metric, ...]:
-        needing = [metric for metric in metrics if metric != "fade"]
-        if needing and info.data.get("clear", "") is None:
-            raise ValueError(f"{' and '.join(needing)} cannot be measured without evaluate.clear")
-        return metrics
 
 
 def _section(description: str) -> Any:

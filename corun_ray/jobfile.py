@@ -51,6 +51,15 @@ def load_jobs(path: Path, overrides: Sequence[str] = (), env: Mapping[str, str] 
     return jobs
 
 
+def job_of(tree: Mapping[str, Any]) -> Job:
+    """The job of plain values, as a file would have them; raises JobFileError."""
+    document = _Document(dict(tree), {})
+    job = document.validate()
+    if job is None:
+        raise JobFileError(document.lines())
+    return job
+
+
 def dump_job(job: Job) -> str:
     """The resolved job as YAML, with every key that its kind uses; `load_jobs` reads an equal job from it."""
     values = job.model_dump()

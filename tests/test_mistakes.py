@@ -95,7 +95,8 @@ def test_one_mistake_is_one_line(tmp_path: Path, section: str, line: str) -> Non
         ("kind: evaluate\nname: e\nevaluate: {hazy: a, metrics: [fad], models: {a.b: 3, c: ''}}", [
             "evaluate.models.a.b: 3 is not text",
             "evaluate.models.c: empty",
-            'evaluate.metrics: "fad" is not one of psnr, ssim, fade (did you mean fade?)']),
+            'evaluate.metrics: "fad" is neither of psnr, ssim, fade nor a metric of pyiqa for images '
+                "(did you mean fade?)"]),
     ],
 )  # fmt: skip
 def test_mistakes_by_kind(tmp_path: Path, text: str, lines: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: the format in circulation, in and out, and the folder that a run saves.
+"""Checkpoints: the format in circulation, in and out, the folder that a run saves, and plain model folders.
 
 A published checkpoint is a `torch.save`d dict of two state dicts, `params` (student) and `params_ema` (its moving
 average, the one to use). A run's checkpoint folder holds the same file and the network's description, so that any
@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 NETWORK_FILE = "network.pth"
 SPEC_FILE = "network.json"
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+"""The same two of a plain model folder, under the names that other tools expect."""
 TRAINING_FILE = "training.safetensors"
 EARLIER_TRAINING_FILE = "training.pt"
 # Where other authors put the state dict; the moving average is the better one.
@@ -48,14 +50,14 @@ class LoadedNetwork:
 
 
 def load_network(path: Path) -> LoadedNetwork:
-    """The moving-average network, in eval mode, of a checkpoint folder or of a bare published file.
+    """The moving-average network, in eval mode, of a checkpoint folder, plain model folder or bare published file.
 
     A bare file (`.pth`, `.safetensors`) must hold CORUN or an architecture that spandrel recognises. Raises
     `CheckpointError`.
     """
     try:
         if path.is_dir():
-            spec, file = read_spec(path), path / NETWORK_FILE
+            spec, file = read_spec(path), _network_file(path)
             params = _params(file)
         else:
             file, params = path, _params(path)
@@ -73,21 +75,33 @@ def load_params(path: Path, network: nn.Module) -> dict[str, Tensor]:
 
     Raises `CheckpointError`.
     """
-    file = path / NETWORK_FILE if path.is_dir() else path
+    file = _network_file(path) if path.is_dir() else path
     params = _params(file)
     _refuse_misfit(params, network.state_dict(), f"{file}: does not fit {type(network).__name__}")
     return params
 
 
 def read_spec(folder: Path) -> NetworkSpec:
-    """The network of a checkpoint folder; raises `CheckpointError`."""
-    file = folder / SPEC_FILE
+    """The network of a checkpoint folder or plain model folder; raises `CheckpointError`."""
+    file = folder / (CONFIG_FILE if (folder / CONFIG_FILE).exists() else SPEC_FILE)
     try:
         return NetworkSpec.from_json(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no checkpoint folder (no {SPEC_FILE} in it)") from None
     except NetworkError as error:
         raise CheckpointError(f"{file}: {error}") from None
+
+
+def save_model(folder: Path, loaded: LoadedNetwork) -> None:
+    """A plain model folder: the weights alone as safetensors, and what builds the network; no pickle in it."""
+    record = {"type": loaded.spec.type, "args": loaded.spec.args}
+    tensorfile.write(folder / MODEL_FILE, loaded.network.state_dict(), record)
+    (folder / CONFIG_FILE).write_text(loaded.spec.to_json())
+
+
+def _network_file(folder: Path) -> Path:
+    """The weights in a checkpoint folder or plain model folder."""
+    return folder / (MODEL_FILE if (folder / MODEL_FILE).exists() else NETWORK_FILE)
 
 
 def save_network(path: Path, student: nn.Module, teacher: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The no-reference metrics of the installed pyiqa: names, ranges and directions, without importing pyiqa.
+"""The metrics of images, ours and those of the installed pyiqa: names, ranges and directions, without importing pyiqa.
 
 Job files are checked with this, so it must be fast: pyiqa itself brings torch, timm and transformers and takes
 seconds, the file in which it lists its metrics holds plain values only.
@@ -21,20 +21,39 @@ UNUSABLE = RATE_SETS | NEED_TEXT | REPOSITORIES
 
 @dataclass(frozen=True)
 class IqaFacts:
-    """What pyiqa says of a metric: the range of its scores (None where open), and whether lower is better."""
+    """What is known of a metric: the range of its scores (None where open), and whether lower is better."""
 
     low: float | None
     high: float | None
     lower_better: bool
+    needs_truth: bool = False
+
+
+OWN = {
+    "psnr": IqaFacts(0, None, lower_better=False, needs_truth=True),
+    "ssim": IqaFacts(-1, 1, lower_better=False, needs_truth=True),
+    "fade": IqaFacts(0, None, lower_better=True),
+}
+"""Those of `core.metrics` and `core.fade`, which go before pyiqa's of the same names."""
+
+
+@cache
+def all_metrics() -> dict[str, IqaFacts]:
+    """Name → facts of every metric that an image can be measured by: ours first."""
+    return OWN | {name: facts for name, facts in (_of_pyiqa("NR") | _of_pyiqa("FR")).items() if name not in OWN}
 
 
 @cache
 def no_reference_metrics() -> dict[str, IqaFacts]:
-    """Name → facts of every metric that rates one image by itself from files of plain numbers."""
+    """Name → facts of every metric of pyiqa that rates one image by itself from files of plain numbers."""
+    return _of_pyiqa("NR")
+
+
+def _of_pyiqa(mode: str) -> dict[str, IqaFacts]:
     return {
-        name: IqaFacts(*_bounds(config.get("score_range", "")), lower_better=config.get("lower_better", False))
+        name: IqaFacts(*_bounds(config.get("score_range", "")), config.get("lower_better", False), mode == "FR")
         for name, config in _configs().items()
-        if config["metric_mode"] == "NR" and config["metric_opts"]["type"] not in UNUSABLE
+        if config["metric_mode"] == mode and config["metric_opts"]["type"] not in UNUSABLE
     }
 
 

@@ -18,6 +18,7 @@ HEADING_PX = 22
 BACKGROUND = 250
 INK = (40, 40, 40)
 FONT, FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.45
+THUMBNAIL_QUALITY = 85
 ERROR_GAIN = 4
 """What a re-hazed image still gets wrong is small: a quarter of the range has the brightest colour."""
 
@@ -52,6 +53,16 @@ def grid(rows: Sequence[Mapping[str, ImageU8 | None]], cell_px: int = 192, label
                 inset = left + (cell_px - picture.shape[1]) // 2
                 canvas[top : top + picture.shape[0], inset : inset + picture.shape[1]] = picture
     return canvas
+
+
+def thumbnail(picture: ImageU8, longest_px: int) -> bytes:
+    """A JPEG of the picture, its longer side at most `longest_px`."""
+    if max(picture.shape[:2]) > longest_px:
+        fitted = _fit(picture, longest_px)
+        assert fitted is not None
+        picture = fitted
+    bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, THUMBNAIL_QUALITY])[1].tobytes()
 
 
 def stage_rows(restorations: Iterable[Restoration], hazy: Tensor) -> dict[str, dict[str, ImageU8 | None]]:

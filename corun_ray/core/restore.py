@@ -36,6 +36,19 @@ def stages(network: nn.Module, hazy: Tensor) -> list[Restoration]:
     return [_cropped(as_restoration(output), hazy) for output in unfold(_padded(network, hazy))]
 
 
+class AnySize(nn.Module):
+    """A network as a module that takes photographs of any size: `B 3 H W` in [0, 1] → its scene, clamped."""
+
+    def __init__(self, network: nn.Module) -> None:
+        """`network` stays within reach under this name, for those who train on."""
+        super().__init__()
+        self.network = network
+
+    def forward(self, hazy: Tensor) -> Tensor:
+        """Raises ValueError for images with a side below 16 px."""
+        return restore(self.network, hazy).scene
+
+
 def padded_size(network: nn.Module, height: int, width: int) -> tuple[int, int]:
     """The least height and width in pixels, not below those of the image, that the network takes."""
     multiple = getattr(network, "size_multiple_px", PAD_MULTIPLE_PX)

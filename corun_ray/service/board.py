@@ -9,6 +9,8 @@ from typing import Any
 
 import ray
 
+from corun_ray.service.gallery import Measured
+
 
 @dataclass
 class Attempt:
@@ -28,6 +30,8 @@ class News:
     metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     pictures: list[tuple[int, str, bytes]] = field(default_factory=list)
     """Step, name and PNG."""
+    measured: list[tuple[int, list[Measured]]] = field(default_factory=list)
+    """Step, and some of its held-out images: each rank tells of its own."""
     errors: list[tuple[int, str]] = field(default_factory=list)
     """Rank and traceback of workers that raised; one that was killed says nothing."""
     notes: list[str] = field(default_factory=list)
@@ -66,6 +70,10 @@ class BoardState:
     def post_picture(self, step: int, name: str, png: bytes) -> None:
         """A picture made after `step` steps."""
         self._news.pictures.append((step, name, png))
+
+    def post_measured(self, step: int, measured: list[Measured]) -> None:
+        """Held-out images, measured after `step` steps."""
+        self._news.measured.append((step, measured))
 
     def post_attempt(self, attempt: Attempt) -> None:
         """The worker group has started."""

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 
 from corun_ray.config import ColabatorJob, EvaluateJob, Job, TrainingJob, TuneJob
+from corun_ray.core.iqanames import OWN
 from corun_ray.core.weights import WeightsError
 from corun_ray.jobmethod import QUALITY_NAMES
 from corun_ray.jobtrials import example
@@ -79,15 +80,18 @@ def _models(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
             raise _Mistake(f"{key}: nothing at {source} (expected a checkpoint folder, a .pth or an MLflow URI)")
 
 
-def _has_networks(job: TrainingJob) -> bool:
-    """Whether a scorer may need weights."""
-    return isinstance(job, ColabatorJob) and (
+def _needs_weights(job: Job) -> bool:
+    """Whether anything may need a file of weights; to find out which takes seconds."""
+    if isinstance(job, EvaluateJob):
+        return not set(job.evaluate.metrics) <= OWN.keys()
+    scored = isinstance(job, ColabatorJob) and (
         job.coherence.clarity == "daclip" or job.coherence.quality not in QUALITY_NAMES
     )
+    return scored or (isinstance(job, TrainingJob) and job.loss.weights is not None)
 
 
 def _weights(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
-    if not isinstance(job, TrainingJob) or (job.loss.weights is None and not _has_networks(job)):
+    if not _needs_weights(job):
         return
     from corun_ray.service.scoring import missing_weights, needed_files
 

@@ -1,9 +1,7 @@
-"""Measuring models on held-out images by Ray Data: a table, and a contact sheet to look at."""
+"""Measuring models and baselines on held-out images by Ray Data: a table, and a contact sheet to look at."""
 
-import csv
-import io
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,58 +9,36 @@ import numpy as np
 import ray
 import torch
 from ray.data import DataContext
+from torch import Tensor
 
-from corun_ray.config import Evaluate
-from corun_ray.core.fade import fade
+from corun_ray.core import dark_channel
 from corun_ray.core.images import BadImage, decode_image, encode_png
-from corun_ray.core.metrics import psnr, ssim
+from corun_ray.core.measures import Unmeasured, load_measure
 from corun_ray.core.pictures import grid
 from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.jobevaluate import Evaluate
+from corun_ray.service.evaluation_report import Measurements
 from corun_ray.service.manifest import held_out
 from corun_ray.service.models import Model
 from corun_ray.service.restorers import Restorers, actor_slots, rows_of
+from corun_ray.service.scoring import weights_source
 from corun_ray.service.storage import MissingFile, StorageError
 from corun_ray.service.validation import Row, load_image
 
-HAZY = "hazy input"
 SHEET_ROWS = 6
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One image's metrics: model → metric → value."""
-
-    key: str
-    values: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """All that was measured."""
 
-    images: list[Measured]
+    measurements: Measurements
     bad_files: dict[str, str]
+    """URI → reason, of images that could not be used at all."""
+    unmeasured: list[str]
+    """`IMAGE MODEL METRIC: reason`, of values that are missing."""
     contact_sheet: bytes
     """PNG."""
-
-    def means(self) -> dict[str, dict[str, float]]:
-        """Model → metric → mean over the images."""
-        first = self.images[0].values
-        return {
-            model: {name: float(np.mean([image.values[model][name] for image in self.images])) for name in metrics}
-            for model, metrics in first.items()
-        }
-
-    def csv(self) -> bytes:
-        """One line an image and model."""
-        text = io.StringIO()
-        metrics = list(next(iter(self.images[0].values.values())))
-        writer = csv.writer(text)
-        writer.writerow(["image", "model", *metrics])
-        for image in self.images:
-            for model, values in image.values.items():
-                writer.writerow([image.key, model, *(f"{values[name]:.6f}" for name in metrics)])
-        return text.getvalue().encode()
 
 
 class MeasureFiles(Restorers):
@@ -71,46 +47,55 @@ class MeasureFiles(Restorers):
     def __init__(self, shared: dict[str, Any], section: Evaluate) -> None:
         super().__init__(shared)
         self.section = section
+        source = weights_source(section.weights)
+        self.measures = {name: load_measure(name, source, self.device) for name in section.metrics}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One row of `key`, `truth` (its key or empty), `shown` → `key`, `error`, `values` (model x metric), `strip`.
-
-        `strip` is a PNG of the hazy image and every restoration, side by side, for the contact sheet.
-        """
-        key, truth, shown = batch["key"][0], batch["truth"][0], batch["shown"][0]
-        values, strip, error = np.zeros((len(self.networks) + 1, len(self.section.metrics))), b"", ""
+        """One image's `key`, `truth` and whether it is `shown` → its `values` (models x metrics), and a `strip`."""
+        key, truth_key = batch["key"][0], batch["truth"][0]
+        values = np.full((len(self.section.names), len(self.measures)), np.nan)
+        unmeasured: list[str] = []
+        error, strip = "", b""
         try:
             hazy = to_tensor(load_image(self.section.hazy, key)).to(self.device)
-            scenes = [hazy, *(restore(network, hazy).scene for network in self.networks.values())]
-            values = self._values(scenes, truth)
-            strip = encode_png(np.concatenate([to_image(scene) for scene in scenes], 1)) if shown else b""
+            truth = None
+            if self.section.clear is not None:
+                truth = to_tensor(load_image(self.section.clear, truth_key)).to(self.device)
+            pictures = self._pictures(hazy)
+            values, unmeasured = self._measured(key, pictures, truth)
+            if batch["shown"][0]:
+                strip = encode_png(np.concatenate([to_image(picture) for picture in pictures.values()], 1))
         except (BadImage, MissingFile, ValueError) as reason:
             error = str(reason)
-        cells = {"key": key, "error": error, "strip": strip}
+        cells = {"key": key, "error": error, "unmeasured": "\n".join(unmeasured), "strip": strip}
         row = {name: np.array([cell], dtype=object) for name, cell in cells.items()}
         return {**row, "values": values[None]}
 
-    def _values(self, scenes: list[torch.Tensor], truth_key: str) -> np.ndarray:
-        truth = None
-        if self.section.clear is not None:
-            truth = to_tensor(load_image(self.section.clear, truth_key)).to(self.device)
-        # What is measured is the picture a user gets: 8 bits.
-        pictures = [(scene * 255).round() / 255 for scene in scenes]
-        return np.array([[_metric(name, picture, truth) for name in self.section.metrics] for picture in pictures])
+    def _pictures(self, hazy: Tensor) -> dict[str, Tensor]:
+        """What each baseline and model makes of an image: the pictures that a user gets, of 8 bits."""
+        pictures = {"hazy": hazy}
+        if "dark_channel" in self.section.baselines:
+            scene = dark_channel.dehaze(hazy[0].permute(1, 2, 0).cpu().numpy())
+            pictures["dark_channel"] = torch.from_numpy(scene).permute(2, 0, 1)[None].to(self.device)
+        for name in self.section.models:
+            pictures[name] = restore(self.networks[name], hazy).scene
+        return {name: (pictures[name] * 255).round() / 255 for name in self.section.names}
 
-
-def _metric(name: str, picture: torch.Tensor, truth: torch.Tensor | None) -> float:
-    if name == "fade" or truth is None:
-        return fade(picture).item()
-    if truth.shape != picture.shape:
-        raise ValueError(f"its truth is of another size ({tuple(truth.shape[2:])}, not {tuple(picture.shape[2:])})")
-    return {"psnr": psnr, "ssim": ssim}[name](picture, truth).item()
+    def _measured(self, key: str, pictures: Mapping[str, Tensor], truth: Tensor | None) -> tuple[np.ndarray, list[str]]:
+        values, unmeasured = np.full((len(pictures), len(self.measures)), np.nan), []
+        for row, (model, picture) in enumerate(pictures.items()):
+            for column, (metric, measure) in enumerate(self.measures.items()):
+                try:
+                    values[row, column] = measure(picture, truth)
+                except Unmeasured as reason:
+                    unmeasured.append(f"{key} {model} {metric}: {reason}")
+        return values, unmeasured
 
 
 def evaluate(
     section: Evaluate, models: dict[str, Model], progress: Callable[[int, int], None] | None = None
 ) -> Evaluation:
-    """Measures the hazy input and every network; unusable images are named in the result.
+    """Measures every baseline and network; unusable images, and values that are missing, are named in the result.
 
     Raises `StorageError`, `ManifestError`.
     """
@@ -123,31 +108,31 @@ def evaluate(
     outcomes = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
         MeasureFiles, batch_size=1, fn_constructor_args=(shared, section), **actor_slots()
     )
-    names = [HAZY, *models]
-    images, bad_files, strips = [], {}, {}
+    values: dict[str, np.ndarray] = {}
+    bad_files, unmeasured, strips = {}, [], {}
     for done, row in enumerate(rows_of(outcomes), 1):
         if row["error"]:
             bad_files[posixpath.join(section.hazy, row["key"])] = row["error"]
         else:
-            measured = zip(names, row["values"].tolist(), strict=True)
-            values = {model: dict(zip(section.metrics, metrics, strict=True)) for model, metrics in measured}
-            images.append(Measured(row["key"], values))
+            values[row["key"]] = row["values"]
+        unmeasured += row["unmeasured"].splitlines()
         if row["strip"]:
             strips[row["key"]] = row["strip"]
         if progress:
             progress(done, len(pairs))
-    if not images:
+    if not values:
         raise StorageError(f"evaluate.hazy: not one of the {len(pairs)} images could be used: {bad_files}")
-    images.sort(key=lambda image: image.key)
-    return Evaluation(images, bad_files, _contact_sheet(section, names, dict(pairs), strips))
+    images = sorted(values)
+    cube = np.stack([values[key] for key in images])
+    measurements = Measurements(images, list(section.names), list(section.metrics), cube)
+    return Evaluation(measurements, bad_files, sorted(unmeasured), _contact_sheet(section, dict(pairs), strips))
 
 
-def _contact_sheet(
-    section: Evaluate, names: list[str], truths: dict[str, str | None], strips: dict[str, bytes]
-) -> bytes:
+def _contact_sheet(section: Evaluate, truths: dict[str, str | None], strips: dict[str, bytes]) -> bytes:
     rows = []
     for key, strip in sorted(strips.items()):
-        row: Row = dict(zip(names, np.split(decode_image(strip), len(names), axis=1), strict=True))
+        pictures = np.split(decode_image(strip), len(section.names), axis=1)
+        row: Row = dict(zip(section.names, pictures, strict=True))
         truth = truths[key]
         if section.clear is not None and truth is not None:
             row["truth"] = load_image(section.clear, truth)

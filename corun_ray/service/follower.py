@@ -10,8 +10,11 @@ import ray
 from corun_ray.config import TrainingJob
 from corun_ray.service.board import News
 from corun_ray.service.console import Console
+from corun_ray.service.examples import EXAMPLES, HAZY_PICTURE, picture_name
+from corun_ray.service.gallery import Measured
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.tracking import Tracker
+from corun_ray.service.validation_log import VALIDATION_FILE, ValidationLog
 
 POLL_S = 0.5
 Listener = Callable[[int, Mapping[str, float]], None]
@@ -22,6 +25,12 @@ def root_cause(traceback: str) -> str:
     """The first error of a chain of tracebacks, in a line: what happened, without what followed from it."""
     first = traceback.split("\nThe above exception was the direct cause")[0].strip()
     return first.splitlines()[-1]
+
+
+def _earlier(run: Location) -> ValidationLog:
+    """What a run that goes on has measured before."""
+    place = run.child(VALIDATION_FILE)
+    return ValidationLog.from_csv(place.read()) if place.exists() else ValidationLog()
 
 
 class Follower:
@@ -39,6 +48,8 @@ class Follower:
         self._job, self._board, self._tracker, self._console, self._run = job, board, tracker, console, run
         self._listen = listen
         self._latest: dict[str, float] = {}
+        self.validation = _earlier(run)
+        """Every held-out image's values, those of an earlier start of the run included."""
         self._num_attempts = 0
         self._errors = ""
         self._stopping = threading.Event()
@@ -94,12 +105,23 @@ class Follower:
             self._tracker.metrics(step, metrics)
             if self._listen is not None:
                 self._listen(step, metrics)
+        for step, measured in news.measured:
+            self._keep_measured(step, measured)
         for step, name, png in news.pictures:
             path = f"pictures/{name}_{step:08d}.png"
             self._keep(path, png)
             self._tracker.file(path, png)
         if news.step:
             self._console.progress(news.step, self._job.train.steps, "step", self._details(news))
+
+    def _keep_measured(self, step: int, measured: list[Measured]) -> None:
+        self.validation.add(step, measured)
+        self._keep(VALIDATION_FILE, self.validation.to_csv())
+        for one in measured:
+            if one.pictures is not None:
+                folder = f"{EXAMPLES}/{one.prefix}/{one.image}"
+                self._keep(f"{folder}/{HAZY_PICTURE}", one.pictures.hazy)
+                self._keep(f"{folder}/{picture_name(step)}", one.pictures.output)
 
     def _keep(self, name: str, content: bytes) -> None:
         """Writes a file of the run that people look at; the training does not fail for want of it."""

@@ -1,34 +1,30 @@
 """Running the jobs of a file, one after the other."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from corun_ray.config import EvaluateJob, Job, TrainingJob, TuneJob
 from corun_ray.core.weights import WeightsError
-from corun_ray.jobfile import dump_job
 from corun_ray.jobtrials import example
 from corun_ray.service import cluster
-from corun_ray.service.console import Console, duration, table
-from corun_ray.service.evaluate import Evaluation, evaluate
+from corun_ray.service.console import Console
+from corun_ray.service.evaluation import run_evaluation
 from corun_ray.service.manifest import build_manifest
-from corun_ray.service.models import fetch_model
 from corun_ray.service.scoring import missing_weights, needed_files
-from corun_ray.service.storage import Location, locate
-from corun_ray.service.tracking import Tracker, tracking_uri
+from corun_ray.service.storage import locate
 from corun_ray.service.train import run_training
 
 FOLDERS = (
     *("storage", "data.clear", "data.depth", "data.hazy", "data.paired.hazy", "data.paired.clear"),
     *("data.validation.hazy", "data.validation.clear"),
     *("data.validation_sets.*.hazy", "data.validation_sets.*.clear"),
-    *("coherence.weights", "loss.weights", "evaluate.hazy", "evaluate.clear"),
+    *("coherence.weights", "loss.weights", "evaluate.hazy", "evaluate.clear", "evaluate.weights"),
 )
 """The keys of a job file that name folders or URIs; `*` is every key at its place."""
 
 
-def run_jobs(jobs: Sequence[Job], console: Console, folder: Path, resume: bool = False) -> None:
+def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resume: bool = False) -> None:
     """Runs a pipeline from a job file in `folder`; the first job that fails ends it.
 
     With `resume`, training jobs go on where their last runs stopped, and those that had ended are passed over.
@@ -40,8 +36,8 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path, resume: bool =
         # What is wrong with any job's data or weights should be said before a cluster is asked for anything.
         if isinstance(job, TrainingJob):
             build_manifest(job)
-            if lines := missing_weights(needed_files(job)):
-                raise WeightsError("\n".join(f"{job.name}: {line}" for line in lines))
+        if lines := missing_weights(needed_files(job)):
+            raise WeightsError("\n".join(f"{job.name}: {line}" for line in lines))
     cluster.connect(*(job.whole_cluster for job in jobs))
     for job in jobs:
         if isinstance(job, TuneJob):
@@ -75,47 +71,3 @@ def _sections(tree: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]
         below = [list(section.values()) if name == "*" else [section.get(name)] for section in found]
         found = [section for sections in below for section in sections if section]
     return found
-
-
-def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
-    """Measures the job's models; leaves a table and a contact sheet. Raises the errors of `evaluate`."""
-    started = time.monotonic()
-    models = {name: fetch_model(source, tracking_uri(job)) for name, source in job.evaluate.models.items()}
-    place = cluster.connect(job.cluster)
-    run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run, tracker = locate(job.storage).child(run_id), Tracker(job, run_id)
-    facts = {
-        "images": job.evaluate.hazy + (f" against {job.evaluate.clear}" if job.evaluate.clear else ", without a truth"),
-        "models": ", ".join(f"{name} ({source})" for name, source in job.evaluate.models.items()) or "none",
-        "on": place,
-        "run": run.uri,
-    }
-    console.header(f"evaluate {job.name}", facts)
-    succeeded = False
-    try:
-        found = evaluate(job.evaluate, models, lambda done, total: console.progress(done, total, "image"))
-        _keep(job, found, run, tracker)
-        succeeded = True
-    finally:
-        tracker.finish(succeeded)
-    for line in table(found.means()):
-        console.say(f"  {line}")
-    for uri, reason in found.bad_files.items():
-        console.say(f"  left out: {uri}: {reason}")
-    results = {"table": run.child("metrics.csv").uri, "pictures": run.child("contact_sheet.png").uri}
-    console.footer("done", {**results, "took": duration(time.monotonic() - started)})
-    return found
-
-
-def _keep(job: EvaluateJob, found: Evaluation, run: Location, tracker: Tracker) -> None:
-    files = {
-        "job.yaml": dump_job(job).encode(),
-        "metrics.csv": found.csv(),
-        "contact_sheet.png": found.contact_sheet,
-    }
-    for name, content in files.items():
-        run.child(name).write(content)
-        tracker.file(name, content)
-    for model, metrics in found.means().items():
-        prefix = model.replace(" ", "_")
-        tracker.metrics(0, {f"{prefix}/{name}": value for name, value in metrics.items()})

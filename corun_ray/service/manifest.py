@@ -6,7 +6,8 @@ import posixpath
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from corun_ray.config import ColabatorJob, Paired, TrainingJob
+from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.jobdata import Paired
 from corun_ray.service.storage import locate
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})

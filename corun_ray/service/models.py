@@ -10,11 +10,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from corun_ray.config import TrainingJob
-from corun_ray.core.checkpoints import CheckpointError, load_network, load_params, read_spec
+from corun_ray.core.checkpoints import CheckpointError, LoadedNetwork, load_network, load_params, read_spec
 from corun_ray.core.networks import NetworkError, NetworkSpec, build, probe
 from corun_ray.service import usercode
+from corun_ray.service.registry import download_model
 from corun_ray.service.storage import StorageError, locate
-from corun_ray.service.tracking import TrackingError, download_model, tracking_uri
+from corun_ray.service.tracking import TrackingError, tracking_uri
 from corun_ray.service.usercode import Code
 
 MLFLOW_SCHEMES = ("models:/", "runs:/")
@@ -50,15 +51,20 @@ def fetch_model(source: str, tracking: str) -> Model:
     A class of a user's own is looked for in the registered model, whose code runs as it would under pyfunc, or in
     the current folder. Raises `ModelSourceError`.
     """
-    with _fetched(source, tracking) as path:
-        code_folder = path.parent.parent / "code" if source.startswith(MLFLOW_SCHEMES) else Path.cwd()
-        try:
-            code = usercode.collect(read_spec(path).type, code_folder) if path.is_dir() else {}
-            usercode.install(code)
-            loaded = load_network(path)
-        except (CheckpointError, NetworkError) as error:
-            raise ModelSourceError(f"{source}: {error}") from None
+    with fetched(source, tracking) as path:
+        loaded, code = load(source, path)
     return Model(loaded.spec, loaded.network.state_dict(), code)
+
+
+def load(source: str, path: Path) -> tuple[LoadedNetwork, Code]:
+    """The network of what `fetched` gives, and the code of a class of a user's own; raises `ModelSourceError`."""
+    code_folder = path.parent.parent / "code" if source.startswith(MLFLOW_SCHEMES) else Path.cwd()
+    try:
+        code = usercode.collect(read_spec(path).type, code_folder) if path.is_dir() else {}
+        usercode.install(code)
+        return load_network(path), code
+    except (CheckpointError, NetworkError) as error:
+        raise ModelSourceError(f"{source}: {error}") from None
 
 
 def starting_model(job: TrainingJob, folder: Path) -> Model:
@@ -95,7 +101,7 @@ def spec_of(job: TrainingJob) -> NetworkSpec:
 def _initial_params(job: TrainingJob, network: nn.Module) -> dict[str, Tensor]:
     source = job.network.init
     assert source is not None
-    with _fetched(source, tracking_uri(job)) as path:
+    with fetched(source, tracking_uri(job)) as path:
         try:
             if job.network.type == "corun":
                 found = load_network(path)
@@ -116,8 +122,11 @@ def _refuse_other_sizes(job: TrainingJob, found: NetworkSpec) -> None:
 
 
 @contextmanager
-def _fetched(source: str, tracking: str) -> Iterator[Path]:
-    """The file or checkpoint folder behind a source, on this machine for as long as the context lasts."""
+def fetched(source: str, tracking: str) -> Iterator[Path]:
+    """The file or checkpoint folder behind a source, on this machine for as long as the context lasts.
+
+    Raises `ModelSourceError`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         try:
             if source.startswith(MLFLOW_SCHEMES):

@@ -85,6 +85,19 @@ def last_run(job: TrainingJob) -> Location | None:
     return None
 
 
+def resumed_run(job: TrainingJob, digest: str) -> tuple[Location, RunRecord] | None:
+    """The run that `--resume` goes on with, and its record; None where there is none.
+
+    Raises `StorageError`, and `ResumeError` where going on would not continue it.
+    """
+    run = last_run(job)
+    if run is None:
+        return None
+    record = read_record(run)
+    refuse_changes(job, run, record, digest)
+    return run, record
+
+
 def read_record(run: Location) -> RunRecord:
     """The record of a run; raises `StorageError`."""
     place = run.child(RUN_FILE)

@@ -1,15 +1,18 @@
 """The networks that judge a Colabator run, built from the job's sections: scorers and the features of the losses."""
 
 import contextlib
+import functools
+from collections.abc import Callable
 
 from torch import Tensor
 from torch import device as Device
 
-from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.config import ColabatorJob, EvaluateJob, Job, TrainingJob
 from corun_ray.core.coherence import Coherence, Scorer
 from corun_ray.core.daclip import DACLIP_FILE, load_daclip
 from corun_ray.core.iqa import load_quality, probe
 from corun_ray.core.losses import Losses, LossWeights
+from corun_ray.core.measures import load_measure
 from corun_ray.core.vgg import VGG_FILE, load_vgg19
 from corun_ray.core.weights import WeightsError, WeightsSource, no_weights
 from corun_ray.jobmethod import QUALITY_NAMES, ColabatorLoss
@@ -75,7 +78,7 @@ def missing_weights(needed: NeededFiles) -> list[str]:
     return [f"weights: {line}" for folder, wanted in needed.items() for line in lacking(folder, wanted)]
 
 
-def needed_files(job: TrainingJob) -> NeededFiles:
+def needed_files(job: Job) -> NeededFiles:
     """The weight files that a job needs.
 
     What a metric of pyiqa needs is found by building it: where its first file is missing, later ones stay unknown.
@@ -86,11 +89,20 @@ def needed_files(job: TrainingJob) -> NeededFiles:
         if section.clarity == "daclip":
             needed.setdefault(section.weights, {})[DACLIP_FILE] = "coherence.clarity daclip"
         if section.quality not in QUALITY_NAMES:
-            source = Recorder(weights_source(section.weights))
-            with contextlib.suppress(WeightsError):  # of the file that is missing, or that the listing will show
-                load_quality(section.quality, source, section.quality_range)
-            for name in source.asked:
-                needed.setdefault(section.weights, {})[name] = f"coherence.quality {section.quality}"
-    if job.loss.perceptual == "vgg19":
+            asked = _asked(section.weights, lambda source: load_quality(section.quality, source, section.quality_range))
+            needed.setdefault(section.weights, {}).update(dict.fromkeys(asked, f"coherence.quality {section.quality}"))
+    if isinstance(job, TrainingJob) and job.loss.perceptual == "vgg19":
         needed.setdefault(job.loss.weights, {})[VGG_FILE] = "loss.perceptual vgg19"
-    return needed
+    if isinstance(job, EvaluateJob):
+        for metric in job.evaluate.metrics:
+            asked = _asked(job.evaluate.weights, functools.partial(load_measure, metric))
+            needed.setdefault(job.evaluate.weights, {}).update(dict.fromkeys(asked, f"evaluate.metrics {metric}"))
+    return {folder: files for folder, files in needed.items() if files}
+
+
+def _asked(folder: str | None, load: Callable[[WeightsSource], object]) -> list[str]:
+    """The files that a metric asks for while it is built, as far as that gets."""
+    source = Recorder(weights_source(folder))
+    with contextlib.suppress(WeightsError):  # of the file that is missing, or that the listing will show
+        load(source)
+    return source.asked

@@ -10,26 +10,26 @@ from ray.train import Result
 
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.jobfile import dump_job
-from corun_ray.service import cluster, snapshots
+from corun_ray.service import cluster, snapshots, usercode
 from corun_ray.service.board import start_board
 from corun_ray.service.console import Console, duration
 from corun_ray.service.fit import JobFailed, fit
 from corun_ray.service.follower import Follower, Listener
 from corun_ray.service.manifest import Manifest, build_manifest, held_out_sets
+from corun_ray.service.model_card import about_model
 from corun_ray.service.models import Model, starting_model
 from corun_ray.service.phases import phases
 from corun_ray.service.plan import WorkerPlan
 from corun_ray.service.pool import start_pool
 from corun_ray.service.poollink import PoolError
 from corun_ray.service.recovery import last_step
+from corun_ray.service.registry import About, log_model, register
 from corun_ray.service.runs import (
     JOB_FILE,
     POOL_FOLDER,
     RunRecord,
-    last_run,
     new_run,
-    read_record,
-    refuse_changes,
+    resumed_run,
     steps_saved,
     write_record,
 )
@@ -70,17 +70,13 @@ def run_training(
     """
     started = time.monotonic()
     manifest, model = prepare(job, folder)
-    earlier = last_run(job) if resume else None
-    record = None
-    if earlier is not None:
-        record = read_record(earlier)
-        refuse_changes(job, earlier, record, manifest.digest())
-        if record.model is not None and job.train.steps <= max(steps_saved(earlier), default=0):
-            console.say(f"\n{job.kind} {job.name}: has ended before ({record.model}, {earlier.uri})")
-            return record.model
+    earlier = resumed_run(job, manifest.digest()) if resume else None
+    if earlier is not None and (model_uri := _ended(job, *earlier)):
+        console.say(f"\n{job.kind} {job.name}: has ended before ({model_uri}, {earlier[0].uri})")
+        return model_uri
     place = cluster.connect(job.cluster)
-    run = earlier or new_run(job)
-    tracker = Tracker(job, run.name, None if record is None else record.mlflow_run, parent)
+    run = new_run(job) if earlier is None else earlier[0]
+    tracker = Tracker(job, run.name, None if earlier is None else earlier[1].mlflow_run, parent)
     record = RunRecord(state="running", mlflow_run=tracker.run_id, data=manifest.digest())
     facts = _header(job, manifest, model, place, run, tracker)
     if resume:
@@ -99,7 +95,8 @@ def run_training(
         if isinstance(job, ColabatorJob):
             # Ray Train deletes old checkpoints after the workers' last sweep.
             snapshots.sweep(run.child(POOL_FOLDER), {snapshots.name_of(step) for step in steps_saved(run)}, ())
-        model_uri = _register(job, model, result, tracker)
+        about = about_model(job, model.spec, record.data, run, follower.validation)
+        model_uri = _register(job, result, tracker, model.code, about)
         write_record(run, record.model_copy(update={"state": "finished", "model": model_uri}))
         succeeded = True
     except (JobFailed, PoolError, StorageError) as error:
@@ -114,6 +111,11 @@ def run_training(
     }
     console.footer("done", facts, [f"corun-ray dehaze PHOTOS OUT --model {model_uri} --tracking {tracker.uri}"])
     return model_uri
+
+
+def _ended(job: TrainingJob, run: Location, record: RunRecord) -> str | None:
+    """The model of a run that has taken all of the job's steps; None where there are some to take."""
+    return record.model if job.train.steps <= max(steps_saved(run), default=0) else None
 
 
 def _way_on(run: Location) -> str:
@@ -195,10 +197,12 @@ def _list_bad_files(job: TrainingJob, manifest: Manifest, board: Any, tracker: T
     _refuse_too_many(job, manifest, bad_files)
 
 
-def _register(job: TrainingJob, model: Model, result: Result, tracker: Tracker) -> str:
+def _register(job: TrainingJob, result: Result, tracker: Tracker, code: usercode.Code, about: About) -> str:
+    """Logs the trained model, and registers it where the job gives a name; returns its URI."""
     if result.checkpoint is None:
         raise JobFailed("training ended without a checkpoint")
     location = locate(job.storage)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Location(result.checkpoint.path, location.filesystem, result.checkpoint.path)
-        return tracker.log_model(checkpoint.download(Path(folder)), model.code, job.tracking.register)
+        model_uri = log_model(tracker.uri, checkpoint.download(Path(folder)), code, about)
+    return model_uri if job.tracking.register is None else register(tracker.uri, model_uri, job.tracking.register)

@@ -25,7 +25,8 @@ from corun_ray.service import cluster, usercode
 from corun_ray.service.console import Console, duration
 from corun_ray.service.fit import JobFailed
 from corun_ray.service.models import starting_model
-from corun_ray.service.runs import JOB_FILE, RunRecord, last_run, new_run, read_record, refuse_changes, write_record
+from corun_ray.service.registry import register
+from corun_ray.service.runs import JOB_FILE, RunRecord, last_run, new_run, read_record, resumed_run, write_record
 from corun_ray.service.storage import Location
 from corun_ray.service.tracking import Tracker
 from corun_ray.service.train import prepare
@@ -46,19 +47,15 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
     """
     started = time.monotonic()
     digest = _look_at_all(job, folder)
-    earlier = last_run(job) if resume else None
-    record = None
-    if earlier is not None:
-        record = read_record(earlier)
-        refuse_changes(job, earlier, record, digest)
-        if record.model is not None:
-            console.say(f"\ntune {job.name}: has ended before ({record.model}, {earlier.uri})")
-            return record.model
+    earlier = resumed_run(job, digest) if resume else None
+    if earlier is not None and earlier[1].model is not None:
+        console.say(f"\ntune {job.name}: has ended before ({earlier[1].model}, {earlier[0].uri})")
+        return earlier[1].model
     place = cluster.connect(job.whole_cluster)
     at_once = job.tune.trials_at_once or min(job.tune.num_trials, _room_for(job.cluster))
-    run = earlier or new_run(job)
-    tracker = Tracker(job, run.name, None if record is None else record.mlflow_run)
-    console.header(f"tune {job.name}", _facts(job, at_once, place, run, tracker, resume, earlier))
+    run = new_run(job) if earlier is None else earlier[0]
+    tracker = Tracker(job, run.name, None if earlier is None else earlier[1].mlflow_run)
+    console.header(f"tune {job.name}", _facts(job, at_once, place, run, tracker, resume, earlier is not None))
     record = RunRecord(state="running", mlflow_run=tracker.run_id, data=digest)
     succeeded = False
     try:
@@ -69,7 +66,7 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
         trials = _fit(plan, run, at_once, console)
         _end_stopped(job, run, trials, tracker)
         best = _keep(job, trials, run, tracker, console)
-        model = best if job.tracking.register is None else tracker.register(best, job.tracking.register)
+        model = best if job.tracking.register is None else register(tracker.uri, best, job.tracking.register)
         write_record(run, record.model_copy(update={"state": "finished", "model": model}))
         succeeded = True
     finally:
@@ -178,7 +175,7 @@ def _keep(job: TuneJob, trials: Sequence[Trial], run: Location, tracker: Tracker
 
 
 def _facts(
-    job: TuneJob, at_once: int, place: str, run: Location, tracker: Tracker, resume: bool, earlier: Location | None
+    job: TuneJob, at_once: int, place: str, run: Location, tracker: Tracker, resume: bool, goes_on: bool
 ) -> dict[str, str]:
     section = job.tune
     facts = {
@@ -190,7 +187,7 @@ def _facts(
         "mlflow": f"{tracker.uri} (experiment {job.tracking.experiment})",
     }
     if resume:
-        facts["resume"] = "no earlier search: begins" if earlier is None else "goes on with this search"
+        facts["resume"] = "goes on with this search" if goes_on else "no earlier search: begins"
     return facts
 
 

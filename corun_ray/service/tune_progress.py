@@ -14,6 +14,10 @@ class TrialLines(Callback):
     def __init__(self, console: Console, metric: str, num_trials: int, steps: int) -> None:
         self._console, self._metric, self._num_trials, self._steps = console, metric, num_trials, steps
 
+    def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        """A trial begins, or goes on with what it did before."""
+        self._console.say(f"  trial {trial} begins" if not trial.last_result else f"  trial {trial} goes on")
+
     def on_trial_result(self, iteration: int, trials: Sequence[Any], trial: Any, result: dict, **info: Any) -> None:
         """A trial has validated."""
         self._progress(trials)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch.utils.flop_counter import FlopCounterMode
 
 from corun_ray.config import TuneJob
@@ -128,22 +129,26 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _plot(job: TuneJob, trials: Sequence[Trial], costs: Sequence[Cost]) -> bytes:
-    """A PNG: the metric against the first searched key, and against the cost of the network."""
+    """A PNG: the metric, and beside it the cost of the network, against the first searched key."""
     key, metric = next(iter(job.tune.search)), job.tune.metric
-    scores = [trial.metrics[metric] for trial in trials]
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    by_key, by_cost = figure.subplots(1, 2)
+    places = [trial.values[key] for trial in trials]
     ended = [trial.model is not None for trial in trials]
-    for axes, places, label in (
-        (by_key, [trial.values[key] for trial in trials], key),
-        (by_cost, [cost.gflops for cost in costs], "GFLOPs of a patch"),
+    better = "less" if job.tune.mode == "min" else "more"
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, heights, label in zip(
+        figure.subplots(1, 2),
+        ([trial.metrics[metric] for trial in trials], [cost.gflops for cost in costs]),
+        (f"{metric} ({better} is better)", "GFLOPs of a patch, forward"),
+        strict=True,
     ):
         for is_ended, marker, name in ((True, "o", "ended"), (False, "x", "stopped early")):
             some = [number for number, one in enumerate(ended) if one == is_ended]
             if some:
-                axes.scatter([places[n] for n in some], [scores[n] for n in some], marker=marker, label=name)
-        axes.scatter([places[0]], [scores[0]], s=160, facecolors="none", edgecolors="C3", label="best")
-        axes.set(xlabel=label, ylabel=f"{metric} ({'less' if job.tune.mode == 'min' else 'more'} is better)")
+                axes.scatter([places[n] for n in some], [heights[n] for n in some], marker=marker, label=name)
+        axes.scatter([places[0]], [heights[0]], s=160, facecolors="none", edgecolors="C3", label="best")
+        axes.set(xlabel=key, ylabel=label)
+        if all(isinstance(place, int) for place in places):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True, alpha=0.3)
         axes.legend()
     file = io.BytesIO()

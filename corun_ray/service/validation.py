@@ -17,6 +17,7 @@ from corun_ray.core.pictures import ImageU8, colour_map, grid
 from corun_ray.core.restore import restore, to_image, to_tensor
 from corun_ray.core.samples import real_views
 from corun_ray.core.steps import Colabator
+from corun_ray.service.gallery import Gallery, Measured
 from corun_ray.service.manifest import HeldOutSet, Manifest, held_out_sets
 from corun_ray.service.storage import locate
 from corun_ray.service.streams import SampleMaker
@@ -35,35 +36,48 @@ class Validator:
     def __init__(self, job: TrainingJob, manifest: Manifest, rank: int, num_workers: int, device: torch.device) -> None:
         self.job, self.manifest, self.device = job, manifest, device
         self.num_workers = num_workers
-        self.held_out = [replace(held, pairs=held.pairs[rank::num_workers]) for held in held_out_sets(job)]
+        held_out = held_out_sets(job)
+        self.held_out = [replace(held, pairs=held.pairs[rank::num_workers]) for held in held_out]
         """This rank's share of each set."""
+        each = -(-job.train.validation_images // max(1, len(held_out)))
+        self.shown = [{key for key, _ in held.pairs[:each]} for held in held_out]
+        """Of each set, the images whose pictures are kept of every validation."""
 
-    def measure(self, network: nn.Module) -> dict[str, float]:
+    def measure(self, network: nn.Module) -> tuple[dict[str, float], list[Measured]]:
         """Mean `val/psnr` and `val/ssim` where there is a truth, and `val/fade`; `val/NAME/...` of a named set.
 
-        Every rank calls it, and is given the means over all ranks' images.
+        Every rank calls it, and is given the means over all ranks' images and its own images one by one.
         """
         metrics: dict[str, float] = {}
-        for held in self.held_out:
-            metrics |= {f"{held.prefix}/{name}": mean for name, mean in self._means(network, held).items()}
-        return metrics
+        measured: list[Measured] = []
+        for held, shown in zip(self.held_out, self.shown, strict=True):
+            gallery = Gallery(shown)
+            for hazy_key, clear_key in held.pairs:
+                hazy = load_image(held.hazy_root, hazy_key)
+                scene = restore(network, to_tensor(hazy).to(self.device)).scene
+                values = self._values(held, scene, clear_key)
+                gallery.add(Measured(held.prefix, hazy_key, values), lambda: (hazy, to_image(scene)))  # noqa: B023
+            found = gallery.measured()
+            metrics |= {f"{held.prefix}/{name}": mean for name, mean in self._means(held, found).items()}
+            measured += found
+        return metrics, measured
 
-    def _means(self, network: nn.Module, held: HeldOutSet) -> dict[str, float]:
-        sums = torch.zeros(4, dtype=torch.float64)
-        for hazy_key, clear_key in held.pairs:
-            scene = restore(network, self._tensor(held.hazy_root, hazy_key)).scene
-            row = [fade(scene)]
-            if clear_key is not None:
-                assert held.clear_root is not None
-                truth = self._tensor(held.clear_root, clear_key)
-                row += [psnr(scene, truth), ssim(scene, truth)]
-            sums[: len(row)] += torch.cat(row).double().cpu()
-            sums[3] += 1
-        sums = sums.to(self.device)
+    def _values(self, held: HeldOutSet, scene: torch.Tensor, clear_key: str | None) -> dict[str, float]:
+        values = {"fade": fade(scene).item()}
+        if clear_key is not None:
+            assert held.clear_root is not None
+            truth = self._tensor(held.clear_root, clear_key)
+            values |= {"psnr": psnr(scene, truth).item(), "ssim": ssim(scene, truth).item()}
+        return values
+
+    def _means(self, held: HeldOutSet, measured: list[Measured]) -> dict[str, float]:
+        """Over the images of all ranks."""
+        names = ("fade",) if held.clear_root is None else ("fade", "psnr", "ssim")
+        rows = [[*(image.values[name] for name in names), 1.0] for image in measured]
+        sums = torch.tensor([[0.0] * (len(names) + 1), *rows], dtype=torch.float64).sum(0).to(self.device)
         if self.num_workers > 1:
             dist.all_reduce(sums)
-        names = ("fade",) if held.clear_root is None else ("fade", "psnr", "ssim")
-        return dict(zip(names, (sums[:3] / sums[3]).tolist(), strict=False))
+        return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
 
     def picture(self, network: nn.Module, colabator: Colabator | None) -> bytes:
         """A PNG grid: real haze with its labels for Colabator, else held-out images, else training samples."""

@@ -226,7 +226,9 @@ class Worker:
         return broadcast_from_rank_zero(is_bad)
 
     def _validate(self) -> None:
-        metrics = self.validator.measure(self.state.teacher)
+        metrics, measured = self.validator.measure(self.state.teacher)
+        if measured:
+            self.plan.board.post_measured.remote(self.state.step, measured)
         if self.rank != 0:
             return
         if metrics:

@@ -1,21 +1,14 @@
-"""Evaluation and batch dehazing by Ray Data, with a network that no training has touched."""
-
-import csv
-import io
+"""Batch dehazing by Ray Data, with a network that no training has touched."""
 
 import numpy as np
 import pytest
 import torch
 
-from corun_ray.config import Evaluate
 from corun_ray.core.corun import CORUN
-from corun_ray.core.fade import fade
 from corun_ray.core.images import decode_image
-from corun_ray.core.metrics import psnr
 from corun_ray.core.networks import NetworkSpec
 from corun_ray.core.restore import restore, to_image, to_tensor
 from corun_ray.service.dehaze import dehaze
-from corun_ray.service.evaluate import HAZY, evaluate
 from corun_ray.service.models import Model, ModelSourceError
 from corun_ray.service.storage import StorageError
 from tests.conftest import photograph, write_image
@@ -30,25 +23,6 @@ def network():
 @pytest.fixture(scope="module")
 def model(network):
     return Model(NetworkSpec("corun", {"stages": 2, "width": 4}), network.state_dict(), {})
-
-
-def test_evaluation_measures_the_pictures_that_a_user_gets(local_ray, dataset, network, model):
-    section = Evaluate(hazy=str(dataset / "hazy"), clear=str(dataset / "hazy_truth"), models={"net": "x"})
-    ticks = []
-    found = evaluate(section, {"net": model}, lambda done, total: ticks.append((done, total)))
-    assert ticks == [(i, 6) for i in range(1, 7)] and not found.bad_files
-    for image in found.images:
-        hazy = to_tensor(decode_image((dataset / "hazy" / image.key).read_bytes()))
-        truth = to_tensor(decode_image((dataset / "hazy_truth" / image.key).read_bytes()))
-        output = to_tensor(to_image(restore(network, hazy).scene))
-        assert image.values[HAZY]["psnr"] == pytest.approx(psnr(hazy, truth).item(), abs=1e-4)
-        assert image.values["net"]["psnr"] == pytest.approx(psnr(output, truth).item(), abs=1e-3)
-        assert image.values["net"]["fade"] == pytest.approx(fade(output).item(), rel=1e-3)
-    rows = list(csv.DictReader(io.StringIO(found.csv().decode())))
-    assert len(rows) == 12 and float(rows[1]["ssim"]) == pytest.approx(found.images[0].values["net"]["ssim"], abs=1e-6)
-    assert found.means()["net"]["psnr"] == pytest.approx(np.mean([i.values["net"]["psnr"] for i in found.images]))
-    sheet = decode_image(found.contact_sheet)
-    assert sheet.shape[1] > 3 * 240 and sheet.std() > 20
 
 
 def test_dehazing_keeps_names_folders_and_sizes_and_names_what_it_leaves_out(local_ray, model, tmp_path):

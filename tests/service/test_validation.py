@@ -44,7 +44,7 @@ def sections(dataset):
 def test_each_set_is_measured_under_its_name(dataset, tmp_path, sections):
     sets = {name: sections[name] for name in ("far", "same")}
     job = small_job("pretrain", dataset, tmp_path, data={"validation": sections["truth"], "validation_sets": sets})
-    metrics = validator(job).measure(Unchanged(True))
+    metrics, measured = validator(job).measure(Unchanged(True))
     assert set(metrics) == {
         "val/fade",
         "val/psnr",
@@ -62,7 +62,23 @@ def test_each_set_is_measured_under_its_name(dataset, tmp_path, sections):
 
 
 def test_a_job_without_held_out_images_measures_nothing(dataset, tmp_path):
-    assert validator(small_job("pretrain", dataset, tmp_path)).measure(Unchanged(True)) == {}
+    assert validator(small_job("pretrain", dataset, tmp_path)).measure(Unchanged(True)) == ({}, [])
+
+
+def test_every_image_has_its_values_and_some_have_pictures(dataset, tmp_path, sections):
+    job = small_job(
+        "pretrain", dataset, tmp_path, data={"validation": sections["truth"]}, train={"validation_images": 2}
+    )
+    metrics, measured = validator(job).measure(Unchanged(True))
+    assert [one.image for one in measured] == [f"photo_{i}.png" for i in range(6)]
+    for name in ("fade", "psnr", "ssim"):
+        assert np.mean([one.values[name] for one in measured]) == pytest.approx(metrics[f"val/{name}"])
+    pictured = {one.image for one in measured if one.pictures is not None}
+    by_metric = [sorted(measured, key=lambda one: one.values[name]) for name in ("fade", "psnr", "ssim")]
+    best_and_worst = {ranked[place].image for ranked in by_metric for place in (0, -1)}
+    assert pictured == {"photo_0.png", "photo_1.png"} | best_and_worst
+    pictures = measured[0].pictures
+    assert decode_image(pictures.hazy).shape == decode_image(pictures.output).shape == (60, 80, 3)
 
 
 def num_columns(picture: np.ndarray) -> int:

@@ -1,0 +1,71 @@
+"""Measuring a picture: PSNR, SSIM and FADE by this package, any other metric by pyiqa from weights on this machine."""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from corun_ray.core.fade import fade
+from corun_ray.core.iqa import build_metric, file_name
+from corun_ray.core.iqanames import OWN, all_metrics
+from corun_ray.core.metrics import psnr, ssim
+from corun_ray.core.network_spec import one_line
+from corun_ray.core.weights import WeightsSource
+
+Measure = Callable[[Tensor, Tensor | None], float]
+"""A picture and its truth, both 1 3 H W in [0, 1] (the truth may be None), to the metric's own score."""
+
+
+class Unmeasured(ValueError):
+    """A picture that a metric has no score for; the message is the reason, one line."""
+
+
+def load_measure(name: str, weights: WeightsSource, device: torch.device | str = "cpu") -> Measure:
+    """The metric `name` of `all_metrics`, with the files that it needs from `weights`.
+
+    What it returns raises `Unmeasured`. Raises `WeightsError` where the weights are missing or hold anything but
+    plain tensors, and `ValueError` for an unknown name.
+    """
+    if name not in all_metrics():
+        raise ValueError(f"{name!r} is no metric of pictures")
+    needs_truth = all_metrics()[name].needs_truth
+    rate = _own(name) if name in OWN else _of_pyiqa(name, weights, device)
+
+    @torch.no_grad()
+    def measure(picture: Tensor, truth: Tensor | None) -> float:
+        if needs_truth and truth is None:
+            raise Unmeasured("it has no truth")
+        if needs_truth and truth is not None and truth.shape != picture.shape:
+            sizes = [f"{shape[3]} x {shape[2]}" for shape in (truth.shape, picture.shape)]
+            raise Unmeasured(f"its truth is of another size ({sizes[0]} px, not {sizes[1]})")
+        try:
+            score = rate(picture, truth if needs_truth else None)
+        except Exception as error:  # each metric refuses in its own way what it cannot rate
+            raise Unmeasured(one_line(error)) from None
+        if score.numel() != 1:
+            raise Unmeasured(f"{score.numel()} scores for one image")
+        if score.isnan().any():
+            raise Unmeasured("undefined for this image")
+        return score.item()
+
+    return measure
+
+
+def _own(name: str) -> Callable[[Tensor, Tensor | None], Tensor]:
+    if name == "fade":
+        return lambda picture, _: fade(picture)
+    compare = {"psnr": psnr, "ssim": ssim}[name]
+    return lambda picture, truth: compare(picture, cast(Tensor, truth))
+
+
+def _of_pyiqa(
+    name: str, weights: WeightsSource, device: torch.device | str
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    metric = build_metric(name, lambda url: weights(file_name(url))).to(device)
+
+    def rate(picture: Tensor, truth: Tensor | None) -> Tensor:
+        with torch.autocast(picture.device.type, enabled=False):
+            return metric(picture.float()) if truth is None else metric(picture.float(), truth.float())
+
+    return rate

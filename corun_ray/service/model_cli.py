@@ -1,0 +1,206 @@
+"""`corun-ray dehaze`, `evaluate`, `promote` and `pull`. Heavy imports happen in the command that needs them."""
+
+import argparse
+import functools
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Reporting = Callable[[Callable[[], object]], int]
+"""Runs an action, turns its errors into lines and exit codes."""
+
+EVALUATE = """\
+Measures baselines and models on a folder of images, on the Ray cluster of RAY_ADDRESS or here, and prints means with
+95 % bootstrap intervals and how each compares with the first model, image by image. Every value goes into
+STORAGE/evaluate-DATE/metrics.csv and .parquet, a contact sheet beside them.
+
+psnr, ssim and fade need no weights. Any other metric of pyiqa (brisque, niqe, nima, musiq, lpips, ...) takes its files
+from --weights, a folder or URI that `corun-ray weights` fills and checks."""
+
+EVALUATE_EXAMPLES = """\
+examples:
+  corun-ray evaluate photos                                             haze density of photographs as they are
+  corun-ray evaluate demo/hazy --truth demo/hazy_truth --model models:/corun-demo@champion
+  corun-ray evaluate s3://haze/rtts --metrics fade,brisque,nima,musiq --weights s3://haze/weights \\
+      --model new=models:/corun@candidate --model old=models:/corun@champion --against old"""
+
+
+PROMOTE = """\
+Moves the alias `champion` of a registered model to one of its versions. With --if-better it moves only where the
+held-out images of both trainings show the version to be better than the champion, by a sign-flip test of the paired
+differences at 5 %; else says why not and exits with 1. Six images or more are needed to show anything."""
+
+PROMOTE_EXAMPLES = """\
+examples:
+  corun-ray promote corun 7
+  corun-ray promote corun candidate --if-better val/fade"""
+
+PULL = """\
+Writes model.safetensors (weights), config.json (the network), and, of a registered model, README.md (its card) with
+pictures, job.yaml and validation.csv. DIR can be used as --model and as network.init."""
+
+
+def add_model_commands(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
+    """Adds the commands that use trained models to the parsers of `corun-ray`."""
+    raw = argparse.RawDescriptionHelpFormatter
+
+    dehaze = commands.add_parser(
+        "dehaze",
+        help="dehaze a folder of images",
+        description="Dehaze a folder of images. Writes PNG files of the same names and sizes.",
+        formatter_class=raw,
+    )
+    dehaze.add_argument("input", metavar="INPUT", help="folder or URI of images")
+    dehaze.add_argument("output", metavar="OUTPUT", help="folder or URI to write to")
+    dehaze.add_argument(
+        "--model",
+        required=True,
+        metavar="SOURCE",
+        help="models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth",
+    )
+    dehaze.add_argument(
+        "--stages",
+        action="store_true",
+        help="also write NAME.stages.png: every stage's scene, transmission and re-hazed image (CORUN only)",
+    )
+    _add_tracking(dehaze)
+    dehaze.set_defaults(command=functools.partial(_dehaze, reporting))
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure models on a folder of images",
+        description=EVALUATE,
+        epilog=EVALUATE_EXAMPLES,
+        formatter_class=raw,
+    )
+    evaluate.add_argument("input", metavar="INPUT", help="folder or URI of hazy images")
+    evaluate.add_argument("--truth", metavar="DIR", help="folder or URI of their clear truth, paired by stem")
+    evaluate.add_argument(
+        "--metrics", type=_listed, metavar="a,b", help="default: fade, and psnr and ssim where there is a truth"
+    )
+    evaluate.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        dest="models",
+        metavar="[NAME=]SOURCE",
+        help="a model, as for dehaze, and what to call it; may be repeated",
+    )
+    evaluate.add_argument(
+        "--baselines", type=_listed, metavar="a,b", help="hazy and dark_channel (default: both); '' for none"
+    )
+    evaluate.add_argument("--against", metavar="NAME", help="what the others are compared with (default: first model)")
+    evaluate.add_argument("--weights", metavar="DIR", help="folder or URI of pyiqa's weights")
+    evaluate.add_argument(
+        "--storage", default="runs", metavar="DIR", help="folder or URI for the tables (default runs)"
+    )
+    _add_tracking(evaluate)
+    evaluate.set_defaults(command=functools.partial(_evaluate, reporting))
+
+    promote = commands.add_parser(
+        "promote",
+        help="make a version of a registered model its champion",
+        description=PROMOTE,
+        epilog=PROMOTE_EXAMPLES,
+        formatter_class=raw,
+    )
+    promote.add_argument("name", metavar="NAME", help="registered model")
+    promote.add_argument("version", metavar="VERSION", help="a number, or an alias such as candidate")
+    promote.add_argument(
+        "--if-better", metavar="METRIC", help="only where this metric of the held-out images shows it: val/fade, ..."
+    )
+    _add_tracking(promote)
+    promote.set_defaults(command=functools.partial(_promote, reporting))
+
+    pull = commands.add_parser("pull", help="write a model as plain files", description=PULL, formatter_class=raw)
+    pull.add_argument("source", metavar="SOURCE", help="models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth")
+    pull.add_argument("folder", type=Path, metavar="DIR", help="where to write them; must be new or empty")
+    _add_tracking(pull)
+    pull.set_defaults(command=functools.partial(_pull, reporting))
+
+
+def _add_tracking(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tracking",
+        default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db",
+        metavar="URI",
+        help="MLflow server of models:/ and runs:/ (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)",
+    )
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _dehaze(reporting: Reporting, args: argparse.Namespace) -> int:
+    from corun_ray.service import cluster
+    from corun_ray.service.console import Console
+    from corun_ray.service.dehaze import dehaze
+    from corun_ray.service.models import fetch_model
+
+    console = Console()
+
+    def action() -> None:
+        model = fetch_model(args.model, args.tracking)
+        place = cluster.connect()
+        console.header("dehaze", {"input": args.input, "model": args.model, "output": args.output, "on": place})
+        progress = functools.partial(console.progress, what="image")
+        result = dehaze(args.input, args.output, model, progress, args.stages)
+        for uri, reason in result.bad_files.items():
+            console.say(f"  left out: {uri}: {reason}")
+        console.footer(f"done: {result.written} images written", {})
+
+    return reporting(action)
+
+
+def _evaluate(reporting: Reporting, args: argparse.Namespace) -> int:
+    from corun_ray.jobfile import job_of
+    from corun_ray.service.console import Console
+    from corun_ray.service.jobs import run_jobs
+
+    section: dict[str, Any] = {"hazy": args.input, "clear": args.truth, "models": _named(args.models)}
+    optional = {"metrics": args.metrics, "baselines": args.baselines, "against": args.against, "weights": args.weights}
+    section |= {key: value for key, value in optional.items() if value is not None}
+    tree = {"kind": "evaluate", "name": "evaluate", "storage": args.storage, "evaluate": section}
+    return reporting(lambda: run_jobs([job_of(tree | {"tracking": {"uri": args.tracking}})], Console()))
+
+
+def _named(models: list[str]) -> dict[str, str]:
+    """`NAME=SOURCE` or a bare source, which is called by what its last parts say."""
+    named = {}
+    for text in models:
+        name, mark, source = text.partition("=")
+        if not mark or "/" in name:
+            source = text
+            name = re.sub(r"[^a-z0-9._-]+", "-", text.lower().rstrip("/").partition(":/")[2] or text.lower())
+            name = name.strip("-._") or "model"
+        named[name] = source
+    return named
+
+
+def _promote(reporting: Reporting, args: argparse.Namespace) -> int:
+    moved = False
+
+    def action() -> None:
+        nonlocal moved
+        from corun_ray.service.promotion import promote
+        from corun_ray.service.registry import Registry
+
+        decision = promote(Registry(args.tracking), args.name, args.version, args.if_better)
+        moved = decision.moves
+        is_now = "is now the champion" if moved else "not promoted"
+        print(f"{args.name} {args.version}: {is_now}: {decision.reason}")
+
+    return reporting(action) or int(not moved)
+
+
+def _pull(reporting: Reporting, args: argparse.Namespace) -> int:
+    def action() -> None:
+        from corun_ray.service.pull import pull
+
+        for path in pull(args.source, args.folder, args.tracking):
+            print(path)
+
+    return reporting(action)

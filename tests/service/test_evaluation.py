@@ -1,0 +1,130 @@
+"""Evaluation by Ray Data: values of the pictures that a user gets, tables, comparisons, and what has no value."""
+
+import csv
+import io
+import shutil
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+
+from corun_ray.core import dark_channel
+from corun_ray.core.checkpoints import save_network
+from corun_ray.core.corun import CORUN
+from corun_ray.core.fade import fade
+from corun_ray.core.images import decode_image
+from corun_ray.core.metrics import ssim
+from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.jobfile import job_of
+from corun_ray.service.console import Console
+from corun_ray.service.jobs import run_jobs
+from tests.conftest import write_image
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """Two networks as published files, and the first one to look into."""
+    folder = tmp_path_factory.mktemp("networks")
+    made = {}
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        made[name] = CORUN(2, 4).eval()
+        for parameter in made[name].parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        save_network(folder / f"{name}.pth", made[name], made[name])
+    return folder, made["first"]
+
+
+@pytest.fixture(scope="module")
+def photographs(dataset, tmp_path_factory):
+    """The dataset's hazy images, one of which no metric of noise takes, and one that is no image."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for part in ("hazy", "hazy_truth"):
+        shutil.copytree(dataset / part, folder / part)
+    for part in ("hazy", "hazy_truth"):
+        write_image(folder / part / "small.png", np.full((20, 24, 3), 90, np.uint8))
+    write_image(folder / "hazy_truth" / "broken.png", np.full((20, 24, 3), 90, np.uint8))
+    (folder / "hazy" / "broken.png").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(local_ray, photographs, networks, tmp_path_factory):
+    folder, _ = networks
+    storage = tmp_path_factory.mktemp("storage")
+    section = {
+        "hazy": str(photographs / "hazy"),
+        "clear": str(photographs / "hazy_truth"),
+        "models": {name: str(folder / f"{name}.pth") for name in ("first", "second")},
+        "metrics": ("psnr", "ssim", "fade", "gmsd", "vif"),
+    }
+    run_jobs([job_of({"kind": "evaluate", "name": "e", "storage": str(storage), "evaluate": section})], Console())
+    (run,) = storage.glob("e-*")
+    return run
+
+
+def rows_of(run):
+    return list(csv.DictReader(io.StringIO((run / "metrics.csv").read_text())))
+
+
+def test_every_value_is_that_of_the_picture_a_user_gets(evaluated, photographs, networks):
+    rows = {(row["image"], row["model"]): row for row in rows_of(evaluated)}
+    assert len(rows) == 7 * 4
+    for image in sorted(path.name for path in (photographs / "hazy").glob("photo_*")):
+        hazy, truth = (decode_image((photographs / part / image).read_bytes()) for part in ("hazy", "hazy_truth"))
+        outputs = {
+            "hazy": hazy,
+            "dark_channel": (dark_channel.dehaze(hazy.astype(np.float32) / 255) * 255).round().astype(np.uint8),
+            "first": to_image(restore(networks[1], to_tensor(hazy)).scene),
+        }
+        for model, output in outputs.items():
+            row = rows[image, model]
+            assert float(row["psnr"]) == pytest.approx(peak_signal_noise_ratio(truth, output), abs=2e-3)
+            assert float(row["ssim"]) == pytest.approx(ssim(to_tensor(output), to_tensor(truth)).item(), abs=1e-4)
+            assert float(row["fade"]) == pytest.approx(fade(to_tensor(output)).item(), rel=1e-3)
+
+
+def test_the_tables_agree_and_parquet_has_the_same_rows(evaluated):
+    rows = rows_of(evaluated)
+    table = pyarrow.parquet.read_table(evaluated / "metrics.parquet").to_pylist()
+    assert [(r["image"], r["model"]) for r in table] == [(r["image"], r["model"]) for r in rows]
+    assert [r["fade"] for r in table if r["fade"]] == pytest.approx([float(r["fade"]) for r in rows if r["fade"]])
+    summary = {
+        (r["model"], r["metric"]): r for r in csv.DictReader(io.StringIO((evaluated / "summary.csv").read_text()))
+    }
+    psnr = [float(r["psnr"]) for r in rows if r["model"] == "first"]
+    first = summary["first", "psnr"]
+    assert float(first["mean"]) == pytest.approx(np.mean(psnr))
+    assert float(first["low"]) < float(first["mean"]) < float(first["high"]) and first["images"] == "7"
+    compared = list(csv.DictReader(io.StringIO((evaluated / "comparison.csv").read_text())))
+    assert {row["model"] for row in compared} == {"hazy", "dark_channel", "second"}
+    (hazy,) = [row for row in compared if (row["model"], row["metric"]) == ("hazy", "fade")]
+    differences = [
+        float(a["fade"]) - float(b["fade"])
+        for a in rows
+        if a["model"] == "hazy"
+        for b in rows
+        if (b["model"], b["image"]) == ("first", a["image"]) and a["fade"] and b["fade"]
+    ]
+    assert hazy["against"] == "first" and float(hazy["difference"]) == pytest.approx(np.mean(differences))
+
+
+def test_what_has_no_value_is_empty_and_told(local_ray, photographs, tmp_path, capsys):
+    section = {"hazy": str(photographs / "hazy"), "clear": str(photographs / "hazy_truth"), "metrics": ("psnr", "vif")}
+    tree = {"kind": "evaluate", "name": "gaps", "storage": str(tmp_path), "evaluate": section}
+    run_jobs([job_of(tree)], Console())
+    output = capsys.readouterr().out
+    assert "broken.png: not an image" in output and "no value: small.png hazy vif: " in output
+    (run,) = tmp_path.glob("gaps-*")
+    (small,) = [row for row in rows_of(run) if (row["image"], row["model"]) == ("small.png", "hazy")]
+    assert small["vif"] == ""
+    assert "means over 7 images" in output and "vif ↑" in output
+
+
+def test_the_contact_sheet_shows_every_model_and_the_truth(evaluated):
+    with Image.open(evaluated / "contact_sheet.png") as sheet:
+        assert sheet.width > 5 * 240
+        assert np.asarray(sheet).std() > 20

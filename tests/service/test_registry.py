@@ -1,0 +1,173 @@
+"""The registry of a real MLflow server over HTTP, its artifacts proxied: versions, promotion, and models taken out."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+
+from corun_ray.core.checkpoints import load_network
+from corun_ray.core.images import decode_image
+from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.service.console import Console
+from corun_ray.service.models import ModelSourceError, fetch_model, starting_model
+from corun_ray.service.promotion import promote
+from corun_ray.service.pull import pull
+from corun_ray.service.registry import Registry
+from corun_ray.service.tracking import TrackingError
+from corun_ray.service.train import run_training
+from tests.conftest import free_port, wait_for
+from tests.service.jobs import small_job
+
+NAME = "served"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mlflow")
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    places = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "kept")]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([*command, "--serve-artifacts", *places], stdout=log, stderr=log)
+        try:
+            wait_for(f"{uri}/health")
+            yield uri
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def trained(local_ray, server, dataset, tmp_path_factory):
+    """Two versions, one of them trained with so high a rate that it is worse."""
+    folder = tmp_path_factory.mktemp("trained")
+    validation = {"hazy": str(dataset / "hazy"), "clear": str(dataset / "hazy_truth")}
+    for lr in (1e-4, 0.5):
+        job = small_job(
+            "pretrain",
+            dataset,
+            folder,
+            data={"validation": validation},
+            train={"steps": 2, "validate_every": 2, "validation_images": 2},
+            optim={"lr": lr, "ema": 0.0, "schedule_steps": 2},
+            tracking={"uri": server, "register": NAME},
+        )
+        run_training(job, Console(), folder)
+    return server
+
+
+def test_a_version_says_what_it_is(trained):
+    client = mlflow.MlflowClient(trained)
+    version = client.get_model_version(NAME, "1")
+    tags = version.tags
+    assert tags["corun_ray.kind"] == "pretrain" and json.loads(tags["corun_ray.network"])["stages"] == 2
+    assert "kind: pretrain" in tags["corun_ray.job"] and len(tags["corun_ray.data"]) >= 16
+    assert " sources " in tags["corun_ray.code"] and tags["corun_ray.held_out"].startswith("val=")
+    assert float(tags["val/psnr"]) > 5 and float(tags["val/fade"]) > 0
+    assert version.description.startswith("CORUN, 2 stages, width 4, trained on synthetic haze")
+    aliases = {alias: client.get_model_version_by_alias(NAME, alias).version for alias in ("champion", "candidate")}
+    assert {alias: str(number) for alias, number in aliases.items()} == {"champion": "1", "candidate": "2"}
+    assert str(client.get_run(version.run_id).data.metrics["val/psnr"])
+
+
+def test_promotion_refuses_the_worse_and_takes_the_better(trained):
+    registry = Registry(trained)
+    refused = promote(registry, NAME, "candidate", "val/psnr")
+    assert not refused.moves and refused.reason.endswith("worse") and "better on 0 of 6 images" in refused.reason
+    assert registry.champion(NAME).number == "1"
+    assert promote(registry, NAME, "2", None).moves and registry.champion(NAME).number == "2"
+    back = promote(registry, NAME, "1", "val/psnr")
+    assert back.moves and back.reason.endswith("better") and registry.champion(NAME).number == "1"
+    assert promote(registry, NAME, "1", "val/psnr").reason == "version 1 is the champion already"
+    for arguments, told in {
+        ("nobody", "1", None): "nobody",
+        (NAME, "9", None): "no version or alias 9",
+        (NAME, "2", "val/beauty"): "no metric of pictures",
+    }.items():
+        with pytest.raises(TrackingError, match=told):
+            promote(registry, *arguments)
+
+
+def test_a_model_is_pulled_as_plain_files_that_are_a_model(trained, dataset, tmp_path):
+    files = pull(f"models:/{NAME}/1", tmp_path / "model", trained)
+    assert {path.name for path in files} == {
+        *("model.safetensors", "config.json", "README.md", "job.yaml", "validation.csv", "pictures.jpg"),
+    }
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| val/psnr |" in card and "kind: pretrain" in card and "pictures.jpg" in card
+    assert decode_image((tmp_path / "model" / "pictures.jpg").read_bytes()).std() > 20
+    pulled, served = load_network(tmp_path / "model").network, fetch_model(f"models:/{NAME}/1", trained)
+    assert fetch_model(str(tmp_path / "model"), trained).spec == served.spec
+    for name, tensor in pulled.state_dict().items():
+        assert torch.equal(tensor, served.params[name])
+    with pytest.raises(ModelSourceError, match="exists and is not empty"):
+        pull(f"models:/{NAME}/1", tmp_path / "model", trained)
+    with pytest.raises(ModelSourceError, match="not to be had"):
+        pull("models:/nobody/1", tmp_path / "other", trained)
+
+
+ELSEWHERE = """
+import sys
+sys.path.append(sys.argv[3])  # the libraries alone: -S leaves out the links to checkouts that lie among them
+
+class NoRay:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "ray":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NoRay())
+import mlflow, numpy as np, torch
+try:
+    import corun_ray
+    sys.exit("the package is on the path")
+except ModuleNotFoundError:
+    pass
+mlflow.set_tracking_uri(sys.argv[1])
+model, network = mlflow.pyfunc.load_model(sys.argv[2]), mlflow.pytorch.load_model(sys.argv[2])
+images = [np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+          for shape in [(1, 40, 56, 3), (3, 33, 17, 3), (1, 128, 96, 3)]]
+for image in images:
+    out = model.predict(image)
+    with torch.no_grad():
+        scene = network(torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255)
+    assert out.shape == image.shape and out.dtype == np.uint8 and (out != image).any()
+    same = (scene * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    assert np.abs(same.astype(int) - out).max() <= 1
+assert "/code" in sys.modules["corun_ray"].__file__
+np.save(sys.argv[4], model.predict(images[0]))
+"""
+
+
+def test_both_flavours_load_without_ray_and_without_this_package(trained, tmp_path):
+    libraries = sysconfig.get_paths()["purelib"]
+    kept = tmp_path / "out.npy"
+    arguments = [trained, f"models:/{NAME}/1", libraries, str(kept)]
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", ELSEWHERE, *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    image = np.random.default_rng(0).integers(0, 256, (1, 40, 56, 3)).astype(np.uint8)[0]
+    expected = to_image(restore(fetch_model(f"models:/{NAME}/1", trained).build().eval(), to_tensor(image)).scene)
+    assert np.abs(np.load(kept)[0].astype(int) - expected).max() <= 1
+
+
+def test_a_registered_model_begins_another_job(trained, dataset, tmp_path):
+    network, tracking = {"init": f"models:/{NAME}@champion"}, {"uri": trained}
+    started = starting_model(small_job("pretrain", dataset, tmp_path, network=network, tracking=tracking), tmp_path)
+    expected = fetch_model(f"models:/{NAME}/1", trained)
+    assert all(torch.equal(tensor, expected.params[name]) for name, tensor in started.params.items())
+
+
+def test_a_plain_folder_without_a_registry_is_pulled_too(trained, tmp_path):
+    pull(f"models:/{NAME}/1", tmp_path / "first", trained)
+    (tmp_path / "first" / "README.md").unlink()
+    names = {path.name for path in pull(str(tmp_path / "first"), tmp_path / "second", "sqlite:///unused.db")}
+    assert names == {"model.safetensors", "config.json"}
+    assert Path("unused.db").exists() is False
