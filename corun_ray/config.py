@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from corun_ray.jobdata import ColabatorData, Haze, TrainingData
+from corun_ray.jobdehaze import Dehaze
 from corun_ray.jobevaluate import Evaluate
 from corun_ray.jobmethod import Coherence, ColabatorLoss, ColabatorOptim, Loss, Network, Optim, Pool
 from corun_ray.jobtune import Tune
@@ -113,7 +114,7 @@ def _section(description: str) -> Any:
 
 
 class Job(Strict):
-    kind: str = Field(description="pretrain, colabator, tune or evaluate")
+    kind: str = Field(description="pretrain, colabator, tune, evaluate or dehaze")
     name: Name = Field(description="lower-case letters, digits, . _ - and no . _ - in front")
     seed: Whole = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
     storage: Text = Field("runs", description="a folder or URI for checkpoints, label pool and reports")
@@ -201,9 +202,15 @@ class EvaluateJob(Job):
     evaluate: Evaluate = _section("what is measured, and of which models")
 
 
+class DehazeJob(Job):
+    kind: Literal["dehaze"]
+    dehaze: Dehaze = _section("which images are dehazed, by which model")
+
+
 KINDS: dict[str, type[Job]] = {
     "pretrain": PretrainJob,
     "colabator": ColabatorJob,
     "tune": TuneJob,
     "evaluate": EvaluateJob,
+    "dehaze": DehazeJob,
 }

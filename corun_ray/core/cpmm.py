@@ -21,6 +21,8 @@ class SpectralAttention(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.heads = channels // width
+        self.given_mixing: Tensor | None = None
+        """Set where the pixels at hand are a part of the image: what `mixing_of` made of the whole one's statistics."""
         self.rescale = nn.Parameter(torch.ones(self.heads, 1, 1))
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(channels, channels, bias=False)
@@ -36,21 +38,43 @@ class SpectralAttention(nn.Module):
         """B C H W → B C H W."""
         weights = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
         query, key, value = F.conv2d(x, weights[:, :, None, None]).chunk(3, 1)
-        mixing = self._mixing(query, key).to(value.dtype)
+        mixing = (self._mixing(query, key) if self.given_mixing is None else self.given_mixing).to(value.dtype)
         attended = torch.matmul(mixing, value.flatten(2)).view_as(value)
         return attended + self.proj.bias[:, None, None] + self.pos_emb(value)
 
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention needs to know of pixels B C h w: k·qᵀ (B heads d d), and |k|² over |q|² (B heads 2 d).
+
+        Sums over the pixels, in float64: those of an image are the sum of its parts'.
+        """
+        weights = torch.cat([self.to_q.weight, self.to_k.weight])
+        query, key = (self._by_head(y).double() for y in F.conv2d(x, weights[:, :, None, None]).chunk(2, 1))
+        squares = torch.stack([key.square().sum(-1), query.square().sum(-1)], 2)
+        return torch.matmul(key, query.transpose(2, 3)), squares
+
+    def mixing_of(self, cross: Tensor, squares: Tensor) -> Tensor:
+        """The image's mixing, B C C, from its statistics."""
+        key_norm, query_norm = squares.sqrt().unbind(2)
+        return self._projected(cross.float(), (key_norm[..., :, None] * query_norm[..., None, :]).float())
+
     def _mixing(self, query: Tensor, key: Tensor) -> Tensor:
         """Output projection times the block-diagonal attention map, B C C: both are then one product with v."""
-        batch, channels = query.shape[:2]
         # The inner products run over all pixels of the image: too long a sum for half precision.
         with torch.autocast(query.device.type, enabled=False):
-            query, key = (x.float().reshape(batch, self.heads, channels // self.heads, -1) for x in (query, key))
+            query, key = self._by_head(query), self._by_head(key)
             norms = key.norm(dim=-1)[..., :, None] * query.norm(dim=-1)[..., None, :]
-            cosine = torch.matmul(key, query.transpose(2, 3)) / norms.clamp_min(1e-24)
-            attention = (self.rescale * cosine).softmax(-1)  # B heads d d
-            projection = self.proj.weight.view(channels, self.heads, -1).transpose(0, 1)  # heads C d
-            return torch.matmul(projection, attention).transpose(1, 2).reshape(batch, channels, channels)
+            return self._projected(torch.matmul(key, query.transpose(2, 3)), norms)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """B C H W → B heads d HW."""
+        batch, channels = x.shape[:2]
+        return x.float().reshape(batch, self.heads, channels // self.heads, -1)
+
+    def _projected(self, cross: Tensor, norms: Tensor) -> Tensor:
+        batch, heads, width, _ = cross.shape
+        attention = (self.rescale * (cross / norms.clamp_min(1e-24))).softmax(-1)  # B heads d d
+        projection = self.proj.weight.view(heads * width, heads, width).transpose(0, 1)  # heads C d
+        return torch.matmul(projection, attention).transpose(1, 2).reshape(batch, heads * width, heads * width)
 
 
 class FeedForward(nn.Module):
@@ -134,6 +158,11 @@ class CPMM(nn.Module):
             self.decoder_layers.insert(0, nn.ModuleList([up, fuse, Block(channels, width)]))
         self.bottleneck = Block(width * 2**LEVELS, width)
         nn.init.zeros_(self.mapping.weight)
+
+    def attentions(self) -> list[SpectralAttention]:
+        """In the order in which they run."""
+        layers = [*self.encoder_layers, self.bottleneck, *self.decoder_layers]
+        return [module for layer in layers for module in layer.modules() if isinstance(module, SpectralAttention)]
 
     def forward(self, estimate: Tensor, partner: Tensor) -> Tensor:
         """Estimate B c H W and partner B (4 - c) H W → refined estimate B c H W; H and W multiples of 8."""

@@ -24,18 +24,25 @@ class BadImage(ValueError):
 
 
 def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """Decodes a photograph to `H W 3`, RGB, uint8.
+    """Decodes a photograph to `H W 3`, RGB, uint8: as `decode_pixels`, 16 bit scaled to 8 (rounded)."""
+    image = decode_pixels(data)
+    if image.dtype == np.uint16:
+        return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return image.astype(np.uint8, copy=False)
 
-    Grey becomes three equal channels, 16 bit is scaled to 8 (rounded), the EXIF orientation is applied. An
-    alpha channel is dropped, not composited: the colours under it are the photograph.
+
+def decode_pixels(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Decodes a photograph to `H W 3`, RGB, uint8 or uint16.
+
+    Grey becomes three equal channels, the EXIF orientation is applied. An alpha channel is dropped, not composited:
+    the colours under it are the photograph.
 
     Raises `BadImage` if the file is empty, truncated, damaged, no image, of floating-point pixels, or has a
     side under 8 px.
     """
-    image = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH)
-    if image.dtype == np.uint16:
-        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if image.dtype != np.uint8:
+    # Not IMREAD_COLOR_RGB: OpenCV 5.0 gives wrong pixels for TIFF files of 16 bits then.
+    image: NDArray = cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH), cv2.COLOR_BGR2RGB)
+    if image.dtype not in (np.uint8, np.uint16):
         raise BadImage(f"pixels are {image.dtype}, expected 8 or 16 bit integers")
     height_px, width_px = image.shape[:2]
     if min(height_px, width_px) < MIN_SIDE_PX:

@@ -82,10 +82,12 @@ def _cropped(restoration: Restoration, hazy: Tensor) -> Restoration:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """uint8 H W 3 → 1 3 H W float in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+    """uint8 or uint16 H W 3 → 1 3 H W float in [0, 1]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    return pixels.float() / np.iinfo(image.dtype).max
 
 
-def to_image(scene: Tensor) -> np.ndarray:
-    """1 C H W in [0, 1] → uint8 H W C, rounded."""
-    return (scene[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+def to_image(scene: Tensor, dtype: type[np.unsignedinteger] = np.uint8) -> np.ndarray:
+    """1 C H W in [0, 1] → uint8 (or uint16) H W C, rounded."""
+    levels = (scene[0].clamp(0, 1) * np.iinfo(dtype).max).round()
+    return levels.permute(1, 2, 0).cpu().numpy().astype(dtype)

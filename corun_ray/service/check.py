@@ -5,12 +5,12 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 
-from corun_ray.config import ColabatorJob, EvaluateJob, Job, TrainingJob, TuneJob
+from corun_ray.config import ColabatorJob, DehazeJob, EvaluateJob, Job, TrainingJob, TuneJob
 from corun_ray.core.iqanames import OWN
 from corun_ray.core.weights import WeightsError
 from corun_ray.jobmethod import QUALITY_NAMES
 from corun_ray.jobtrials import example
-from corun_ray.service.manifest import Manifest, ManifestError, build_manifest, held_out, held_out_sets
+from corun_ray.service.manifest import Manifest, ManifestError, build_manifest, held_out, held_out_sets, images_below
 from corun_ray.service.storage import StorageError, locate
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")
@@ -53,6 +53,8 @@ def _data(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
             )
     elif isinstance(job, EvaluateJob):
         yield f"data      {len(held_out(job.evaluate.hazy, job.evaluate.clear, 'evaluate'))} images to measure on"
+    elif isinstance(job, DehazeJob):
+        yield f"data      {len(images_below(job.dehaze.input, 'dehaze.input'))} images to dehaze"
 
 
 def _pairs(manifest: Manifest) -> str:
@@ -68,6 +70,8 @@ def _models(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
         sources["network.init"] = job.network.init
     elif isinstance(job, EvaluateJob):
         sources = {f"evaluate.models.{name}": source for name, source in job.evaluate.models.items()}
+    elif isinstance(job, DehazeJob):
+        sources = {"dehaze.model": job.dehaze.model}
     made_here = tuple(f"models:/{other.tracking.register}@" for other in earlier if other.tracking.register)
     for key, source in sources.items():
         if made_here and source.startswith(made_here):

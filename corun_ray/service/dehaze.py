@@ -1,23 +1,37 @@
-"""Batch dehazing: a folder or URI of images to another, same names and sizes, by Ray Data."""
+"""Batch dehazing: a folder or URI of images to another, same names, sizes and folders, by Ray Data."""
 
 import posixpath
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import cv2
 import numpy as np
 import ray
+import torch
 from ray.data import DataContext
+from torch import Tensor
 
-from corun_ray.core.images import BadImage, decode_image, encode_png
+from corun_ray.config import DehazeJob
+from corun_ray.core.bounded import within
+from corun_ray.core.corun import Restoration
+from corun_ray.core.images import BadImage, encode_png
 from corun_ray.core.pictures import grid, stage_rows
 from corun_ray.core.restore import restore, stages, to_image, to_tensor
+from corun_ray.jobdehaze import Dehaze
+from corun_ray.service import cluster
+from corun_ray.service.console import Console, duration
 from corun_ray.service.manifest import images_below, stem
-from corun_ray.service.models import Model, ModelSourceError
+from corun_ray.service.models import Model, ModelSourceError, fetch_model
+from corun_ray.service.photos import read_photo, write_photo
 from corun_ray.service.restorers import Restorers, actor_slots, rows_of
 from corun_ray.service.storage import MissingFile, StorageError, locate
+from corun_ray.service.tracking import tracking_uri
 
 STAGE_CELL_PX = 320
+NAMED_BAD_FILES = 20
+TRY_PX = 32
 
 
 @dataclass
@@ -25,6 +39,8 @@ class DehazeResult:
     """What became of the images."""
 
     written: int = 0
+    passed_over: int = 0
+    """Done before, with `resume`."""
     bad_files: dict[str, str] = field(default_factory=dict)
     """URI → reason."""
 
@@ -32,9 +48,10 @@ class DehazeResult:
 class DehazeFiles(Restorers):
     """A Ray Data actor: reads, dehazes and writes the images whose keys it is given."""
 
-    def __init__(self, shared: dict[str, Any], source: str, target: str, with_stages: bool) -> None:
-        super().__init__(shared)
-        self.source, self.target, self.with_stages = locate(source), locate(target), with_stages
+    def __init__(self, shared: dict[str, Any], section: Dehaze) -> None:
+        super().__init__(shared, section.memory_mib)
+        self.section = section
+        self.source, self.target = locate(section.input), locate(section.output)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Keys (`item`) → `key` and the `error` of each, empty where it went well."""
@@ -43,68 +60,112 @@ class DehazeFiles(Restorers):
 
     def _dehaze(self, key: str) -> str:
         try:
-            hazy = to_tensor(decode_image(self.source.child(key).read())).to(self.device)
-            unfolded = stages(self.networks["model"], hazy) if self.with_stages else []
-            scene = unfolded[-1].scene if unfolded else restore(self.networks["model"], hazy).scene
-            self.target.child(output_name(key)).write(encode_png(to_image(scene)))
-            if unfolded:
-                rows = stage_rows(unfolded, hazy)
-                picture = grid(list(rows.values()), STAGE_CELL_PX, list(rows))
-                self.target.child(f"{stem(key)}.stages.png").write(encode_png(picture))
+            photo = read_photo(self.source.child(key).read())
+            hazy = to_tensor(photo.pixels).to(self.device)
+            restored = self._restored(key, hazy)
+            if self.section.transmission and restored.transmission is not None:
+                self._write_transmission(key, restored.transmission)
+            name = output_name(key, self.section.format)
+            pixels = to_image(restored.scene, photo.pixels.dtype.type)
+            # The image itself comes last: where it is, all is done.
+            self.target.child(name).write(write_photo(photo.with_pixels(pixels), posixpath.splitext(name)[1]))
         except (BadImage, MissingFile, ValueError) as error:
             return str(error)
         return ""
 
+    def _restored(self, key: str, hazy: Tensor) -> Restoration:
+        network = within(self.networks["model"], hazy, self.memory_mib)
+        if not self.section.stages:
+            return restore(network, hazy)
+        unfolded = stages(network, hazy)
+        rows = stage_rows(unfolded, hazy)
+        picture = grid(list(rows.values()), STAGE_CELL_PX, list(rows))
+        self.target.child(f"{stem(key)}.stages.png").write(encode_png(picture))
+        return unfolded[-1]
 
-def output_name(key: str) -> str:
-    """The written file's path: the input's with the suffix `.png`, which loses nothing."""
-    return f"{stem(key)}.png"
+    def _write_transmission(self, key: str, transmission: Tensor) -> None:
+        levels = to_image(transmission, np.uint16)
+        self.target.child(f"{stem(key)}.transmission.png").write(cv2.imencode(".png", levels)[1].tobytes())
+
+
+def output_name(key: str, format: str) -> str:
+    """The written file's path: the input's, with the suffix of another format if one is asked for."""
+    return key if format == "keep" else f"{stem(key)}.{format}"
 
 
 def dehaze(
-    source: str,
-    target: str,
-    model: Model,
-    progress: Callable[[int, int], None] | None = None,
-    with_stages: bool = False,
+    section: Dehaze, model: Model, progress: Callable[[int, int], None] | None = None, resume: bool = False
 ) -> DehazeResult:
-    """Dehazes every image below `source` into `target`; unusable ones are named in the result, the rest is done.
+    """Dehazes every image below `input` into `output`; unusable ones are named in the result, the rest is done.
 
-    `progress` is told the images done and their number. `with_stages` also writes a picture of what every stage of
-    an unfolding network made of the image. Raises `StorageError`, `ManifestError`, and `ModelSourceError` for a
-    network without stages.
+    `progress` is told the images done and their number. With `resume`, images that have been written before are
+    passed over. Raises `StorageError`, `ManifestError`, and `ModelSourceError` for a network that cannot give what is
+    asked for.
     """
-    if with_stages and model.spec.type != "corun":
-        raise ModelSourceError(f"--stages: {model.spec.type} has no stages; only corun has")
-    keys = images_below(source, "INPUT")
-    clashes = _clashes(keys)
-    if clashes:
-        raise StorageError(
-            f"cannot write {target}: {' and '.join(clashes)} would both become {output_name(clashes[0])}"
-        )
+    _refuse_what_the_network_has_not(section, model)
+    keys = images_below(section.input, "INPUT")
+    _refuse_clashes(section, keys)
+    wanted, result = keys, DehazeResult()
+    if resume and locate(section.output).exists():
+        there = set(locate(section.output).files())
+        wanted = [key for key in keys if output_name(key, section.format) not in there]
+        result.passed_over = len(keys) - len(wanted)
+    if not wanted:
+        return result
     DataContext.get_current().enable_progress_bars = False
-    outcomes = ray.data.from_items(keys, override_num_blocks=min(len(keys), 1000)).map_batches(
-        DehazeFiles,
-        batch_size=1,
-        fn_constructor_args=({"model": ray.put(model)}, source, target, with_stages),
-        **actor_slots(),
+    outcomes = ray.data.from_items(wanted, override_num_blocks=min(len(wanted), 1000)).map_batches(
+        DehazeFiles, batch_size=1, fn_constructor_args=({"model": ray.put(model)}, section), **actor_slots(len(wanted))
     )
-    result = DehazeResult()
     for done, row in enumerate(rows_of(outcomes), 1):
         if row["error"]:
-            result.bad_files[posixpath.join(source, row["key"])] = row["error"]
+            result.bad_files[posixpath.join(section.input, row["key"])] = row["error"]
         else:
             result.written += 1
         if progress:
-            progress(done, len(keys))
+            progress(done, len(wanted))
     return result
 
 
-def _clashes(keys: list[str]) -> list[str]:
-    """The first keys, if any, that differ by suffix alone."""
+def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> DehazeResult:
+    """The job of kind `dehaze`, seen from the driver. Raises the errors of `dehaze` and `fetch_model`."""
+    started, section = time.monotonic(), job.dehaze
+    model = fetch_model(section.model, tracking_uri(job))
+    place = cluster.connect(job.cluster)
+    facts = {"input": section.input, "model": section.model, "output": section.output, "on": place}
+    console.header(f"dehaze {job.name}", facts)
+    result = dehaze(section, model, lambda done, total: console.progress(done, total, "image"), resume)
+    for uri, reason in list(result.bad_files.items())[:NAMED_BAD_FILES]:
+        console.say(f"  left out: {uri}: {reason}")
+    if len(result.bad_files) > NAMED_BAD_FILES:
+        listing = "".join(f"{uri}\t{reason}\n" for uri, reason in sorted(result.bad_files.items()))
+        place_of_all = locate(section.output).child("left_out.tsv")
+        place_of_all.write(listing.encode())
+        console.say(f"  left out: {len(result.bad_files) - NAMED_BAD_FILES} more, all in {place_of_all.uri}")
+    took_s = time.monotonic() - started
+    before = f", {result.passed_over} were there before" if result.passed_over else ""
+    console.footer(
+        f"done: {result.written} images written{before}",
+        {"left out": str(len(result.bad_files)), "took": f"{duration(took_s)}, {result.written / took_s:.2f} images/s"},
+    )
+    return result
+
+
+def _refuse_what_the_network_has_not(section: Dehaze, model: Model) -> None:
+    if section.stages and model.spec.type != "corun":
+        raise ModelSourceError(f"stages: {model.spec.type} has no stages; only corun has")
+    if section.transmission and model.spec.type != "corun":
+        tried = restore(model.build().eval(), torch.rand(1, 3, TRY_PX, TRY_PX))
+        if tried.transmission is None:
+            raise ModelSourceError(f"transmission: {model.spec.type} gives none")
+
+
+def _refuse_clashes(section: Dehaze, keys: list[str]) -> None:
+    """Images that differ by suffix alone cannot all have the same other one; nor can maps of theirs."""
     seen: dict[str, str] = {}
     for key in keys:
-        other = seen.setdefault(stem(key), key)
+        has_map = section.transmission or section.stages
+        name = stem(key) if has_map else output_name(key, section.format)
+        other = seen.setdefault(name, key)
         if other != key:
-            return [other, key]
-    return []
+            shared = f"{name}.*.png" if has_map else name
+            raise StorageError(f"cannot write {section.output}: {other} and {key} would both become {shared}")

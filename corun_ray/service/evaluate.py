@@ -12,6 +12,7 @@ from ray.data import DataContext
 from torch import Tensor
 
 from corun_ray.core import dark_channel
+from corun_ray.core.bounded import within
 from corun_ray.core.images import BadImage, decode_image, encode_png
 from corun_ray.core.measures import Unmeasured, load_measure
 from corun_ray.core.pictures import grid
@@ -78,7 +79,7 @@ class MeasureFiles(Restorers):
             scene = dark_channel.dehaze(hazy[0].permute(1, 2, 0).cpu().numpy())
             pictures["dark_channel"] = torch.from_numpy(scene).permute(2, 0, 1)[None].to(self.device)
         for name in self.section.models:
-            pictures[name] = restore(self.networks[name], hazy).scene
+            pictures[name] = restore(within(self.networks[name], hazy, self.memory_mib), hazy).scene
         return {name: (pictures[name] * 255).round() / 255 for name in self.section.names}
 
     def _measured(self, key: str, pictures: Mapping[str, Tensor], truth: Tensor | None) -> tuple[np.ndarray, list[str]]:
@@ -106,7 +107,7 @@ def evaluate(
     shown = {key for key, _ in pairs[::spacing][:SHEET_ROWS]}
     items = [{"key": key, "truth": truth or "", "shown": key in shown} for key, truth in pairs]
     outcomes = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
-        MeasureFiles, batch_size=1, fn_constructor_args=(shared, section), **actor_slots()
+        MeasureFiles, batch_size=1, fn_constructor_args=(shared, section), **actor_slots(len(items))
     )
     values: dict[str, np.ndarray] = {}
     bad_files, unmeasured, strips = {}, [], {}

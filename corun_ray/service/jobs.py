@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from corun_ray.config import EvaluateJob, Job, TrainingJob, TuneJob
+from corun_ray.config import DehazeJob, EvaluateJob, Job, TrainingJob, TuneJob
 from corun_ray.core.weights import WeightsError
 from corun_ray.jobtrials import example
 from corun_ray.service import cluster
 from corun_ray.service.console import Console
+from corun_ray.service.dehaze import run_dehazing
 from corun_ray.service.evaluation import run_evaluation
 from corun_ray.service.manifest import build_manifest
 from corun_ray.service.scoring import missing_weights, needed_files
@@ -20,6 +21,7 @@ FOLDERS = (
     *("data.validation.hazy", "data.validation.clear"),
     *("data.validation_sets.*.hazy", "data.validation_sets.*.clear"),
     *("coherence.weights", "loss.weights", "evaluate.hazy", "evaluate.clear", "evaluate.weights"),
+    *("dehaze.input", "dehaze.output"),
 )
 """The keys of a job file that name folders or URIs; `*` is every key at its place."""
 
@@ -27,9 +29,9 @@ FOLDERS = (
 def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resume: bool = False) -> None:
     """Runs a pipeline from a job file in `folder`; the first job that fails ends it.
 
-    With `resume`, training jobs go on where their last runs stopped, and those that had ended are passed over.
+    With `resume`, jobs go on where their last runs stopped, and what had been done is passed over.
 
-    Raises what `run_training` and `run_evaluation` raise.
+    Raises what `run_training`, `run_search`, `run_evaluation` and `run_dehazing` raise.
     """
     jobs = [with_absolute_paths(job) for job in jobs]
     for job in map(example, jobs):
@@ -48,6 +50,8 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
             run_training(job, console, folder, resume)
         elif isinstance(job, EvaluateJob):
             run_evaluation(job, console)
+        elif isinstance(job, DehazeJob):
+            run_dehazing(job, console, resume)
 
 
 def with_absolute_paths(job: Job) -> Job:

@@ -11,6 +11,23 @@ from typing import Any
 Reporting = Callable[[Callable[[], object]], int]
 """Runs an action, turns its errors into lines and exit codes."""
 
+SOURCE_HELP = "models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth"
+FORMATS = ("keep", "png", "jpg", "tif", "webp")
+
+DEHAZE = """\
+Dehazes every image below INPUT into OUTPUT, on the Ray cluster of RAY_ADDRESS or here. Names, folders, sizes and
+formats stay; 16 bits stay 16 bits (PNG, TIFF); the EXIF orientation is applied, colour profile and EXIF are kept.
+What is written is the restoration alone: an alpha channel is dropped.
+
+An image too large for --memory-mib is cut into tiles whose attention is that of the whole image, so that there are no
+seams; that takes several times as long. Files that cannot be used are named at the end, the rest is done."""
+
+DEHAZE_EXAMPLES = """\
+examples:
+  corun-ray dehaze photos out --model models:/corun@champion
+  corun-ray dehaze s3://haze/raw s3://haze/clear --model models:/corun/3 --resume
+  corun-ray dehaze photos out --model net.pth --transmission --format png"""
+
 EVALUATE = """\
 Measures baselines and models on a folder of images, on the Ray cluster of RAY_ADDRESS or here, and prints means with
 95 % bootstrap intervals and how each compares with the first model, image by image. Every value goes into
@@ -49,21 +66,30 @@ def add_model_commands(commands: "argparse._SubParsersAction", reporting: Report
     dehaze = commands.add_parser(
         "dehaze",
         help="dehaze a folder of images",
-        description="Dehaze a folder of images. Writes PNG files of the same names and sizes.",
+        description=DEHAZE,
+        epilog=DEHAZE_EXAMPLES,
         formatter_class=raw,
     )
     dehaze.add_argument("input", metavar="INPUT", help="folder or URI of images")
     dehaze.add_argument("output", metavar="OUTPUT", help="folder or URI to write to")
+    dehaze.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE_HELP)
+    dehaze.add_argument("--resume", action="store_true", help="pass over images that are in OUTPUT already")
     dehaze.add_argument(
-        "--model",
-        required=True,
-        metavar="SOURCE",
-        help="models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth",
+        "--format", choices=FORMATS, default="keep", help="of the files written (default keep: as they were)"
+    )
+    dehaze.add_argument(
+        "--transmission", action="store_true", help="also write NAME.transmission.png: 16 bit grey, 65535 is clear air"
     )
     dehaze.add_argument(
         "--stages",
         action="store_true",
         help="also write NAME.stages.png: every stage's scene, transmission and re-hazed image (CORUN only)",
+    )
+    dehaze.add_argument(
+        "--memory-mib",
+        type=int,
+        metavar="N",
+        help="memory of one image at work; larger ones are cut into tiles (default 3072, or 3/4 of a GPU's)",
     )
     _add_tracking(dehaze)
     dehaze.set_defaults(command=functools.partial(_dehaze, reporting))
@@ -115,7 +141,7 @@ def add_model_commands(commands: "argparse._SubParsersAction", reporting: Report
     promote.set_defaults(command=functools.partial(_promote, reporting))
 
     pull = commands.add_parser("pull", help="write a model as plain files", description=PULL, formatter_class=raw)
-    pull.add_argument("source", metavar="SOURCE", help="models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth")
+    pull.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     pull.add_argument("folder", type=Path, metavar="DIR", help="where to write them; must be new or empty")
     _add_tracking(pull)
     pull.set_defaults(command=functools.partial(_pull, reporting))
@@ -135,36 +161,30 @@ def _listed(text: str) -> tuple[str, ...]:
 
 
 def _dehaze(reporting: Reporting, args: argparse.Namespace) -> int:
-    from corun_ray.service import cluster
-    from corun_ray.service.console import Console
-    from corun_ray.service.dehaze import dehaze
-    from corun_ray.service.models import fetch_model
+    section = {key: getattr(args, key) for key in ("input", "output", "model", "format", "transmission", "stages")}
+    tree = {"kind": "dehaze", "name": "images", "dehaze": section | {"memory_mib": args.memory_mib}}
+    return _run(reporting, tree, args.tracking, args.resume)
 
-    console = Console()
+
+def _run(reporting: Reporting, tree: dict[str, Any], tracking: str, resume: bool = False) -> int:
+    """Runs a job that the command line describes."""
 
     def action() -> None:
-        model = fetch_model(args.model, args.tracking)
-        place = cluster.connect()
-        console.header("dehaze", {"input": args.input, "model": args.model, "output": args.output, "on": place})
-        progress = functools.partial(console.progress, what="image")
-        result = dehaze(args.input, args.output, model, progress, args.stages)
-        for uri, reason in result.bad_files.items():
-            console.say(f"  left out: {uri}: {reason}")
-        console.footer(f"done: {result.written} images written", {})
+        from corun_ray.jobfile import job_of
+        from corun_ray.service.console import Console
+        from corun_ray.service.jobs import run_jobs
+
+        run_jobs([job_of(tree | {"tracking": {"uri": tracking}})], Console(), resume=resume)
 
     return reporting(action)
 
 
 def _evaluate(reporting: Reporting, args: argparse.Namespace) -> int:
-    from corun_ray.jobfile import job_of
-    from corun_ray.service.console import Console
-    from corun_ray.service.jobs import run_jobs
-
     section: dict[str, Any] = {"hazy": args.input, "clear": args.truth, "models": _named(args.models)}
     optional = {"metrics": args.metrics, "baselines": args.baselines, "against": args.against, "weights": args.weights}
     section |= {key: value for key, value in optional.items() if value is not None}
     tree = {"kind": "evaluate", "name": "evaluate", "storage": args.storage, "evaluate": section}
-    return reporting(lambda: run_jobs([job_of(tree | {"tracking": {"uri": args.tracking}})], Console()))
+    return _run(reporting, tree, args.tracking)
 
 
 def _named(models: list[str]) -> dict[str, str]:

@@ -8,19 +8,26 @@ import torch
 from ray.data import ActorPoolStrategy, Dataset
 from ray.exceptions import RayTaskError
 
+from corun_ray.core.bounded import MIB
 from corun_ray.service.follower import root_cause
 from corun_ray.service.models import Model
 from corun_ray.service.storage import StorageError
+
+CPU_MEMORY_MIB = 3072
+GPU_SHARE = 0.75
 
 
 class Restorers:
     """The networks of an actor, by name."""
 
-    def __init__(self, shared: dict[str, Any]) -> None:
-        """`shared` maps names to references of `Model`s in the object store."""
+    def __init__(self, shared: dict[str, Any], memory_mib: int | None = None) -> None:
+        """`shared` maps names to references of `Model`s in the object store; `memory_mib` is for an image at work."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
-            torch.set_num_threads(1)
+            torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        self.memory_mib = memory_mib or CPU_MEMORY_MIB
+        if memory_mib is None and self.device.type == "cuda":
+            self.memory_mib = int(torch.cuda.get_device_properties(self.device).total_memory * GPU_SHARE / MIB)
         models: dict[str, Model] = {name: ray.get(ref) for name, ref in shared.items()}
         self.networks = {name: model.build().to(self.device).eval() for name, model in models.items()}
 
@@ -36,10 +43,12 @@ def rows_of(outcomes: Dataset) -> Iterator[dict[str, Any]]:
         raise
 
 
-def actor_slots() -> dict[str, Any]:
-    """How many restoring actors the cluster has room for, as arguments of `Dataset.map_batches`."""
+def actor_slots(num_images: int) -> dict[str, Any]:
+    """How many restoring actors the cluster has room and work for, as arguments of `Dataset.map_batches`."""
     resources = ray.cluster_resources()
     if gpus := int(resources.get("GPU", 0)):
-        return {"compute": ActorPoolStrategy(size=gpus), "num_gpus": 1}
-    # One CPU stays free for reading.
-    return {"compute": ActorPoolStrategy(size=max(1, int(resources.get("CPU", 2)) - 1)), "num_cpus": 1}
+        return {"compute": ActorPoolStrategy(size=min(gpus, num_images)), "num_gpus": 1}
+    # The actors read for themselves, and their input is in the object store already: nothing else needs a CPU.
+    cpus = max(1, int(resources.get("CPU", 1)))
+    actors = min(cpus, num_images)
+    return {"compute": ActorPoolStrategy(size=actors), "num_cpus": cpus // actors}

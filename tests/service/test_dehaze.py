@@ -1,5 +1,8 @@
 """Batch dehazing by Ray Data, with a network that no training has touched."""
 
+import os
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -8,67 +11,153 @@ from corun_ray.core.corun import CORUN
 from corun_ray.core.images import decode_image
 from corun_ray.core.networks import NetworkSpec
 from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.jobdehaze import Dehaze
+from corun_ray.jobfile import job_of
+from corun_ray.service.console import Console
 from corun_ray.service.dehaze import dehaze
+from corun_ray.service.jobs import run_jobs
 from corun_ray.service.models import Model, ModelSourceError
+from corun_ray.service.photos import Photo, write_photo
 from corun_ray.service.storage import StorageError
 from tests.conftest import photograph, write_image
 
 
 @pytest.fixture(scope="module")
-def network():
+def model():
     torch.manual_seed(0)
-    return CORUN(2, 4).eval()
-
-
-@pytest.fixture(scope="module")
-def model(network):
+    network = CORUN(2, 4)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
     return Model(NetworkSpec("corun", {"stages": 2, "width": 4}), network.state_dict(), {})
 
 
-def test_dehazing_keeps_names_folders_and_sizes_and_names_what_it_leaves_out(local_ray, model, tmp_path):
+def run(source, target, model, resume=False, **options):
+    return dehaze(Dehaze(input=str(source), output=str(target), model="x", **options), model, resume=resume)
+
+
+def expected(model, path) -> np.ndarray:
+    return to_image(restore(model.build().eval(), to_tensor(decode_image(path.read_bytes()))).scene)
+
+
+def below(folder):
+    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+
+
+def test_names_folders_sizes_and_formats_stay_and_what_is_left_out_is_named(local_ray, model, tmp_path):
     rng = np.random.default_rng(2)
     source, target = tmp_path / "in", tmp_path / "out"
-    shapes = {"a.png": (40, 64), "deep/b.jpg": (33, 47), "c.png": (90, 16)}
+    shapes = {"a.png": (40, 64), "a.jpg": (40, 64), "deep/b.JPG": (33, 47), "c.webp": (90, 16), "d.tiff": (20, 30)}
     for name, shape in shapes.items():
         write_image(source / name, photograph(rng, *shape))
     (source / "broken.png").write_text("no picture")
     write_image(source / "tiny.png", photograph(rng, 12, 40))
-    result = dehaze(str(source), str(target), model)
-    assert result.written == 3
+    result = run(source, target, model)
+    assert result.written == 5
     assert result.bad_files[str(source / "broken.png")].startswith("not an image")
     assert "too small" in result.bad_files[str(source / "tiny.png")]
-    written = {str(p.relative_to(target)): decode_image(p.read_bytes()) for p in target.rglob("*.png")}
-    assert {name: image.shape[:2] for name, image in written.items()} == {
-        "a.png": (40, 64),
-        "deep/b.png": (33, 47),
-        "c.png": (90, 16),
+    written = below(target)
+    assert {name: decode_image(path.read_bytes()).shape[:2] for name, path in written.items()} == shapes
+    for name, path in written.items():
+        as_it_should_be = write_photo(Photo(expected(model, source / name)), path.suffix)
+        difference = decode_image(path.read_bytes()).astype(int) - decode_image(as_it_should_be)
+        assert np.abs(difference).mean() < 0.1, name
+    starts = {name: path.read_bytes()[:4] for name, path in written.items()}
+    assert starts["a.jpg"][:3] == starts["deep/b.JPG"][:3] == b"\xff\xd8\xff"
+    assert starts["c.webp"] == b"RIFF" and starts["d.tiff"] in (b"II*\0", b"MM\0*")
+
+
+def test_sixteen_bits_stay_sixteen_bits(local_ray, model, tmp_path):
+    fine = (np.linspace(9000, 52000, 48 * 40 * 3).reshape(48, 40, 3)).astype(np.uint16)
+    for suffix in ("png", "tif"):
+        write_image(tmp_path / "in" / f"{suffix}16.{suffix}", fine)
+    run(tmp_path / "in", tmp_path / "out", model)
+    scene = to_image(restore(model.build().eval(), to_tensor(fine)).scene, np.uint16)
+    for name, path in below(tmp_path / "out").items():
+        pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        assert pixels.dtype == np.uint16, name
+        assert np.abs(pixels[..., ::-1].astype(int) - scene).max() <= 3
+        assert len(np.unique(pixels)) > 1000
+
+
+def test_another_format_and_the_transmission_are_written_if_asked_for(local_ray, model, dataset, tmp_path):
+    result = run(dataset / "hazy", tmp_path, model, format="jpg", transmission=True)
+    assert result.written == 6 and set(below(tmp_path)) == {
+        f"photo_{i}{end}" for i in range(6) for end in (".jpg", ".transmission.png")
     }
-    image = decode_image((source / "a.png").read_bytes())
-    expected = to_image(restore(model.build().eval(), to_tensor(image)).scene)
-    assert np.abs(written["a.png"].astype(int) - expected).max() <= 1
+    hazy = to_tensor(decode_image((dataset / "hazy" / "photo_0.png").read_bytes()))
+    found = cv2.imread(str(tmp_path / "photo_0.transmission.png"), cv2.IMREAD_UNCHANGED)
+    transmission = restore(model.build().eval(), hazy).transmission[0, 0].numpy()
+    assert found.dtype == np.uint16 and np.abs(found / 65535 - transmission).max() < 1e-3
 
 
-def test_two_images_that_would_become_one_are_refused(local_ray, model, tmp_path):
+def test_resuming_passes_over_what_is_done(local_ray, model, dataset, tmp_path):
+    run(dataset / "hazy", tmp_path, model)
+    kept = below(tmp_path)
+    for name in ("photo_1.png", "photo_4.png"):
+        kept[name].unlink()
+    os.utime(kept["photo_0.png"], (1, 1))
+    ticks = []
+    section = Dehaze(input=str(dataset / "hazy"), output=str(tmp_path), model="x")
+    result = dehaze(section, model, lambda done, total: ticks.append((done, total)), resume=True)
+    assert (result.written, result.passed_over, ticks) == (2, 4, [(1, 2), (2, 2)])
+    assert kept["photo_0.png"].stat().st_mtime == 1 and len(below(tmp_path)) == 6
+    assert run(dataset / "hazy", tmp_path, model, resume=True).passed_over == 6
+    assert run(dataset / "hazy", tmp_path, model).written == 6 and kept["photo_0.png"].stat().st_mtime > 1
+
+
+def test_a_job_of_this_kind_tells_what_it_did(local_ray, model, dataset, tmp_path, capsys):
+    torch.save(model.params, tmp_path / "net.pth")
+    section = {"input": str(dataset / "hazy"), "output": str(tmp_path / "out"), "model": str(tmp_path / "net.pth")}
+    run_jobs([job_of({"kind": "dehaze", "name": "photos", "dehaze": section})], Console())
+    output = capsys.readouterr().out
+    assert "image 6/6" in output and "6 images written" in output and "images/s" in output
+    assert len(below(tmp_path / "out")) == 6
+
+
+def test_large_images_are_cut_and_come_out_the_same(local_ray, model, tmp_path):
+    write_image(tmp_path / "in" / "large.png", photograph(np.random.default_rng(0), 420, 520))
+    run(tmp_path / "in", tmp_path / "cut", model, memory_mib=64)
+    cut = decode_image((tmp_path / "cut" / "large.png").read_bytes()).astype(int)
+    difference = np.abs(cut - expected(model, tmp_path / "in" / "large.png"))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"format": "png"}, "a.jpg and a.png would both become a.png"),
+        ({"transmission": True}, r"a.jpg and a.png would both become a.\*.png"),
+    ],
+)
+def test_two_images_that_would_become_one_are_refused(local_ray, model, tmp_path, options, told):
     for name in ("a.png", "a.jpg"):
         write_image(tmp_path / "in" / name, photograph(np.random.default_rng(0), 32, 32))
-    with pytest.raises(StorageError, match="a.jpg and a.png would both become a.png"):
-        dehaze(str(tmp_path / "in"), str(tmp_path / "out"), model)
+    with pytest.raises(StorageError, match=told):
+        run(tmp_path / "in", tmp_path / "out", model, **options)
 
 
 def test_stage_pictures_show_each_stage_and_leave_the_result_as_it_is(local_ray, dataset, model, tmp_path):
     plain, staged = tmp_path / "plain", tmp_path / "staged"
-    dehaze(str(dataset / "hazy"), str(plain), model)
-    assert dehaze(str(dataset / "hazy"), str(staged), model, with_stages=True).written == 6
+    run(dataset / "hazy", plain, model)
+    assert run(dataset / "hazy", staged, model, stages=True).written == 6
     for name in sorted(path.name for path in plain.iterdir()):
         assert (plain / name).read_bytes() == (staged / name).read_bytes()
         picture = decode_image((staged / name.replace(".png", ".stages.png")).read_bytes())
         # The hazy image and two stages below each other; scene, transmission, re-hazed and its error side by side.
         assert picture.shape[0] > 3 * 200 and picture.shape[1] > 4 * 320 and picture.std() > 20
+
+
+def test_a_network_is_not_asked_for_what_it_has_not(local_ray, dataset, tmp_path):
+    nafnet = Model(
+        NetworkSpec("NAFNet", {"width": 4, "middle_blk_num": 1, "enc_blk_nums": [1], "dec_blk_nums": [1]}), None, {}
+    )
     with pytest.raises(ModelSourceError, match="NAFNet has no stages; only corun has"):
-        dehaze(str(dataset / "hazy"), str(staged), Model(NetworkSpec("NAFNet", {}), None, {}), with_stages=True)
+        run(dataset / "hazy", tmp_path, nafnet, stages=True)
+    with pytest.raises(ModelSourceError, match="transmission: NAFNet gives none"):
+        run(dataset / "hazy", tmp_path, nafnet, transmission=True)
 
 
 def test_a_store_that_does_not_take_the_images_is_one_error_not_many_bad_images(local_ray, dataset, model, tmp_path):
     (tmp_path / "file").write_text("where a folder is needed")
     with pytest.raises(StorageError, match=r"cannot write \S+/file/out/\S+\.png: "):
-        dehaze(str(dataset / "hazy"), str(tmp_path / "file" / "out"), model)
+        run(dataset / "hazy", tmp_path / "file" / "out", model)

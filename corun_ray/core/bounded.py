@@ -1,0 +1,50 @@
+"""Restoring an image within a given amount of memory: whole where that fits, else in tiles."""
+
+from torch import Tensor, nn
+
+from corun_ray.core.corun import CORUN
+from corun_ray.core.cpmm import SIZE_MULTIPLE_PX
+from corun_ray.core.restore import padded_size
+from corun_ray.core.tiled import HALO_PX, tiled
+
+MIB = 2**20
+BYTES_PER_PX_AND_CHANNEL = 72
+"""Of a CPMM at work, per pixel and channel of `width` (measured): the feed-forward above all."""
+STATE_BYTES_PER_PX = 100
+"""Of the image and what the stages pass on, and of the closed-form steps between them."""
+SMALLEST_CORE_PX = 64
+
+
+class TooLarge(ValueError):
+    """An image that cannot be restored within the memory; the message says what it would take."""
+
+
+def within(network: nn.Module, hazy: Tensor, memory_mib: int) -> nn.Module:
+    """The network to restore `hazy` B 3 H W with, in about `memory_mib` beyond the network's and the image's own.
+
+    Only CORUN's need is known: another network takes any image whole. A CORUN that computes in tiles gives what it
+    would give of the whole image but for rounding; see `core.tiled`. Raises `TooLarge`.
+    """
+    if not isinstance(network, CORUN):
+        return network
+    height, width = hazy.shape[-2:]
+    side_px = tile_side_px(network, height, width, memory_mib)
+    return network if side_px is None else tiled(network, side_px)
+
+
+def tile_side_px(network: CORUN, height: int, width: int, memory_mib: int) -> int | None:
+    """The side of the tiles, margins included, into which the image must be cut; None where it fits whole.
+
+    Raises `TooLarge` where the smallest tiles do not fit.
+    """
+    rows, columns = padded_size(network, height, width)
+    work_bytes = memory_mib * MIB - rows * columns * STATE_BYTES_PER_PX
+    pixels = work_bytes // (BYTES_PER_PX_AND_CHANNEL * network.width)
+    if rows * columns <= pixels:
+        return None
+    side = int(max(0, pixels) ** 0.5) // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX
+    least = 2 * HALO_PX + SMALLEST_CORE_PX
+    if side < least:
+        need = rows * columns * STATE_BYTES_PER_PX + least**2 * BYTES_PER_PX_AND_CHANNEL * network.width
+        raise TooLarge(f"{width} x {height} px need {-(-need // MIB)} MiB, even in tiles; {memory_mib} are allowed")
+    return side
