@@ -98,6 +98,15 @@ class Tracker:
         """Sets tags of the run."""
         self._mlflow.set_tags(dict(tags))
 
+    def curves(self) -> dict[str, list[tuple[float, float]]]:
+        """Every metric over the steps, as far as it has been logged; a step that was repeated counts as it was last."""
+        client = self._mlflow.MlflowClient()
+        found = {}
+        for name in client.get_run(self.run_id).data.metrics:
+            history = sorted(client.get_metric_history(self.run_id, name), key=lambda one: one.timestamp)
+            found[name] = sorted({one.step: one.value for one in history}.items())
+        return found
+
     def end_other(self, run_id: str) -> None:
         """Closes another run, whose process was ended before it could."""
         self._mlflow.MlflowClient().set_terminated(run_id, "KILLED")

@@ -1,29 +1,26 @@
 """A pre-training or Colabator job, seen from the driver: prepare, train on Ray, register."""
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import Result
 
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.jobfile import dump_job
-from corun_ray.service import cluster, snapshots, usercode
+from corun_ray.service import cluster, snapshots
 from corun_ray.service.board import start_board
 from corun_ray.service.console import Console, duration
 from corun_ray.service.fit import JobFailed, fit
 from corun_ray.service.follower import Follower, Listener
 from corun_ray.service.manifest import Manifest, build_manifest, held_out_sets
-from corun_ray.service.model_card import about_model
 from corun_ray.service.models import Model, starting_model
+from corun_ray.service.outcome import keep_outcome
 from corun_ray.service.phases import phases
 from corun_ray.service.plan import WorkerPlan
 from corun_ray.service.pool import start_pool
 from corun_ray.service.poollink import PoolError
 from corun_ray.service.recovery import last_step
-from corun_ray.service.registry import About, log_model, register
 from corun_ray.service.runs import (
     JOB_FILE,
     POOL_FOLDER,
@@ -34,8 +31,9 @@ from corun_ray.service.runs import (
     write_record,
 )
 from corun_ray.service.scoring import check_scoring
-from corun_ray.service.storage import Location, StorageError, locate
+from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.tracking import Tracker
+from corun_ray.service.training_report import REPORT_FILE
 
 NAMED_BAD_FILES = 10
 
@@ -95,8 +93,7 @@ def run_training(
         if isinstance(job, ColabatorJob):
             # Ray Train deletes old checkpoints after the workers' last sweep.
             snapshots.sweep(run.child(POOL_FOLDER), {snapshots.name_of(step) for step in steps_saved(run)}, ())
-        about = about_model(job, model.spec, record.data, run, follower.validation)
-        model_uri = _register(job, result, tracker, model.code, about)
+        model_uri = keep_outcome(job, model, result, run, record, tracker, facts, follower.validation)
         write_record(run, record.model_copy(update={"state": "finished", "model": model_uri}))
         succeeded = True
     except (JobFailed, PoolError, StorageError) as error:
@@ -106,6 +103,7 @@ def run_training(
     facts = {
         "model": model_uri,
         "run": run.uri,
+        "report": run.child(REPORT_FILE).uri,
         **follower.summary(),
         "took": duration(time.monotonic() - started),
     }
@@ -195,14 +193,3 @@ def _list_bad_files(job: TrainingJob, manifest: Manifest, board: Any, tracker: T
         run.child("bad_files.tsv").write(listing)
         tracker.file("bad_files.tsv", listing)
     _refuse_too_many(job, manifest, bad_files)
-
-
-def _register(job: TrainingJob, result: Result, tracker: Tracker, code: usercode.Code, about: About) -> str:
-    """Logs the trained model, and registers it where the job gives a name; returns its URI."""
-    if result.checkpoint is None:
-        raise JobFailed("training ended without a checkpoint")
-    location = locate(job.storage)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Location(result.checkpoint.path, location.filesystem, result.checkpoint.path)
-        model_uri = log_model(tracker.uri, checkpoint.download(Path(folder)), code, about)
-    return model_uri if job.tracking.register is None else register(tracker.uri, model_uri, job.tracking.register)
