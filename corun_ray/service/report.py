@@ -44,6 +44,8 @@ class Pictures:
     """PNGs or JPEGs with captions."""
 
     pictures: Sequence[tuple[str, bytes]]
+    is_wide: bool = False
+    """Whether they need room to be read."""
     kind: str = "pictures"
 
 

@@ -26,7 +26,7 @@ from corun_ray.service.validation_log import ValidationLog
 
 REPORT_FILE = "report.html"
 SLIDERS, STEPS_SHOWN, STAGE_IMAGES = 6, 6, 2
-STAGE_CELL_PX, STAGE_IMAGE_PX = 300, 400
+EXTREME_CELL_PX, STAGE_CELL_PX, STAGE_IMAGE_PX = 320, 300, 400
 LIBRARIES = ("torch", "ray", "mlflow", "numpy", "opencv-python-headless", "pyarrow", "pyiqa")
 
 CHARTS = {
@@ -67,7 +67,7 @@ def training_report(
         Section("Environment", "Where it ran, and with what.", [_environment(facts)]),
     ]
     summary = f"{job.kind}, {job.train.steps} steps, {facts['data']}."
-    return render(f"{job.name}: {run.name}", summary, sections)
+    return render(run.name, summary, sections)
 
 
 def _result(log: ValidationLog) -> list[Table]:
@@ -109,7 +109,7 @@ def _extremes(run: Location, log: ValidationLog, pictured: Mapping[str, Sequence
 
 def _side_by_side(one: Example) -> bytes:
     row = {"hazy": decode_image(one.hazy), "restored": decode_image(one.output)}
-    return encode_png(grid([row], 300))
+    return thumbnail(grid([row], EXTREME_CELL_PX), 2 * EXTREME_CELL_PX + 40)
 
 
 def _charts(curves: Mapping[str, Points], wanted: Mapping[str, Sequence[str]]) -> list[Charts]:
@@ -141,7 +141,7 @@ def _stages(run: Location, checkpoint: Path, shown: Sequence[str], last: int | N
         tensor = to_tensor(decode_image(thumbnail(decode_image(example(run, name, last).hazy), STAGE_IMAGE_PX)))
         rows = stage_rows(stages(network, tensor), tensor)
         pictures.append((name, encode_png(grid(list(rows.values()), STAGE_CELL_PX, list(rows)))))
-    return [Pictures(pictures)] if pictures else []
+    return [Pictures(pictures, is_wide=True)] if pictures else []
 
 
 def _environment(facts: Mapping[str, str]) -> Table:
