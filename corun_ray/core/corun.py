@@ -5,7 +5,7 @@ Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3.1. With the airli
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from corun_ray.core.cpmm import CPMM
 TRANSMISSION_MIN, TRANSMISSION_MAX = 0.05, 0.999
 DENOMINATOR_MIN = 1e-7
 START_TRANSMISSION = 0.5
+BAND_ROWS = 512
 
 
 class Restoration(NamedTuple):
@@ -88,17 +89,28 @@ class Stage(nn.Module):
         """
         # The closed-form steps divide by small numbers: float32 also under autocast.
         with torch.autocast(hazy.device.type, enabled=False):
-            transmission_estimate = transmission_step(
-                hazy, transmission.float(), scene_estimate, self.trans_prox.step_lambda
-            )
+            images = hazy, transmission.float(), scene_estimate
+            transmission_estimate = _in_bands(transmission_step, *images, weight=self.trans_prox.step_lambda)
         if self.last:
             transmission = transmission_estimate
         else:
             transmission = _refine(self.trans_net, transmission_estimate, scene, recompute)
         with torch.autocast(hazy.device.type, enabled=False):
-            scene_estimate = scene_step(hazy, scene.float(), transmission_estimate, self.dehaze_prox.step_lambda)
+            images = hazy, scene.float(), transmission_estimate
+            scene_estimate = _in_bands(scene_step, *images, weight=self.dehaze_prox.step_lambda)
         scene = _refine(self.dehaze_net, scene_estimate, transmission_estimate, recompute)
         return scene, scene_estimate, transmission, transmission_estimate
+
+
+def _in_bands(step: Callable[..., Tensor], *images: Tensor, weight: Tensor) -> Tensor:
+    """A closed-form step, which works on each pixel by itself, on some rows at a time where images are large.
+
+    Its several temporaries are as large as the image; in inference they need not be.
+    """
+    if torch.is_grad_enabled() or images[0].shape[-2] <= BAND_ROWS:
+        return step(*images, weight)
+    bands = zip(*(image.split(BAND_ROWS, -2) for image in images), strict=True)
+    return torch.cat([step(*band, weight) for band in bands], -2)
 
 
 def _refine(cpmm: nn.Module, estimate: Tensor, partner: Tensor, recompute: bool) -> Tensor:

@@ -84,10 +84,10 @@ def _cropped(restoration: Restoration, hazy: Tensor) -> Restoration:
 def to_tensor(image: np.ndarray) -> Tensor:
     """uint8 or uint16 H W 3 → 1 3 H W float in [0, 1]."""
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-    return pixels.float() / np.iinfo(image.dtype).max
+    return pixels.float().div_(np.iinfo(image.dtype).max)
 
 
 def to_image(scene: Tensor, dtype: type[np.unsignedinteger] = np.uint8) -> np.ndarray:
     """1 C H W in [0, 1] → uint8 (or uint16) H W C, rounded."""
-    levels = (scene[0].clamp(0, 1) * np.iinfo(dtype).max).round()
+    levels = scene[0].clamp(0, 1).mul_(np.iinfo(dtype).max).round_()
     return levels.permute(1, 2, 0).cpu().numpy().astype(dtype)

@@ -114,6 +114,9 @@ def _storage(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
 
 
 def _machines(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
+    if isinstance(job, EvaluateJob | DehazeJob):
+        yield f"machines  every GPU, else every CPU, of {os.environ.get('RAY_ADDRESS') or 'a local Ray'}"
+        return
     size = job.whole_cluster
     cpus = size.min_workers * size.cpus_per_worker + size.data_cpus
     gpus = size.min_workers * size.gpus_per_worker

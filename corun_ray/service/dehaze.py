@@ -61,8 +61,7 @@ class DehazeFiles(Restorers):
     def _dehaze(self, key: str) -> str:
         try:
             photo = read_photo(self.source.child(key).read())
-            hazy = to_tensor(photo.pixels).to(self.device)
-            restored = self._restored(key, hazy)
+            restored = self._restored(key, to_tensor(photo.pixels).to(self.device))
             if self.section.transmission and restored.transmission is not None:
                 self._write_transmission(key, restored.transmission)
             name = output_name(key, self.section.format)

@@ -8,16 +8,18 @@ from corun_ray.service import cluster
 from corun_ray.service.console import Console, duration
 from corun_ray.service.evaluate import Evaluation, evaluate
 from corun_ray.service.evaluation_report import (
+    aligned,
     as_csv,
     as_parquet,
-    comparison_lines,
+    comparison_cells,
     comparison_table,
-    summary_lines,
+    summary_cells,
     summary_table,
 )
 from corun_ray.service.models import fetch_model
+from corun_ray.service.report import REPORT_FILE, Listing, Pictures, Section, Table, render
 from corun_ray.service.runs import JOB_FILE
-from corun_ray.service.storage import locate
+from corun_ray.service.storage import Location, locate
 from corun_ray.service.tracking import Tracker, tracking_uri
 
 NAMED_UNMEASURED = 10
@@ -42,7 +44,7 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     succeeded = False
     try:
         found = evaluate(section, models, lambda done, total: console.progress(done, total, "image"))
-        files, lines = _account(job, found)
+        files, lines = _account(job, run, found)
         for name, content in files.items():
             run.child(name).write(content)
             tracker.file(name, content)
@@ -53,12 +55,12 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
         tracker.finish(succeeded)
     for line in lines:
         console.say(f"  {line}")
-    results = {"table": run.child("metrics.csv").uri, "pictures": run.child("contact_sheet.png").uri}
+    results = {"table": run.child("metrics.csv").uri, "report": run.child(REPORT_FILE).uri}
     console.footer("done", {**results, "took": duration(time.monotonic() - started)})
     return found
 
 
-def _account(job: EvaluateJob, found: Evaluation) -> tuple[dict[str, bytes], list[str]]:
+def _account(job: EvaluateJob, run: Location, found: Evaluation) -> tuple[dict[str, bytes], list[str]]:
     """What is kept of an evaluation, file by file, and what is shown of it."""
     measurements, reference = found.measurements, job.evaluate.reference
     intervals, table = measurements.intervals(), measurements.table()
@@ -69,16 +71,26 @@ def _account(job: EvaluateJob, found: Evaluation) -> tuple[dict[str, bytes], lis
         "summary.csv": as_csv(summary_table(intervals)),
         "contact_sheet.png": found.contact_sheet,
     }
-    lines = [
-        f"means over {len(measurements.images)} images, with 95 % bootstrap intervals",
-        *summary_lines(intervals),
-    ]
+    means, differences = summary_cells(intervals), []
     if reference is not None and len(measurements.models) > 1:
         comparisons = measurements.comparisons(reference)
         files["comparison.csv"] = as_csv(comparison_table(comparisons, reference))
-        lines += ["", f"less {reference}, image by image (p: sign-flip test)", *comparison_lines(comparisons)]
-    lines += [f"left out: {uri}: {reason}" for uri, reason in found.bad_files.items()]
-    lines += [f"no value: {line}" for line in found.unmeasured[:NAMED_UNMEASURED]]
+        differences = comparison_cells(comparisons)
+    missing = [f"left out: {uri}: {reason}" for uri, reason in found.bad_files.items()]
+    missing += [f"no value: {line}" for line in found.unmeasured[:NAMED_UNMEASURED]]
     if more := len(found.unmeasured[NAMED_UNMEASURED:]):
-        lines.append(f"no value: {more} more, empty in metrics.csv")
-    return files, lines
+        missing.append(f"no value: {more} more, empty in metrics.csv")
+    about_means = f"means over {len(measurements.images)} images, with 95 % bootstrap intervals"
+    about_differences = f"less {reference}, image by image (p: sign-flip test)"
+    sections = [
+        Section("Result", about_means, [Table(means[0], means[1:])]),
+        Section("Differences", about_differences, [Table([""] * 6, differences)] if differences else []),
+        Section("Pictures", "Some of the images.", [Pictures([("contact sheet", found.contact_sheet)], is_wide=True)]),
+        Section("Missing", "Images and values not in the tables.", [Listing("\n".join(missing))] if missing else []),
+        Section("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),
+    ]
+    files[REPORT_FILE] = render(run.name, f"{len(measurements.models)} models and baselines measured.", sections)
+    lines = [about_means, *aligned(means)]
+    if differences:
+        lines += ["", about_differences, *aligned(differences)]
+    return files, lines + missing

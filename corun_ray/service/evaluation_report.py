@@ -54,16 +54,16 @@ class Measurements:
         return pa.table(columns)
 
 
-def summary_lines(intervals: dict[str, dict[str, Interval]]) -> list[str]:
-    """Models and metrics: means with their intervals, an arrow to where a metric is better."""
+def summary_cells(intervals: dict[str, dict[str, Interval]]) -> list[list[str]]:
+    """A heading, then a row a model: means with their intervals, an arrow to where a metric is better."""
     metrics = list(next(iter(intervals.values())))
     heads = [f"{metric} {'↓' if all_metrics()[metric].lower_better else '↑'}" for metric in metrics]
-    return aligned([["", *heads], *([model, *map(_cell, row.values())] for model, row in intervals.items())])
+    return [["", *heads], *([model, *map(_cell, row.values())] for model, row in intervals.items())]
 
 
-def comparison_lines(comparisons: dict[str, dict[str, Comparison]]) -> list[str]:
-    """Each model and metric: the mean difference with its interval, how many images are better, and the verdict."""
-    rows = [
+def comparison_cells(comparisons: dict[str, dict[str, Comparison]]) -> list[list[str]]:
+    """A row a model and metric: the mean difference with its interval, how many images are better, the verdict."""
+    return [
         [
             model,
             metric,
@@ -75,7 +75,6 @@ def comparison_lines(comparisons: dict[str, dict[str, Comparison]]) -> list[str]
         for model, row in comparisons.items()
         for metric, found in row.items()
     ]
-    return aligned(rows)
 
 
 def summary_table(intervals: dict[str, dict[str, Interval]]) -> pa.Table:

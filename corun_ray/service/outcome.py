@@ -11,10 +11,11 @@ from corun_ray.service.fit import JobFailed
 from corun_ray.service.model_card import about_model
 from corun_ray.service.models import Model
 from corun_ray.service.registry import log_model, register
+from corun_ray.service.report import REPORT_FILE
 from corun_ray.service.runs import RunRecord
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.tracking import Tracker
-from corun_ray.service.training_report import REPORT_FILE, training_report
+from corun_ray.service.training_report import training_report
 from corun_ray.service.validation_log import ValidationLog
 
 

@@ -8,6 +8,7 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
 
+REPORT_FILE = "report.html"
 PNG_START = b"\x89PNG"
 
 

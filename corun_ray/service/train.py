@@ -21,6 +21,7 @@ from corun_ray.service.plan import WorkerPlan
 from corun_ray.service.pool import start_pool
 from corun_ray.service.poollink import PoolError
 from corun_ray.service.recovery import last_step
+from corun_ray.service.report import REPORT_FILE
 from corun_ray.service.runs import (
     JOB_FILE,
     POOL_FOLDER,
@@ -33,7 +34,6 @@ from corun_ray.service.runs import (
 from corun_ray.service.scoring import check_scoring
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.tracking import Tracker
-from corun_ray.service.training_report import REPORT_FILE
 
 NAMED_BAD_FILES = 10
 

@@ -24,7 +24,6 @@ from corun_ray.service.report import Charts, Listing, Pictures, Section, Slider,
 from corun_ray.service.storage import Location
 from corun_ray.service.validation_log import ValidationLog
 
-REPORT_FILE = "report.html"
 SLIDERS, STEPS_SHOWN, STAGE_IMAGES = 6, 6, 2
 EXTREME_CELL_PX, STAGE_CELL_PX, STAGE_IMAGE_PX = 320, 300, 400
 LIBRARIES = ("torch", "ray", "mlflow", "numpy", "opencv-python-headless", "pyarrow", "pyiqa")

@@ -26,6 +26,7 @@ from corun_ray.service.console import Console, duration
 from corun_ray.service.fit import JobFailed
 from corun_ray.service.models import starting_model
 from corun_ray.service.registry import register
+from corun_ray.service.report import REPORT_FILE
 from corun_ray.service.runs import JOB_FILE, RunRecord, last_run, new_run, read_record, resumed_run, write_record
 from corun_ray.service.storage import Location
 from corun_ray.service.tracking import Tracker
@@ -71,7 +72,15 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
         succeeded = True
     finally:
         tracker.finish(succeeded)
-    console.footer("done", {"best": model, "run": run.uri, "took": duration(time.monotonic() - started)})
+    console.footer(
+        "done",
+        {
+            "best": model,
+            "run": run.uri,
+            "report": run.child(REPORT_FILE).uri,
+            "took": duration(time.monotonic() - started),
+        },
+    )
     return model
 
 
@@ -166,7 +175,8 @@ def _keep(job: TuneJob, trials: Sequence[Trial], run: Location, tracker: Tracker
     report = summary(job, found)
     for line in report.lines:
         console.say(f"  {line}")
-    for name, content in {"trials.csv": report.csv, "trials.png": report.png}.items():
+    files = {"trials.csv": report.csv, "trials.png": report.png, REPORT_FILE: report.report(job, run.name)}
+    for name, content in files.items():
         run.child(name).write(content)
         tracker.file(name, content)
     tracker.metrics(0, {f"best/{name.removeprefix('val/')}": value for name, value in found[0].validation.items()})

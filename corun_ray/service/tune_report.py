@@ -13,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from corun_ray.config import TuneJob
 from corun_ray.core.networks import build
+from corun_ray.jobfile import dump_job
 from corun_ray.jobtrials import trial_job
 from corun_ray.service.fit import JobFailed
 from corun_ray.service.follower import root_cause
 from corun_ray.service.models import spec_of
+from corun_ray.service.report import Listing, Pictures, Section, Table, render
 
 RATE = "rate/steps_per_s"
 VALIDATION = "val/"
@@ -74,9 +76,26 @@ class Cost:
 class Summary:
     """What is shown and kept of a search."""
 
-    lines: list[str]
+    cells: list[list[str]]
+    """A heading, then a row a trial."""
     csv: bytes
     png: bytes
+
+    @property
+    def lines(self) -> list[str]:
+        """The cells under each other."""
+        widths = [max(map(len, column)) for column in zip(*self.cells, strict=True)]
+        return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in self.cells]
+
+    def report(self, job: TuneJob, run: str) -> bytes:
+        """The page about the search whose run is called `run`."""
+        better = "less" if job.tune.mode == "min" else "more"
+        sections = [
+            Section("Trials", "Best first; those that were stopped last.", [Table(self.cells[0], self.cells[1:])]),
+            Section("Plot", "What a trial came to, and what its network costs.", [Pictures([("", self.png)], True)]),
+            Section("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),
+        ]
+        return render(run, f"{job.tune.num_trials} trials, {better} of {job.tune.metric} is better.", sections)
 
 
 def ranked(trials: Sequence[Trial], metric: str, mode: str) -> list[Trial]:
@@ -104,7 +123,7 @@ def summary(job: TuneJob, trials: Sequence[Trial]) -> Summary:
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
     writer.writerows(rows)
-    return Summary(_table(rows), text.getvalue().encode(), _plot(job, trials, costs))
+    return Summary(_cells(rows), text.getvalue().encode(), _plot(job, trials, costs))
 
 
 def _row(job: TuneJob, trial: Trial, cost: Cost) -> dict[str, Any]:
@@ -121,11 +140,9 @@ def _row(job: TuneJob, trial: Trial, cost: Cost) -> dict[str, Any]:
     }
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     names = list(rows[0])
-    cells = [names, *([f"{row.get(name, '')}" for name in names] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return [names, *([f"{row.get(name, '')}" for name in names] for row in rows)]
 
 
 def _plot(job: TuneJob, trials: Sequence[Trial], costs: Sequence[Cost]) -> bytes:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from corun_ray.core import corun
 from corun_ray.core.checkpoints import load_network
 from corun_ray.core.corun import CORUN, Restoration, transmission_step
 from corun_ray.core.cpmm import CPMM
@@ -206,3 +207,16 @@ def test_activations_computed_again_change_nothing(monkeypatch: pytest.MonkeyPat
 def test_impossible_networks_are_refused(stages: int, width: int) -> None:
     with pytest.raises(ValueError, match=f"{stages} stages, width {width}: at least 2 stages and an even width"):
         CORUN(stages, width)
+
+
+def test_large_images_take_the_closed_form_steps_in_bands_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = CORUN(2, 4).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    hazy = torch.rand(1, 3, 40, 24)
+    with torch.no_grad():
+        whole = network(hazy)
+        monkeypatch.setattr(corun, "BAND_ROWS", 16)
+        bands = network(hazy)
+    assert torch.equal(bands.scene, whole.scene) and torch.equal(bands.transmission, whole.transmission)

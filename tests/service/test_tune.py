@@ -2,6 +2,11 @@
 
 import csv
 import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
@@ -10,6 +15,7 @@ import pytest
 from corun_ray.config import TuneJob
 from corun_ray.core.corun import CORUN
 from corun_ray.core.images import decode_image
+from corun_ray.jobfile import dump_job
 from corun_ray.service.console import Console
 from corun_ray.service.fit import JobFailed
 from corun_ray.service.runs import last_run, read_record
@@ -117,3 +123,32 @@ def test_the_table_has_a_line_a_trial(dataset, tmp_path):
     assert found.lines[1].split()[0] == "3" and found.lines[2].split()[-1] == "a"
     assert len({len(line) for line in found.lines}) == 1
     assert found.csv.decode().count("\n") == 3
+
+
+@pytest.mark.slow
+def test_a_search_that_was_killed_repeats_no_trial_that_had_ended(dataset, tmp_path):
+    job = search_job(dataset, tmp_path, tune={"trials_at_once": 1}, tracking={"register": "resumed"})
+    (tmp_path / "search.yaml").write_text(dump_job(job))
+    command = [sys.executable, "-u", "-m", "corun_ray", "run", str(tmp_path / "search.yaml")]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if re.search(r"trial 00000_\S+ ended", line):
+                break
+        process.kill()
+    run = last_run(job)
+    assert run is not None and read_record(run).state == "running"
+    first = Path(run.path) / "trials" / "00000_stages-2"
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+    assert before
+    result = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, timeout=400)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert (
+        "goes on with this search" in result.stdout and "trial 00000_" not in result.stdout.partition("parameters")[0]
+    )
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == before
+    _, files = files_of(job)
+    rows = list(csv.DictReader(io.StringIO(files["trials.csv"].decode())))
+    assert sorted(row["stages"] for row in rows) == ["2", "3"] and {row["steps"] for row in rows} == {"4"}
+    assert read_record(run).model == "models:/resumed/1"
