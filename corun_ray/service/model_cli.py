@@ -61,14 +61,17 @@ pictures, job.yaml and validation.csv. DIR can be used as --model and as network
 
 def add_model_commands(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
     """Adds the commands that use trained models to the parsers of `corun-ray`."""
-    raw = argparse.RawDescriptionHelpFormatter
+    for add in (_add_dehaze, _add_evaluate, _add_promote, _add_pull):
+        add(commands, reporting)
 
+
+def _add_dehaze(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
     dehaze = commands.add_parser(
         "dehaze",
         help="dehaze a folder of images",
         description=DEHAZE,
         epilog=DEHAZE_EXAMPLES,
-        formatter_class=raw,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     dehaze.add_argument("input", metavar="INPUT", help="folder or URI of images")
     dehaze.add_argument("output", metavar="OUTPUT", help="folder or URI to write to")
@@ -94,12 +97,14 @@ def add_model_commands(commands: "argparse._SubParsersAction", reporting: Report
     _add_tracking(dehaze)
     dehaze.set_defaults(command=functools.partial(_dehaze, reporting))
 
+
+def _add_evaluate(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="measure models on a folder of images",
         description=EVALUATE,
         epilog=EVALUATE_EXAMPLES,
-        formatter_class=raw,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     evaluate.add_argument("input", metavar="INPUT", help="folder or URI of hazy images")
     evaluate.add_argument("--truth", metavar="DIR", help="folder or URI of their clear truth, paired by stem")
@@ -125,12 +130,14 @@ def add_model_commands(commands: "argparse._SubParsersAction", reporting: Report
     _add_tracking(evaluate)
     evaluate.set_defaults(command=functools.partial(_evaluate, reporting))
 
+
+def _add_promote(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
     promote = commands.add_parser(
         "promote",
         help="make a version of a registered model its champion",
         description=PROMOTE,
         epilog=PROMOTE_EXAMPLES,
-        formatter_class=raw,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     promote.add_argument("name", metavar="NAME", help="registered model")
     promote.add_argument("version", metavar="VERSION", help="a number, or an alias such as candidate")
@@ -140,7 +147,19 @@ def add_model_commands(commands: "argparse._SubParsersAction", reporting: Report
     _add_tracking(promote)
     promote.set_defaults(command=functools.partial(_promote, reporting))
 
-    pull = commands.add_parser("pull", help="write a model as plain files", description=PULL, formatter_class=raw)
+
+def _add_pull(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
+    pull = commands.add_parser(
+        "pull",
+        help="write a model as plain files",
+        description=PULL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+        "pull",
+        help="write a model as plain files",
+        description=PULL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     pull.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     pull.add_argument("folder", type=Path, metavar="DIR", help="where to write them; must be new or empty")
     _add_tracking(pull)

@@ -2,12 +2,14 @@
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ray.train import Result
 
 from corun_ray.config import TrainingJob
 from corun_ray.service.fit import JobFailed
+from corun_ray.service.manifest import Manifest
 from corun_ray.service.model_card import about_model
 from corun_ray.service.models import Model
 from corun_ray.service.registry import log_model, register
@@ -19,28 +21,35 @@ from corun_ray.service.training_report import training_report
 from corun_ray.service.validation_log import ValidationLog
 
 
-def keep_outcome(
-    job: TrainingJob,
-    model: Model,
-    result: Result,
-    run: Location,
-    record: RunRecord,
-    tracker: Tracker,
-    facts: Mapping[str, str],
-    log: ValidationLog,
-) -> str:
+@dataclass(frozen=True)
+class Session:
+    """What a training job has in hand once all that it needs is there."""
+
+    job: TrainingJob
+    manifest: Manifest
+    model: Model
+    """What it starts from."""
+    run: Location
+    record: RunRecord
+    tracker: Tracker
+    facts: Mapping[str, str]
+    """What it tells at its begin."""
+
+
+def keep_outcome(session: Session, result: Result, log: ValidationLog) -> str:
     """Writes the report, logs the model and registers it where the job gives a name; returns its URI.
 
     Raises `StorageError`, and `JobFailed` for a training without a checkpoint.
     """
+    job, run, tracker = session.job, session.run, session.tracker
     if result.checkpoint is None:
         raise JobFailed("training ended without a checkpoint")
     saved = Location(result.checkpoint.path, locate(job.storage).filesystem, result.checkpoint.path)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = saved.download(Path(folder))
-        report = training_report(job, run, checkpoint, facts, tracker.curves(), log)
+        report = training_report(job, run, checkpoint, session.facts, tracker.curves(), log)
         run.child(REPORT_FILE).write(report)
         tracker.file(REPORT_FILE, report)
-        about = about_model(job, model.spec, record.data, run, log)
-        model_uri = log_model(tracker.uri, checkpoint, model.code, about)
+        about = about_model(job, session.model.spec, session.record.data, run, log)
+        model_uri = log_model(tracker.uri, checkpoint, session.model.code, about)
     return model_uri if job.tracking.register is None else register(tracker.uri, model_uri, job.tracking.register)

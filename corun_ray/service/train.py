@@ -15,7 +15,7 @@ from corun_ray.service.fit import JobFailed, fit
 from corun_ray.service.follower import Follower, Listener
 from corun_ray.service.manifest import Manifest, build_manifest, held_out_sets
 from corun_ray.service.models import Model, starting_model
-from corun_ray.service.outcome import keep_outcome
+from corun_ray.service.outcome import Session, keep_outcome
 from corun_ray.service.phases import phases
 from corun_ray.service.plan import WorkerPlan
 from corun_ray.service.pool import start_pool
@@ -82,33 +82,36 @@ def run_training(
     console.header(f"{job.kind} {job.name}", facts)
     succeeded = False
     try:
-        run.child(JOB_FILE).write(dump_job(job).encode())
-        write_record(run, record)
-        tracker.file(JOB_FILE, dump_job(job).encode())
-        tracker.tags({"corun_ray.data": record.data, "corun_ray.kind": job.kind})
-        plan = _plan(job, manifest, model, run)
-        with Follower(job, plan.board, tracker, console, run, listen) as follower:
-            result = fit(plan, run, console)
-        _list_bad_files(job, manifest, plan.board, tracker, run)
-        if isinstance(job, ColabatorJob):
-            # Ray Train deletes old checkpoints after the workers' last sweep.
-            snapshots.sweep(run.child(POOL_FOLDER), {snapshots.name_of(step) for step in steps_saved(run)}, ())
-        model_uri = keep_outcome(job, model, result, run, record, tracker, facts, follower.validation)
-        write_record(run, record.model_copy(update={"state": "finished", "model": model_uri}))
+        model_uri, learnt = _train(Session(job, manifest, model, run, record, tracker, facts), console, listen)
         succeeded = True
     except (JobFailed, PoolError, StorageError) as error:
         raise JobFailed(f"{error}\n{_way_on(run)}") from None
     finally:
         tracker.finish(succeeded)
-    facts = {
-        "model": model_uri,
-        "run": run.uri,
-        "report": run.child(REPORT_FILE).uri,
-        **follower.summary(),
-        "took": duration(time.monotonic() - started),
-    }
-    console.footer("done", facts, [f"corun-ray dehaze PHOTOS OUT --model {model_uri} --tracking {tracker.uri}"])
+    places = {"model": model_uri, "run": run.uri, "report": run.child(REPORT_FILE).uri}
+    took = duration(time.monotonic() - started)
+    next_command = f"corun-ray dehaze PHOTOS OUT --model {model_uri} --tracking {tracker.uri}"
+    console.footer("done", {**places, **learnt, "took": took}, [next_command])
     return model_uri
+
+
+def _train(session: Session, console: Console, listen: Listener | None) -> tuple[str, dict[str, str]]:
+    """Runs the workers to the last step; returns the model's URI, and what was learnt on the way."""
+    job, run, tracker, record = session.job, session.run, session.tracker, session.record
+    run.child(JOB_FILE).write(dump_job(job).encode())
+    write_record(run, record)
+    tracker.file(JOB_FILE, dump_job(job).encode())
+    tracker.tags({"corun_ray.data": record.data, "corun_ray.kind": job.kind})
+    plan = _plan(job, session.manifest, session.model, run)
+    with Follower(job, plan.board, tracker, console, run, listen) as follower:
+        result = fit(plan, run, console)
+    _list_bad_files(job, session.manifest, plan.board, tracker, run)
+    if isinstance(job, ColabatorJob):
+        # Ray Train deletes old checkpoints after the workers' last sweep.
+        snapshots.sweep(run.child(POOL_FOLDER), {snapshots.name_of(step) for step in steps_saved(run)}, ())
+    model_uri = keep_outcome(session, result, follower.validation)
+    write_record(run, record.model_copy(update={"state": "finished", "model": model_uri}))
+    return model_uri, follower.summary()
 
 
 def _ended(job: TrainingJob, run: Location, record: RunRecord) -> str | None:

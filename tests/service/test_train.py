@@ -11,9 +11,11 @@ import torch
 from corun_ray.core.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service import snapshots
 from corun_ray.service.console import Console
+from corun_ray.service.examples import pictured_steps
 from corun_ray.service.models import ModelSourceError, fetch_model
 from corun_ray.service.storage import locate
 from corun_ray.service.train import JobFailed, prepare, run_training
+from corun_ray.service.validation_log import ValidationLog
 from tests.conftest import write_image
 from tests.service.jobs import assert_plain_pyfunc_runs, small_job
 
@@ -95,8 +97,22 @@ def test_mlflow_has_params_metrics_pictures_and_the_job_file(colabator):
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss/total")]
     assert steps == [2, 4, 6]
     artifacts = {a.path for folder in ("", "pictures") for a in client.list_artifacts(run.info.run_id, folder)}
-    assert {"job.yaml", "pictures/restorations_00000003.png", "pictures/restorations_00000006.png"} <= artifacts
-    assert "pictures/restorations_00000006.png" in run_folder(job).files()
+    pictures = {f"pictures/restorations_{step:08d}.png" for step in (3, 6)}
+    assert {"job.yaml", "report.html", *pictures} <= artifacts
+    assert {"report.html", *pictures} <= set(run_folder(job).files())
+
+
+def test_the_run_keeps_every_held_out_image_of_every_validation(colabator):
+    job, _ = colabator
+    run = run_folder(job)
+    log = ValidationLog.from_csv(run.child("validation.csv").read())
+    assert {step for step, *_ in log.values} == {3, 6}
+    last = log.at(6)
+    assert last.keys() == {("val", "fade"), ("val", "psnr"), ("val", "ssim")}
+    assert all(sorted(images) == [f"photo_{i}.png" for i in range(6)] for images in last.values())
+    assert {"val/photo_0.png", "val/photo_1.png"} <= pictured_steps(run).keys()
+    report = run.child("report.html").read().decode()
+    assert "Before and after" in report and "Labels in the pool" in report and "step 3" in report
 
 
 def test_pretraining_starts_from_a_registered_model(colabator, dataset, tmp_path):
