@@ -155,11 +155,6 @@ def _add_pull(commands: "argparse._SubParsersAction", reporting: Reporting) -> N
         description=PULL,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-        "pull",
-        help="write a model as plain files",
-        description=PULL,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     pull.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     pull.add_argument("folder", type=Path, metavar="DIR", help="where to write them; must be new or empty")
     _add_tracking(pull)

@@ -7,6 +7,7 @@ import pytest
 
 from corun_ray.core.checkpoints import TRAINING_FILE, read_record
 from corun_ray.core.networks import NetworkSpec
+from corun_ray.jobdehaze import Dehaze
 from corun_ray.service import snapshots
 from corun_ray.service.console import Console
 from corun_ray.service.dehaze import dehaze
@@ -80,11 +81,11 @@ def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, tmp_path):
     assert sorted(content) == [f"photo_{i}.png" for i in range(6)]
 
 
-def test_a_bucket_is_dehazed_into_a_bucket(bucket):
-    assert (
-        dehaze(
-            f"{bucket}/hazy", f"{bucket}/clean", Model(NetworkSpec("corun", {"stages": 2, "width": 4}), None, {})
-        ).written
-        == 6
-    )
+def test_a_bucket_is_dehazed_into_a_bucket_and_what_is_there_is_passed_over(bucket):
+    model = Model(NetworkSpec("corun", {"stages": 2, "width": 4}), None, {})
+    section = Dehaze(input=f"{bucket}/hazy", output=f"{bucket}/clean", model="x")
+    assert dehaze(section, model).written == 6
+    locate(f"{bucket}/clean/photo_3.png").delete()
+    again = dehaze(section, model, resume=True)
+    assert (again.written, again.passed_over) == (1, 5)
     assert locate(f"{bucket}/clean").files() == [f"photo_{i}.png" for i in range(6)]
