@@ -143,3 +143,36 @@ def test_weights_are_indexed_listed_and_missed(tmp_path, dataset):
     assert corun_ray("weights", "index", weights).returncode == 0
     result = corun_ray("weights", "ls", tmp_path / "job.yaml")
     assert result.returncode == 0 and " ok " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["evaluate", "photos", "--metrics", "fade,muzic"],
+            'evaluate.metrics: "muzic" is neither of psnr, ssim, fade nor a metric of pyiqa for images '
+            "(did you mean musiq?)",
+        ),
+        (
+            ["evaluate", "photos", "--metrics", "psnr", "--model", "a=x.pth"],
+            "evaluate.metrics: psnr cannot be measured without evaluate.clear",
+        ),
+        (
+            ["evaluate", "photos", "--model", "a=x.pth", "--against", "b"],
+            'evaluate.against: "b" is not measured (hazy, dark_channel, a)',
+        ),
+        (
+            ["evaluate", "photos", "--model", "models:/net@a", "--model", "models:/net@a"],
+            "--model: net-a is the name of several (NAME=SOURCE gives another)",
+        ),
+        (
+            ["pull", "nowhere", "out"],
+            "nowhere: nothing there (expected a checkpoint folder or a .pth)",
+        ),
+    ],
+)
+def test_a_wrong_request_for_models_is_one_line(tmp_path, monkeypatch, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    result = corun_ray(*arguments)
+    assert result.returncode == 2 and result.stderr.strip() == told and result.stdout == ""
+    assert list(tmp_path.iterdir()) == []

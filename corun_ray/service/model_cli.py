@@ -4,10 +4,12 @@ import argparse
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WRONG_REQUEST = 2
 Reporting = Callable[[Callable[[], object]], int]
 """Runs an action, turns its errors into lines and exit codes."""
 
@@ -194,24 +196,26 @@ def _run(reporting: Reporting, tree: dict[str, Any], tracking: str, resume: bool
 
 
 def _evaluate(reporting: Reporting, args: argparse.Namespace) -> int:
-    section: dict[str, Any] = {"hazy": args.input, "clear": args.truth, "models": _named(args.models)}
+    named = [_named(text) for text in args.models]
+    if twice := {name for name, _ in named if [other for other, _ in named].count(name) > 1}:
+        print(
+            f"--model: {', '.join(sorted(twice))} is the name of several (NAME=SOURCE gives another)", file=sys.stderr
+        )
+        return WRONG_REQUEST
+    section: dict[str, Any] = {"hazy": args.input, "clear": args.truth, "models": dict(named)}
     optional = {"metrics": args.metrics, "baselines": args.baselines, "against": args.against, "weights": args.weights}
     section |= {key: value for key, value in optional.items() if value is not None}
     tree = {"kind": "evaluate", "name": "evaluate", "storage": args.storage, "evaluate": section}
     return _run(reporting, tree, args.tracking)
 
 
-def _named(models: list[str]) -> dict[str, str]:
-    """`NAME=SOURCE` or a bare source, which is called by what its last parts say."""
-    named = {}
-    for text in models:
-        name, mark, source = text.partition("=")
-        if not mark or "/" in name:
-            source = text
-            name = re.sub(r"[^a-z0-9._-]+", "-", text.lower().rstrip("/").partition(":/")[2] or text.lower())
-            name = name.strip("-._") or "model"
-        named[name] = source
-    return named
+def _named(text: str) -> tuple[str, str]:
+    """`NAME=SOURCE`, or a bare source, which is called by what its last parts say."""
+    name, mark, source = text.partition("=")
+    if mark and "/" not in name:
+        return name, source
+    said = text.lower().rstrip("/")
+    return re.sub(r"[^a-z0-9._-]+", "-", said.partition(":/")[2] or said).strip("-._") or "model", text
 
 
 def _promote(reporting: Reporting, args: argparse.Namespace) -> int:
