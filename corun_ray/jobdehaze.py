@@ -15,5 +15,5 @@ class Dehaze(Section):
     transmission: bool = Field(False, description="also write NAME.transmission.png, 16 bit grey: 65535 is clear air")
     stages: bool = Field(False, description="also write NAME.stages.png: what every stage made of it; corun only")
     memory_mib: OptionalCount = Field(
-        None, ge=64, description="of one image at work, larger ones are cut; null: 3072, or 3/4 of a GPU's memory"
+        None, ge=64, description="of one image at work, larger ones are cut; null: 2816, or 3/4 of a GPU's memory"
     )

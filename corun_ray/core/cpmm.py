@@ -45,12 +45,12 @@ class SpectralAttention(nn.Module):
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What attention needs to know of pixels B C h w: k·qᵀ (B heads d d), and |k|² over |q|² (B heads 2 d).
 
-        Sums over the pixels, in float64: those of an image are the sum of its parts'.
+        Sums over the pixels, those of an image being the sum of its parts': in float64, so that many parts add up.
         """
         weights = torch.cat([self.to_q.weight, self.to_k.weight])
-        query, key = (self._by_head(y).double() for y in F.conv2d(x, weights[:, :, None, None]).chunk(2, 1))
-        squares = torch.stack([key.square().sum(-1), query.square().sum(-1)], 2)
-        return torch.matmul(key, query.transpose(2, 3)), squares
+        query, key = (self._by_head(y) for y in F.conv2d(x, weights[:, :, None, None]).chunk(2, 1))
+        norms = torch.stack([key.norm(dim=-1), query.norm(dim=-1)], 2)
+        return torch.matmul(key, query.transpose(2, 3)).double(), norms.double().square()
 
     def mixing_of(self, cross: Tensor, squares: Tensor) -> Tensor:
         """The image's mixing, B C C, from its statistics."""

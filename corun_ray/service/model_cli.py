@@ -94,7 +94,7 @@ def _add_dehaze(commands: "argparse._SubParsersAction", reporting: Reporting) ->
         "--memory-mib",
         type=int,
         metavar="N",
-        help="memory of one image at work; larger ones are cut into tiles (default 3072, or 3/4 of a GPU's)",
+        help="memory of one image at work; larger ones are cut into tiles (default 2816, or 3/4 of a GPU's)",
     )
     _add_tracking(dehaze)
     dehaze.set_defaults(command=functools.partial(_dehaze, reporting))

@@ -13,7 +13,7 @@ from corun_ray.service.follower import root_cause
 from corun_ray.service.models import Model
 from corun_ray.service.storage import StorageError
 
-CPU_MEMORY_MIB = 3072
+CPU_MEMORY_MIB = 2816
 GPU_SHARE = 0.75
 
 

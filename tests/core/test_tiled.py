@@ -89,7 +89,7 @@ def test_cores_cover_the_image_once(height: int, width: int, side: int) -> None:
 def test_memory_decides_between_whole_and_tiles() -> None:
     net = network(2, 16)
     assert tile_side_px(net, 1000, 1000, 2000) is None and within(net, torch.rand(1, 3, 32, 32), 512) is net
-    side = tile_side_px(net, 4000, 6000, 3072)
+    side = tile_side_px(net, 4000, 6000, 2816)
     assert side is not None and side % 8 == 0 and 600 < side < 1500
     with pytest.raises(TooLarge, match=r"6000 x 4000 px need \d+ MiB, even in tiles; 512 are allowed"):
         tile_side_px(net, 4000, 6000, 512)

@@ -116,7 +116,7 @@ def test_a_job_of_this_kind_tells_what_it_did(local_ray, model, dataset, tmp_pat
 
 def test_large_images_are_cut_and_come_out_the_same(local_ray, model, tmp_path):
     write_image(tmp_path / "in" / "large.png", photograph(np.random.default_rng(0), 420, 520))
-    run(tmp_path / "in", tmp_path / "cut", model, memory_mib=64)
+    run(tmp_path / "in", tmp_path / "cut", model, memory_mib=72)
     cut = decode_image((tmp_path / "cut" / "large.png").read_bytes()).astype(int)
     difference = np.abs(cut - expected(model, tmp_path / "in" / "large.png"))
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
