@@ -144,7 +144,7 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Deha
     before = f", {result.passed_over} were there before" if result.passed_over else ""
     console.footer(
         f"done: {result.written} images written{before}",
-        {"left out": str(len(result.bad_files)), "took": f"{duration(took_s)}, {result.written / took_s:.2f} images/s"},
+        {"left out": str(len(result.bad_files)), "took": f"{duration(took_s)}, {result.written / took_s:.3g} images/s"},
     )
     return result
 
