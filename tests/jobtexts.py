@@ -15,6 +15,7 @@ TUNE = (
     "tune: {search: {network.stages: [2, 3]}}\n"
 )
 EVALUATE = "kind: evaluate\nname: e\nevaluate: {hazy: hazy}\n"
+DEHAZE = "kind: dehaze\nname: d\ndehaze: {input: a, output: b, model: m}\n"
 PIPELINE = f"{PRETRAIN}---\n{COLABATOR}---\n{EVALUATE}"
 
 

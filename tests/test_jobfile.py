@@ -63,7 +63,7 @@ def test_set_replaces_adds_and_takes_yaml(tmp_path: Path) -> None:
         ("train.steps=many", 'train.steps: "many" is not a whole number'),
         ("data.clear=${NONE}", "data.clear: environment variable NONE is not set"),
         ("evaluate.hazy=a", "evaluate: not used by a colabator job"),
-        ("kind=dehaze", 'kind: "dehaze" is not one of pretrain, colabator, tune, evaluate'),
+        ("kind=serve", 'kind: "serve" is not one of pretrain, colabator, tune, evaluate, dehaze'),
     ],
 )  # fmt: skip
 def test_bad_settings_are_one_line(tmp_path: Path, setting: str, line: str) -> None:

@@ -48,8 +48,8 @@ class DehazeResult:
 class DehazeFiles(Restorers):
     """A Ray Data actor: reads, dehazes and writes the images whose keys it is given."""
 
-    def __init__(self, shared: dict[str, Any], section: Dehaze) -> None:
-        super().__init__(shared, section.memory_mib)
+    def __init__(self, shared: dict[str, Any], threads: int, section: Dehaze) -> None:
+        super().__init__(shared, threads, section.memory_mib)
         self.section = section
         self.source, self.target = locate(section.input), locate(section.output)
 
@@ -112,8 +112,9 @@ def dehaze(
     if not wanted:
         return result
     DataContext.get_current().enable_progress_bars = False
+    slots, threads = actor_slots(len(wanted))
     outcomes = ray.data.from_items(wanted, override_num_blocks=min(len(wanted), 1000)).map_batches(
-        DehazeFiles, batch_size=1, fn_constructor_args=({"model": ray.put(model)}, section), **actor_slots(len(wanted))
+        DehazeFiles, batch_size=1, fn_constructor_args=({"model": ray.put(model)}, threads, section), **slots
     )
     for done, row in enumerate(rows_of(outcomes), 1):
         if row["error"]:

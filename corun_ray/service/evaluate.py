@@ -45,8 +45,8 @@ class Evaluation:
 class MeasureFiles(Restorers):
     """A Ray Data actor: restores images with every model and measures the results."""
 
-    def __init__(self, shared: dict[str, Any], section: Evaluate) -> None:
-        super().__init__(shared)
+    def __init__(self, shared: dict[str, Any], threads: int, section: Evaluate) -> None:
+        super().__init__(shared, threads)
         self.section = section
         source = weights_source(section.weights)
         self.measures = {name: load_measure(name, source, self.device) for name in section.metrics}
@@ -106,8 +106,9 @@ def evaluate(
     spacing = max(1, len(pairs) // SHEET_ROWS)
     shown = {key for key, _ in pairs[::spacing][:SHEET_ROWS]}
     items = [{"key": key, "truth": truth or "", "shown": key in shown} for key, truth in pairs]
+    slots, threads = actor_slots(len(items))
     outcomes = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
-        MeasureFiles, batch_size=1, fn_constructor_args=(shared, section), **actor_slots(len(items))
+        MeasureFiles, batch_size=1, fn_constructor_args=(shared, threads, section), **slots
     )
     values: dict[str, np.ndarray] = {}
     bad_files, unmeasured, strips = {}, [], {}

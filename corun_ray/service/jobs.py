@@ -40,7 +40,9 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
             build_manifest(job)
         if lines := missing_weights(needed_files(job)):
             raise WeightsError("\n".join(f"{job.name}: {line}" for line in lines))
-    cluster.connect(*(job.whole_cluster for job in jobs))
+    if any(isinstance(job, TrainingJob) for job in jobs):
+        # The others ask for a cluster when they have their models: what is wrong with those takes no Ray to find out.
+        cluster.connect(*(job.whole_cluster for job in jobs))
     for job in jobs:
         if isinstance(job, TuneJob):
             from corun_ray.service.tune import run_search  # Tune takes seconds to import

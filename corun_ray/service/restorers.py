@@ -20,11 +20,14 @@ GPU_SHARE = 0.75
 class Restorers:
     """The networks of an actor, by name."""
 
-    def __init__(self, shared: dict[str, Any], memory_mib: int | None = None) -> None:
-        """`shared` maps names to references of `Model`s in the object store; `memory_mib` is for an image at work."""
+    def __init__(self, shared: dict[str, Any], threads: int, memory_mib: int | None = None) -> None:
+        """`shared` maps names to references of `Model`s in the object store.
+
+        `threads` are for work on the CPU, `memory_mib` for an image at work.
+        """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
-            torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+            torch.set_num_threads(threads)
         self.memory_mib = memory_mib or CPU_MEMORY_MIB
         if memory_mib is None and self.device.type == "cuda":
             self.memory_mib = int(torch.cuda.get_device_properties(self.device).total_memory * GPU_SHARE / MIB)
@@ -43,12 +46,18 @@ def rows_of(outcomes: Dataset) -> Iterator[dict[str, Any]]:
         raise
 
 
-def actor_slots(num_images: int) -> dict[str, Any]:
-    """How many restoring actors the cluster has room and work for, as arguments of `Dataset.map_batches`."""
+def actor_slots(num_images: int) -> tuple[dict[str, Any], int]:
+    """How many restoring actors the cluster has room and work for, and the CPU threads of each.
+
+    The former as arguments of `Dataset.map_batches`.
+    """
     resources = ray.cluster_resources()
     if gpus := int(resources.get("GPU", 0)):
-        return {"compute": ActorPoolStrategy(size=min(gpus, num_images)), "num_gpus": 1}
-    # The actors read for themselves, and their input is in the object store already: nothing else needs a CPU.
+        return {"compute": ActorPoolStrategy(size=min(gpus, num_images)), "num_gpus": 1}, 1
+    # The actors read for themselves, and their input is in the object store already: nothing else needs a CPU. One is
+    # what each asks for, since more might fit on no node; where there are fewer images than CPUs, it uses several.
     cpus = max(1, int(resources.get("CPU", 1)))
     actors = min(cpus, num_images)
-    return {"compute": ActorPoolStrategy(size=actors), "num_cpus": cpus // actors}
+    sizes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    threads = min(cpus // actors, min(filter(None, sizes), default=1))
+    return {"compute": ActorPoolStrategy(size=actors), "num_cpus": 1}, threads

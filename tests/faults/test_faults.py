@@ -6,6 +6,8 @@ import pytest
 from tests.faults.inject import FAULTS
 from tests.faults.matrix import run_under, stage
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def theatre():
@@ -27,13 +29,11 @@ def test_shard_worker_controller_and_node_die_in_one_run(theatre):
     assert outcome.labels_held == 6
 
 
-@pytest.mark.slow
 def test_the_object_store_is_away_for_20_s_and_then_the_driver_is_killed(theatre):
     outcome = held_under(theatre, object_store_outage=7, driver=16)
     assert outcome.resumed == 1 and "goes on with this run" in outcome.output
 
 
-@pytest.mark.slow
 def test_the_disk_of_the_checkpoints_is_full_for_a_while(theatre):
     try:
         outcome = held_under(theatre, disk_full=14)
