@@ -116,6 +116,11 @@ class Tracker:
         self._mlflow.end_run(status="FINISHED" if succeeded else "FAILED")
 
 
+def last_metrics(uri: str, run_id: str) -> dict[str, float]:
+    """What a run of the MLflow at `uri` logged last, by metric."""
+    return dict(connect(uri).MlflowClient().get_run(run_id).data.metrics)
+
+
 def first_line(error: Exception) -> str:
     """What an error says, at most 300 characters of its first line."""
     lines = str(error).strip().splitlines()

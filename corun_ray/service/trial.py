@@ -9,12 +9,13 @@ from typing import Any
 
 from ray import tune
 
-from corun_ray.config import TuneJob
+from corun_ray.config import ColabatorJob, TuneJob
 from corun_ray.jobtrials import pretraining_of, trial_job
 from corun_ray.service import usercode
 from corun_ray.service.console import Console
+from corun_ray.service.runs import last_run, read_record
 from corun_ray.service.storage import Location, locate
-from corun_ray.service.tracking import tracking_uri
+from corun_ray.service.tracking import last_metrics, tracking_uri
 from corun_ray.service.train import run_training
 
 TRIALS = "trials"
@@ -54,7 +55,15 @@ def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> dict[str, Any]:
         train = functools.partial(run_training, console=Console(), folder=folder, resume=True, parent=plan.mlflow_run)
         if steps:
             job = trial_job(plan.job, values | {"network.init": train(pretraining_of(job, steps))})
-        return latest | {"model": train(job, listen=listen)}
+        model = train(job, listen=listen)
+    return _last_metrics(job) | latest | {"step": job.train.steps, "model": model}
+
+
+def _last_metrics(job: ColabatorJob) -> dict[str, float]:
+    """Those of the trial's run: of one that had ended before Tune took note of it, nothing else is heard."""
+    run = last_run(job)
+    assert run is not None
+    return last_metrics(tracking_uri(job), read_record(run).mlflow_run)
 
 
 def own_values(job: TuneJob, run: Location, trial: str) -> dict[str, Any]:
