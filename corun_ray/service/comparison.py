@@ -21,6 +21,11 @@ class Interval:
     count: int
     """Images that have a value; of a single one, there is no interval (NaN)."""
 
+    @property
+    def span(self) -> str:
+        """`low to high`; empty where there is no interval."""
+        return "" if np.isnan(self.low) else f"{self.low:.4f} to {self.high:.4f}"
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -18,16 +18,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def table(rows: Mapping[str, Mapping[str, float]], digits: int = 3) -> list[str]:
-    """Rows and columns by name, numbers aligned right."""
-    columns = list(next(iter(rows.values())))
-    width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{column:>10}" for column in columns)]
-    return lines + [
-        f"{name:<{width}}" + "".join(f"{row[c]:>10.{digits}f}" for c in columns) for name, row in rows.items()
-    ]
-
-
 class Rate:
     """Items per second over the last half minute: what an ETA should rest on."""
 

@@ -1,5 +1,6 @@
 """Held-out images measured one by one, and which of them are kept as pictures."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -43,7 +44,7 @@ class Gallery:
         """One more image; `look` gives what went in and what came out, and is called only if they are kept."""
         self._measured.append(measured)
         for metric, value in measured.values.items():
-            for sign in (1, -1):
+            for sign in (1, -1) if not math.isnan(value) else ():
                 if (metric, sign) not in self._extremes or sign * value > self._extremes[metric, sign][0]:
                     self._extremes[metric, sign] = (sign * value, measured.image)
         wanted = self._shown | {image for _, image in self._extremes.values()}

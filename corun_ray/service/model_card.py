@@ -82,10 +82,7 @@ def about_model(job: TrainingJob, spec: NetworkSpec, data: str, run: Location, l
         SUMMARY_TAG: _summary(job, spec),
         **{name: f"{interval.mean:.6g}" for name, interval in means.items()},
     }
-    rows = [
-        f"| {name} | {found.mean:.4f} | {found.low:.4f} to {found.high:.4f} | {found.count} |"
-        for name, found in means.items()
-    ]
+    rows = [f"| {name} | {found.mean:.4f} | {found.span} | {found.count} |" for name, found in means.items()]
     head = ["| metric | mean | 95 % interval | images |", "| --- | --- | --- | --- |"]
     pictures = _pictures(run, last)
     card = CARD.format(

@@ -67,14 +67,24 @@ def add_model_commands(commands: "argparse._SubParsersAction", reporting: Report
         add(commands, reporting)
 
 
-def _add_dehaze(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
-    dehaze = commands.add_parser(
-        "dehaze",
-        help="dehaze a folder of images",
-        description=DEHAZE,
-        epilog=DEHAZE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _command(
+    commands: "argparse._SubParsersAction", name: str, help: str, text: str, examples: str = ""
+) -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=text, epilog=examples, formatter_class=raw
     )
+    parser.add_argument(
+        "--tracking",
+        default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db",
+        metavar="URI",
+        help="MLflow server of models:/ and runs:/ (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)",
+    )
+    return parser
+
+
+def _add_dehaze(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
+    dehaze = _command(commands, "dehaze", "dehaze a folder of images", DEHAZE, DEHAZE_EXAMPLES)
     dehaze.add_argument("input", metavar="INPUT", help="folder or URI of images")
     dehaze.add_argument("output", metavar="OUTPUT", help="folder or URI to write to")
     dehaze.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE_HELP)
@@ -96,18 +106,11 @@ def _add_dehaze(commands: "argparse._SubParsersAction", reporting: Reporting) ->
         metavar="N",
         help="memory of one image at work; larger ones are cut into tiles (default 2816, or 3/4 of a GPU's)",
     )
-    _add_tracking(dehaze)
     dehaze.set_defaults(command=functools.partial(_dehaze, reporting))
 
 
 def _add_evaluate(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="measure models on a folder of images",
-        description=EVALUATE,
-        epilog=EVALUATE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    evaluate = _command(commands, "evaluate", "measure models on a folder of images", EVALUATE, EVALUATE_EXAMPLES)
     evaluate.add_argument("input", metavar="INPUT", help="folder or URI of hazy images")
     evaluate.add_argument("--truth", metavar="DIR", help="folder or URI of their clear truth, paired by stem")
     evaluate.add_argument(
@@ -129,47 +132,24 @@ def _add_evaluate(commands: "argparse._SubParsersAction", reporting: Reporting) 
     evaluate.add_argument(
         "--storage", default="runs", metavar="DIR", help="folder or URI for the tables (default runs)"
     )
-    _add_tracking(evaluate)
     evaluate.set_defaults(command=functools.partial(_evaluate, reporting))
 
 
 def _add_promote(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
-    promote = commands.add_parser(
-        "promote",
-        help="make a version of a registered model its champion",
-        description=PROMOTE,
-        epilog=PROMOTE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    promote = _command(commands, "promote", "make a version of a model its champion", PROMOTE, PROMOTE_EXAMPLES)
     promote.add_argument("name", metavar="NAME", help="registered model")
     promote.add_argument("version", metavar="VERSION", help="a number, or an alias such as candidate")
     promote.add_argument(
         "--if-better", metavar="METRIC", help="only where this metric of the held-out images shows it: val/fade, ..."
     )
-    _add_tracking(promote)
     promote.set_defaults(command=functools.partial(_promote, reporting))
 
 
 def _add_pull(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
-    pull = commands.add_parser(
-        "pull",
-        help="write a model as plain files",
-        description=PULL,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    pull = _command(commands, "pull", "write a model as plain files", PULL)
     pull.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     pull.add_argument("folder", type=Path, metavar="DIR", help="where to write them; must be new or empty")
-    _add_tracking(pull)
     pull.set_defaults(command=functools.partial(_pull, reporting))
-
-
-def _add_tracking(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tracking",
-        default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db",
-        metavar="URI",
-        help="MLflow server of models:/ and runs:/ (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)",
-    )
 
 
 def _listed(text: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The report of a training run: what became of its validation images, its curves, its pool, and how it was made."""
 
+import math
 import platform
 import socket
 from collections.abc import Mapping, Sequence
@@ -76,8 +77,7 @@ def _result(log: ValidationLog) -> list[Table]:
     for (prefix, metric), images in log.at(log.last_step).items():
         found = interval_of(np.array([*images.values()]))
         better = "less" if all_metrics()[metric].lower_better else "more"
-        interval = f"{found.low:.4f} to {found.high:.4f}" if found.count > 1 else ""
-        rows.append([f"{prefix}/{metric}", f"{found.mean:.4f}", interval, str(found.count), better])
+        rows.append([f"{prefix}/{metric}", f"{found.mean:.4f}", found.span, str(found.count), better])
     return [Table(["metric", "mean", "interval", "images", "better is"], rows)]
 
 
@@ -97,8 +97,9 @@ def _extremes(run: Location, log: ValidationLog, pictured: Mapping[str, Sequence
         return []
     found = []
     for (prefix, metric), images in log.at(last).items():
-        ranked = sorted(images, key=images.__getitem__, reverse=not all_metrics()[metric].lower_better)
-        for word, image in (("best", ranked[0]), ("worst", ranked[-1])):
+        known = [image for image, value in images.items() if not math.isnan(value)]
+        ranked = sorted(known, key=images.__getitem__, reverse=not all_metrics()[metric].lower_better)
+        for word, image in (("best", ranked[0]), ("worst", ranked[-1])) if ranked else ():
             name = f"{prefix}/{image}"
             if last in pictured.get(name, ()):
                 both = _side_by_side(example(run, name, last))

@@ -19,7 +19,8 @@ def test_values_that_are_missing_or_infinite_are_left_out():
     assert (found.mean, found.count) == (2.0, 2)
     assert interval_of(np.array([np.nan])).count == 0
     single = interval_of(np.array([5.0]))
-    assert single.mean == 5 and np.isnan(single.low)
+    assert single.mean == 5 and np.isnan(single.low) and single.span == ""
+    assert interval_of(np.array([1.0, 1.0])).span == "1.0000 to 1.0000"
 
 
 @pytest.mark.parametrize(("lower_better", "verdict"), [(False, "better"), (True, "worse")])

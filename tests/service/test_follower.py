@@ -1,4 +1,4 @@
-from corun_ray.service.console import Rate, duration, table
+from corun_ray.service.console import Rate, duration
 from corun_ray.service.follower import root_cause
 
 CHAIN = """Traceback (most recent call last):
@@ -18,12 +18,6 @@ def test_the_root_cause_is_what_happened_first():
     assert root_cause("Traceback:\n  x\nKeyError: 3\n") == "KeyError: 3"
 
 
-def test_durations_and_tables_read_well():
-    assert (duration(59.9), duration(125), duration(3725)) == ("0:59", "2:05", "1:02:05")
-    lines = table({"hazy input": {"psnr": 12.3456}, "net": {"psnr": 15.0}})
-    assert lines == ["                psnr", "hazy input    12.346", "net           15.000"]
-
-
 def test_the_rate_rests_on_recent_progress(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
@@ -38,3 +32,7 @@ def test_the_rate_rests_on_recent_progress(monkeypatch):
     assert 1.5 < fast < 4.0, "the last half minute was mostly fast"
     now[0] += 100.0
     assert 0 < rate.update(81) < 0.1, "slow work still has a rate"
+
+
+def test_durations_read_well():
+    assert (duration(59.9), duration(125), duration(3725)) == ("0:59", "2:05", "1:02:05")

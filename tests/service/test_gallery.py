@@ -36,3 +36,10 @@ def test_pictures_are_small_and_only_made_when_kept():
     (best,) = [one for one in gallery.measured() if one.image == "3.0"]
     assert decode_image(best.pictures.output).shape == (PICTURE_PX, PICTURE_PX // 2, 3)
     assert decode_image(best.pictures.output).mean() > decode_image(best.pictures.hazy).mean() + 100
+
+
+def test_an_undefined_value_is_neither_best_nor_worst():
+    gallery, picture = Gallery(set()), np.zeros((10, 12, 3), np.uint8)
+    for image, value in {"black": float("nan"), "a": 1.0, "b": 2.0}.items():
+        gallery.add(Measured("val", image, {"fade": value}), lambda: (picture, picture))
+    assert [one.image for one in gallery.measured() if one.pictures is not None] == ["a", "b"]
