@@ -35,7 +35,7 @@ lint: $(STAMP)
 
 # Renews the lock (needs uv): complete, hashed, without hosts.
 lock:
-	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url --no-header \
+	uv pip compile pyproject.toml --extra dev --extra server --universal --generate-hashes --no-emit-index-url --no-header \
 	    --no-annotate --output-file requirements.lock
 
 clean:
