@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from corun_ray.service.bench_cli import add_bench_commands
 from corun_ray.service.model_cli import add_model_commands
 from corun_ray.service.pool_cli import add_pool_commands
+from corun_ray.service.submit_cli import add_submit_commands
 from corun_ray.service.weights_cli import Wanted, add_weights_commands
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
@@ -20,6 +22,7 @@ A job file says everything about a job; `corun-ray check --keys` lists what it m
   corun-ray demo demo                     make a small dataset
   corun-ray run jobs/quickstart.yaml      train on it: pretrain, colabator, evaluate
   corun-ray run JOB.yaml --resume         go on where its last run stopped
+  corun-ray submit JOB.yaml               run it on a cluster by Ray's Jobs API
   corun-ray pool ls runs/RUN              look into the label pool of a run
   corun-ray evaluate PHOTOS               measure photographs, baselines and models
   corun-ray dehaze PHOTOS OUT --model models:/corun-demo@champion --tracking sqlite:///runs/mlflow.db
@@ -94,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("folder", type=Path, metavar="DIR")
     demo.add_argument("--seed", type=int, default=0, help="other scenes for another seed (default 0)")
 
+    add_submit_commands(commands)
     add_weights_commands(commands, _weights_of_jobs)
     add_pool_commands(commands)
     add_model_commands(commands, _reporting)
@@ -161,6 +165,8 @@ def _reporting(action: Callable[[], object]) -> int:
     from corun_ray.service.storage import StorageError
     from corun_ray.service.tracking import TrackingError
 
+    # Stopped by the Jobs API or an operator, a job closes what it has opened, as at Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     log = _divert_stderr()
     try:
         action()

@@ -3,7 +3,16 @@
 import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
 
 WORKERS = "workers"  # marks a number or a pair that is kept as a pair
 COUNT = "count"  # marks a number of things: out of range it is "too few", where a size is "too small"
@@ -69,6 +78,14 @@ Workers = Annotated[
     BeforeValidator(_workers),
     AfterValidator(_low_first),
     PlainSerializer(lambda pair: pair[0] if pair[0] == pair[1] else pair),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2},
+            ]
+        }
+    ),
     WORKERS,
 ]
 LearningRate = Annotated[float, Field(gt=0, le=1, description="learning rate at the first step")]

@@ -3,7 +3,6 @@
 import argparse
 import math
 import shutil
-import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -130,7 +129,6 @@ def _measure(args: argparse.Namespace, settings: "Settings") -> None:
     from corun_ray.service.poollink import PoolError
     from corun_ray.service.storage import locate
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever ends it, it tidies up
     console, total = Console(), settings.labels * len(settings.shards)
     with _scratch(locate(args.storage)) as folder:
         place = cluster.connect()

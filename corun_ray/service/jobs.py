@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from corun_ray.config import DehazeJob, EvaluateJob, Job, TrainingJob, TuneJob
 from corun_ray.core.weights import WeightsError
@@ -11,19 +10,10 @@ from corun_ray.service import cluster
 from corun_ray.service.console import Console
 from corun_ray.service.dehaze import run_dehazing
 from corun_ray.service.evaluation import run_evaluation
+from corun_ray.service.folders import with_absolute_paths
 from corun_ray.service.manifest import build_manifest
 from corun_ray.service.scoring import missing_weights, needed_files
-from corun_ray.service.storage import locate
 from corun_ray.service.train import run_training
-
-FOLDERS = (
-    *("storage", "data.clear", "data.depth", "data.hazy", "data.paired.hazy", "data.paired.clear"),
-    *("data.validation.hazy", "data.validation.clear"),
-    *("data.validation_sets.*.hazy", "data.validation_sets.*.clear"),
-    *("coherence.weights", "loss.weights", "evaluate.hazy", "evaluate.clear", "evaluate.weights"),
-    *("dehaze.input", "dehaze.output"),
-)
-"""The keys of a job file that name folders or URIs; `*` is every key at its place."""
 
 
 def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resume: bool = False) -> None:
@@ -54,26 +44,3 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
             run_evaluation(job, console)
         elif isinstance(job, DehazeJob):
             run_dehazing(job, console, resume)
-
-
-def with_absolute_paths(job: Job) -> Job:
-    """The job with its folders absolute: workers do not run where the driver does."""
-    tree = job.model_dump()
-    for path in FOLDERS:
-        *names, key = path.split(".")
-        for section in _sections(tree, names):
-            if section.get(key):
-                section[key] = locate(section[key]).uri
-    for path, choice in tree.get("tune", {}).get("search", {}).items():
-        if path in FOLDERS and isinstance(choice, tuple):
-            tree["tune"]["search"][path] = tuple(locate(value).uri for value in choice)
-    return type(job).model_validate(tree)
-
-
-def _sections(tree: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
-    """The sections at a path, none where the job leaves it out."""
-    found = [tree]
-    for name in names:
-        below = [list(section.values()) if name == "*" else [section.get(name)] for section in found]
-        found = [section for sections in below for section in sections if section]
-    return found
