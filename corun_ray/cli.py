@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from corun_ray.service.bench_cli import add_bench_commands
+from corun_ray.service.doctor_cli import add_doctor_command
 from corun_ray.service.model_cli import add_model_commands
 from corun_ray.service.pool_cli import add_pool_commands
 from corun_ray.service.submit_cli import add_submit_commands
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="other scenes for another seed (default 0)")
 
     add_submit_commands(commands)
+    add_doctor_command(commands, _reporting)
     add_weights_commands(commands, _weights_of_jobs)
     add_pool_commands(commands)
     add_model_commands(commands, _reporting)

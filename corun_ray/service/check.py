@@ -1,8 +1,6 @@
 """`corun-ray check`: looks at everything a job would use, and starts nothing."""
 
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 
 from corun_ray.config import ColabatorJob, DehazeJob, EvaluateJob, Job, TrainingJob, TuneJob
@@ -10,6 +8,7 @@ from corun_ray.core.iqanames import OWN
 from corun_ray.core.weights import WeightsError
 from corun_ray.jobmethod import QUALITY_NAMES
 from corun_ray.jobtrials import example
+from corun_ray.service.gpus import gpus_of_driver
 from corun_ray.service.manifest import Manifest, ManifestError, build_manifest, held_out, held_out_sets, images_below
 from corun_ray.service.storage import StorageError, locate
 
@@ -123,17 +122,8 @@ def _machines(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
     where = os.environ.get("RAY_ADDRESS")
     needs = f"{'at least ' if size.is_elastic else ''}{cpus:g} CPUs and {gpus:g} GPUs in all"
     yield f"machines  {size.workers_text} workers; {needs}, on {where or 'a local Ray'}"
-    if gpus and not where and gpus > _local_gpus():
+    if gpus and not where and gpus > gpus_of_driver():
         raise _Mistake(
-            f"cluster.gpus_per_worker: {gpus:g} GPUs in all, but this machine has {_local_gpus()} "
+            f"cluster.gpus_per_worker: {gpus:g} GPUs in all, but this machine has {gpus_of_driver()} "
             "(set RAY_ADDRESS to use a cluster, or 0 to train on the CPU)"
         )
-
-
-def _local_gpus() -> int:
-    """The GPUs that the driver lists; asking torch would take seconds to import."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return 0
-    listing = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

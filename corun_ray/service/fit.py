@@ -36,12 +36,12 @@ def fit(plan: WorkerPlan, run: Location, console: Console) -> Result:
             failures += 1
             is_over = isinstance(error, TrainingFailedError) and not isinstance(error, ControllerError)
             if is_over or failures > allowed:
-                reasons = "".join(f"\n  {line}" for line in _reasons(error))
-                raise JobFailed(f"training failed; restarts allowed: {allowed}{reasons}") from None
-            console.say(f"  starting another controller: {'; '.join(_reasons(error))}")
+                lines = "".join(f"\n  {line}" for line in reasons(error))
+                raise JobFailed(f"training failed; restarts allowed: {allowed}{lines}") from None
+            console.say(f"  starting another controller: {'; '.join(reasons(error))}")
 
 
-def _reasons(error: Exception) -> list[str]:
+def reasons(error: Exception) -> list[str]:
     """A line a cause; whole tracebacks are in the run's errors.log."""
     if isinstance(error, WorkerGroupError):
         causes = {rank: root_cause(str(failure)) for rank, failure in sorted(error.worker_failures.items())}
@@ -55,7 +55,7 @@ def _trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
     job, storage = plan.job, locate(plan.job.storage)
     return TorchTrainer(
         functools.partial(train_worker, plan),
-        scaling_config=_scaling(job.cluster),
+        scaling_config=scaling(job.cluster),
         run_config=RunConfig(
             name=name,
             storage_path=storage.path,
@@ -66,7 +66,8 @@ def _trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
     )
 
 
-def _scaling(cluster: Cluster) -> ScalingConfig:
+def scaling(cluster: Cluster) -> ScalingConfig:
+    """As many workers as the section says, with what each asks for."""
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker

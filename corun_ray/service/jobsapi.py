@@ -1,13 +1,14 @@
 """Ray's Jobs API as a person needs it: submit, follow, look, stop, by a job's name."""
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import requests
@@ -22,6 +23,11 @@ NAME_KEY = "corun_name"
 POLL_S = 1.0
 PATIENCE_S = 60.0
 """How long a cluster that no longer answers is asked again while a log is followed."""
+CHATTY = (
+    *("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"),
+    *("ray._private.runtime_env.packaging", "ray._private.runtime_env.working_dir"),
+)
+"""Loggers of Ray's client that tell of every file that is not uploaded."""
 RUNNING = (JobStatus.PENDING, JobStatus.RUNNING)
 
 
@@ -47,6 +53,8 @@ class Jobs:
             raise JobsError("no cluster: give --address http://HOST:8265, or set RAY_API_SERVER_ADDRESS")
         if _has_token():
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+        for name in CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
         self._client = self._asked(JobSubmissionClient)
 
     def submit(self, submission: Submission) -> str:
@@ -54,12 +62,13 @@ class Jobs:
         running = [job.submission_id for job in self.all() if is_of(job, submission.name) and job.status in RUNNING]
         if running:
             raise JobsError(f"{submission.name} is running already ({running[0]}): stop it, or give another --name")
-        environment = {
+        environment: dict[str, Any] = {
             "working_dir": str(submission.working_dir),
-            "py_modules": [str(module) for module in submission.py_modules],
             "env_vars": dict(submission.env),
             "excludes": LEFT_OUT,
         }
+        if submission.py_modules:  # Ray takes an empty list for a broken one
+            environment["py_modules"] = [str(module) for module in submission.py_modules]
         return self._asked(
             lambda: self._client.submit_job(
                 entrypoint=submission.entrypoint,

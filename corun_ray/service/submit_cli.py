@@ -172,8 +172,9 @@ def _code_of(job: "JobDetails") -> int:
         return DONE
     if job.driver_exit_code == WRONG_REQUEST:
         return WRONG_REQUEST
-    if job.driver_exit_code is None and job.message:
-        print(job.message.strip(), file=sys.stderr)
+    if job.driver_exit_code is None and job.message:  # it never began: Ray says why, around a traceback
+        first, *_, last = [line for line in job.message.splitlines() if line.strip()] * 2
+        print(first if first == last else f"{first} {last}", file=sys.stderr)
     return FAILED
 
 

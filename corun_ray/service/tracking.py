@@ -53,7 +53,7 @@ class Tracker:
         self.uri = tracking_uri(job)
         self._mlflow = connect(self.uri)
         try:
-            self._select_experiment(job)
+            self._mlflow.set_experiment(experiment_id=experiment_id(self._mlflow, self.uri, job.tracking.experiment))
             self._run = self._mlflow.start_run(
                 earlier,
                 run_name=name,
@@ -65,16 +65,6 @@ class Tracker:
                 self._mlflow.log_params({key: str(value)[:500] for key, value in params.items()})
         except Exception as error:
             raise TrackingError(f"tracking.uri: {self.uri} does not answer as MLflow: {first_line(error)}") from None
-
-    def _select_experiment(self, job: Job) -> None:
-        name = job.tracking.experiment
-        if self._mlflow.get_experiment_by_name(name) is None:
-            # A server has its own place for artifacts; with an SQLite file they go beside it.
-            beside = None
-            if self.uri.startswith(SQLITE):
-                beside = Path(self.uri.removeprefix(SQLITE)).absolute().with_name("mlartifacts").as_uri()
-            self._mlflow.create_experiment(name, artifact_location=beside)
-        self._mlflow.set_experiment(name)
 
     @property
     def run_id(self) -> str:
@@ -114,6 +104,18 @@ class Tracker:
     def finish(self, succeeded: bool) -> None:
         """Closes the run."""
         self._mlflow.end_run(status="FINISHED" if succeeded else "FAILED")
+
+
+def experiment_id(mlflow: Any, uri: str, name: str) -> str:
+    """The id of an experiment of the MLflow at `uri`, made where there is none."""
+    experiment = mlflow.get_experiment_by_name(name)
+    if experiment is not None:
+        return experiment.experiment_id
+    # A server has its own place for artifacts; with an SQLite file they go beside it.
+    beside = None
+    if uri.startswith(SQLITE):
+        beside = Path(uri.removeprefix(SQLITE)).absolute().with_name("mlartifacts").as_uri()
+    return mlflow.create_experiment(name, artifact_location=beside)
 
 
 def last_metrics(uri: str, run_id: str) -> dict[str, float]:
