@@ -38,7 +38,7 @@ class WrongRequest(Exception):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, runs the command and exits with its code."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         sys.exit(args.command(args))
     except BrokenPipeError:
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(WRONG_REQUEST)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "corun-ray",

@@ -5,10 +5,12 @@ A job is one of the classes in `KINDS`, chosen by its `kind`; a class has the ke
 """
 
 import warnings
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from corun_ray.credentials import REFUSED, holds_credentials, without_credentials
 from corun_ray.jobdata import ColabatorData, Haze, TrainingData
 from corun_ray.jobdehaze import Dehaze
 from corun_ray.jobevaluate import Evaluate
@@ -113,6 +115,18 @@ def _section(description: str) -> Any:
     return Field({}, description=description)
 
 
+def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every text within a value, after the path of its key."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _texts(part, f"{path}.{key}" if path else key)
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _texts(part, path)
+
+
 class Job(Strict):
     kind: str = Field(description="pretrain, colabator, tune, evaluate or dehaze")
     name: Name = Field(description="lower-case letters, digits, . _ - and no . _ - in front")
@@ -128,6 +142,13 @@ class Job(Strict):
         if not tracking.uri and "://" in storage:
             raise Mismatch("tracking.uri", f"needed because storage {storage} is not a folder")
         return tracking
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> "Job":
+        for path, text in _texts(self.model_dump()):
+            if holds_credentials(text):
+                raise Mismatch(path, f"{without_credentials(text)} {REFUSED}")
+        return self
 
     @property
     def whole_cluster(self) -> Cluster:

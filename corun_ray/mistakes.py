@@ -9,6 +9,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from corun_ray.config import KINDS, Job
+from corun_ray.credentials import without_credentials
 from corun_ray.jobkeys import LIMIT_WORDS, field_at, keys, takes
 from corun_ray.jobvalues import COUNT, Mismatch
 from corun_ray.jobyaml import Loc
@@ -137,6 +138,6 @@ def path_of(loc: Loc) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as it may have been written, shortened to 60 characters."""
-    text = json.dumps(value, ensure_ascii=False)
+    """A value as it may have been written, without credentials, shortened to 60 characters."""
+    text = without_credentials(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -167,43 +167,50 @@ def all_reduce(size: Cluster, mib: int) -> str:
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = TorchTrainer(
-            functools.partial(_all_reduce, mib),
+            functools.partial(_all_reduce, mib),  # type: ignore[arg-type]
             scaling_config=scaling(size),
             torch_config=TorchConfig(timeout_s=int(ANSWER_S)),
             run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=0)),
         )
         try:
-            metrics = trainer.fit().metrics or {}
+            # Ray's annotations are those of its older trainer, which had no such values.
+            summed: _Summed = trainer.fit().return_value  # type: ignore[attr-defined]
         except TrainingFailedError as error:
             raise RuntimeError("; ".join(reasons(error))) from None
-    workers, seconds = metrics["workers"], metrics["seconds"]
-    if workers == 1:
+    if summed.workers == 1:
         return "a single worker: nothing to sum"
     # Each byte crosses the slowest link 2 (n - 1) / n times, as NCCL's own tests count.
-    speed = 2 * (workers - 1) / workers * mib * MIB / seconds / 1e9
-    where = f"{workers} workers on {metrics['nodes']} node{'s' * (metrics['nodes'] != 1)}"
-    return f"{where}: {mib} MiB summed by {metrics['backend']} in {1000 * seconds:.0f} ms, {speed:.2f} GB/s"
+    speed = 2 * (summed.workers - 1) / summed.workers * mib * MIB / summed.seconds / 1e9
+    where = f"{summed.workers} workers on {summed.nodes} node{'s' * (summed.nodes != 1)}"
+    return f"{where}: {mib} MiB summed by {summed.backend} in {1000 * summed.seconds:.0f} ms, {speed:.2f} GB/s"
 
 
-def _all_reduce(mib: int) -> None:
+@dataclass(frozen=True)
+class _Summed:
+    """What one of the workers saw: how many they were, on how many nodes, and the least time of a sum."""
+
+    workers: int
+    nodes: int = 1
+    backend: str = "none"
+    seconds: float = 0.0
+
+
+def _all_reduce(mib: int) -> _Summed:
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     workers, rank = context.get_world_size(), context.get_world_rank()
+    if workers == 1:
+        return _Summed(workers)
     seconds = []
-    if workers > 1:
-        for _ in range(1 + REPEATS):  # the first one connects
-            numbers = torch.full((mib * MIB // 4,), float(rank + 1), device=device)
-            dist.barrier()
-            started = time.monotonic()
-            dist.all_reduce(numbers)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.monotonic() - started)
-            if not bool((numbers == workers * (workers + 1) / 2).all()):
-                raise RuntimeError(f"rank {rank} got a wrong sum")
+    for _ in range(1 + REPEATS):  # the first one connects
+        numbers = torch.full((mib * MIB // 4,), float(rank + 1), device=device)
+        dist.barrier()
+        started = time.monotonic()
+        dist.all_reduce(numbers)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.monotonic() - started)
+        if not bool((numbers == workers * (workers + 1) / 2).all()):
+            raise RuntimeError(f"rank {rank} got a wrong sum")
     nodes: list[str] = [""] * workers
-    if workers > 1:
-        dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
-    backend = dist.get_backend() if workers > 1 else "none"
-    ray.train.report(
-        {"workers": workers, "nodes": len(set(nodes)), "backend": backend, "seconds": min(seconds[1:], default=0.0)}
-    )
+    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+    return _Summed(workers, len(set(nodes)), dist.get_backend(), min(seconds[1:]))

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 from pyarrow import fs
 
+from corun_ray.credentials import REFUSED, holds_credentials, without_credentials
+
 T = TypeVar("T")
 
 PATIENCE_VARIABLE, DEFAULT_PATIENCE_S = "CORUN_STORAGE_PATIENCE_S", 100.0
@@ -92,7 +94,9 @@ class Location:
         return posixpath.basename(self.path)
 
     def child(self, relative: str) -> "Location":
-        """A place below this one."""
+        """A place below this one; raises `StorageError` for one that is not."""
+        if posixpath.isabs(relative) or posixpath.normpath(relative).split("/")[0] == "..":
+            raise StorageError(f"{relative!r} does not lie below {self.uri}")
         # The options of a URI stay at its end.
         place, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
         uri = f"{posixpath.join(place, relative)}{mark}{options}"
@@ -206,7 +210,12 @@ def _first_line(error: Exception) -> str:
 
 @lru_cache(maxsize=64)
 def locate(uri: str) -> Location:
-    """The place that a folder path or URI means; raises `StorageError` for a URI that pyarrow does not know."""
+    """The place that a folder path or URI means.
+
+    Raises `StorageError` for a URI that pyarrow does not know, and for one with credentials.
+    """
+    if holds_credentials(uri):
+        raise StorageError(f"{without_credentials(uri)} {REFUSED}")
     if "://" not in uri:
         path = Path(uri).expanduser().absolute()
         return Location(str(path), fs.LocalFileSystem(), str(path))

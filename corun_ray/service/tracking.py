@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from corun_ray.config import Job
+from corun_ray.credentials import REFUSED, holds_credentials, without_credentials
 from corun_ray.service.runs import flatten
 
 SQLITE = "sqlite:///"
@@ -24,7 +25,10 @@ def tracking_uri(job: Job) -> str:
 
 
 def connect(uri: str) -> Any:
-    """MLflow, quiet and pointed at `uri`."""
+    """MLflow, quiet and pointed at `uri`; raises `TrackingError` for one with credentials."""
+    if holds_credentials(uri):
+        said = without_credentials(uri)
+        raise TrackingError(f"{said} {REFUSED} (MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN)")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")

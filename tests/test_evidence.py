@@ -1,0 +1,59 @@
+"""The measurements of the docs run, in small: what they print is for the docs, not asserted here."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from corun_ray.core.images import encode_png
+from corun_ray.service.weights import index_folder
+from tests.conftest import photograph
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data"
+TIMEOUT_S = 600
+
+
+def ran(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(ROOT / "docs" / "evidence" / script), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT_S, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        (folder / f"{number}.png").write_bytes(encode_png(photograph(rng, 320, 400)))
+    return folder
+
+
+def test_what_an_encoding_costs(photographs: Path) -> None:
+    said = ran("label_encodings.py", photographs)
+    assert [line.split()[0] for line in said.splitlines()[2:]] == ["uint8", "float16", "float32"]
+
+
+def test_offers_of_a_network_and_scorers_without_weights(photographs: Path, tmp_path: Path) -> None:
+    common = ("--clear", photographs, "--pairs", photographs, photographs)
+    ran("network_offers.py", *common, "--steps", 10, tmp_path / "offers.npz")
+    said = ran("weight_free_scorers.py", *common, "--photographs", 2, "--offers", tmp_path / "offers.npz")
+    assert "dark_channel" in said
+
+
+def test_both_orders_decide_alike() -> None:
+    assert "saved" in ran("lazy_coherence.py", "--steps", 2)
+
+
+def test_scores_from_a_folder_and_from_a_bucket_are_the_same(photographs: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        shutil.copy(DATA / "iqa" / "niqe_modelparameters.mat", tmp_path / name)
+        index_folder(str(tmp_path / name))
+    said = ran("quality_sources.py", photographs, tmp_path / "one", tmp_path / "two", "--metrics", "niqe")
+    assert "niqe: the same order" in said and "largest difference of a score: 0\n" in said
