@@ -21,7 +21,8 @@ ADDRESS_HELP = "of the cluster's dashboard, http://HOST:8265 (default: RAY_API_S
 SUBMIT = """\
 Runs a job file on a cluster through Ray's Jobs API and follows what it prints. The file is validated here first. This
 checkout goes along as its working directory (of a job file elsewhere, its folder), and so do the values of the
-environment variables that the file names. Folders must be URIs, or absolute paths that the cluster's nodes reach.
+environment variables that the file names. Folders must be URIs, or absolute paths that the cluster's nodes reach; the
+job is run by the python3 of the cluster's PATH, which must have the packages of this one.
 
 Ctrl-C asks whether to stop the job; without a terminal it leaves the job alone. The exit code is the job's.
 The cluster's token is taken from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
