@@ -14,7 +14,9 @@ import pytest
 
 from corun_ray.config import Cluster
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+PLANTED = "planted-secret-7c1e5b"
+"""A secret that must not turn up anywhere."""
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": PLANTED, "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

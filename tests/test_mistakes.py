@@ -139,3 +139,8 @@ def test_mistakes_of_a_pipeline_name_the_job(tmp_path: Path) -> None:
         "sed: unknown key (did you mean seed?)",
         "job e: train: not used by an evaluate job",
     ]
+
+
+def test_a_mistake_shows_no_credentials(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, f"{PRETRAIN}storage: ['s3://AKIA:word@bucket/runs']\n")
+    assert line == 'storage: ["s3://***@bucket/runs"] is not text'
