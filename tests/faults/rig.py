@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,10 @@ def kill(process: psutil.Process) -> None:
 class Driver:
     """One `corun-ray run` in a terminal of its own, whose live line says how far it is."""
 
-    def __init__(self, job: Path, environment: dict[str, str], *arguments: str) -> None:
+    def __init__(self, job: Path, environment: dict[str, str], *arguments: str, inside: Sequence[str] = ()) -> None:
+        """`inside` is a command that runs the rest of its line somewhere else."""
         master, terminal = pty.openpty()
-        command = [sys.executable, "-m", "corun_ray", "run", str(job), *arguments]
+        command = [*inside, sys.executable, "-m", "corun_ray", "run", str(job), *arguments]
         self._process = subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment)
         os.close(terminal)
         self.step = 0
@@ -141,7 +142,7 @@ class Driver:
         return code
 
 
-def write_job(folder: Path, data: Path, storage: str, name: str, **sections: dict[str, Any]) -> Path:
+def write_job(folder: Path, data: Path | str, storage: str, name: str, **sections: dict[str, Any]) -> Path:
     """A small Colabator job: two workers, two shards, a checkpoint every few steps; `sections` are merged over that."""
     tree: dict[str, Any] = {
         "kind": "colabator",
