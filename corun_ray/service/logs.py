@@ -1,7 +1,7 @@
 """Log lines for machines: one JSON object a line, beside Ray's own logs on every node, a file a process.
 
-Ray's formatter and its context (`job_id`, `node_id`, `worker_id`, `actor_id` ...) with ours: `component`, `job`, `kind`,
-`run`, `rank` or `shard`, and `step`. What a person sees on the console is `console`'s.
+Ray's formatter and its context (`job_id`, `node_id`, `worker_id`, `actor_id` ...) with ours: `component`, `job`,
+`kind`, `run`, `rank` or `shard`, and `step`. What a person sees on the console is `console`'s.
 """
 
 import json
@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ class Log:
 
     def _write(self, level: int, event: str, fields: Mapping[str, Any]) -> None:
         extra = {name: _plain(value) for name, value in {**self._context, **fields}.items() if value is not None}
-        LOGGER.log(level, event, exc_info=level >= logging.ERROR, extra=extra, stacklevel=3)
+        is_raised = level >= logging.ERROR and sys.exc_info()[0] is not None
+        LOGGER.log(level, event, exc_info=is_raised, extra=extra, stacklevel=3)
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ stay at zero is a gauge.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ TRAINING = ("job_name", "kind", "run")
 RANK = (*TRAINING, "rank")
 SHARD = (*TRAINING, "shard")
 DEHAZING = ("job_name",)
+NO_JOB = dict.fromkeys(TRAINING, "")
+"""The labels of what runs for no job: benchmarks."""
 STEP_BOUNDS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 120.0)
 
 
@@ -112,9 +114,7 @@ LOSS = _gauge("corun_loss", "Mean of a loss over steps and workers since the las
 LEARNING_RATE = _gauge("corun_learning_rate", "Learning rate of the last step.", TRAINING)
 WIN_RATIO = _gauge("corun_win_ratio", "Share of the teacher's candidates that beat the pool's labels.", TRAINING)
 TRUST_RATIO = _gauge("corun_trust_ratio", "Mean of the trust maps that weight the losses on real images.", TRAINING)
-VALIDATION = _gauge(
-    "corun_validation", "Mean of a metric over a set of held-out images.", (*TRAINING, "set", "metric")
-)
+VALIDATION = _gauge("corun_validation", "Mean of a metric over a set of held-out images.", (*TRAINING, "set", "metric"))
 
 # The driver of a dehazing job.
 DEHAZED = _counter(
@@ -131,16 +131,16 @@ def labels_of(job: Job, run: str) -> dict[str, str]:
 class Recorder:
     """Records metrics with the labels that all of them share here; a call costs some microseconds."""
 
-    def __init__(self, **labels: str) -> None:
-        self.labels = labels
+    def __init__(self, labels: Mapping[str, str], **more: str) -> None:
+        self.labels = {**labels, **more}
         self._totals: dict[tuple[str, ...], float] = {}
 
-    def add(self, metric: Metric, amount: float = 1.0, **labels: str) -> None:
+    def add(self, metric: Metric, amount: float = 1.0, /, **labels: str) -> None:
         """Adds to a counter; nothing to do for nothing."""
         if amount > 0:
             metric.recorded.inc(amount, {**self.labels, **labels})
 
-    def advance(self, metric: Metric, total: float, **labels: str) -> None:
+    def advance(self, metric: Metric, total: float, /, **labels: str) -> None:
         """Adds to a counter what a total, kept elsewhere from 0, has grown by; one that has shrunk begins anew."""
         key = (metric.name, *labels.values())
         self.add(metric, total - self._totals.get(key, 0.0), **labels)
@@ -150,10 +150,10 @@ class Recorder:
         """Takes a total as counted: it comes from an earlier process."""
         self._totals[metric.name,] = total
 
-    def set(self, metric: Metric, value: float, **labels: str) -> None:
+    def set(self, metric: Metric, value: float, /, **labels: str) -> None:
         """Sets a gauge."""
         metric.recorded.set(value, {**self.labels, **labels})
 
-    def observe(self, metric: Metric, value: float, **labels: str) -> None:
+    def observe(self, metric: Metric, value: float, /, **labels: str) -> None:
         """Adds a value to a histogram."""
         metric.recorded.observe(value, {**self.labels, **labels})
