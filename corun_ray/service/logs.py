@@ -4,7 +4,6 @@ Ray's formatter and its context (`job_id`, `node_id`, `worker_id`, `actor_id` ..
 `kind`, `run`, `rank` or `shard`, and `step`. What a person sees on the console is `console`'s.
 """
 
-import json
 import logging
 import math
 import os
@@ -18,27 +17,28 @@ import ray
 from ray._common.filters import CoreContextFilter
 from ray._common.formatters import JSONFormatter
 
+from corun_ray.credentials import without_credentials
+
 LOGGER = logging.getLogger("corun_ray")
 FILE_PREFIX = "corun_ray-"
 HIDDEN = "***"
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
-_USER_OF_URI = re.compile(r"(?<=://)[^/@\s\"]+(?=@)")
 MIN_SECRET_LENGTH = 8
 """Shorter values of the environment are words rather than secrets."""
 
 
 def redacted(text: str) -> str:
-    """The text without the user part of URIs and without any value of the environment whose name says secret."""
-    text = _USER_OF_URI.sub(HIDDEN, text)
+    """The text without credentials in URIs, and without any value of the environment whose name says secret."""
+    text = without_credentials(text)
     for name, value in os.environ.items():
         if len(value) >= MIN_SECRET_LENGTH and _SECRET_NAME.search(name.upper()):
-            text = text.replace(value, HIDDEN).replace(json.dumps(value)[1:-1], HIDDEN)
+            text = text.replace(value, HIDDEN)
     return text
 
 
 class _Lines(JSONFormatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
+    def formatException(self, ei: Any) -> str:
+        return redacted(super().formatException(ei))
 
 
 class _SessionFile(logging.Handler):
@@ -54,7 +54,8 @@ class _SessionFile(logging.Handler):
         try:
             path = str(log_folder() / f"{FILE_PREFIX}{ray.get_runtime_context().get_worker_id()}.log")
             if self._file is None or self._file.baseFilename != path:
-                self.close()
+                if self._file is not None:
+                    self._file.close()
                 self._file = logging.FileHandler(path, encoding="utf-8")
                 self._file.setFormatter(self.formatter)
             self._file.emit(record)
@@ -107,5 +108,7 @@ class Log:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """A value as a line may have it: JSON has no NaN and no infinity, and secrets stay out."""
+    if isinstance(value, str):
+        return redacted(value)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
