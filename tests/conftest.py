@@ -1,5 +1,6 @@
 """What several test files share: one real local Ray, and a small dataset on disk."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import numpy as np
 import pytest
 
 from corun_ray.config import Cluster
+
+# Ray reads it where it is imported: metrics are served after 1 s, not 10, and gauges that nobody sets go after 2.
+os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
 
 PLANTED = "planted-secret-7c1e5b"
 """A secret that must not turn up anywhere."""

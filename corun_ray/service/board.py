@@ -37,7 +37,12 @@ class News:
     notes: list[str] = field(default_factory=list)
     """Lines for the console."""
     attempts: list[Attempt] = field(default_factory=list)
+    saved_step: int | None = None
+    """The step of the last checkpoint that was written."""
+    bad_files: dict[str, str] = field(default_factory=dict)
+    """Path → reason of files that were set aside."""
     num_bad_files: int = 0
+    """How many that makes in all."""
 
 
 class BoardState:
@@ -49,7 +54,9 @@ class BoardState:
 
     def report_bad(self, bad_files: dict[str, str]) -> None:
         """Adds unusable files (path → reason); one named before stays as it was."""
-        self.bad_files = {**bad_files, **self.bad_files}
+        new = {path: reason for path, reason in bad_files.items() if path not in self.bad_files}
+        self.bad_files |= new
+        self._news.bad_files |= new
 
     def num_bad_files(self) -> int:
         """How many files have been set aside so far."""
@@ -78,6 +85,10 @@ class BoardState:
     def post_attempt(self, attempt: Attempt) -> None:
         """The worker group has started."""
         self._news.attempts.append(attempt)
+
+    def post_saved(self, step: int) -> None:
+        """A checkpoint of `step` has been written."""
+        self._news.saved_step = step
 
     def post_error(self, rank: int, traceback: str) -> None:
         """A worker is about to fail."""

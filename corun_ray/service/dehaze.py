@@ -20,8 +20,9 @@ from corun_ray.core.images import BadImage, encode_png
 from corun_ray.core.pictures import grid, stage_rows
 from corun_ray.core.restore import restore, stages, to_image, to_tensor
 from corun_ray.jobdehaze import Dehaze
-from corun_ray.service import cluster
+from corun_ray.service import cluster, telemetry
 from corun_ray.service.console import Console, duration
+from corun_ray.service.logs import Log
 from corun_ray.service.manifest import images_below, stem
 from corun_ray.service.models import Model, ModelSourceError, fetch_model
 from corun_ray.service.photos import read_photo, write_photo
@@ -54,11 +55,12 @@ class DehazeFiles(Restorers):
         self.source, self.target = locate(section.input), locate(section.output)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Keys (`item`) → `key` and the `error` of each, empty where it went well."""
-        errors = [self._dehaze(key) for key in batch["item"].tolist()]
-        return {"key": batch["item"], "error": np.array(errors, dtype=object)}
+        """Keys (`item`) → `key`, the `error` of each, empty where it went well, and the `pixels` that were written."""
+        outcomes = [self._dehaze(key) for key in batch["item"].tolist()]
+        errors, pixels = zip(*outcomes, strict=True)
+        return {"key": batch["item"], "error": np.array(errors, dtype=object), "pixels": np.array(pixels)}
 
-    def _dehaze(self, key: str) -> str:
+    def _dehaze(self, key: str) -> tuple[str, int]:
         try:
             photo = read_photo(self.source.child(key).read())
             restored = self._restored(key, to_tensor(photo.pixels).to(self.device))
@@ -69,8 +71,8 @@ class DehazeFiles(Restorers):
             # The image itself comes last: where it is, all is done.
             self.target.child(name).write(write_photo(photo.with_pixels(pixels), posixpath.splitext(name)[1]))
         except (BadImage, MissingFile, ValueError) as error:
-            return str(error)
-        return ""
+            return str(error), 0
+        return "", pixels.shape[0] * pixels.shape[1]
 
     def _restored(self, key: str, hazy: Tensor) -> Restoration:
         network = within(self.networks["model"], hazy, self.memory_mib)
@@ -93,25 +95,27 @@ def output_name(key: str, format: str) -> str:
 
 
 def dehaze(
-    section: Dehaze, model: Model, progress: Callable[[int, int], None] | None = None, resume: bool = False
+    section: Dehaze,
+    model: Model,
+    progress: Callable[[int, int], None] | None = None,
+    resume: bool = False,
+    job_name: str = "",
 ) -> DehazeResult:
     """Dehazes every image below `input` into `output`; unusable ones are named in the result, the rest is done.
 
     `progress` is told the images done and their number. With `resume`, images that have been written before are
-    passed over. Raises `StorageError`, `ManifestError`, and `ModelSourceError` for a network that cannot give what is
-    asked for.
+    passed over. `job_name` is that of the metrics. Raises `StorageError`, `ManifestError`, and `ModelSourceError` for a
+    network that cannot give what is asked for.
     """
     _refuse_what_the_network_has_not(section, model)
     keys = images_below(section.input, "INPUT")
     _refuse_clashes(section, keys)
-    wanted, result = keys, DehazeResult()
-    if resume and locate(section.output).exists():
-        there = set(locate(section.output).files())
-        wanted = [key for key in keys if output_name(key, section.format) not in there]
-        result.passed_over = len(keys) - len(wanted)
+    wanted = _not_yet_written(section, keys) if resume else keys
+    result = DehazeResult(passed_over=len(keys) - len(wanted))
     if not wanted:
         return result
     DataContext.get_current().enable_progress_bars = False
+    recorder = telemetry.Recorder({"job_name": job_name})
     slots, threads = actor_slots(len(wanted))
     outcomes = ray.data.from_items(wanted, override_num_blocks=min(len(wanted), 1000)).map_batches(
         DehazeFiles, batch_size=1, fn_constructor_args=({"model": ray.put(model)}, threads, section), **slots
@@ -121,9 +125,17 @@ def dehaze(
             result.bad_files[posixpath.join(section.input, row["key"])] = row["error"]
         else:
             result.written += 1
+        recorder.add(telemetry.DEHAZED, outcome="left_out" if row["error"] else "written")
+        recorder.add(telemetry.DEHAZED_PIXELS, int(row["pixels"]))
         if progress:
             progress(done, len(wanted))
     return result
+
+
+def _not_yet_written(section: Dehaze, keys: list[str]) -> list[str]:
+    output = locate(section.output)
+    there = set(output.files()) if output.exists() else set()
+    return [key for key in keys if output_name(key, section.format) not in there]
 
 
 def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> DehazeResult:
@@ -133,14 +145,13 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Deha
     place = cluster.connect(job.cluster)
     facts = {"input": section.input, "model": section.model, "output": section.output, "on": place}
     console.header(f"dehaze {job.name}", facts)
-    result = dehaze(section, model, lambda done, total: console.progress(done, total, "image"), resume)
-    for uri, reason in list(result.bad_files.items())[:NAMED_BAD_FILES]:
-        console.say(f"  left out: {uri}: {reason}")
-    if len(result.bad_files) > NAMED_BAD_FILES:
-        listing = "".join(f"{uri}\t{reason}\n" for uri, reason in sorted(result.bad_files.items()))
-        place_of_all = locate(section.output).child("left_out.tsv")
-        place_of_all.write(listing.encode())
-        console.say(f"  left out: {len(result.bad_files) - NAMED_BAD_FILES} more, all in {place_of_all.uri}")
+    log = Log("driver", {"job": job.name, "kind": job.kind})
+    log.info("dehazing started", input=section.input, output=section.output)
+    result = dehaze(section, model, lambda done, total: console.progress(done, total, "image"), resume, job.name)
+    for uri, reason in result.bad_files.items():
+        log.warning("image left out", image=uri, reason=reason)
+    log.info("dehazing ended", written=result.written, left_out=len(result.bad_files))
+    _name_bad_files(section, result.bad_files, console)
     took_s = time.monotonic() - started
     before = f", {result.passed_over} were there before" if result.passed_over else ""
     console.footer(
@@ -148,6 +159,17 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Deha
         {"left out": str(len(result.bad_files)), "took": f"{duration(took_s)}, {result.written / took_s:.3g} images/s"},
     )
     return result
+
+
+def _name_bad_files(section: Dehaze, bad_files: dict[str, str], console: Console) -> None:
+    """The first on the console; where there are more, all of them in a file of the output."""
+    for uri, reason in list(bad_files.items())[:NAMED_BAD_FILES]:
+        console.say(f"  left out: {uri}: {reason}")
+    if len(bad_files) > NAMED_BAD_FILES:
+        listing = "".join(f"{uri}\t{reason}\n" for uri, reason in sorted(bad_files.items()))
+        place_of_all = locate(section.output).child("left_out.tsv")
+        place_of_all.write(listing.encode())
+        console.say(f"  left out: {len(bad_files) - NAMED_BAD_FILES} more, all in {place_of_all.uri}")
 
 
 def _refuse_what_the_network_has_not(section: Dehaze, model: Model) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 import ray
 
 from corun_ray.config import TrainingJob
-from corun_ray.service.board import News
+from corun_ray.service import telemetry
+from corun_ray.service.board import Attempt, News
 from corun_ray.service.console import Console
 from corun_ray.service.examples import EXAMPLES, HAZY_PICTURE, picture_name
 from corun_ray.service.gallery import Measured
+from corun_ray.service.logs import Log
+from corun_ray.service.run_telemetry import RunTelemetry
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.tracking import Tracker
 from corun_ray.service.validation_log import VALIDATION_FILE, ValidationLog
@@ -47,6 +50,9 @@ class Follower:
     ) -> None:
         self._job, self._board, self._tracker, self._console, self._run = job, board, tracker, console, run
         self._listen = listen
+        labels = telemetry.labels_of(job, run.name)
+        self._log, self._gauges = Log("driver", labels), RunTelemetry(labels, job.train.steps)
+        self._num_failed_writes = 0
         self._latest: dict[str, float] = {}
         self.validation = _earlier(run)
         """Every held-out image's values, those of an earlier start of the run included."""
@@ -57,12 +63,17 @@ class Follower:
         self._failure: Exception | None = None
 
     def __enter__(self) -> "Follower":
+        self._log.info("training started", steps=self._job.train.steps, workers=self._job.cluster.workers_text)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._stopping.set()
         self._thread.join()
+        if error is None:
+            self._log.info("training ended")
+        else:
+            self._log.error("training failed", error=str(error))
         if self._failure is not None and error is None:
             raise self._failure
 
@@ -90,18 +101,21 @@ class Follower:
     def _pass_on(self, news: News) -> None:
         for rank, text in news.errors:
             self._console.say(f"  worker {rank} failed: {root_cause(text)}")
+            self._log.warning("worker failed", rank=rank, error=root_cause(text))
             self._errors += f"worker {rank}, {time.strftime('%H:%M:%S')}\n{text}\n"
             self._keep("errors.log", self._errors.encode())
         for attempt in news.attempts:
-            self._num_attempts += 1
-            if self._num_attempts > 1:
-                self._console.say(
-                    f"  workers restarted: going on from step {attempt.first_step} with {attempt.workers}"
-                )
+            self._begin(attempt)
         for text in news.notes:
             self._console.say(f"  {text}")
+            self._log.warning("note", text=text)
+        for uri, reason in news.bad_files.items():
+            self._log.warning("image set aside", image=uri, reason=reason)
         for step, metrics in news.metrics:
             self._latest |= metrics
+            self._gauges.hold_metrics(metrics)
+            if values := {name: value for name, value in metrics.items() if name.startswith("val/")}:
+                self._log.info("validated", step=step, **values)
             self._tracker.metrics(step, metrics)
             if self._listen is not None:
                 self._listen(step, metrics)
@@ -111,8 +125,25 @@ class Follower:
             path = f"pictures/{name}_{step:08d}.png"
             self._keep(path, png)
             self._tracker.file(path, png)
+        if news.saved_step is not None:
+            self._gauges.hold(telemetry.CHECKPOINT_STEP, news.saved_step)
+        self._gauges.hold(telemetry.BAD_IMAGES, news.num_bad_files)
         if news.step:
+            self._gauges.hold(telemetry.STEP, news.step)
             self._console.progress(news.step, self._job.train.steps, "step", self._details(news))
+        self._gauges.refresh()
+
+    def _begin(self, attempt: Attempt) -> None:
+        """The workers have started, for the first time or again."""
+        self._num_attempts += 1
+        event = "workers started"
+        if self._num_attempts > 1:
+            event = "workers restarted"
+            self._console.say(f"  workers restarted: going on from step {attempt.first_step} with {attempt.workers}")
+        self._log.info(event, step=attempt.first_step, workers=attempt.workers)
+        self._gauges.hold(telemetry.RESTARTS, self._num_attempts - 1)
+        self._gauges.hold(telemetry.WORKERS, attempt.workers)
+        self._gauges.hold(telemetry.CHECKPOINT_STEP, attempt.first_step)
 
     def _keep_measured(self, step: int, measured: list[Measured]) -> None:
         self.validation.add(step, measured)
@@ -129,6 +160,9 @@ class Follower:
             self._run.child(name).write(content)
         except StorageError as error:
             self._console.say(f"  not kept: {error}")
+            self._log.warning("not kept", file=name, error=str(error))
+            self._num_failed_writes += 1
+            self._gauges.hold(telemetry.FAILED_WRITES, self._num_failed_writes)
 
     def _details(self, news: News) -> list[str]:
         details = []

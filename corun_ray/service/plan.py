@@ -5,6 +5,8 @@ from typing import Any
 
 from corun_ray.config import TrainingJob
 from corun_ray.service.runs import POOL_FOLDER
+from corun_ray.service.storage import locate
+from corun_ray.service.telemetry import labels_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class WorkerPlan:
     """The label pool's actors; none for a job without one."""
     start_from: str | None = None
     """The checkpoint to begin with where Ray Train knows of none."""
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Those of the job's metrics and log lines."""
+        return labels_of(self.job, locate(self.run_uri).name)
 
     @property
     def pool_uri(self) -> str:

@@ -7,8 +7,9 @@ and hand over again. Meanwhile training goes on: a label that cannot be had is t
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -19,12 +20,40 @@ from corun_ray.service.poollink import PING_S, READ_TIMEOUT_S, RETURN_TIMEOUT_S,
 from corun_ray.service.poolrecords import PoolCounters
 from corun_ray.service.shard import PoolShard, shard_of
 from corun_ray.service.storage import Location
+from corun_ray.service.telemetry import NO_JOB
 
 MIB = 2**20
 FETCHER = ThreadPoolExecutor(1, thread_name_prefix="label-pool")
 """Reads for all clients of a process. With more threads than one, Ray (2.60) can forget where an object is
 while it fetches it: when another thread gives up the same object at that moment, the fetch never ends."""
 ANY_NODE: list[dict[str, Any]] = [{"label_selector": {}}]
+
+
+@dataclass
+class ReadWaits:
+    """How the reads of a client went, as those who asked saw it."""
+
+    ready: int = 0
+    """Reads whose labels were there when they were asked for."""
+    late: int = 0
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class PendingRead:
+    """A read under way; a `core.labels.PendingLabels`."""
+
+    _future: Future[list[Label | None]]
+    _waits: ReadWaits
+
+    def result(self) -> list[Label | None]:
+        """See `PendingLabels`."""
+        is_ready, asked_s = self._future.done(), time.perf_counter()
+        found = self._future.result()
+        self._waits.waited_s += time.perf_counter() - asked_s
+        self._waits.ready += is_ready
+        self._waits.late += not is_ready
+        return found
 
 
 class PoolClient:
@@ -36,10 +65,11 @@ class PoolClient:
 
     def __init__(self, shards: Sequence[Any], generation: int) -> None:
         self._links = [ShardLink(actor, number, generation) for number, actor in enumerate(shards)]
+        self.waits = ReadWaits()
 
-    def prefetch(self, keys: Sequence[str]) -> Future[list[Label | None]]:
+    def prefetch(self, keys: Sequence[str]) -> PendingRead:
         """Starts reading the labels of `keys`; arrays are read in place on the node that holds them."""
-        return FETCHER.submit(self._read, keys)
+        return PendingRead(FETCHER.submit(self._read, keys), self.waits)
 
     def offer(self, labels: Sequence[Label]) -> None:
         """Hands labels over without waiting; the shards compare each again."""
@@ -89,8 +119,13 @@ def _fetch_one(link: ShardLink, key: str, ref: ray.ObjectRef) -> Label | None:
         return None
 
 
-def start_pool(num_shards: int, pool: Location, memory_mib: int | None = None) -> list[Any]:
-    """The shards as actors, spread over the nodes, alive as long as the driver holds the handles."""
+def start_pool(
+    num_shards: int, pool: Location, memory_mib: int | None = None, labels: Mapping[str, str] = NO_JOB
+) -> list[Any]:
+    """The shards as actors, spread over the nodes, alive as long as the driver holds the handles.
+
+    `labels` are those of the job's metrics.
+    """
     budget_bytes = math.inf if memory_mib is None else memory_mib * MIB / num_shards
     nodes = _nodes_in_turn()
     shards = []
@@ -98,7 +133,7 @@ def start_pool(num_shards: int, pool: Location, memory_mib: int | None = None) -
         # Ray's own spreading goes by resources, of which a shard needs none. Once its node is gone, any will do.
         node = {"ray.io/node-id": nodes[number % len(nodes)]}
         shard = ray.remote(num_cpus=0, max_restarts=-1, label_selector=node, fallback_strategy=ANY_NODE)(PoolShard)
-        shards.append(shard.remote(number, num_shards, pool.uri, budget_bytes))
+        shards.append(shard.remote(number, num_shards, pool.uri, budget_bytes, labels))
     return shards
 
 

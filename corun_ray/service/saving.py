@@ -8,6 +8,7 @@ leaves the last good one.
 import contextlib
 import tempfile
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from corun_ray.core import checkpoints
 from corun_ray.core.networks import NetworkSpec
 from corun_ray.core.state import TrainState
 from corun_ray.service import snapshots
+from corun_ray.service.logs import Log
 from corun_ray.service.pool import PoolClient
 from corun_ray.service.poolkeeper import PoolKeeper
 from corun_ray.service.poollink import PoolError
@@ -32,9 +34,11 @@ from corun_ray.service.storage import Location, StorageError
 class Saver:
     """Saves the state of a run on rank 0, with all ranks' labels; every rank calls `save` at the same steps."""
 
-    def __init__(self, run: Location, state: TrainState, spec: NetworkSpec, seed: int, rank: int, board: Any) -> None:
+    def __init__(
+        self, run: Location, state: TrainState, spec: NetworkSpec, seed: int, rank: int, board: Any, log: Log
+    ) -> None:
         self._run, self._state, self._spec, self._seed, self._rank = run, state, spec, seed, rank
-        self._board = board
+        self._board, self._log = board, log
         self._last_step = -1
         self._is_idle = threading.Event()
         self._is_idle.set()
@@ -69,6 +73,7 @@ class Saver:
             try:
                 return self._upload(checkpoint, name, keeper, parts)
             except Exception:
+                self._log.error("checkpoint failed", step=step)
                 ray.get(self._board.post_error.remote(self._rank, traceback.format_exc()))
                 with contextlib.suppress(StorageError):  # half of a checkpoint only takes room
                     self._run.child(name).delete()
@@ -94,7 +99,7 @@ class Saver:
         self, checkpoint: Checkpoint, name: str, keeper: PoolKeeper | None, parts: list[PartOfSave] | None
     ) -> Checkpoint:
         """Runs in a thread of Ray Train's, which tries again where an object store asks for it."""
-        step = step_of_folder(name)
+        step, started_s = step_of_folder(name), time.monotonic()
         assert step is not None
         if keeper is not None and parts is not None:
             keeper.finish(step, parts)
@@ -104,4 +109,6 @@ class Saver:
                 keeper.sweep([*steps_saved(self._run), step])
             except (PoolError, StorageError) as error:
                 self._board.post_note.remote(f"old labels stay for now: {error}")  # the next sweep takes them
+        self._log.info("checkpoint saved", step=step, seconds=round(time.monotonic() - started_s, 3))
+        self._board.post_saved.remote(step)
         return persisted

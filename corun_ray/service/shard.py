@@ -11,17 +11,20 @@ import math
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ray
 
 from corun_ray.core.labels import Label
 from corun_ray.service import segments, snapshots
+from corun_ray.service.logs import Log
+from corun_ray.service.pool_telemetry import PoolTelemetry
 from corun_ray.service.poolindex import PoolIndex
 from corun_ray.service.poolrecords import Entry, Frozen, Head, Part, Place, PoolCounters, Segment
 from corun_ray.service.segmentreader import READS_AT_ONCE, SegmentReader
 from corun_ray.service.storage import Location, StorageError, locate
+from corun_ray.service.telemetry import NO_JOB
 
 LABELS_AT_ONCE = 32
 """Labels that a writing task has in memory beside the segment that it makes."""
@@ -54,9 +57,17 @@ class PoolShard:
     offer that a dead worker left under way must not undo that.
     """
 
-    def __init__(self, number: int, num_shards: int, pool_uri: str, budget_bytes: float = math.inf) -> None:
+    def __init__(
+        self,
+        number: int,
+        num_shards: int,
+        pool_uri: str,
+        budget_bytes: float = math.inf,
+        labels: Mapping[str, str] = NO_JOB,
+    ) -> None:
         self._number, self._num_shards, self._pool_uri = number, num_shards, pool_uri
         self._index = PoolIndex(f"{number:03d}-{uuid.uuid4().hex[:12]}", budget_bytes)
+        self._telemetry, self._log = PoolTelemetry(labels, number), Log("shard", labels, shard=number)
         self._incarnation = time.time_ns()
         self._generation = 0
         self._saved_step = 0
@@ -71,6 +82,7 @@ class PoolShard:
         self._load(entry for entry in entries if entry is not None and entry.payload is None)
         found = [None if entry is None else entry.payload for entry in entries]
         self._keep_to_budget()
+        self._telemetry.tell(self._index.totals())
         return Reply(self._incarnation, self._saved_step, found)
 
     def offer(self, generation: int, labels: Sequence[Label]) -> list[bool]:
@@ -79,6 +91,7 @@ class PoolShard:
             return [False] * len(labels)
         taken = [self._index.offer(head_of(label), functools.partial(ray.put, label)) for label in labels]
         self._keep_to_budget()
+        self._telemetry.tell(self._index.totals())
         return taken
 
     def forget(self, generation: int, lost: Sequence[tuple[str, ray.ObjectRef]]) -> None:
@@ -133,6 +146,8 @@ class PoolShard:
             self._index.restore(kept, mine, counters)
             self._saved_step = content.step
         self._generation, self._has_to_restore = generation, False
+        self._telemetry.restored(self._index.totals())
+        self._log.info("label pool restored", snapshot=snapshot or "none", labels=len(self._index))
         return len(self._index)
 
     def counters(self) -> PoolCounters:

@@ -7,7 +7,8 @@ epoch ends, and a restarted run goes on at the sample where its checkpoint stopp
 
 import itertools
 import posixpath
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from ray.data import DataContext, DataIterator, ExecutionResources
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.core import samples, scattering
 from corun_ray.core.images import BadImage, decode_depth, decode_image
+from corun_ray.service import telemetry
 from corun_ray.service.manifest import Manifest
 from corun_ray.service.phases import Layout
 from corun_ray.service.storage import MissingFile, locate
@@ -168,23 +170,52 @@ def _fetched(manifest: Any) -> Manifest:
     return ray.get(manifest)
 
 
-def _make_samples(batch: Batch, job: TrainingJob, manifest: Any, board: Any, layout: Layout, patch_px: int) -> Batch:
+def _make_samples(
+    batch: Batch,
+    job: TrainingJob,
+    manifest: Any,
+    board: Any,
+    layout: Layout,
+    patch_px: int,
+    labels: Mapping[str, str],
+) -> Batch:
     import cv2
 
     # Ray already runs one task a core; OpenCV's own threads would only fight over it.
     cv2.setNumThreads(1)
     make = SampleMaker(job, _fetched(manifest), patch_px, board.report_bad.remote)
-    return make({"id": layout.samples(batch["id"])})
+    recorder, started_s = telemetry.Recorder(labels), time.perf_counter()
+    made = make({"id": layout.samples(batch["id"])})
+    recorder.add(telemetry.SAMPLES, len(batch["id"]))
+    recorder.add(telemetry.SAMPLE_SECONDS, time.perf_counter() - started_s)
+    return made
 
 
-def split_stream(job: TrainingJob, manifest: Any, board: Any, layout: Layout, patch_px: int) -> list[DataIterator]:
-    """The stream of one phase, as `layout` cuts it, in patches of `patch_px`; one iterator a worker."""
+def split_stream(
+    job: TrainingJob,
+    manifest: Any,
+    board: Any,
+    layout: Layout,
+    patch_px: int,
+    labels: Mapping[str, str] = telemetry.NO_JOB,
+) -> list[DataIterator]:
+    """The stream of one phase, as `layout` cuts it, in patches of `patch_px`; one iterator a worker.
+
+    `labels` are those of the job's metrics.
+    """
     DataContext.get_current().enable_progress_bars = False
     rows = ray.data.range(layout.num_blocks * layout.rows_per_block, override_num_blocks=layout.num_blocks)
     dataset = rows.map_batches(
         _make_samples,  # type: ignore[arg-type]  # the stubs know no keyword arguments
         batch_size=None,
-        fn_kwargs={"job": job, "manifest": manifest, "board": board, "layout": layout, "patch_px": patch_px},
+        fn_kwargs={
+            "job": job,
+            "manifest": manifest,
+            "board": board,
+            "layout": layout,
+            "patch_px": patch_px,
+            "labels": labels,
+        },
     )
     # Ray would cut a block that it finds too large, and the ranks would get each other's samples.
     dataset.context.target_max_block_size = UNLIMITED

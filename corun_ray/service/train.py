@@ -33,6 +33,7 @@ from corun_ray.service.runs import (
 )
 from corun_ray.service.scoring import check_scoring
 from corun_ray.service.storage import Location, StorageError
+from corun_ray.service.telemetry import labels_of
 from corun_ray.service.tracking import Tracker
 
 NAMED_BAD_FILES = 10
@@ -134,7 +135,8 @@ def _plan(job: TrainingJob, manifest: Manifest, model: Model, run: Location) -> 
     ray.get(board.report_bad.remote(manifest.set_aside))
     shards: list[Any] = []
     if isinstance(job, ColabatorJob):
-        shards = start_pool(job.pool.shards, run.child(POOL_FOLDER), job.pool.memory_mib)
+        labels = labels_of(job, run.name)
+        shards = start_pool(job.pool.shards, run.child(POOL_FOLDER), job.pool.memory_mib, labels)
     return WorkerPlan(
         job=job,
         run_uri=run.uri,

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from corun_ray.config import ColabatorJob
 from corun_ray.core import checkpoints
-from corun_ray.core.coherence import Coherence
 from corun_ray.core.corun import CORUN
 from corun_ray.core.mixup import mixup
 from corun_ray.core.schedule import Cycle, learning_rate
@@ -25,6 +24,7 @@ from corun_ray.core.state import TrainState
 from corun_ray.core.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, pretraining_step
 from corun_ray.jobmethod import Optim
 from corun_ray.service.board import Attempt
+from corun_ray.service.logs import Log
 from corun_ray.service.manifest import Manifest
 from corun_ray.service.meter import Meter
 from corun_ray.service.models import Model
@@ -32,14 +32,14 @@ from corun_ray.service.phases import remaining_phases
 from corun_ray.service.plan import WorkerPlan
 from corun_ray.service.pool import PoolClient, count
 from corun_ray.service.poolkeeper import PoolKeeper
+from corun_ray.service.preemption import PreemptionWatch
 from corun_ray.service.saving import Saver
 from corun_ray.service.scoring import build_coherence, build_losses, weights_source
+from corun_ray.service.stopwatch import TimedCoherence
 from corun_ray.service.storage import locate
 from corun_ray.service.streams import Batch, batches, split_stream
 from corun_ray.service.validation import Validator
-
-PREEMPTION_EVERY = 5
-"""Steps between two looks for notices that a node is about to be taken away; each is a round trip of all ranks."""
+from corun_ray.service.worker_telemetry import WorkerTelemetry
 
 
 def learning_cycles(optim: Optim) -> list[Cycle]:
@@ -56,10 +56,13 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 def train_worker(plan: WorkerPlan) -> None:
     """Trains until the job's last step, from the last checkpoint if there is one."""
+    rank, worker = ray.train.get_context().get_world_rank(), None
+    log = Log("worker", plan.labels, rank=rank)
     try:
-        Worker(plan).train()
+        worker = Worker(plan, log)
+        worker.train()
     except Exception:
-        rank = ray.train.get_context().get_world_rank()
+        log.error("worker failed", step=None if worker is None else worker.state.step)
         ray.get(plan.board.post_error.remote(rank, traceback.format_exc()))
         raise
 
@@ -67,9 +70,9 @@ def train_worker(plan: WorkerPlan) -> None:
 class Worker:
     """One rank of the training: its state, and its part in what all ranks do together."""
 
-    def __init__(self, plan: WorkerPlan) -> None:
+    def __init__(self, plan: WorkerPlan, log: Log) -> None:
         context = ray.train.get_context()
-        self.plan, self.job = plan, plan.job
+        self.plan, self.job, self.log = plan, plan.job, log
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
@@ -80,7 +83,7 @@ class Worker:
         self.keeper = PoolKeeper(plan.shards, locate(plan.pool_uri)) if plan.shards and self.rank == 0 else None
         self.pool = self._restored_pool(self._resume())
         run = locate(plan.run_uri)
-        self.saver = Saver(run, self.state, self.model.spec, self.job.seed, self.rank, plan.board)
+        self.saver = Saver(run, self.state, self.model.spec, self.job.seed, self.rank, plan.board, log)
         if self.rank == 0:
             self.saver.discard_later()
         self.manifest: Manifest = ray.get(plan.manifest)
@@ -89,15 +92,17 @@ class Worker:
         source = weights_source(self.job.loss.weights)
         self.losses = build_losses(self.job, source, self.coherence, self.device)
         self.colabator = self._colabator()
-        self.preempted_nodes: list[str] = []
+        self.preemption = PreemptionWatch(self.rank, plan.board, log)
         self.cycles = learning_cycles(self.job.optim)
         self.meter = Meter(self.device)
+        self.telemetry = WorkerTelemetry(plan.labels, self.rank, self.device, self.pool, self.coherence)
         self.validator = Validator(self.job, self.manifest, self.rank, self.num_workers, self.device)
 
     def train(self) -> None:
         """The loop."""
         job, state = self.job, self.state
-        for batch in self._stream():
+        self.log.info("worker started", step=state.step, workers=self.num_workers, device=str(self.device))
+        for batch in self.telemetry.watched(self._stream()):
             torch.manual_seed(step_seed(job.seed, state.step, self.rank))
             with self._autocast():
                 output = self._forward(batch)
@@ -109,27 +114,15 @@ class Worker:
             if self._due(job.train.log_every) and self._log_and_look_for_trouble():
                 return
             if self._due(job.train.validate_every):
-                self._validate()
-            if self._due(job.train.checkpoint_every) or self._is_about_to_lose_a_node():
-                self.saver.save(self.pool, self.keeper)
+                with self.telemetry.pause("validation"):
+                    self._validate()
+            if self._due(job.train.checkpoint_every) or self.preemption.is_due(state.step):
+                with self.telemetry.pause("checkpoint"):
+                    self.saver.save(self.pool, self.keeper)
+        self.log.info("worker finished", step=state.step)
 
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.job.train.steps
-
-    def _is_about_to_lose_a_node(self) -> bool:
-        """Whether a preemption has been announced since the last checkpoint; all ranks learn the same."""
-        if self.state.step % PREEMPTION_EVERY:
-            return False
-        info = ray.train.get_preemption_info()
-        is_news = info is not None and info.preempted_node_ids != self.preempted_nodes
-        if info is not None:
-            self.preempted_nodes = info.preempted_node_ids
-        if is_news and self.rank == 0:
-            text = (
-                f"{len(self.preempted_nodes)} of the workers' nodes will be taken away: saving step {self.state.step}"
-            )
-            self.plan.board.post_note.remote(text)
-        return is_news
 
     def _forward(self, batch: Batch) -> StepOutput:
         synthetic = SyntheticBatch(self._to_device(batch["hazy"]), self._to_device(batch["clear"]))
@@ -188,10 +181,11 @@ class Worker:
             find_unused_parameters=self.model.spec.type != "corun",
         )
 
-    def _coherence(self) -> Coherence | None:
+    def _coherence(self) -> TimedCoherence | None:
         if not isinstance(self.job, ColabatorJob):
             return None
-        return build_coherence(self.job.coherence, weights_source(self.job.coherence.weights), self.device)
+        plain = build_coherence(self.job.coherence, weights_source(self.job.coherence.weights), self.device)
+        return TimedCoherence(plain, self.device)
 
     def _colabator(self) -> Colabator | None:
         """The teacher's side of the job."""
@@ -209,7 +203,8 @@ class Worker:
         for phase, layout in remaining_phases(self.job, state.step, state.num_images_seen, self.num_workers):
             shards = None
             if self.rank == 0:
-                shards = split_stream(self.job, self.plan.manifest, self.plan.board, layout, phase.patch_px)
+                plan = self.plan
+                shards = split_stream(plan.job, plan.manifest, plan.board, layout, phase.patch_px, plan.labels)
             yield from batches(broadcast_from_rank_zero(shards)[self.rank], layout, self.rank)
 
     def _log_and_look_for_trouble(self) -> bool:

@@ -18,6 +18,7 @@ from corun_ray.service.train import JobFailed, prepare, run_training
 from corun_ray.service.validation_log import ValidationLog
 from tests.conftest import write_image
 from tests.service.jobs import assert_plain_pyfunc_runs, small_job
+from tests.service.scraping import log_lines
 
 FOLDER = Path()
 """Where a network's own class would lie."""
@@ -41,23 +42,6 @@ def labels_of(job, snapshot):
 def last_checkpoint(job):
     run = run_folder(job)
     return run.child(max(f for f in run.files() if f.endswith(TRAINING_FILE))).path.removesuffix(f"/{TRAINING_FILE}")
-
-
-@pytest.fixture(scope="module")
-def colabator(local_ray, dataset, tmp_path_factory):
-    """A Colabator run of two workers to the end, and what it printed."""
-    folder = tmp_path_factory.mktemp("colabator")
-    job = small_job(
-        "colabator",
-        dataset,
-        folder,
-        data={"validation": {"hazy": str(dataset / "hazy"), "clear": str(dataset / "hazy_truth")}},
-        train={"steps": 6, "log_every": 2, "checkpoint_every": 3, "validate_every": 3, "validation_images": 2},
-        cluster={"workers": 2},
-        tracking={"register": "corun-test"},
-    )
-    uri = run_training(job, Console(), FOLDER)
-    return job, uri
 
 
 def test_leaves_a_registered_model_that_plain_pyfunc_runs(colabator, dataset, tmp_path):
@@ -153,3 +137,5 @@ def test_some_bad_images_are_tolerated_and_listed(local_ray, dataset, tmp_path):
     job = small_job("pretrain", data, tmp_path, **sections)
     assert run_training(job, Console(), FOLDER).startswith("models:/")
     assert run_folder(job).child("bad_files.tsv").read().decode().startswith(f"{data}/clear/bad.png\tnot an image")
+    (line,) = log_lines(message="image set aside", image=f"{data}/clear/bad.png")
+    assert line["levelname"] == "WARNING" and line["reason"].startswith("not an image") and line["job"] == job.name
