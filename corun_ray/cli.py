@@ -10,6 +10,7 @@ from pathlib import Path
 from corun_ray.service.bench_cli import add_bench_commands
 from corun_ray.service.model_cli import add_model_commands
 from corun_ray.service.pool_cli import add_pool_commands
+from corun_ray.service.serve_cli import add_serve_command
 from corun_ray.service.weights_cli import Wanted, add_weights_commands
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add_weights_commands(commands, _weights_of_jobs)
     add_pool_commands(commands)
     add_model_commands(commands, _reporting)
+    add_serve_command(commands, _reporting)
     add_bench_commands(commands, _reporting)
     return parser
 
