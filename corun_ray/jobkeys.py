@@ -77,8 +77,8 @@ def reference() -> str:
     by_kind = {kind: keys(job) for kind, job in KINDS.items()}
     lines: list[str] = []
     said = ""
-    kinds = (TuneJob, ColabatorJob, PretrainJob, EvaluateJob, DehazeJob, ServeJob)
-    for path, field in _in_order(*map(keys, kinds)).items():
+    kinds: tuple[type[Job], ...] = (TuneJob, ColabatorJob, PretrainJob, EvaluateJob, DehazeJob, ServeJob)
+    for path, field in _in_order(*(keys(kind) for kind in kinds)).items():
         users = [kind for kind in KINDS if path in by_kind[kind]]
         only = f" ({', '.join(users)} only)" if len(users) < len(KINDS) else ""
         if section_of(field) and "." not in path:

@@ -1,5 +1,7 @@
 """What the door of a served model counts, as Prometheus reads it."""
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from corun_ray.service.serve_messages import Dehazed, Served
@@ -14,7 +16,7 @@ class ServeMetrics:
 
     def __init__(self, model: Served) -> None:
         self._registry = CollectorRegistry()
-        here = {"registry": self._registry}
+        here: dict[str, Any] = {"registry": self._registry}
         self._requests = Counter(
             "corun_serve_requests",
             "Requests to dehaze an image, by HTTP status; 499: the client went away.",

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,8 +47,9 @@ class Restorer(Restorers):
         self._files = ThreadPoolExecutor(max(1, threads), "files")
         # Decoded images are large: no more of them than this batch and the next wait for the network.
         self._decoded = asyncio.Semaphore(2 * max_batch)
-        self._restore.set_max_batch_size(max_batch)
-        self._restore.set_batch_wait_timeout_s(batch_wait_s)
+        batching: Any = self._restore
+        batching.set_max_batch_size(max_batch)
+        batching.set_batch_wait_timeout_s(batch_wait_s)
 
     async def alive(self) -> Alive:
         """That this replica has its model and answers."""
@@ -84,7 +86,7 @@ class Restorer(Restorers):
         fitting = images_at_once(self.networks["model"], size[0], size[1], self.memory_mib)
         return self.max_batch if fitting is None else fitting
 
-    def _restore_group(self, images: list[Pixels]) -> list[Restored] | list[Refused]:
+    def _restore_group(self, images: list[Pixels]) -> Sequence[Restored | Refused]:
         """Images of one size; what goes wrong with them leaves the others of the batch alone."""
         started = time.monotonic()
         try:

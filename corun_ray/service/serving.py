@@ -37,7 +37,7 @@ from corun_ray.service.uploads import Limits
 LOOK_EVERY_S = 1.0
 GRACE_S = 10.0
 """What requests in work get when the application ends."""
-ENDING = {"graceful_shutdown_timeout_s": GRACE_S, "graceful_shutdown_wait_loop_s": 0.5}
+ENDING: dict[str, Any] = {"graceful_shutdown_timeout_s": GRACE_S, "graceful_shutdown_wait_loop_s": 0.5}
 PINGS = 16
 """Looks at a replica's health, beside the requests that it may have."""
 EVERY_ADDRESS = ("0.0.0.0", "::")
@@ -51,6 +51,8 @@ def run_serving(job: ServeJob, console: Console) -> None:
     section = job.serve
     source, served = identify(section.model, tracking_uri(job))
     model = fetch_model(source, tracking_uri(job))
+    if not os.environ.get("RAY_ADDRESS"):
+        _refuse_a_taken_port(section)
     place = cluster.connect(job.whole_cluster)
     console.header(
         f"serve {job.name}", {"model": f"{served} ({section.model})", "replicas": _sizes(section), "on": place}
@@ -91,21 +93,24 @@ def application(section: Serve, model: Model, served: Served) -> serve.Applicati
         scaling = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": section.max_batch}
         amount = {"autoscaling_config": scaling}
     limits = Limits(section.max_upload_mib, section.max_megapixels, MIN_SIDE_PX)
-    restorer = serve.deployment(Restorer, name="restorer").options(
-        **amount,
+    restorer = serve.deployment(
+        name="restorer",
         max_ongoing_requests=max_in_flight + PINGS,
         **ENDING,
+        **amount,
         ray_actor_options={
             "num_cpus": section.cpus_per_replica,
             "num_gpus": section.gpus_per_replica,
             "runtime_env": {"env_vars": _environment(section, limits)},
         },
-    )
-    door = serve.deployment(serve.ingress()(Door), name="door").options(
+    )(Restorer)
+    door = serve.deployment(
+        name="door",
         max_ongoing_requests=10 * max_in_flight,
+        max_queued_requests=max_in_flight,
         **ENDING,
         ray_actor_options={"num_cpus": 0},
-    )
+    )(serve.ingress()(Door))
     handle = restorer.bind(
         {"model": ray.put(model)},
         max(1, int(section.cpus_per_replica)),
@@ -174,8 +179,6 @@ class Deployment:
     def start(self) -> None:
         """Returns when it answers; raises `ClusterError` and `JobFailed`."""
         section = self._section
-        if self._starts_serve and not os.environ.get("RAY_ADDRESS"):
-            _refuse_a_taken_port(section)
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": section.host, "port": section.port})
             self._deployed_s = time.time()
@@ -185,7 +188,9 @@ class Deployment:
         except (RayServeException, RayError, RuntimeError, TimeoutError, ValueError) as error:
             raise JobFailed(f"{self._name}: Ray Serve could not start it: {root_cause(str(error))}") from None
         # A Serve that ran before has an address of its own, which cannot be changed under its applications.
-        http = _get_global_client().http_config
+        client = _get_global_client()
+        assert client is not None
+        http = client.http_config
         host = socket.gethostname() if http.host in EVERY_ADDRESS else http.host
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{http.port}{section.path}"
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -35,6 +36,7 @@ from corun_ray.service.serving import Deployment
 from tests.conftest import free_port, photograph, write_image
 from tests.service.bad_uploads import bad_uploads
 from tests.service.serve_requests import Answer, ask
+from tests.service.test_photos import PROFILE
 from tests.service.test_report import CHROMIUM
 
 SIZES = [(40, 64), (33, 47), (96, 80), (120, 90), (17, 200)]
@@ -107,10 +109,10 @@ def test_the_answer_is_the_restored_image_in_its_own_size_and_format(served, suf
 def test_sixteen_bits_profile_and_exif_are_kept_and_another_format_may_be_asked_for(served):
     fine = np.linspace(9000, 52000, 48 * 40 * 3).reshape(48, 40, 3).astype(np.uint16)
     exif = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x01\0\0\0\0\0\0\0"
-    data = write_photo(Photo(fine, colour_profile=b"profile" * 20, exif=exif), ".png")
+    data = write_photo(Photo(fine, colour_profile=PROFILE, exif=exif), ".png")
     kept = read_photo(ask(f"{served.url}/dehaze", data, PNG).body)
     assert kept.pixels.dtype == np.uint16 and np.array_equal(kept.pixels, served.restored(fine))
-    assert kept.colour_profile == b"profile" * 20 and kept.exif == exif
+    assert kept.colour_profile == PROFILE and kept.exif == exif
     tiff = ask(f"{served.url}/dehaze?format=tif", data, PNG)
     assert tiff.headers["content-type"] == "image/tiff" and np.array_equal(decode_pixels(tiff.body), kept.pixels)
 
@@ -126,6 +128,7 @@ def test_images_that_come_at_once_are_restored_together_and_come_out_the_same(se
 
 
 BAD = bad_uploads(MAX_MIB)
+MEDIA_TYPE = re.compile(r"\b(image|multipart)/[a-z-]+")
 
 
 def test_bad_uploads_are_refused_with_a_reason_and_the_replica_goes_on(served):
@@ -136,7 +139,7 @@ def test_bad_uploads_are_refused_with_a_reason_and_the_replica_goes_on(served):
         )
         assert answer.status == upload.status, (name, answer)
         (reason,) = json.loads(answer.body).values()
-        assert reason and "\n" not in reason and "/" not in reason.replace("image/", ""), (name, reason)
+        assert reason and "\n" not in reason and "/" not in MEDIA_TYPE.sub("", reason), (name, reason)
     assert replicas() == before and ask(f"{served.url}/healthz").status == 200
 
 
@@ -151,6 +154,17 @@ def test_a_body_of_untold_length_is_bounded_too(served):
     assert answer.status == 413 and json.loads(answer.body) == {"error": "the file is larger than 1 MiB"}
 
 
+def test_health_is_told_while_an_image_is_restored(served):
+    large = write_photo(Photo(photograph(np.random.default_rng(0), 900, 1200)), ".jpg")
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(ask, f"{served.url}/dehaze", large)
+        while "corun_serve_in_flight 1.0" not in ask(f"{served.url}/metrics").body.decode():
+            assert not working.done()
+        assert ask(f"{served.url}/healthz").status == 200
+        assert not working.done()
+        assert working.result().status == 200
+
+
 def test_health_and_metrics(served):
     health = ask(f"{served.url}/healthz")
     assert (health.status, json.loads(health.body)) == (
@@ -163,32 +177,57 @@ def test_health_and_metrics(served):
     assert re.search(r"^corun_serve_megapixels_total 0\.\d", metrics, re.MULTILINE)
 
 
-def test_the_command_adds_an_application_and_takes_it_away_at_ctrl_c(served, tmp_path):
-    torch.save(served.model.params, tmp_path / "net.pth")
-    address = ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-m", "corun_ray", "serve", tmp_path / "net.pth", "--name", "other", "--path", "/other"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": address})
+@contextlib.contextmanager
+def command(folder: Path, served: Running, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`corun-ray serve` on the cluster of the tests, and the line that says it is ready."""
+    torch.save(served.model.params, folder / "net.pth")
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    line = [sys.executable, "-m", "corun_ray", "serve", str(folder / "net.pth"), *options]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     watch = threading.Timer(120, process.kill)
     watch.start()
     try:
         lines = []
-        while "ready" not in (line := process.stdout.readline()):
-            assert line, "".join(lines)
-            lines.append(line)
-        url = line.split()[1]
-        assert url == f"{served.url}/other", "Serve's address is that of the first application"
-        assert json.loads(ask(f"{url}/healthz").body)["model"] == "net.pth"
-        image = photograph(np.random.default_rng(3), 40, 64)
-        assert_is_restored(ask(f"{url}/dehaze", write_photo(Photo(image), ".png")), served.restored(image))
-        process.send_signal(signal.SIGINT)
-        output = process.stdout.read()
-        assert process.wait() == 0 and "stopped" in output
+        while "ready" not in (line_read := process.stdout.readline()):
+            assert line_read, "".join(lines)
+            lines.append(line_read)
+        yield process, line_read.split()[1]
     finally:
         watch.cancel()
         process.kill()
         process.wait()
+
+
+def interrupted(process: subprocess.Popen[str]) -> str:
+    """What it prints after Ctrl-C."""
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    assert process.wait() == 0
+    return output
+
+
+def test_the_command_adds_an_application_and_takes_it_away_at_ctrl_c(served, tmp_path):
+    with command(tmp_path, served, "--name", "other", "--path", "/other") as (process, url):
+        assert url == f"{served.url}/other", "Serve's address is that of the first application"
+        assert json.loads(ask(f"{url}/healthz").body)["model"] == "net.pth"
+        image = photograph(np.random.default_rng(3), 40, 64)
+        assert_is_restored(ask(f"{url}/dehaze", write_photo(Photo(image), ".png")), served.restored(image))
+        assert "stopped" in interrupted(process)
     assert set(serve.status().applications) == {"dehazing"} and ask(f"{served.url}/healthz").status == 200
+
+
+def test_a_taken_port_is_told_before_ray_starts(tmp_path):
+    torch.save(CORUN(2, 4).state_dict(), tmp_path / "net.pth")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = [sys.executable, "-m", "corun_ray", "serve", str(tmp_path / "net.pth"), "--port", str(port)]
+        result = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"RAY_ADDRESS": ""})
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == f"serve.port: cannot listen at 127.0.0.1, port {port}: address already in use\n"
 
 
 @pytest.fixture(params=[(1200, 900), (390, 844)], ids=["desktop", "phone"])
@@ -252,6 +291,40 @@ def test_a_file_that_the_browser_cannot_show_can_be_downloaded(page, tmp_path):
     with page.expect_download() as download:
         page.get_by_role("link", name="Download").click()
     assert download.value.suggested_filename == "view-dehazed.tif"
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_an_application_that_the_next_command_replaces(served, tmp_path):
+    options = ("--name", "other", "--path", "/other")
+    with command(tmp_path, served, *options) as (process, url):
+        process.kill()
+    assert ask(f"{url}/healthz").status == 200
+    with command(tmp_path, served, *options) as (first, url), command(tmp_path, served, *options) as (second, _):
+        assert first.stdout is not None
+        assert "another deployment has taken the name other" in first.stdout.read() and first.wait() == 0
+        assert ask(f"{url}/healthz").status == 200
+        assert "stopped" in interrupted(second)
+    assert set(serve.status().applications) == {"dehazing"}
+
+
+@pytest.mark.slow
+def test_a_lost_replica_costs_the_requests_that_it_worked_on_and_is_replaced(served):
+    large = write_photo(Photo(photograph(np.random.default_rng(0), 900, 1200)), ".jpg")
+    before = replicas()
+    (restorer,) = (name for name in before if "#restorer#" in name)
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(ask, f"{served.url}/dehaze", large)
+        while "corun_serve_in_flight 1.0" not in ask(f"{served.url}/metrics").body.decode():
+            assert not working.done()
+        ray.kill(ray.get_actor(restorer, namespace="serve"))
+        lost = working.result()
+    assert lost.status == 503 and "retry-after" in lost.headers, lost
+    deadline = time.monotonic() + 60
+    while ask(f"{served.url}/healthz").status != 200 or restorer in replicas():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    image = photograph(np.random.default_rng(3), 40, 64)
+    assert_is_restored(ask(f"{served.url}/dehaze", write_photo(Photo(image), ".png")), served.restored(image))
 
 
 @pytest.mark.slow
