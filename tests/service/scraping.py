@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 import urllib.request
 from typing import Any
 
@@ -11,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from corun_ray.service.logs import FILE_PREFIX, log_folder
 
 EVERY_S = 0.4
+REPORTED_S = 2.5
+"""After so long, what a process has counted is served (see `RAY_metrics_report_interval_ms` in tests/conftest.py)."""
 Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
 """Metric as exported → labels → the last value seen."""
 
@@ -37,9 +40,9 @@ class Scraper:
         return self
 
     def __exit__(self, *error: object) -> None:
+        time.sleep(REPORTED_S)
         self._stopping.set()
         self._thread.join()
-        self.look()
         if self._failure is not None:
             raise self._failure
 

@@ -47,10 +47,8 @@ def test_every_metric_of_dashboard_and_alerts_was_served_with_its_labels(scraper
 def test_legends_of_ray_s_own_metrics_name_labels_that_they_have(scraper):
     for name in ("ray_node_cpu_utilization", "ray_node_network_send_speed", "ray_node_disk_utilization_percentage"):
         assert all("ip" in dict(labels) for labels in scraper.samples[name])
-    assert {dict(labels)["Location"] for labels in scraper.samples["ray_object_store_memory"]} >= {
-        "MMAP_SHM",
-        "SPILLED",
-    }
+    locations = {dict(labels)["Location"] for labels in scraper.samples["ray_object_store_memory"]}
+    assert locations >= {"MMAP_SHM", "SPILLED"}
     states = {dict(labels)["State"] for labels in scraper.samples["ray_spill_manager_objects_bytes"]}
     assert states >= {"Spilled", "Restored"}
 
@@ -58,7 +56,7 @@ def test_legends_of_ray_s_own_metrics_name_labels_that_they_have(scraper):
 def test_what_was_served_is_what_happened(scraper, watched_colabator):
     name = watched_colabator.job.name
 
-    def values(metric, **labels):
+    def values(metric, /, **labels):
         found = scraper.of_job(f"ray_{metric}", name)
         return [value for mine, value in found if labels.items() <= mine.items()]
 
@@ -76,10 +74,8 @@ def test_what_was_served_is_what_happened(scraper, watched_colabator):
     for metric in ("corun_scoring_seconds_total", "corun_data_wait_seconds_total", "corun_pause_seconds_total"):
         assert 0 < sum(values(metric)) < 60, metric
     assert 0 < values("corun_validation", set="val", metric="ssim")[0] <= 1
-    dehazed = {
-        labels["outcome"]: value for labels, value in scraper.of_job("ray_corun_dehazed_images_total", "dehazing")
-    }
-    assert dehazed == {"written": 1, "left_out": 1}
+    dehazed = scraper.of_job("ray_corun_dehazed_images_total", "dehazing")
+    assert {labels["outcome"]: value for labels, value in dehazed} == {"written": 1, "left_out": 1}
     assert [value for _, value in scraper.of_job("ray_corun_dehazed_pixels_total", "dehazing")] == [60 * 80]
 
 
