@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Rig:
 
     def processes(self, title: str, node=None) -> list[psutil.Process]:
         """Ray's worker processes of this cluster by what they run, on one node or all."""
-        return [p for p in self._below(node) if any(title in part for part in _command(p))]
+        return running(title, self._below(node))
 
     def _below(self, node) -> Iterator[psutil.Process]:
         for one in self.nodes + [self.cluster.head_node] if node is None else [node]:
@@ -62,6 +62,11 @@ class Rig:
     def close(self) -> None:
         """Ends every process of the cluster."""
         self.cluster.shutdown()
+
+
+def running(title: str, processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those whose command line has this in it."""
+    return [process for process in processes if any(title in part for part in _command(process))]
 
 
 def _command(process: psutil.Process) -> list[str]:
