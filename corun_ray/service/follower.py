@@ -15,6 +15,7 @@ from corun_ray.service.examples import EXAMPLES, HAZY_PICTURE, picture_name
 from corun_ray.service.gallery import Measured
 from corun_ray.service.logs import Log
 from corun_ray.service.run_telemetry import RunTelemetry
+from corun_ray.service.stalls import NodeWatch, Stalls
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.tracking import Tracker
 from corun_ray.service.validation_log import VALIDATION_FILE, ValidationLog
@@ -58,6 +59,7 @@ class Follower:
         """Every held-out image's values, those of an earlier start of the run included."""
         self._num_attempts = 0
         self._errors = ""
+        self._stalls = Stalls(NodeWatch())
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._failure: Exception | None = None
@@ -93,10 +95,17 @@ class Follower:
     def _follow(self) -> None:
         try:
             while not self._stopping.wait(POLL_S):
-                self._pass_on(ray.get(self._board.take_news.remote()))
+                news = ray.get(self._board.take_news.remote())
+                self._pass_on(news)
+                self._tell_of_stalls(news.step)
             self._pass_on(ray.get(self._board.take_news.remote()))
         except Exception as error:
             self._failure = error
+
+    def _tell_of_stalls(self, step: int) -> None:
+        # After the last step there is still a checkpoint to be written.
+        if step < self._job.train.steps and (text := self._stalls.look(step)):
+            self._console.say(f"  {text}")
 
     def _pass_on(self, news: News) -> None:
         for rank, text in news.errors:

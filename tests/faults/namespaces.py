@@ -95,6 +95,7 @@ def network() -> Iterator[Network]:
             _link_up(machine.namespace, "eth0", f"{machine.address}/24")
         # The tests' own end is in the namespace that they are in: it has a route to the switch alone.
         _plug(switch.namespace, "tests", mine, str(os.getpid()))
+        stack.callback(_ip, "link", "del", mine)
         _allowed("addr", "add", TESTS, "peer", SWITCH, "dev", mine)
         _allowed("link", "set", mine, "up")
         yield Network(switch, head, worker)
@@ -136,7 +137,7 @@ class TwoMachines:
     """A Ray node on each machine and an object store at the switch, all of them reached by address."""
 
     def __init__(self, net: Network, folder: Path, head_cpus: int, worker_cpus: int) -> None:
-        self.net, self.folder = net, folder
+        self.net, self._folder = net, folder
         self._num_cpus = {net.head: head_cpus, net.worker: worker_cpus}
         token = folder / "token"
         token.write_text(secrets.token_hex(32))
@@ -162,15 +163,15 @@ class TwoMachines:
         ray = str(Path(sys.executable).with_name("ray"))
         command = [ray, "start", *role, "--node-ip-address", machine.address, *size, "--disable-usage-stats"]
         starting = self._start(machine, command)
-        assert starting.wait(TIMEOUT_S) == 0, (self.folder / f"{machine.namespace}.log").read_text()
+        assert starting.wait(TIMEOUT_S) == 0, (self._folder / f"{machine.namespace}.log").read_text()
 
     def _start(self, machine: Machine, command: list[str]) -> subprocess.Popen:
-        with (self.folder / f"{machine.namespace}.log").open("ab") as log:
+        with (self._folder / f"{machine.namespace}.log").open("ab") as log:
             return subprocess.Popen(machine.command(*command), env=self._on(machine), stdout=log, stderr=log)
 
     def _on(self, machine: Machine) -> dict[str, str]:
         """The environment of a machine: where other clusters leave their address, it would find theirs."""
-        return {**self._environment, "RAY_TMPDIR": str(self.folder / machine.cable)}
+        return {**self._environment, "RAY_TMPDIR": str(self._folder / machine.cable)}
 
     def drive(self, job: Path, *arguments: str) -> Driver:
         """`corun-ray run` on the head."""
