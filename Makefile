@@ -33,10 +33,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Renews the lock (needs uv): complete, hashed, without hosts.
+# Renews the locks (needs uv): complete, hashed, without hosts. The image's is the part of the other that it runs:
+# versions come from the file that a lock is written to.
+COMPILE := uv pip compile pyproject.toml --extra server --universal --generate-hashes --no-emit-index-url --no-header \
+    --no-annotate
 lock:
-	uv pip compile pyproject.toml --extra dev --extra server --universal --generate-hashes --no-emit-index-url --no-header \
-	    --no-annotate --output-file requirements.lock
+	$(COMPILE) --extra dev --output-file requirements.lock
+	cp requirements.lock requirements-image.lock
+	$(COMPILE) --output-file requirements-image.lock
 
 clean:
 	rm -rf $(VENV) demo runs

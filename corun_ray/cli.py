@@ -12,6 +12,7 @@ from corun_ray.service.bench_cli import add_bench_commands
 from corun_ray.service.doctor_cli import add_doctor_command
 from corun_ray.service.model_cli import add_model_commands
 from corun_ray.service.pool_cli import add_pool_commands
+from corun_ray.service.serve_cli import add_serve_command
 from corun_ray.service.submit_cli import add_submit_commands
 from corun_ray.service.weights_cli import Wanted, add_weights_commands
 
@@ -104,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     add_weights_commands(commands, _weights_of_jobs)
     add_pool_commands(commands)
     add_model_commands(commands, _reporting)
+    add_serve_command(commands, _reporting)
     add_bench_commands(commands, _reporting)
     return parser
 

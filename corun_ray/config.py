@@ -15,6 +15,7 @@ from corun_ray.jobdata import ColabatorData, Haze, TrainingData
 from corun_ray.jobdehaze import Dehaze
 from corun_ray.jobevaluate import Evaluate
 from corun_ray.jobmethod import Coherence, ColabatorLoss, ColabatorOptim, Loss, Network, Optim, Pool
+from corun_ray.jobserve import Serve
 from corun_ray.jobtune import Tune
 from corun_ray.jobvalues import (
     Batch,
@@ -128,7 +129,7 @@ def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 class Job(Strict):
-    kind: str = Field(description="pretrain, colabator, tune, evaluate or dehaze")
+    kind: str = Field(description="pretrain, colabator, tune, evaluate, dehaze or serve")
     name: Name = Field(description="lower-case letters, digits, . _ - and no . _ - in front")
     seed: Whole = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
     storage: Text = Field("runs", description="a folder or URI for checkpoints, label pool and reports")
@@ -228,10 +229,26 @@ class DehazeJob(Job):
     dehaze: Dehaze = _section("which images are dehazed, by which model")
 
 
+class ServeJob(Job):
+    kind: Literal["serve"]
+    serve: Serve = _section("which model answers requests, where, and within which bounds")
+
+    @property
+    def whole_cluster(self) -> Cluster:
+        """What all replicas take."""
+        section = self.serve
+        return Cluster(
+            workers=section.replicas,
+            gpus_per_worker=section.gpus_per_replica,
+            cpus_per_worker=section.cpus_per_replica,
+        )
+
+
 KINDS: dict[str, type[Job]] = {
     "pretrain": PretrainJob,
     "colabator": ColabatorJob,
     "tune": TuneJob,
     "evaluate": EvaluateJob,
     "dehaze": DehazeJob,
+    "serve": ServeJob,
 }

@@ -44,6 +44,8 @@ def load_jobs(path: Path, overrides: Sequence[str] = (), env: Mapping[str, str] 
         if first < number and isinstance(name, str):
             document.tell(("name",), f"{show(name)} is the name of job {first} as well")
         label = name if isinstance(name, str) and names.count(name) == 1 else number
+        if document.kind == "serve" and number < len(documents):
+            document.tell(("kind",), "serve runs until it is stopped, so it must be the last job of its file")
         lines += [f"job {label}: {line}" if len(documents) > 1 else line for line in document.lines()]
         jobs += [job] if job else []
     if lines:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from corun_ray.config import KINDS, ColabatorJob, DehazeJob, EvaluateJob, Job, PretrainJob, TuneJob
+from corun_ray.config import KINDS, ColabatorJob, DehazeJob, EvaluateJob, Job, PretrainJob, ServeJob, TuneJob
 from corun_ray.jobvalues import WORKERS, Section
 
 LIMIT_WORDS = {
@@ -21,7 +21,7 @@ LIMIT_WORDS = {
 # The order in which a job's keys are listed and written; sections that a kind does not use are left out.
 ORDER = (
     *("kind", "name", "seed", "storage", "data", "haze", "network", "coherence", "pool"),
-    *("loss", "optim", "train", "tune", "evaluate", "dehaze", "cluster", "tracking"),
+    *("loss", "optim", "train", "tune", "evaluate", "dehaze", "serve", "cluster", "tracking"),
 )
 
 
@@ -77,9 +77,8 @@ def reference() -> str:
     by_kind = {kind: keys(job) for kind, job in KINDS.items()}
     lines: list[str] = []
     said = ""
-    for path, field in _in_order(
-        keys(TuneJob), keys(ColabatorJob), keys(PretrainJob), keys(EvaluateJob), keys(DehazeJob)
-    ).items():
+    kinds: tuple[type[Job], ...] = (TuneJob, ColabatorJob, PretrainJob, EvaluateJob, DehazeJob, ServeJob)
+    for path, field in _in_order(*(keys(kind) for kind in kinds)).items():
         users = [kind for kind in KINDS if path in by_kind[kind]]
         only = f" ({', '.join(users)} only)" if len(users) < len(KINDS) else ""
         if section_of(field) and "." not in path:

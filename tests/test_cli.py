@@ -113,7 +113,7 @@ def test_job_files_offer_exactly_the_scorers_that_exist():
 
 
 @pytest.mark.parametrize(
-    "name", ["quickstart", "pretrain", "colabator", "paper_pretrain", "paper_colabator", "derain_colabator"]
+    "name", ["quickstart", "pretrain", "colabator", "paper_pretrain", "paper_colabator", "derain_colabator", "serve"]
 )
 def test_the_jobs_that_we_ship_are_executable_and_valid(name):
     path = f"jobs/{name}.yaml"
@@ -164,6 +164,14 @@ def test_weights_are_indexed_listed_and_missed(tmp_path, dataset):
         (
             ["evaluate", "photos", "--model", "models:/net@a", "--model", "models:/net@a"],
             "--model: net-a is the name of several (NAME=SOURCE gives another)",
+        ),
+        (
+            ["serve", "net.pth", "--gpus-per-replica", "1.5"],
+            "serve.gpus_per_replica: 1.5 is neither a share of one GPU nor a whole number of them",
+        ),
+        (
+            ["serve", "net.pth"],
+            "net.pth: nothing there (expected a checkpoint folder or a .pth)",
         ),
         (
             ["pull", "nowhere", "out"],

@@ -98,6 +98,19 @@ def test_what_does_not_go_together_is_told_with_its_key(section: str, values: di
     assert said in mistake(section, values)
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "key"),
+    [
+        ("data", {"clear": "s3://AKIA:word@bucket/clear"}, "data.clear"),
+        ("tracking", {"uri": "postgresql://me:word@db/mlflow"}, "tracking.uri"),
+        ("network", {"init": "s3://bucket/a.pth?secret_key=word"}, "network.init"),
+    ],
+)
+def test_credentials_in_a_job_are_refused_and_not_repeated(section: str, values: dict, key: str) -> None:
+    said = mistake(section, values)
+    assert said.startswith(f"{key}: ") and "holds credentials" in said and "word" not in said
+
+
 def test_progressive_phases_rise_and_lie_within_the_run() -> None:
     phase = {"from_step": 20, "patch_px": 64, "batch_per_worker": 1}
     twice = {"steps": 100, "progressive": (phase, phase)}

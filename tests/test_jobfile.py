@@ -9,7 +9,7 @@ import pytest
 from corun_ray.config import ColabatorJob, EvaluateJob, PretrainJob
 from corun_ray.jobfile import JobFileError, dump_job, load_jobs
 from corun_ray.jobkeys import keys, section_of
-from tests.jobtexts import COLABATOR, EVALUATE, PIPELINE, PRETRAIN, load, load_training, mistakes
+from tests.jobtexts import COLABATOR, EVALUATE, PIPELINE, PRETRAIN, SERVE, load, load_training, mistakes
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -63,11 +63,17 @@ def test_set_replaces_adds_and_takes_yaml(tmp_path: Path) -> None:
         ("train.steps=many", 'train.steps: "many" is not a whole number'),
         ("data.clear=${NONE}", "data.clear: environment variable NONE is not set"),
         ("evaluate.hazy=a", "evaluate: not used by a colabator job"),
-        ("kind=serve", 'kind: "serve" is not one of pretrain, colabator, tune, evaluate, dehaze'),
+        ("kind=polish", 'kind: "polish" is not one of pretrain, colabator, tune, evaluate, dehaze, serve'),
     ],
 )  # fmt: skip
 def test_bad_settings_are_one_line(tmp_path: Path, setting: str, line: str) -> None:
     assert mistakes(tmp_path, COLABATOR, setting) == [line]
+
+
+def test_a_serve_job_is_the_last_of_its_file(tmp_path: Path) -> None:
+    assert [job.kind for job in load(tmp_path, f"{PRETRAIN}---\n{SERVE}")] == ["pretrain", "serve"]
+    line = "job s: kind: serve runs until it is stopped, so it must be the last job of its file"
+    assert mistakes(tmp_path, f"{SERVE}---\n{PRETRAIN}") == [line]
 
 
 def test_pipeline_of_three_kinds(tmp_path: Path) -> None:

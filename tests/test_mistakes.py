@@ -7,7 +7,7 @@ import pytest
 from corun_ray.config import KINDS, TrainingJob
 from corun_ray.jobfile import JobFileError
 from corun_ray.jobkeys import keys, section_of
-from tests.jobtexts import COLABATOR, DEHAZE, EVALUATE, PIPELINE, PRETRAIN, TUNE, load, mistakes
+from tests.jobtexts import COLABATOR, DEHAZE, EVALUATE, PIPELINE, PRETRAIN, SERVE, TUNE, load, mistakes
 
 
 def test_five_mistakes_are_five_lines(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ optim: {learning_rate: 1e-4}
 train: {steps: many}
 """
     assert mistakes(tmp_path, text) == [
-        'kind: "pretrian" is not one of pretrain, colabator, tune, evaluate, dehaze (did you mean pretrain?)',
+        'kind: "pretrian" is not one of pretrain, colabator, tune, evaluate, dehaze, serve (did you mean pretrain?)',
         "data.clear: missing (a folder or URI of clear images; or give data.paired)",
         "network.stages: 1 is too few (at least 2)",
         "optim.learning_rate: unknown key (did you mean optim.lr?)",
@@ -83,12 +83,12 @@ def test_one_mistake_is_one_line(tmp_path: Path, section: str, line: str) -> Non
             "name: missing (lower-case letters, digits, . _ - and no . _ - in front)",
             "evaluate.hazy: missing (a folder or URI of hazy images)"]),
         ("kind: polish\nname: Tune\npolish: {}\ntrain: {steps: x}", [
-            'kind: "polish" is not one of pretrain, colabator, tune, evaluate, dehaze',
+            'kind: "polish" is not one of pretrain, colabator, tune, evaluate, dehaze, serve',
             'name: "Tune" is not a name (lower-case letters, digits, . _ - and no . _ - in front)',
             'train.steps: "x" is not a whole number',
             "polish: unknown key"]),
         ("name: n\ndata: {hazy: b, cleer: a}", [
-            "kind: missing (pretrain, colabator, tune, evaluate, dehaze)",
+            "kind: missing (pretrain, colabator, tune, evaluate, dehaze, serve)",
             "data.cleer: unknown key (did you mean data.clear?)"]),
         ("kind: evaluate\nname: e\nevaluate: {hazy: a, metrics: [psnr, ssim]}", [
             "evaluate.metrics: psnr and ssim cannot be measured without evaluate.clear"]),
@@ -107,7 +107,8 @@ def test_mistakes_by_kind(tmp_path: Path, text: str, lines: list[str]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_value_is_told_of_its_key(tmp_path: Path, kind: str, value: str) -> None:
     """Whatever stands at whichever key, it is either accepted or told of that key in one line."""
-    text = {"pretrain": PRETRAIN, "colabator": COLABATOR, "tune": TUNE, "evaluate": EVALUATE, "dehaze": DEHAZE}[kind]
+    texts = {"pretrain": PRETRAIN, "colabator": COLABATOR, "tune": TUNE}
+    text = (texts | {"evaluate": EVALUATE, "dehaze": DEHAZE, "serve": SERVE})[kind]
     told = 0
     for path, field in keys(KINDS[kind]).items():
         if section_of(field) or path == "kind":
@@ -139,3 +140,8 @@ def test_mistakes_of_a_pipeline_name_the_job(tmp_path: Path) -> None:
         "sed: unknown key (did you mean seed?)",
         "job e: train: not used by an evaluate job",
     ]
+
+
+def test_a_mistake_shows_no_credentials(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, f"{PRETRAIN}storage: ['s3://AKIA:word@bucket/runs']\n")
+    assert line == 'storage: ["s3://***@bucket/runs"] is not text'

@@ -32,6 +32,15 @@ def within(network: nn.Module, hazy: Tensor, memory_mib: int) -> nn.Module:
     return network if side_px is None else tiled(network, side_px)
 
 
+def images_at_once(network: nn.Module, height: int, width: int, memory_mib: int) -> int | None:
+    """How many images of this size a CORUN restores side by side in `memory_mib`, at least 1; None: not known."""
+    if not isinstance(network, CORUN):
+        return None
+    rows, columns = padded_size(network, height, width)
+    one_bytes = rows * columns * (STATE_BYTES_PER_PX + BYTES_PER_PX_AND_CHANNEL * network.width)
+    return max(1, memory_mib * MIB // one_bytes)
+
+
 def tile_side_px(network: CORUN, height: int, width: int, memory_mib: int) -> int | None:
     """The side of the tiles, margins included, into which the image must be cut; None where it fits whole.
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 
-from corun_ray.config import ColabatorJob, DehazeJob, EvaluateJob, Job, TrainingJob, TuneJob
+from corun_ray.config import ColabatorJob, DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
 from corun_ray.core.iqanames import OWN
 from corun_ray.core.weights import WeightsError
 from corun_ray.jobmethod import QUALITY_NAMES
@@ -71,6 +71,8 @@ def _models(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
         sources = {f"evaluate.models.{name}": source for name, source in job.evaluate.models.items()}
     elif isinstance(job, DehazeJob):
         sources = {"dehaze.model": job.dehaze.model}
+    elif isinstance(job, ServeJob):
+        sources = {"serve.model": job.serve.model}
     made_here = tuple(f"models:/{other.tracking.register}@" for other in earlier if other.tracking.register)
     for key, source in sources.items():
         if made_here and source.startswith(made_here):
@@ -121,9 +123,13 @@ def _machines(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
     gpus = size.min_workers * size.gpus_per_worker
     where = os.environ.get("RAY_ADDRESS")
     needs = f"{'at least ' if size.is_elastic else ''}{cpus:g} CPUs and {gpus:g} GPUs in all"
-    yield f"machines  {size.workers_text} workers; {needs}, on {where or 'a local Ray'}"
+    who, key, work = ("workers", "cluster.gpus_per_worker", "train")
+    if isinstance(job, ServeJob):
+        who, key, work = ("replicas", "serve.gpus_per_replica", "serve")
+        yield f"serves    {job.serve.host}, port {job.serve.port}, path {job.serve.path}"
+    yield f"machines  {size.workers_text} {who}; {needs}, on {where or 'a local Ray'}"
     if gpus and not where and gpus > gpus_of_driver():
         raise _Mistake(
-            f"cluster.gpus_per_worker: {gpus:g} GPUs in all, but this machine has {gpus_of_driver()} "
-            "(set RAY_ADDRESS to use a cluster, or 0 to train on the CPU)"
+            f"{key}: {gpus:g} GPUs in all, but this machine has {gpus_of_driver()} "
+            f"(set RAY_ADDRESS to use a cluster, or 0 to {work} on the CPU)"
         )

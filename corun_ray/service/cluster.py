@@ -52,6 +52,7 @@ def _start_or_join(min_cpus: float) -> None:
         "ray.train": logging.ERROR,
         "ray.data": logging.CRITICAL,
         "ray.tune": logging.CRITICAL,
+        "ray.serve": logging.CRITICAL,
     }
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)

@@ -175,7 +175,8 @@ class Doctor:
         except StorageError as error:
             raise _Bad(str(error), advice) from None
         write, read = (min(getattr(one, name) for one in outcomes) for name in ("write_mb_per_s", "read_mb_per_s"))
-        seen_from = "here" if self.nodes is None else f"here and {len(outcomes) - 1} nodes"
+        count = len(outcomes) - 1
+        seen_from = f"here and {count} node{'s' * (count != 1)}" if count else "here"
         return f"{place.uri} from {seen_from}: write {write:.0f} MB/s, read {read:.0f} MB/s at least, list, delete"
 
     def _mlflow(self) -> str:

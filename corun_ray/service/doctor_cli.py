@@ -10,7 +10,7 @@ Reporting = Callable[[Callable[[], object]], int]
 """Runs an action, turns its errors into lines and exit codes."""
 
 DOCTOR = """\
-Tries everything that a job would use, on the cluster of RAY_ADDRESS or on a Ray started here, in about half a minute:
+Tries everything that a job would use, on the cluster of RAY_ADDRESS or on a Ray started here, in under a minute:
 Python, torch and the GPU driver; Ray, its nodes and its token; the GPUs as Ray and as torch see them; a sum over
 workers, as their gradients need it; storage from every node (16 MiB written, read, listed, deleted); MLflow (a run, a
 metric, an artifact, deleted again; its experiment corun-doctor stays); files of weights; clocks.

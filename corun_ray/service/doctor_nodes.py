@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -25,6 +25,7 @@ from corun_ray.service.doctor_places import Outcome, hurry, try_storage
 from corun_ray.service.fit import reasons, scaling
 from corun_ray.service.follower import root_cause
 from corun_ray.service.gpus import gpus_of_driver
+from corun_ray.service.process_group import NodeTorchConfig
 from corun_ray.service.storage import Location, StorageError
 
 T = TypeVar("T")
@@ -169,7 +170,7 @@ def all_reduce(size: Cluster, mib: int) -> str:
         trainer = TorchTrainer(
             functools.partial(_all_reduce, mib),  # type: ignore[arg-type]
             scaling_config=scaling(size),
-            torch_config=TorchConfig(timeout_s=int(ANSWER_S)),
+            torch_config=NodeTorchConfig(timeout_s=int(ANSWER_S)),
             run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=0)),
         )
         try:

@@ -13,6 +13,7 @@ from corun_ray.config import Cluster
 from corun_ray.service.console import Console
 from corun_ray.service.follower import root_cause
 from corun_ray.service.plan import WorkerPlan
+from corun_ray.service.process_group import NodeTorchConfig
 from corun_ray.service.recovery import start_from
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.worker import train_worker
@@ -55,6 +56,7 @@ def _trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
     job, storage = plan.job, locate(plan.job.storage)
     return TorchTrainer(
         functools.partial(train_worker, plan),
+        torch_config=NodeTorchConfig(),
         scaling_config=scaling(job.cluster),
         run_config=RunConfig(
             name=name,

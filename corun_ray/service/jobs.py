@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from corun_ray.config import DehazeJob, EvaluateJob, Job, TrainingJob, TuneJob
+from corun_ray.config import DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
 from corun_ray.core.weights import WeightsError
 from corun_ray.jobtrials import example
 from corun_ray.service import cluster
@@ -21,7 +21,7 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
 
     With `resume`, jobs go on where their last runs stopped, and what had been done is passed over.
 
-    Raises what `run_training`, `run_search`, `run_evaluation` and `run_dehazing` raise.
+    Raises what `run_training`, `run_search`, `run_evaluation`, `run_dehazing` and `run_serving` raise.
     """
     jobs = [with_absolute_paths(job) for job in jobs]
     for job in map(example, jobs):
@@ -44,3 +44,7 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
             run_evaluation(job, console)
         elif isinstance(job, DehazeJob):
             run_dehazing(job, console, resume)
+        elif isinstance(job, ServeJob):
+            from corun_ray.service.serving import run_serving  # Ray Serve takes seconds to import
+
+            run_serving(job, console)

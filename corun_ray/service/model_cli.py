@@ -67,7 +67,7 @@ def add_model_commands(commands: "argparse._SubParsersAction", reporting: Report
         add(commands, reporting)
 
 
-def _command(
+def add_command(
     commands: "argparse._SubParsersAction", name: str, help: str, text: str, examples: str = ""
 ) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
@@ -84,7 +84,7 @@ def _command(
 
 
 def _add_dehaze(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
-    dehaze = _command(commands, "dehaze", "dehaze a folder of images", DEHAZE, DEHAZE_EXAMPLES)
+    dehaze = add_command(commands, "dehaze", "dehaze a folder of images", DEHAZE, DEHAZE_EXAMPLES)
     dehaze.add_argument("input", metavar="INPUT", help="folder or URI of images")
     dehaze.add_argument("output", metavar="OUTPUT", help="folder or URI to write to")
     dehaze.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE_HELP)
@@ -110,7 +110,7 @@ def _add_dehaze(commands: "argparse._SubParsersAction", reporting: Reporting) ->
 
 
 def _add_evaluate(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
-    evaluate = _command(commands, "evaluate", "measure models on a folder of images", EVALUATE, EVALUATE_EXAMPLES)
+    evaluate = add_command(commands, "evaluate", "measure models on a folder of images", EVALUATE, EVALUATE_EXAMPLES)
     evaluate.add_argument("input", metavar="INPUT", help="folder or URI of hazy images")
     evaluate.add_argument("--truth", metavar="DIR", help="folder or URI of their clear truth, paired by stem")
     evaluate.add_argument(
@@ -136,7 +136,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction", reporting: Reporting) 
 
 
 def _add_promote(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
-    promote = _command(commands, "promote", "make a version of a model its champion", PROMOTE, PROMOTE_EXAMPLES)
+    promote = add_command(commands, "promote", "make a version of a model its champion", PROMOTE, PROMOTE_EXAMPLES)
     promote.add_argument("name", metavar="NAME", help="registered model")
     promote.add_argument("version", metavar="VERSION", help="a number, or an alias such as candidate")
     promote.add_argument(
@@ -146,7 +146,7 @@ def _add_promote(commands: "argparse._SubParsersAction", reporting: Reporting) -
 
 
 def _add_pull(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
-    pull = _command(commands, "pull", "write a model as plain files", PULL)
+    pull = add_command(commands, "pull", "write a model as plain files", PULL)
     pull.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     pull.add_argument("folder", type=Path, metavar="DIR", help="where to write them; must be new or empty")
     pull.set_defaults(command=functools.partial(_pull, reporting))
@@ -159,10 +159,10 @@ def _listed(text: str) -> tuple[str, ...]:
 def _dehaze(reporting: Reporting, args: argparse.Namespace) -> int:
     section = {key: getattr(args, key) for key in ("input", "output", "model", "format", "transmission", "stages")}
     tree = {"kind": "dehaze", "name": "images", "dehaze": section | {"memory_mib": args.memory_mib}}
-    return _run(reporting, tree, args.tracking, args.resume)
+    return run_described(reporting, tree, args.tracking, args.resume)
 
 
-def _run(reporting: Reporting, tree: dict[str, Any], tracking: str, resume: bool = False) -> int:
+def run_described(reporting: Reporting, tree: dict[str, Any], tracking: str, resume: bool = False) -> int:
     """Runs a job that the command line describes."""
 
     def action() -> None:
@@ -186,7 +186,7 @@ def _evaluate(reporting: Reporting, args: argparse.Namespace) -> int:
     optional = {"metrics": args.metrics, "baselines": args.baselines, "against": args.against, "weights": args.weights}
     section |= {key: value for key, value in optional.items() if value is not None}
     tree = {"kind": "evaluate", "name": "evaluate", "storage": args.storage, "evaluate": section}
-    return _run(reporting, tree, args.tracking)
+    return run_described(reporting, tree, args.tracking)
 
 
 def _named(text: str) -> tuple[str, str]:

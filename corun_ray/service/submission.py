@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from corun_ray.config import DehazeJob, EvaluateJob, Job, TrainingJob
+from corun_ray.config import DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob
 from corun_ray.jobfile import JobFileError, load_jobs
 from corun_ray.service.cluster import PACKAGE
 from corun_ray.service.folders import named_folders
@@ -120,3 +120,5 @@ def _models(job: Job) -> Iterator[tuple[str, str]]:
             yield f"evaluate.models.{name}", source
     elif isinstance(job, DehazeJob):
         yield "dehaze.model", job.dehaze.model
+    elif isinstance(job, ServeJob):
+        yield "serve.model", job.serve.model

@@ -15,19 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from corun_ray.core.checkpoints import load_network, read_record
-from corun_ray.core.labels import supersedes
-from corun_ray.service import snapshots
-from corun_ray.service.poolrecords import Head
-from corun_ray.service.runs import RUN_FILE
-from corun_ray.service.storage import Location, locate
+from corun_ray.service.storage import locate
 from tests.conftest import CREDENTIALS, free_port, make_dataset, wait_for
 from tests.faults.inject import FAULTS, Fault, Scene, storage_for
 from tests.faults.rig import STEPS, Driver, Rig, write_job
+from tests.faults.verdict import DONE, last_labels, problems
 from tests.faulty_s3 import FaultyS3
 
-STATE_FILE = "checkpoint_manager_snapshot.json"
-DONE = 0
 MAX_RESUMED = 3
 
 
@@ -100,7 +94,7 @@ def run_under(
                 break
             time.sleep(rng.uniform(0, 0.6))
             outcome.struck_at_step = driver.step
-            held = _last_labels(locate(storage))
+            held = last_labels(locate(storage))
             outcome.labels_held = len(held)
             fault.strike(Scene(rig, driver, rng, store, place / "disk"))
             if not driver.is_running:
@@ -108,7 +102,7 @@ def run_under(
         while driver.finish() != DONE and outcome.resumed < MAX_RESUMED:
             driver = _resumed(driver, job, rig, outcome)
         outcome.output += driver.output
-        outcome.problems += _problems(driver.finish(), locate(storage), held)
+        outcome.problems += problems(driver.finish(), locate(storage), held)
     outcome.restarts = outcome.output.count("workers restarted")
     outcome.seconds = round(time.monotonic() - started, 1)
     shutil.rmtree(place, ignore_errors=True)
@@ -121,55 +115,6 @@ def _resumed(driver: Driver, job: Path, rig: Rig, outcome: Outcome) -> Driver:
     outcome.resumed += 1
     rig.mend()
     return Driver(job, rig.environment(), "--resume")
-
-
-def _run_folder(storage: Location) -> Location:
-    (name,) = [name for name in storage.folders() if storage.child(name).child(RUN_FILE).exists()]
-    return storage.child(name)
-
-
-def _registered(place: Location) -> list[str]:
-    """The checkpoints that Ray Train has taken note of, in order."""
-    if not place.child(STATE_FILE).exists():
-        return []
-    return [one["checkpoint_dir_name"] for one in json.loads(place.child(STATE_FILE).read())["checkpoint_results"]]
-
-
-def _last_labels(storage: Location) -> dict[str, Head]:
-    """The labels that the last checkpoint holds, by key."""
-    place = _run_folder(storage)
-    checkpoints = _registered(place)
-    if not checkpoints:
-        return {}
-    with tempfile.TemporaryDirectory() as folder:
-        return _labels(place, place.child(checkpoints[-1]).download(Path(folder)))
-
-
-def _labels(place: Location, checkpoint: Path) -> dict[str, Head]:
-    pool = place.child("pool")
-    snapshot = snapshots.read(pool.child(read_record(checkpoint)["extra"]["pool_snapshot"]))
-    assert sum(1 for _ in snapshots.labels(pool, snapshot)) == snapshot.labels, "every label has its images"
-    return {key: head for key, (head, _) in snapshots.index(pool, snapshot).items()}
-
-
-def _problems(code: int, storage: Location, held: dict[str, Head]) -> Iterator[str]:
-    """What does not hold at the end of a run."""
-    if code != DONE:
-        yield f"exit code {code}"
-        return
-    place = _run_folder(storage)
-    checkpoints = _registered(place)
-    with tempfile.TemporaryDirectory() as folder:
-        last = place.child(checkpoints[-1]).download(Path(folder))
-        if (step := read_record(last)["step"]) != STEPS:
-            yield f"the last checkpoint is of step {step}, not {STEPS}"
-        load_network(last)
-        labels = _labels(place, last)
-    lost = [key for key, head in held.items() if key not in labels or not supersedes(labels[key].scores, head.scores)]
-    if lost:
-        yield f"labels lost or worse than before: {', '.join(lost)}"
-    if len(labels) != 6:
-        yield f"{len(labels)} labels for 6 hazy images"
 
 
 def line(outcome: Outcome) -> str:

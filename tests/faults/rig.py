@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Rig:
 
     def processes(self, title: str, node=None) -> list[psutil.Process]:
         """Ray's worker processes of this cluster by what they run, on one node or all."""
-        return [p for p in self._below(node) if any(title in part for part in _command(p))]
+        return running(title, self._below(node))
 
     def _below(self, node) -> Iterator[psutil.Process]:
         for one in self.nodes + [self.cluster.head_node] if node is None else [node]:
@@ -62,6 +62,11 @@ class Rig:
     def close(self) -> None:
         """Ends every process of the cluster."""
         self.cluster.shutdown()
+
+
+def running(title: str, processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those whose command line has this in it."""
+    return [process for process in processes if any(title in part for part in _command(process))]
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -80,9 +85,10 @@ def kill(process: psutil.Process) -> None:
 class Driver:
     """One `corun-ray run` in a terminal of its own, whose live line says how far it is."""
 
-    def __init__(self, job: Path, environment: dict[str, str], *arguments: str) -> None:
+    def __init__(self, job: Path, environment: dict[str, str], *arguments: str, inside: Sequence[str] = ()) -> None:
+        """`inside` is a command that runs the rest of its line somewhere else."""
         master, terminal = pty.openpty()
-        command = [sys.executable, "-m", "corun_ray", "run", str(job), *arguments]
+        command = [*inside, sys.executable, "-m", "corun_ray", "run", str(job), *arguments]
         self._process = subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment)
         os.close(terminal)
         self.step = 0
@@ -141,7 +147,7 @@ class Driver:
         return code
 
 
-def write_job(folder: Path, data: Path, storage: str, name: str, **sections: dict[str, Any]) -> Path:
+def write_job(folder: Path, data: Path | str, storage: str, name: str, **sections: dict[str, Any]) -> Path:
     """A small Colabator job: two workers, two shards, a checkpoint every few steps; `sections` are merged over that."""
     tree: dict[str, Any] = {
         "kind": "colabator",

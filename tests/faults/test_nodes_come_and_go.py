@@ -9,10 +9,11 @@ import pytest
 
 from corun_ray.core.checkpoints import read_record
 from corun_ray.service.recovery import STATE_FILE
-from corun_ray.service.runs import RUN_FILE, folder_name, steps_saved
+from corun_ray.service.runs import folder_name, steps_saved
 from corun_ray.service.storage import locate
 from tests.faults.matrix import stage
 from tests.faults.rig import Driver, write_job
+from tests.faults.verdict import run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -21,11 +22,6 @@ pytestmark = pytest.mark.slow
 def theatre():
     with stage() as (rig, _, folder):
         yield rig, folder
-
-
-def run_folder(storage):
-    (name,) = [name for name in locate(str(storage)).folders() if (storage / name / RUN_FILE).exists()]
-    return locate(str(storage / name))
 
 
 def is_noted(run, step):
@@ -54,7 +50,7 @@ def test_a_preemption_notice_is_answered_by_a_checkpoint_in_time(theatre, tmp_pa
     assert driver.says("will be taken away: saving step"), driver.output[-3000:]
     saved = int(re.findall(r"saving step (\d+)", driver.output)[-1])
     # The notice gives 30 s, of which the upload and Ray Train's noting of it take a few.
-    assert driver.wait_for(lambda: is_noted(run_folder(tmp_path / "runs"), saved)), driver.output[-3000:]
+    assert driver.wait_for(lambda: is_noted(run_folder(locate(str(tmp_path / "runs"))), saved)), driver.output[-3000:]
     if node in rig.cluster.worker_nodes:
         rig.cluster.remove_node(node, allow_graceful=False)
     assert driver.finish() == 0, driver.output[-3000:]
@@ -82,7 +78,7 @@ def test_an_elastic_job_grows_and_shrinks_with_the_cluster(theatre, tmp_path):
     rig.cluster.remove_node(rig.nodes[-1], allow_graceful=False)
     assert driver.says("with 1"), driver.output[-3000:]
     assert driver.finish() == 0, driver.output[-3000:]
-    run = run_folder(tmp_path / "runs")
+    run = run_folder(locate(str(tmp_path / "runs")))
     assert steps_saved(run)[-1] == 60
     record = read_record(Path(run.child(folder_name(60)).path))
     # Two images a worker and step: somewhere between what one and two workers would have seen.
@@ -101,5 +97,5 @@ def test_with_the_head_gone_the_job_goes_on_in_a_new_cluster(theatre, tmp_path):
     again = Driver(job, rig.environment(), "--resume")
     assert again.finish() == 0, again.output[-3000:]
     assert "goes on with this run" in again.output
-    record = read_record(Path(run_folder(tmp_path / "runs").child(folder_name(24)).path))
+    record = read_record(Path(run_folder(locate(str(tmp_path / "runs"))).child(folder_name(24)).path))
     assert (record["step"], record["num_images_seen"]) == (24, 96)

@@ -39,8 +39,9 @@ def test_a_healthy_stack_is_all_ok_and_nothing_stays_behind(needs):
     assert [*found] == LOOKS
     assert [name for name, finding in found.items() if finding.is_ok is False] == [], [*map(str, found.values())]
     assert [name for name, finding in found.items() if finding.is_ok is None] == ["gpus", "weights"]
+    assert "token authentication on" in found["ray"].text, "as Ray has it for what it starts here"
     assert "2 workers on 1 node: 64 MiB summed by gloo" in found["workers"].text
-    assert "from here and 1 nodes: write" in found["storage"].text
+    assert "from here and 1 node: write" in found["storage"].text
     assert "the object store" in found["clock"].text
     assert locate(needs.storage).files() == []
 

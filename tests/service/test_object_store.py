@@ -1,9 +1,12 @@
 """Everything on an S3 endpoint over HTTP, by environment alone: data in, checkpoints, snapshots and pictures out."""
 
+import contextlib
+import io
 from pathlib import Path
 
 import boto3
 import pytest
+import ray
 
 from corun_ray.core.checkpoints import TRAINING_FILE, read_record
 from corun_ray.core.networks import NetworkSpec
@@ -16,6 +19,7 @@ from corun_ray.service.pool import PoolClient, start_pool
 from corun_ray.service.poolkeeper import PoolKeeper
 from corun_ray.service.storage import StorageError, locate
 from corun_ray.service.train import run_training
+from tests.conftest import PLANTED
 from tests.service.jobs import small_job
 from tests.service.labels import label
 
@@ -57,17 +61,26 @@ def test_the_pool_is_saved_to_a_bucket_and_restored(bucket, tmp_path):
     assert [found.step for found in client.prefetch(["a/b.png", "c.png"]).result()] == [3, 3]
 
 
-def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, tmp_path):
+@pytest.fixture(scope="module")
+def trained(bucket, tmp_path_factory):
+    """A Colabator run from the bucket into the bucket: its job, its model's URI, the folder of MLflow, its output."""
+    folder = tmp_path_factory.mktemp("bucket")
     job = small_job(
         "colabator",
-        tmp_path,
-        tmp_path,
+        folder,
+        folder,
         data={"clear": f"{bucket}/clear", "depth": f"{bucket}/depth", "hazy": f"{bucket}/hazy"},
-        tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db", "register": "corun-bucket"},
+        tracking={"uri": f"sqlite:///{folder}/mlflow/mlflow.db", "register": "corun-bucket"},
         train={"steps": 6, "checkpoint_every": 3},
     )
     job = job.model_copy(update={"storage": f"{bucket}/runs"})
-    uri = run_training(job, Console(), Path())
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        uri = run_training(job, Console(), Path())
+    return job, uri, folder / "mlflow", output.getvalue()
+
+
+def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, trained, tmp_path):
+    job, uri, _, _ = trained
     assert fetch_model(uri, job.tracking.uri).spec.args["stages"] == 2
 
     files = locate(f"{bucket}/runs").files()
@@ -79,6 +92,23 @@ def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, tmp_path):
     pool = locate(f"{bucket}/runs").child(last.partition("/")[0]).child("pool")
     content = snapshots.index(pool, snapshots.read(pool.child(record["extra"]["pool_snapshot"])))
     assert sorted(content) == [f"photo_{i}.png" for i in range(6)]
+
+
+def test_the_secret_key_that_the_run_used_is_nowhere(bucket, trained):
+    """Not in its folder, in MLflow's records, in what it printed, or in Ray's logs."""
+    _, _, mlflow, output = trained
+    runs, logs = locate(f"{bucket}/runs"), Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    texts = {f"{runs.uri}/{name}": runs.child(name).read() for name in runs.files()}
+    texts |= {str(path): path.read_bytes() for folder in (mlflow, logs) for path in folder.rglob("*") if path.is_file()}
+    texts["output"] = output.encode()
+    assert len(texts) > 30 and any(name.endswith("job.yaml") for name in texts)
+    assert [name for name, text in texts.items() if PLANTED.encode() in text] == []
+
+
+def test_an_error_of_a_store_that_refuses_names_no_key(bucket):
+    with pytest.raises(StorageError) as caught:
+        locate("s3://no-such-bucket/runs").child("a").write(b"")
+    assert PLANTED not in str(caught.value)
 
 
 def test_a_bucket_is_dehazed_into_a_bucket_and_what_is_there_is_passed_over(bucket):

@@ -62,7 +62,10 @@ def networks(dataset, rainy):
     }
 
 
-@pytest.mark.parametrize("name", ["mixdehazenet", "users-class", "derain"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mixdehazenet", "derain")]
+
+
+@pytest.mark.parametrize("name", ["users-class", *SLOW])
 def test_colabator_around_another_network_leaves_a_model_that_pyfunc_runs(name, local_ray, dataset, rainy, tmp_path):
     network, data = networks(dataset, rainy)[name]
     (tmp_path / "curve.py").write_text(USER_CLASS)

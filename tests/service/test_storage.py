@@ -33,3 +33,21 @@ def test_downloads_files_and_folders(tmp_path):
     assert (folder / "one.bin").read_bytes() == b"1"
     assert (folder / "deep/two.bin").read_bytes() == b"2"
     assert source.child("one.bin").download(tmp_path / "target").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("relative", ["../other", "a/../../other", "/etc/passwd", ".."])
+def test_nothing_outside_a_place_is_its_child(tmp_path, relative):
+    with pytest.raises(StorageError, match="does not lie below"):
+        locate(str(tmp_path)).child(relative)
+
+
+def test_names_with_dots_are_children(tmp_path):
+    place = locate(str(tmp_path))
+    assert place.child("..a/b..c").path == f"{tmp_path}/..a/b..c"
+    assert place.child("a/../b").path == f"{tmp_path}/a/../b"
+
+
+def test_credentials_in_a_uri_are_refused_and_not_repeated():
+    with pytest.raises(StorageError) as caught:
+        locate("s3://AKIA:word@bucket/runs")
+    assert str(caught.value).startswith("s3://***@bucket/runs holds credentials") and "word" not in str(caught.value)

@@ -1,0 +1,31 @@
+"""What a replica answers to the door. Light, as the door has no need of torch."""
+
+from typing import NamedTuple
+
+
+class Dehazed(NamedTuple):
+    """A restored image as a file, and what it took."""
+
+    file: bytes
+    num_pixels: int
+    batch: int
+    """Images that were restored together."""
+    restore_s: float
+    """For all of them."""
+
+
+class Alive(NamedTuple):
+    """A replica that answers."""
+
+    device: str
+    """`cpu` or `cuda`."""
+
+
+class Served(NamedTuple):
+    """The model as its users know it: no path, no credentials."""
+
+    name: str
+    version: str | None
+
+    def __str__(self) -> str:
+        return self.name if self.version is None else f"{self.name}/{self.version}"
