@@ -1,5 +1,6 @@
 """Validation during training: metrics on held-out images, and a picture grid of what the teacher makes of haze."""
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.core.coherence import BlockScores
 from corun_ray.core.fade import fade
-from corun_ray.core.images import decode_image, encode_png
+from corun_ray.core.images import BadImage, decode_image, encode_png
 from corun_ray.core.labels import Label, decode
 from corun_ray.core.metrics import psnr, ssim
 from corun_ray.core.pictures import ImageU8, colour_map, grid
@@ -19,7 +20,7 @@ from corun_ray.core.samples import real_views
 from corun_ray.core.steps import Colabator
 from corun_ray.service.gallery import Gallery, Measured
 from corun_ray.service.manifest import HeldOutSet, Manifest, held_out_sets
-from corun_ray.service.storage import locate
+from corun_ray.service.storage import MissingFile, locate
 from corun_ray.service.streams import SampleMaker
 
 Row = dict[str, ImageU8 | None]
@@ -83,7 +84,7 @@ class Validator:
         """A PNG grid: real haze with its labels for Colabator, else held-out images, else training samples."""
         count = self.job.train.validation_images
         if isinstance(self.job, ColabatorJob) and colabator is not None:
-            rows = self._label_rows(network, colabator, self.manifest.hazy[:count])
+            rows = self._label_rows(network, colabator, self._photos(self.job.data.hazy, count))
         elif self.held_out:
             each = -(-count // len(self.held_out))
             rows = [self._held_out_row(network, held, *pair) for held in self.held_out for pair in held.pairs[:each]]
@@ -93,11 +94,20 @@ class Validator:
         columns = dict.fromkeys(name for row in rows for name in row)
         return encode_png(grid([{name: row.get(name) for name in columns} for row in rows]))
 
-    def _label_rows(self, network: nn.Module, colabator: Colabator, keys: tuple[str, ...]) -> list[Row]:
-        assert isinstance(self.job, ColabatorJob)
+    def _photos(self, root: str, count: int) -> dict[str, ImageU8]:
+        """The first real photographs that can be used: what the stream sets aside must not fail a picture."""
+        found: dict[str, ImageU8] = {}
+        for key in self.manifest.hazy:
+            if len(found) == count:
+                break
+            with contextlib.suppress(BadImage, MissingFile):
+                found[key] = load_image(root, key)
+        return found
+
+    def _label_rows(self, network: nn.Module, colabator: Colabator, photos: dict[str, ImageU8]) -> list[Row]:
         rows = []
-        for key, label in zip(keys, colabator.pool.prefetch(keys).result(), strict=True):
-            image = load_image(self.job.data.hazy, key)
+        labels = colabator.pool.prefetch(list(photos)).result()
+        for image, label in zip(photos.values(), labels, strict=True):
             weak = real_views(image, np.random.default_rng(0), patch_px=self.job.data.patch_px, jpeg_quality=None).weak
             row = self._restored(network, weak)
             row["label"] = None if label is None else to_image(torch.from_numpy(decode(label.scene))[None])

@@ -1,17 +1,22 @@
 """What is measured and pictured during training, in one process."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from corun_ray.core.coherence import Coherence
 from corun_ray.core.corun import Restoration
 from corun_ray.core.images import decode_image
+from corun_ray.core.labels import LocalPool
+from corun_ray.core.losses import COLABATOR_WEIGHTS, Losses
 from corun_ray.core.metrics import psnr
 from corun_ray.core.pictures import GAP_PX, HEADING_PX
 from corun_ray.core.restore import to_tensor
+from corun_ray.core.steps import Colabator
 from corun_ray.service.manifest import build_manifest
 from corun_ray.service.validation import Validator, load_image
 from tests.service.jobs import small_job
@@ -110,3 +115,17 @@ def test_sets_with_and_without_a_truth_share_one_picture(dataset, tmp_path, sect
 def test_pairs_are_pictured_where_nothing_is_held_out(dataset, tmp_path, sections):
     job = small_job("pretrain", dataset, tmp_path, data={"paired": sections["truth"]}, train={"validation_images": 2})
     assert num_columns(decode_image(validator(job).picture(Unchanged(True), None))) == 4
+
+
+def test_a_photograph_that_cannot_be_used_is_not_pictured_and_fails_nothing(dataset, tmp_path):
+    hazy = tmp_path / "hazy"
+    shutil.copytree(dataset / "hazy", hazy)
+    (hazy / "a_broken.png").write_text("no picture")
+    job = small_job("colabator", dataset, tmp_path, data={"hazy": str(hazy)}, train={"validation_images": 2})
+    colabator = Colabator(Unchanged(True), Coherence(block_px=32), LocalPool(), Losses(COLABATOR_WEIGHTS))
+    one = validator(job)
+    assert one.manifest.hazy[0] == "a_broken.png"
+    pictures = [decode_image(one.picture(Unchanged(True), colabator))]
+    (hazy / "a_broken.png").unlink()
+    pictures += [decode_image(validator(job).picture(Unchanged(True), colabator))]
+    assert np.array_equal(*pictures)
