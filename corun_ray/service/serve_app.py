@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 LOST = RayActorError, TaskCancelledError, DeploymentUnavailableError, ReplicaUnavailableError
 """What is raised where a replica ends under a request."""
 UPLOAD_S = 60.0
-ALIVE_S = 5.0
+ALIVE_S, ALIVE_AGAIN_S = 5.0, 0.2
 RETRY_AFTER_S = 2
 CLIENT_GONE = 499
 """Nobody sees this status; it is nginx's for a client that went away."""
@@ -50,8 +50,15 @@ class Door:
     """The endpoints; an ASGI app made by `__serve_build_asgi_app__`, which Ray Serve looks for."""
 
     def __init__(
-        self, restorer: DeploymentHandle, model: Served, limits: Limits, max_in_flight: int, timeout_s: float
+        self,
+        restorer: DeploymentHandle,
+        model: Served,
+        limits: Limits,
+        max_in_flight: int,
+        timeout_s: float,
+        owner: str = "",
     ) -> None:
+        self._owner = owner
         self._restorer, self._model, self._limits, self._timeout_s = restorer, model, limits, timeout_s
         self._max_in_flight, self._in_flight = max_in_flight, 0
         self._metrics = ServeMetrics(model)
@@ -69,6 +76,10 @@ class Door:
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _own_error})
 
+    async def owned_by(self) -> str:
+        """Which deployment this door belongs to: names of applications may be taken over."""
+        return self._owner
+
     async def page(self, request: Request) -> Response:
         """The page for people."""
         return HTMLResponse(self._page, headers=PAGE_HEADERS)
@@ -82,10 +93,19 @@ class Door:
         facts = {"model": self._model.name, "version": self._model.version}
         try:
             async with asyncio.timeout(ALIVE_S):
-                alive: Alive = await self._restorer.alive.remote()
-        except (TimeoutError, *LOST):
+                alive = await self._alive()
+        except TimeoutError:
             return _refusal(Refused(503, "no replica answers"), **facts)
         return JSONResponse({"status": "ok", **facts, "device": alive.device})
+
+    async def _alive(self) -> Alive:
+        """The answer of any replica; one that is lost while it is asked is not the last word."""
+        while True:
+            try:
+                alive: Alive = await self._restorer.alive.remote()
+                return alive
+            except LOST:
+                await asyncio.sleep(ALIVE_AGAIN_S)
 
     async def dehaze(self, request: Request) -> Response:
         """An image in, the restored one out; what is wrong with a request is told in a line of JSON."""

@@ -1,46 +1,19 @@
-"""Serving a model on Ray Serve, seen from the driver: it deploys, watches, and takes everything away at its end."""
+"""Serving a model on Ray Serve, seen from the driver: it deploys, tells what happens, and ends all at its own end."""
 
-import contextlib
-import io
 import os
 import posixpath
-import signal
 import socket
-import threading
-import time
-from collections.abc import Iterator
-from typing import Any
-
-import ray
-from ray import serve
-from ray.exceptions import RayError
-from ray.serve.context import _get_global_client
-from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus
 
 from corun_ray.config import ServeJob
-from corun_ray.core.restore import MIN_SIDE_PX
 from corun_ray.jobserve import Serve
 from corun_ray.service import cluster
 from corun_ray.service.cluster import ClusterError
 from corun_ray.service.console import Console
-from corun_ray.service.fit import JobFailed
-from corun_ray.service.follower import root_cause
-from corun_ray.service.models import MLFLOW_SCHEMES, Model, fetch_model
+from corun_ray.service.models import MLFLOW_SCHEMES, fetch_model
 from corun_ray.service.registry import Registry
-from corun_ray.service.serve_app import Door
+from corun_ray.service.serve_deployment import GRACE_S, Deployment
 from corun_ray.service.serve_messages import Served
-from corun_ray.service.serve_replica import Restorer
-from corun_ray.service.tracking import first_line, tracking_uri
-from corun_ray.service.uploads import Limits
-
-LOOK_EVERY_S = 1.0
-GRACE_S = 10.0
-"""What requests in work get when the application ends."""
-ENDING: dict[str, Any] = {"graceful_shutdown_timeout_s": GRACE_S, "graceful_shutdown_wait_loop_s": 0.5}
-PINGS = 16
-"""Looks at a replica's health, beside the requests that it may have."""
-EVERY_ADDRESS = ("0.0.0.0", "::")
+from corun_ray.service.tracking import tracking_uri
 
 
 def run_serving(job: ServeJob, console: Console) -> None:
@@ -57,7 +30,7 @@ def run_serving(job: ServeJob, console: Console) -> None:
     console.header(
         f"serve {job.name}", {"model": f"{served} ({section.model})", "replicas": _sizes(section), "on": place}
     )
-    with Deployment(job, model, served) as deployment, _ended_by_signals():
+    with Deployment(job, model, served) as deployment:
         try:
             deployment.start()
             console.say(f"  ready     {deployment.url}  (POST {deployment.url.rstrip('/')}/dehaze; Ctrl-C ends it)")
@@ -84,50 +57,6 @@ def identify(source: str, tracking: str) -> tuple[str, Served]:
     return f"models:/{name}/{number}", Served(name, number)
 
 
-def application(section: Serve, model: Model, served: Served) -> serve.Application:
-    """The door and its replicas, to be run by Ray Serve."""
-    low, high = section.replicas
-    max_in_flight = section.max_queued + high * section.max_batch
-    amount: dict[str, Any] = {"num_replicas": low}
-    if low < high:
-        scaling = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": section.max_batch}
-        amount = {"autoscaling_config": scaling}
-    limits = Limits(section.max_upload_mib, section.max_megapixels, MIN_SIDE_PX)
-    restorer = serve.deployment(
-        name="restorer",
-        max_ongoing_requests=max_in_flight + PINGS,
-        **ENDING,
-        **amount,
-        ray_actor_options={
-            "num_cpus": section.cpus_per_replica,
-            "num_gpus": section.gpus_per_replica,
-            "runtime_env": {"env_vars": _environment(section, limits)},
-        },
-    )(Restorer)
-    door = serve.deployment(
-        name="door",
-        max_ongoing_requests=10 * max_in_flight,
-        max_queued_requests=max_in_flight,
-        **ENDING,
-        ray_actor_options={"num_cpus": 0},
-    )(serve.ingress()(Door))
-    handle = restorer.bind(
-        {"model": ray.put(model)},
-        max(1, int(section.cpus_per_replica)),
-        section.memory_mib,
-        section.gpus_per_replica,
-        section.max_batch,
-        section.batch_wait_s,
-    )
-    return door.bind(handle, served, limits, max_in_flight, section.timeout_s)
-
-
-def _environment(section: Serve, limits: Limits) -> dict[str, str]:
-    # OpenCV holds to the limit of pixels as well, should a file deceive the reader of headers.
-    environment = {"OPENCV_IO_MAX_IMAGE_PIXELS": str(limits.max_pixels)}
-    return environment if section.gpus_per_replica else environment | {"CUDA_VISIBLE_DEVICES": ""}
-
-
 def _sizes(section: Serve) -> str:
     low, high = section.replicas
     count = str(low) if low == high else f"{low} to {high}"
@@ -144,93 +73,3 @@ def _refuse_a_taken_port(section: Serve) -> None:
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise ClusterError(f"serve.port: cannot listen at {section.host}, port {section.port}: {reason}") from None
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Lets SIGTERM, which ends a submitted job, do as Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class Deployment:
-    """An application on the cluster's Ray Serve, which is started if there is none, and ended with the last one."""
-
-    def __init__(self, job: ServeJob, model: Model, served: Served) -> None:
-        self._name, self._section = job.name, job.serve
-        self._model, self._served = model, served
-        self.url = ""
-        self._deployed_s: float | None = None
-        self._starts_serve = not serve.status().proxies
-
-    def __enter__(self) -> "Deployment":
-        return self
-
-    def start(self) -> None:
-        """Returns when it answers; raises `ClusterError` and `JobFailed`."""
-        section = self._section
-        try:
-            serve.start(proxy_location="HeadOnly", http_options={"host": section.host, "port": section.port})
-            self._deployed_s = time.time()
-            app = application(section, self._model, self._served)
-            serve.run(app, name=self._name, route_prefix=section.path)
-            self._deployed_s = serve.status().applications[self._name].last_deployed_time_s
-        except (RayServeException, RayError, RuntimeError, TimeoutError, ValueError) as error:
-            raise JobFailed(f"{self._name}: Ray Serve could not start it: {root_cause(str(error))}") from None
-        # A Serve that ran before has an address of its own, which cannot be changed under its applications.
-        client = _get_global_client()
-        assert client is not None
-        http = client.http_config
-        host = socket.gethostname() if http.host in EVERY_ADDRESS else http.host
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{http.port}{section.path}"
-
-    def news(self) -> Iterator[str]:
-        """A line whenever something changes, as long as the application is this one's; raises `JobFailed`."""
-        status = ApplicationStatus.RUNNING
-        while self.is_ours:
-            time.sleep(LOOK_EVERY_S)
-            now = self._now()
-            if now is None:
-                self._deployed_s = None
-                yield "it was deleted by someone else"
-            elif now.last_deployed_time_s != self._deployed_s:
-                self._deployed_s = None
-                yield f"another deployment has taken the name {self._name}"
-            elif now.status != status:
-                status = now.status
-                yield " ".join([status.value.lower().replace("_", " "), *now.message.splitlines()[:1]])
-
-    def _now(self) -> Any:
-        try:
-            return serve.status().applications.get(self._name)
-        except (RayServeException, RayError) as error:
-            raise JobFailed(f"{self._name}: Ray Serve is lost: {first_line(error)}") from None
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether it is deployed, and nobody has replaced or deleted it."""
-        return self._deployed_s is not None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if not ray.is_initialized():
-            return
-        try:
-            others = serve.status().applications.keys() - {self._name}
-            if self._starts_serve and not others:
-                # Serve's controller ends itself in the middle of a task, of which Ray informs the driver at length.
-                with contextlib.redirect_stdout(io.StringIO()):
-                    serve.shutdown()
-            elif self._deployed_s is not None:
-                serve.delete(self._name)
-        except (RayServeException, RayError):
-            pass  # what is lost needs no end

@@ -26,7 +26,7 @@ NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
 
 def programs() -> str:
-    """A PATH with what the services' commands name: our environment's programs, Postgres's, rclone."""
+    """A PATH with what the services' commands name: our environment's programs, Postgres's."""
     ours = str(Path(sys.executable).parent)
     postgres = sorted(str(folder) for folder in Path("/usr/lib/postgresql").glob("*/bin"))
     return os.pathsep.join([ours, *postgres, os.environ.get("PATH", os.defpath)])
@@ -67,7 +67,6 @@ class Stack:
         self.folder.chmod(0o711)
         self._prefix = f"corun-{os.getpid()}"
         self._running: dict[str, subprocess.Popen] = {}
-        self._done: set[str] = set()
 
     def __enter__(self) -> "Stack":
         try:
@@ -105,7 +104,7 @@ class Stack:
         service = self.services[name]
         where = ["nsenter", "--net", "--mount", "--target", str(self._running[name].pid)]
         return subprocess.run(
-            [*where, *self._here(service, command)],
+            [*where, *command],
             env=self._environment(service) | environment,
             capture_output=True,
             text=True,
@@ -138,7 +137,7 @@ class Stack:
             (etc / "hosts").write_text(hosts)
 
     def _start(self, name: str) -> None:
-        if name in self._running or name in self._done:
+        if name in self._running:
             return
         service = self.services[name]
         for needed, condition in service.needs.items():
@@ -156,7 +155,7 @@ class Stack:
     def _launch(self, service: Service, command: list[str]) -> subprocess.Popen:
         with (self.folder / f"{service.name}.log").open("a") as log:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self._namespace(service.name), *self._here(service, command)],
+                ["ip", "netns", "exec", self._namespace(service.name), *self._at_home(service, command)],
                 env=self._environment(service),
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -168,17 +167,22 @@ class Stack:
         environment = self._environment(service)
         folder = Path(environment["PGDATA"])
         os.chown(folder, 65534, 65534)
-        user, name = environment["POSTGRES_USER"], environment["POSTGRES_DB"]
-        assert user == name, "initdb alone makes no database of another name than postgres: see --single below"
         password = folder.parent / "password"
         password.write_text(environment["POSTGRES_PASSWORD"])
         password.chmod(0o644)
-        options = [f"--username={user}", f"--pwfile={password}", "--auth-local=trust", "--auth-host=scram-sha-256"]
+        options = [
+            f"--username={environment['POSTGRES_USER']}",
+            f"--pwfile={password}",
+            "--auth-local=trust",
+            "--auth-host=scram-sha-256",
+        ]
         subprocess.run([*NOBODY, "initdb", *options], env=environment, check=True, capture_output=True)
         with (folder / "pg_hba.conf").open("a") as rules:
             rules.write("host all all all scram-sha-256\n")
         single = [*NOBODY, "postgres", "--single", "postgres"]
-        subprocess.run(single, input=f"CREATE DATABASE {name};\n", text=True, env=environment, check=True)
+        subprocess.run(
+            single, input=f"CREATE DATABASE {environment['POSTGRES_DB']};\n", text=True, env=environment, check=True
+        )
 
     def _wait(self, name: str, condition: str) -> None:
         process, service = self._running[name], self.services[name]
@@ -186,7 +190,6 @@ class Stack:
         while time.monotonic() < deadline:
             code = process.poll()
             if condition == "service_completed_successfully" and code == 0:
-                self._done.add(name)
                 return
             assert code is None, f"{name} has ended with {code}:\n{self.log(name)[-3000:]}"
             if condition == "service_healthy" and self._is_healthy(service):
@@ -200,17 +203,14 @@ class Stack:
             return self.inside(service.name, *service.health, timeout_s=service.health_timeout_s).returncode == 0
         return False
 
-    def _here(self, service: Service, command: Sequence[str]) -> list[str]:
-        return [self._at_home(service, argument) for argument in command]
-
-    def _at_home(self, service: Service, text: str) -> str:
-        """A value in which the paths of volumes are those of their folders."""
+    def _at_home(self, service: Service, texts: Sequence[str]) -> list[str]:
+        """Texts in which the paths of volumes are those of their folders."""
         for target, volume in service.volumes.items():
-            text = text.replace(target, str(self.volume(volume)))
-        return text
+            texts = [text.replace(target, str(self.volume(volume))) for text in texts]
+        return list(texts)
 
     def _environment(self, service: Service) -> dict[str, str]:
-        given = {name: self._at_home(service, value) for name, value in service.environment.items()}
+        given = dict(zip(service.environment, self._at_home(service, list(service.environment.values())), strict=True))
         here = {"PATH": programs(), "HOME": str(self.folder), "RAY_TMPDIR": str(self.folder), "LC_ALL": "C.UTF-8"}
         return here | given
 
