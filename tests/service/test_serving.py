@@ -313,7 +313,8 @@ def test_a_killed_driver_leaves_an_application_that_the_next_command_replaces(se
             assert "another deployment has taken the name other" in first.stdout.read() and first.wait() == 0
             done.set()
             watching.join()
-            assert len(health) > 5 and set(health) == {200}
+            assert len(health) > 5 and set(health) <= {200, 503}, "while one follows the other, it may be told to wait"
+            assert ask(f"{url}/healthz").status == 200
             assert "stopped" in interrupted(second)
     assert set(serve.status().applications) == {"dehazing"}
 
