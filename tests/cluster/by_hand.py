@@ -20,7 +20,7 @@ from tests.cluster.composed import Service
 
 SUBNET = "10.231.77"
 HEALTHY_TIMEOUT_S = 120.0
-JOB_TIMEOUT_S = 240.0
+JOB_TIMEOUT_S = 540.0
 NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 """Postgres does not run as root."""
 
