@@ -69,3 +69,18 @@ def test_a_link_that_is_cut_for_20_s_costs_a_wait(machines, tmp_path):
     ]
     assert "steps go on after" in driver.output or "workers restarted" in driver.output
     assert len(held) == 6
+
+
+@pytest.mark.slow
+def test_a_node_that_ray_has_given_up_is_waited_for_until_it_is_started_again(machines, tmp_path):
+    driver, storage = begin(machines, tmp_path, "given-up", steps=24)
+    assert driver.reaches(1) and driver.wait_for(lambda: bool(last_labels(storage))), driver.output[-3000:]
+    worker = machines.net.worker
+    machines.net.cut(worker)
+    assert driver.says(f"(1 node in the cluster, lost: {worker.address})"), driver.output[-3000:]
+    held = last_labels(storage)
+    machines.net.mend(worker)
+    assert driver.wait_for(lambda: not machines.processes("raylet", worker)), "a node that was given up ends itself"
+    machines.start_ray(worker)
+    assert not list(problems(driver.finish(), storage, held)), driver.output[-3000:]
+    assert re.search(r"workers restarted: going on from step (6|12|18) with 2", driver.output), driver.output[-3000:]

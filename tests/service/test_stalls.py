@@ -8,13 +8,13 @@ from corun_ray.service.stalls import NodeWatch, Stalls
 
 @pytest.fixture
 def run():
-    """A run that is at a step at a time; returns what is said."""
-    now = 0.0
-    stalls = Stalls(lambda: "2 nodes", clock=lambda: now)
+    """A run that is at a step at a time, in a cluster of so many nodes; returns what is said."""
+    now, there_are = 0.0, ""
+    stalls = Stalls(lambda: there_are, clock=lambda: now)
 
-    def at(time_s, step):
-        nonlocal now
-        now = time_s
+    def at(time_s, step, nodes="2 nodes"):
+        nonlocal now, there_are
+        now, there_are = time_s, nodes
         return stalls.look(step)
 
     return at
@@ -31,6 +31,15 @@ def test_a_pause_is_told_of_when_it_is_long_and_again_when_it_is_twice_as_long(r
     assert run(30, 7) == "no step for 30 s after step 7 (2 nodes)"
     assert run(42, 8) == "steps go on after 42 s"
     assert run(43, 9) is None
+
+
+def test_news_of_the_nodes_is_told_at_once_while_a_pause_lasts(run):
+    run(0, 7)
+    assert run(10, 7, "1 node") is None, "no pause yet"
+    assert run(15, 7) == "no step for 15 s after step 7 (2 nodes)"
+    assert run(20, 7, "1 node") == "no step for 20 s after step 7 (1 node)"
+    assert [run(21, 7, "1 node"), run(29, 7, "1 node")] == [None, None]
+    assert run(30, 7, "1 node") == "no step for 30 s after step 7 (1 node)"
 
 
 def test_pauses_as_long_as_one_before_are_the_job_s_own(run):
@@ -57,4 +66,4 @@ def test_lost_nodes_are_those_that_the_cluster_had_at_first(monkeypatch):
     nodes[1]["Alive"] = False
     assert watch() == "1 node in the cluster, lost: 10.0.0.2"
     nodes.append(node("b2", "10.0.0.2", True))
-    assert watch() == "2 nodes in the cluster, lost: 10.0.0.2"
+    assert watch() == "2 nodes in the cluster", "it has come back"
