@@ -135,6 +135,7 @@ class Stack:
             etc = Path("/etc/netns") / namespace
             etc.mkdir(parents=True)
             (etc / "hosts").write_text(hosts)
+            (etc / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # there is none: other names fail at once
 
     def _start(self, name: str) -> None:
         if name in self._running:
