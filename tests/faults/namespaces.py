@@ -155,7 +155,7 @@ class TwoMachines:
         wait_for(STORE_URL)
 
     def start_ray(self, machine: Machine) -> None:
-        """`ray start` there, the head's first; raises CalledProcessError."""
+        """`ray start` there, the head's first."""
         role = ["--address", RAY_ADDRESS]
         if machine is self.net.head:
             role = ["--head", "--port", RAY_ADDRESS.rpartition(":")[2]]
@@ -170,7 +170,7 @@ class TwoMachines:
             return subprocess.Popen(machine.command(*command), env=self._on(machine), stdout=log, stderr=log)
 
     def _on(self, machine: Machine) -> dict[str, str]:
-        """The environment of a machine: where other clusters leave their address, it would find theirs."""
+        """A machine's environment; in the usual folder, Ray would find the addresses of other clusters."""
         return {**self._environment, "RAY_TMPDIR": str(self._folder / machine.cable)}
 
     def drive(self, job: Path, *arguments: str) -> Driver:
