@@ -23,6 +23,8 @@ HEALTHY_TIMEOUT_S = 120.0
 JOB_TIMEOUT_S = 540.0
 NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 """Postgres does not run as root."""
+OWN_FOLDERS = 'mount --bind "$0" "$RAY_TMPDIR" && mount -t tmpfs -o mode=1777 none /var/run/postgresql && exec "$@"'
+"""As in containers: two Ray nodes that share their folder for temporary files delete each other's."""
 
 
 def programs() -> str:
@@ -65,6 +67,7 @@ class Stack:
         self.services = services
         self.folder = Path(tempfile.mkdtemp(prefix="corun", dir="/tmp"))  # Ray's socket paths must be short
         self.folder.chmod(0o711)
+        (self.folder / "tmp").mkdir()
         self._prefix = f"corun-{os.getpid()}"
         self._running: dict[str, subprocess.Popen] = {}
 
@@ -149,14 +152,16 @@ class Stack:
         command = service.command
         if command[0] == "postgres":
             self._make_database(service)
-            command = ["sh", "-c", 'mount -t tmpfs -o mode=1777 none /var/run/postgresql && exec "$@"', "sh"]
-            command += [*NOBODY, *service.command]
+            command = [*NOBODY, *service.command]
         self._running[name] = self._launch(service, command)
 
-    def _launch(self, service: Service, command: list[str]) -> subprocess.Popen:
-        with (self.folder / f"{service.name}.log").open("a") as log:
+    def _launch(self, service: Service, command: Sequence[str]) -> subprocess.Popen:
+        own = self.folder / "own" / service.name
+        own.mkdir(parents=True)
+        where = ["ip", "netns", "exec", self._namespace(service.name), "sh", "-c", OWN_FOLDERS, str(own)]
+        with (self.folder / f"{service.name}.log").open("w") as log:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self._namespace(service.name), *self._at_home(service, command)],
+                [*where, *self._at_home(service, command)],
                 env=self._environment(service),
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -212,7 +217,7 @@ class Stack:
 
     def _environment(self, service: Service) -> dict[str, str]:
         given = dict(zip(service.environment, self._at_home(service, list(service.environment.values())), strict=True))
-        here = {"PATH": programs(), "HOME": str(self.folder), "RAY_TMPDIR": str(self.folder), "LC_ALL": "C.UTF-8"}
+        here = {"PATH": programs(), "HOME": str(self.folder), "RAY_TMPDIR": f"{self.folder}/tmp", "LC_ALL": "C.UTF-8"}
         return here | given
 
 
@@ -224,7 +229,7 @@ def _end(process: subprocess.Popen, namespace: str) -> None:
     """Ends a service and what it has started."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
+        process.wait(10)
     left = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True).stdout.split()
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
