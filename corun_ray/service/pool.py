@@ -26,6 +26,8 @@ MIB = 2**20
 FETCHER = ThreadPoolExecutor(1, thread_name_prefix="label-pool")
 """Reads for all clients of a process. With more threads than one, Ray (2.60) can forget where an object is
 while it fetches it: when another thread gives up the same object at that moment, the fetch never ends."""
+POOL_LABEL = ("corun-role", "pool")
+"""Of nodes that are kept for the label pool: `ray start --labels=corun-role=pool`."""
 ANY_NODE: list[dict[str, Any]] = [{"label_selector": {}}]
 
 
@@ -122,12 +124,12 @@ def _fetch_one(link: ShardLink, key: str, ref: ray.ObjectRef) -> Label | None:
 def start_pool(
     num_shards: int, pool: Location, memory_mib: int | None = None, labels: Mapping[str, str] = NO_JOB
 ) -> list[Any]:
-    """The shards as actors, spread over the nodes, alive as long as the driver holds the handles.
+    """The shards as actors, alive as long as the driver holds the handles, spread over the nodes meant for them.
 
     `labels` are those of the job's metrics.
     """
     budget_bytes = math.inf if memory_mib is None else memory_mib * MIB / num_shards
-    nodes = _nodes_in_turn()
+    nodes = nodes_in_turn(ray.nodes(), ray.get_runtime_context().get_node_id())
     shards = []
     for number in range(num_shards):
         # Ray's own spreading goes by resources, of which a shard needs none. Once its node is gone, any will do.
@@ -137,10 +139,15 @@ def start_pool(
     return shards
 
 
-def _nodes_in_turn() -> list[str]:
-    """The ids of the nodes, this one last: what is lost with it costs the run anyway."""
-    here = ray.get_runtime_context().get_node_id()
-    return sorted((node["NodeID"] for node in ray.nodes() if node["Alive"]), key=lambda node: (node == here, node))
+def nodes_in_turn(nodes: Iterable[Mapping[str, Any]], here: str) -> list[str]:
+    """The ids of the nodes for shards, of Ray's descriptions: those labelled `POOL_LABEL`, else all that are alive.
+
+    The driver's own, `here`, comes last: what is lost with it costs the run anyway.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    name, value = POOL_LABEL
+    meant = [node for node in alive if node.get("Labels", {}).get(name) == value]
+    return sorted((node["NodeID"] for node in meant or alive), key=lambda node: (node == here, node))
 
 
 def count(shards: Sequence[Any]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import ray
 
 from corun_ray.core.labels import Label, LocalPool, Scores
 from corun_ray.service import snapshots
-from corun_ray.service.pool import PoolClient, count, start_pool
+from corun_ray.service.pool import PoolClient, count, nodes_in_turn, start_pool
 from corun_ray.service.poolkeeper import PoolKeeper
 from corun_ray.service.poollink import PoolError
 from corun_ray.service.shard import shard_of
@@ -115,6 +115,14 @@ class Rank:
                 self.client.offer([one])
             self.client.settle()
         return best
+
+
+def test_shards_go_to_the_nodes_that_are_meant_for_them_the_drivers_last():
+    nodes = [{"NodeID": name, "Alive": name != "dead", "Labels": {}} for name in ("b", "a", "here", "dead")]
+    assert nodes_in_turn(nodes, "here") == ["a", "b", "here"]
+    meant = [{"NodeID": name, "Alive": name != "q", "Labels": {"corun-role": "pool"}} for name in ("r", "q", "p")]
+    assert nodes_in_turn(nodes + meant, "here") == ["p", "r"]
+    assert nodes_in_turn(nodes + meant[:1], "r") == ["r"]
 
 
 def test_a_label_offered_by_one_worker_process_is_served_to_another_and_outlives_it(local_ray, tmp_path):
