@@ -10,7 +10,7 @@ from corun_ray.jobtrials import example
 from corun_ray.service import cluster
 from corun_ray.service.cluster import ClusterError
 from corun_ray.service.doctor_nodes import Nodes, NodeTrouble, all_reduce, local_facts
-from corun_ray.service.doctor_places import Outcome, clocks_of_servers, try_mlflow, try_storage
+from corun_ray.service.doctor_places import Outcome, clocks_of_servers, listens, try_mlflow, try_storage
 from corun_ray.service.scoring import NeededFiles, missing_weights, needed_files
 from corun_ray.service.storage import StorageError, locate
 from corun_ray.service.tracking import TrackingError, tracking_uri
@@ -117,9 +117,12 @@ class Doctor:
         try:
             place = cluster.connect(*sizes)
         except ClusterError as error:
-            raise _Bad(
-                str(error), "RAY_ADDRESS=HOST:6379, with the cluster's token; without it, a Ray starts here"
-            ) from None
+            if listens(os.environ.get("RAY_ADDRESS", "")):
+                advice = "something listens there: does it know your token, and is its Ray of the version above?"
+                advice += " (RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
+            else:
+                advice = "give RAY_ADDRESS=HOST:6379 of a head that runs and can be reached; without, a Ray starts here"
+            raise _Bad(str(error), advice) from None
         self.nodes = Nodes()
         if other := self.nodes.with_other_versions():
             raise _Bad(f"{place}: other versions on {other}", "give every node the same image")

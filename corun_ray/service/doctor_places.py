@@ -2,6 +2,7 @@
 
 import email.utils
 import os
+import socket
 import tempfile
 import time
 import uuid
@@ -76,6 +77,14 @@ def try_mlflow(uri: str) -> str:
     if not same:
         raise TrackingError(f"{uri} gives back other values than were logged")
     return "run, metric and artifact, written and read"
+
+
+def listens(address: str) -> bool:
+    """Whether anything takes connections at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    with suppress(OSError, ValueError), socket.create_connection((host, int(port)), ANSWER_S):
+        return True
+    return False
 
 
 def clocks_of_servers(storage: str, tracking: str) -> dict[str, float]:

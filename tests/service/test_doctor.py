@@ -1,6 +1,7 @@
 """The doctor on a healthy stack, and on one with something broken: each is named."""
 
 import http.server
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,7 +97,11 @@ def test_a_cluster_that_is_not_there_is_named_and_the_rest_is_looked_at(needs, m
         raise ClusterError("RAY_ADDRESS: no Ray cluster at 127.0.0.1:1")
 
     monkeypatch.setattr("corun_ray.service.cluster.connect", no_cluster)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        assert "does it know your token" in examined(needs)["ray"].advice
     found = examined(needs)
+    assert "of a head that runs" in found["ray"].advice
     assert [name for name, one in found.items() if one.is_ok is False] == ["ray"]
     assert found["workers"].is_ok is None and found["gpus"].text == "not looked at without Ray"
     assert found["storage"].is_ok and "from here:" in found["storage"].text
