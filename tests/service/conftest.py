@@ -34,6 +34,7 @@ def watched_colabator(local_ray, dataset, tmp_path_factory) -> WatchedRun:
         cluster={"workers": 2},
         tracking={"register": "corun-test"},
     )
+    job = job.model_copy(update={"name": "watched"})  # its metrics and log lines are told from others' by that
     with Scraper() as scraper:
         uri = run_training(job, Console(), Path())
     return WatchedRun(job, uri, scraper)

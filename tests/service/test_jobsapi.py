@@ -4,9 +4,11 @@ import contextlib
 import os
 import pty
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # jobs are run by the python3 that is found there
     environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     environment.pop("RAY_ADDRESS", None)
+    # Ray notes the last cluster of a machine there; this one is not to be taken for that of other tests.
+    environment["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="head-", dir="/tmp")  # its sockets need a short path
     port, dashboard, agent, client = (free_port() for _ in range(4))
     ray = str(Path(sys.executable).with_name("ray"))
     ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
@@ -44,6 +48,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             for one in [*psutil.Process(process.pid).children(recursive=True), process]:
                 with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                     one.kill()
+            process.wait()
+            shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
 
 def corun_ray(environment: dict[str, str], *args: object, **more: str) -> subprocess.CompletedProcess[str]:
@@ -103,6 +109,7 @@ def test_a_job_file_is_executable_by_ray_job_submit(head, dataset, tmp_path):
     assert [*(tmp_path / "runs").glob("evaluate-*/metrics.csv")]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_only_there_ends_with_its_line_and_exit_code_2(head, dataset, tmp_path):
     result = corun_ray(head, "submit", measuring(tmp_path, dataset), "--set", "evaluate.hazy=/nowhere", "--name", "w")
     assert result.returncode == 2

@@ -90,6 +90,7 @@ def test_colabator_around_another_network_leaves_a_model_that_pyfunc_runs(name, 
     assert_plain_pyfunc_runs(tracking, name, tmp_path / "elsewhere")
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_of_three_stages_is_fine_tuned_and_exported_under_the_same_names(
     local_ray, dataset, tmp_path
 ):

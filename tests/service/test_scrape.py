@@ -79,11 +79,16 @@ def test_what_was_served_is_what_happened(scraper, watched_colabator):
     assert [value for _, value in scraper.of_job("ray_corun_dehazed_pixels_total", "dehazing")] == [60 * 80]
 
 
-def test_labels_are_few(scraper):
-    """No metric names an image, a path or a step."""
+def test_labels_are_few(scraper, watched_colabator):
+    """No metric of a job names an image, a path or a step."""
+    jobs = {watched_colabator.job.name, "dehazing"}
     for name, metric in DECLARED.items():
         for samples in (scraper.samples.get(f"ray_{name}", {}), scraper.samples.get(f"ray_{name}_bucket", {})):
-            mine = {tuple(dict(labels).get(label) for label in metric.labels) for labels in samples}
+            mine = {
+                tuple(dict(labels).get(label) for label in metric.labels)
+                for labels in samples
+                if jobs & set(dict(labels).values())
+            }
             assert len(mine) <= 20
             assert not any("/" in value for values in mine for value in values if value and not value.startswith("val"))
 
