@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from corun_ray.core.bounded import TooLarge, tile_side_px, within
+from corun_ray.core.bounded import TooLarge, images_at_once, tile_side_px, within
 from corun_ray.core.corun import CORUN
 from corun_ray.core.cpmm import CPMM
 from corun_ray.core.restore import restore
@@ -101,3 +101,13 @@ def test_memory_decides_between_whole_and_tiles() -> None:
 def test_other_networks_take_images_whole() -> None:
     other = nn.Identity()
     assert within(other, torch.rand(1, 3, 2000, 2000), 512) is other
+
+
+def test_as_many_images_go_together_as_fit_whole() -> None:
+    net = network(width=8)
+    for memory_mib in (64, 256, 700):
+        many = images_at_once(net, 128, 208, memory_mib)
+        assert many is not None and tile_side_px(net, 128 * many, 208, memory_mib) is None
+        assert tile_side_px(net, 128 * (many + 1), 208, memory_mib) is not None
+    assert images_at_once(net, 4000, 6000, 64) == 1
+    assert images_at_once(nn.Conv2d(3, 3, 1), 120, 200, 64) is None

@@ -19,6 +19,8 @@ from corun_ray.service.models import ModelSourceError, fetch_model, starting_mod
 from corun_ray.service.promotion import promote
 from corun_ray.service.pull import pull
 from corun_ray.service.registry import Registry
+from corun_ray.service.serve_messages import Served
+from corun_ray.service.serving import identify
 from corun_ray.service.tracking import TrackingError
 from corun_ray.service.train import run_training
 from tests.conftest import free_port, wait_for
@@ -93,6 +95,13 @@ def test_promotion_refuses_the_worse_and_takes_the_better(trained):
     }.items():
         with pytest.raises(TrackingError, match=told):
             promote(registry, *arguments)
+
+
+def test_an_alias_is_served_as_the_version_that_it_means(trained):
+    assert identify(f"models:/{NAME}@champion", trained) == (f"models:/{NAME}/1", Served(NAME, "1"))
+    assert identify(f"models:/{NAME}/2", trained) == (f"models:/{NAME}/2", Served(NAME, "2"))
+    with pytest.raises(TrackingError, match="no version or alias nobody"):
+        identify(f"models:/{NAME}@nobody", trained)
 
 
 def test_a_model_is_pulled_as_plain_files_that_are_a_model(trained, dataset, tmp_path):

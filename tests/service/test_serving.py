@@ -1,83 +1,43 @@
 """A model served by Ray Serve: its answers, what it refuses, its page in a browser, and its end."""
 
-import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import ray
 import torch
 from playwright.sync_api import Page, sync_playwright
 from ray import serve
 
-from corun_ray.config import ServeJob
 from corun_ray.core.corun import CORUN
 from corun_ray.core.images import decode_pixels
-from corun_ray.core.networks import NetworkSpec
-from corun_ray.core.restore import restore, to_image, to_tensor
-from corun_ray.jobfile import job_of
-from corun_ray.service.models import Model
 from corun_ray.service.photos import Photo, read_photo, write_photo
-from corun_ray.service.serve_deployment import Deployment
 from corun_ray.service.serve_messages import Served
-from tests.conftest import free_port, photograph, write_image
+from corun_ray.service.serving import identify
+from tests.conftest import photograph, write_image
 from tests.service.bad_uploads import bad_uploads
-from tests.service.serve_requests import Answer, ask
+from tests.service.serve_requests import ask
+from tests.service.serving import (
+    MAX_MIB,
+    PNG,
+    SIZES,
+    Running,
+    assert_is_restored,
+    command,
+    interrupted,
+    replicas,
+    running,
+)
 from tests.service.test_photos import PROFILE
 from tests.service.test_report import CHROMIUM
-
-SIZES = [(40, 64), (33, 47), (96, 80), (120, 90), (17, 200)]
-MAX_MIB = 1
-PNG = {"Content-Type": "image/png"}
-
-
-@dataclass(frozen=True)
-class Running:
-    """A served model, and the network that it should answer like."""
-
-    url: str
-    model: Model
-
-    def restored(self, pixels: np.ndarray) -> np.ndarray:
-        with one_thread():
-            return to_image(restore(self.model.build().eval(), to_tensor(pixels)).scene, pixels.dtype.type)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """As many as a replica has: the order of sums, and so the last bit, is the same then."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def running(**section: object) -> Iterator[Running]:
-    torch.manual_seed(0)
-    network = CORUN(2, 4)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    model = Model(NetworkSpec("corun", {"stages": 2, "width": 4}), network.state_dict(), {})
-    keys = {"model": "x", "port": free_port(), "max_upload_mib": MAX_MIB} | section
-    job = job_of({"kind": "serve", "name": "dehazing", "serve": keys})
-    assert isinstance(job, ServeJob)
-    with Deployment(job, model, Served("net", "7")) as deployment:
-        deployment.start()
-        yield Running(deployment.url.rstrip("/"), model)
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +46,16 @@ def served(local_ray) -> Iterator[Running]:
         yield here
 
 
-def assert_is_restored(answer: Answer, expected: np.ndarray, suffix: str = ".png") -> None:
-    """The very pixels where the image was restored alone; in a batch the last bit of a sum may differ."""
-    assert answer.status == 200, answer.body
-    if suffix == ".png" and answer.headers["x-corun-batch"] == "1":
-        assert np.array_equal(decode_pixels(answer.body), expected)
-        return
-    found, wanted = decode_pixels(answer.body), decode_pixels(write_photo(Photo(expected), suffix))
-    difference = np.abs(found.astype(int) - wanted)
-    assert difference.max() <= (1 if suffix == ".png" else 12) and (difference > 0).mean() < 0.01
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("/home/me/runs/x/checkpoint", "checkpoint"),
+        ("s3://haze/net.pth", "net.pth"),
+        ("runs:/1a2b/model", "1a2b/model"),
+    ],
+)
+def test_of_a_model_that_is_not_registered_its_name_alone_is_told(source, name):
+    assert identify(source, "") == (source, Served(name, None))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp"])
@@ -143,12 +104,6 @@ def test_bad_uploads_are_refused_with_a_reason_and_the_replica_goes_on(served):
     assert replicas() == before and ask(f"{served.url}/healthz").status == 200
 
 
-def replicas() -> set[str]:
-    """Actors of the application; one that is lost is replaced by one of another name."""
-    named = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
-    return {name for name in named if name.startswith("SERVE_REPLICA::dehazing#")}
-
-
 def test_a_body_of_untold_length_is_bounded_too(served):
     answer = ask(f"{served.url}/dehaze", iter([bytes(2**16)] * (16 * MAX_MIB + 1)), PNG)
     assert answer.status == 413 and json.loads(answer.body) == {"error": "the file is larger than 1 MiB"}
@@ -166,6 +121,9 @@ def test_health_is_told_while_an_image_is_restored(served):
 
 
 def test_health_and_metrics(served):
+    photo = write_photo(Photo(photograph(np.random.default_rng(1), 40, 64)), ".png")
+    assert ask(f"{served.url}/dehaze", photo).status == 200
+    assert ask(f"{served.url}/dehaze", bytes(MAX_MIB * 2**20 + 1)).status == 413
     health = ask(f"{served.url}/healthz")
     assert (health.status, json.loads(health.body)) == (
         200,
@@ -175,37 +133,6 @@ def test_health_and_metrics(served):
     assert re.search(r'^corun_serve_requests_total\{status="200"\} [1-9]', metrics, re.MULTILINE)
     assert re.search(r'^corun_serve_requests_total\{status="413"\} [1-9]', metrics, re.MULTILINE)
     assert re.search(r"^corun_serve_megapixels_total [\d.]+$", metrics, re.MULTILINE)
-
-
-@contextlib.contextmanager
-def command(folder: Path, served: Running, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`corun-ray serve` on the cluster of the tests, and the line that says it is ready."""
-    torch.save(served.model.params, folder / "net.pth")
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    line = [sys.executable, "-m", "corun_ray", "serve", str(folder / "net.pth"), *options]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    watch = threading.Timer(120, process.kill)
-    watch.start()
-    try:
-        lines = []
-        while "ready" not in (line_read := process.stdout.readline()):
-            assert line_read, "".join(lines)
-            lines.append(line_read)
-        yield process, line_read.split()[1]
-    finally:
-        watch.cancel()
-        process.kill()
-        process.wait()
-
-
-def interrupted(process: subprocess.Popen[str]) -> str:
-    """What it prints after Ctrl-C."""
-    process.send_signal(signal.SIGINT)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    assert process.wait() == 0
-    return output
 
 
 def test_the_command_adds_an_application_and_takes_it_away_at_ctrl_c(served, tmp_path):
@@ -291,84 +218,3 @@ def test_a_file_that_the_browser_cannot_show_can_be_downloaded(page, tmp_path):
     with page.expect_download() as download:
         page.get_by_role("link", name="Download").click()
     assert download.value.suggested_filename == "view-dehazed.tif"
-
-
-@pytest.mark.slow
-def test_a_killed_driver_leaves_an_application_that_the_next_command_replaces(served, tmp_path):
-    options = ("--name", "other", "--path", "/other")
-    with command(tmp_path, served, *options) as (process, url):
-        process.kill()
-    assert ask(f"{url}/healthz").status == 200
-    done, health = threading.Event(), []
-
-    def watch() -> None:
-        while not done.wait(0.2):
-            health.append(ask(f"{url}/healthz").status)
-
-    watching = threading.Thread(target=watch)
-    with command(tmp_path, served, *options) as (first, url):
-        watching.start()
-        with command(tmp_path, served, *options) as (second, _):
-            assert first.stdout is not None
-            assert "another deployment has taken the name other" in first.stdout.read() and first.wait() == 0
-            done.set()
-            watching.join()
-            assert len(health) > 5 and set(health) <= {200, 503}, "while one follows the other, it may be told to wait"
-            assert ask(f"{url}/healthz").status == 200
-            assert "stopped" in interrupted(second)
-    assert set(serve.status().applications) == {"dehazing"}
-
-
-@pytest.mark.slow
-def test_a_lost_replica_costs_the_requests_that_it_worked_on_and_is_replaced(served):
-    large = write_photo(Photo(photograph(np.random.default_rng(0), 900, 1200)), ".jpg")
-    before = replicas()
-    (restorer,) = (name for name in before if "#restorer#" in name)
-    with ThreadPoolExecutor(1) as pool:
-        working = pool.submit(ask, f"{served.url}/dehaze", large)
-        while "corun_serve_in_flight 1.0" not in ask(f"{served.url}/metrics").body.decode():
-            assert not working.done()
-        time.sleep(1)  # the network is at it by then
-        ray.kill(ray.get_actor(restorer, namespace="serve"))
-        lost = working.result()
-    assert lost.status == 503 and "retry-after" in lost.headers, lost
-    deadline = time.monotonic() + 60
-    while ask(f"{served.url}/healthz").status != 200 or restorer in replicas():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    image = photograph(np.random.default_rng(3), 40, 64)
-    assert_is_restored(ask(f"{served.url}/dehaze", write_photo(Photo(image), ".png")), served.restored(image))
-
-
-@pytest.mark.slow
-def test_two_hundred_requests_good_and_bad_by_eight_clients(local_ray):
-    """Five sizes and every kind of bad upload, mixed: each good one right, each bad one told why, no replica lost."""
-    rng = np.random.default_rng(0)
-    with running(replicas=2) as served:
-        before = replicas()
-        images = {size: photograph(rng, *size) for size in SIZES}
-        files = {size: write_photo(Photo(image), ".png") for size, image in images.items()}
-        expected = {size: served.restored(image) for size, image in images.items()}
-        wanted = [("good", SIZES[n % len(SIZES)]) for n in range(100)]
-        wanted += [("bad", list(BAD)[n % len(BAD)]) for n in range(100)]
-        order = [wanted[n] for n in rng.permutation(len(wanted))]
-
-        def request(one: tuple[str, object]) -> Answer:
-            kind, key = one
-            if kind == "good":
-                return ask(f"{served.url}/dehaze", files[key], PNG)
-            bad = BAD[key]
-            return ask(f"{served.url}/dehaze{bad.query}", bad.body, {"Content-Type": bad.media_type, **bad.headers})
-
-        started = time.monotonic()
-        with ThreadPoolExecutor(8) as clients:
-            answers = list(clients.map(request, order))
-        took_s = time.monotonic() - started
-        for (kind, key), answer in zip(order, answers, strict=True):
-            if kind == "good":
-                assert_is_restored(answer, expected[key])
-            else:
-                assert answer.status == BAD[key].status and json.loads(answer.body)["error"], (key, answer)
-        assert replicas() == before and len(before) == 3
-        alone = sum(answer.headers.get("x-corun-batch") == "1" for answer in answers)
-        print(f"200 requests in {took_s:.1f} s; {alone} images restored alone, {100 - alone} in batches")
