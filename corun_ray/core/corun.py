@@ -55,9 +55,10 @@ def transmission_step(hazy: Tensor, transmission: Tensor, scene_estimate: Tensor
     `hazy` and `scene_estimate` (the previous closed-form scene) B 3 H W, `transmission` B 1 H W → B 1 H W.
     """
     attenuated = 1 - scene_estimate
-    attenuated = torch.where(attenuated == 0, DENOMINATOR_MIN, attenuated)
-    numerator = (1 - hazy + weight * transmission / attenuated).sum(1, keepdim=True)
-    denominator = (1 - scene_estimate + weight / attenuated).sum(1, keepdim=True)
+    # Of the sums over the channels only this one needs a division in each.
+    pull = weight * torch.where(attenuated == 0, DENOMINATOR_MIN, attenuated).reciprocal().sum(1, keepdim=True)
+    numerator = (1 - hazy).sum(1, keepdim=True) + pull * transmission
+    denominator = attenuated.sum(1, keepdim=True) + pull
     denominator = torch.where(denominator == 0, DENOMINATOR_MIN, denominator)
     return (numerator / denominator).clamp(TRANSMISSION_MIN, TRANSMISSION_MAX)
 

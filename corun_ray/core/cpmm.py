@@ -2,6 +2,10 @@
 
 Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3.1. Module and parameter names are those of the
 checkpoints in circulation.
+
+The network is bound by memory traffic. Features are `B C H W` whose channels lie side by side in memory
+(channels-last), so that what works on pixels (`B HW C`) and what convolves see the same memory, and nothing is turned
+from one into the other. The form that reads like the paper is `tests/core/plain_corun.py`; this one is held against it.
 """
 
 from collections.abc import Iterable
@@ -16,13 +20,17 @@ SIZE_MULTIPLE_PX = 2**LEVELS
 
 
 class SpectralAttention(nn.Module):
-    """Self-attention across channels; each head's `width x width` map is taken over all pixels of the image."""
+    """Self-attention across channels; each head's `width x width` map is taken over all pixels of the image.
+
+    Queries and keys enter the result only by their inner products over the pixels. As both are linear in the input,
+    `q = Wq x` and `k = Wk x`, these follow from the input's own: `k q' = Wk (x x') Wq'`. So neither is ever computed.
+    """
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.heads = channels // width
         self.given_mixing: Tensor | None = None
-        """Set where the pixels at hand are a part of the image: what `mixing_of` made of the whole one's statistics."""
+        """Set where the pixels at hand are a part of the image: what `mixing_of` made of the whole one's products."""
         self.rescale = nn.Parameter(torch.ones(self.heads, 1, 1))
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(channels, channels, bias=False)
@@ -35,46 +43,46 @@ class SpectralAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """B C H W → B C H W."""
-        weights = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
-        query, key, value = F.conv2d(x, weights[:, :, None, None]).chunk(3, 1)
-        mixing = (self._mixing(query, key) if self.given_mixing is None else self.given_mixing).to(value.dtype)
-        attended = torch.matmul(mixing, value.flatten(2)).view_as(value)
-        return attended + self.proj.bias[:, None, None] + self.pos_emb(value)
+        """B C H W → `x + attention(x)`, B C H W."""
+        value = F.linear(_pixels(x), self.to_v.weight)
+        mixing = self.mixing_of(self.products(x)) if self.given_mixing is None else self.given_mixing
+        attended = torch.baddbmm(_pixels(x).to(value.dtype), value, mixing.to(value.dtype).mT)
+        before, activation, after = cast(tuple[nn.Conv2d, nn.GELU, nn.Conv2d], tuple(self.pos_emb))
+        position = activation(before(_planes(value, x)))
+        # The projection's bias is added by the convolution, which has none of its own.
+        position = F.conv2d(position, after.weight, self.proj.bias, padding=1, groups=after.groups)
+        return position.add_(_planes(attended, x))
 
-    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention needs to know of pixels B C h w: k·qᵀ (B heads d d), and |k|² over |q|² (B heads 2 d).
+    def products(self, x: Tensor) -> Tensor:
+        """`x x'`, B C C: the channels' inner products over pixels B C H W. Those of parts add up.
 
-        Sums over the pixels, those of an image being the sum of its parts': in float64, so that many parts add up.
+        In twice the precision of `x`, at least float32: cosines of queries and keys that are much smaller than the
+        features cancel most of the digits, and a sum over all pixels is too long for half precision anyway.
         """
-        weights = torch.cat([self.to_q.weight, self.to_k.weight])
-        query, key = (self._by_head(y) for y in F.conv2d(x, weights[:, :, None, None]).chunk(2, 1))
-        norms = torch.stack([key.norm(dim=-1), query.norm(dim=-1)], 2)
-        return torch.matmul(key, query.transpose(2, 3)).double(), norms.double().square()
+        with torch.autocast(x.device.type, enabled=False):
+            pixels = _pixels(x)
+            pixels = pixels.to(torch.float64 if pixels.dtype == torch.float32 else torch.float32)
+            return torch.bmm(pixels.mT, pixels)
 
-    def mixing_of(self, cross: Tensor, squares: Tensor) -> Tensor:
-        """The image's mixing, B C C, from its statistics."""
-        key_norm, query_norm = squares.sqrt().unbind(2)
-        return self._projected(cross.float(), (key_norm[..., :, None] * query_norm[..., None, :]).float())
-
-    def _mixing(self, query: Tensor, key: Tensor) -> Tensor:
-        """Output projection times the block-diagonal attention map, B C C: both are then one product with v."""
-        # The inner products run over all pixels of the image: too long a sum for half precision.
-        with torch.autocast(query.device.type, enabled=False):
-            query, key = self._by_head(query), self._by_head(key)
-            norms = key.norm(dim=-1)[..., :, None] * query.norm(dim=-1)[..., None, :]
-            return self._projected(torch.matmul(key, query.transpose(2, 3)), norms)
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        """B C H W → B heads d HW."""
-        batch, channels = x.shape[:2]
-        return x.float().reshape(batch, self.heads, channels // self.heads, -1)
-
-    def _projected(self, cross: Tensor, norms: Tensor) -> Tensor:
-        batch, heads, width, _ = cross.shape
-        attention = (self.rescale * (cross / norms.clamp_min(1e-24))).softmax(-1)  # B heads d d
-        projection = self.proj.weight.view(heads * width, heads, width).transpose(0, 1)  # heads C d
-        return torch.matmul(projection, attention).transpose(1, 2).reshape(batch, heads * width, heads * width)
+    def mixing_of(self, products: Tensor) -> Tensor:
+        """What the values of an image are mixed by, B C C: its attention maps, then the output projection."""
+        heads, (batch, channels, _) = self.heads, products.shape
+        width = channels // heads
+        # Heads are the batch of these products and images stand side by side: no weight is copied for each image.
+        with torch.autocast(products.device.type, enabled=False):
+            weights = torch.cat([self.to_q.weight, self.to_k.weight]).to(products.dtype)
+            mixed = F.linear(products, weights).view(batch, channels, 2, heads, width)
+            squares = (weights.mT.view(channels, 2, heads, width) * mixed).sum(1)
+            query_norm, key_norm = squares.clamp_min(1e-24).sqrt().unbind(1)  # B heads d
+            queries = mixed[:, :, 0].permute(2, 1, 0, 3).reshape(heads, channels, batch * width)
+            keys = weights[channels:].view(heads, width, channels)
+            inner = torch.bmm(keys, queries).view(heads, width, batch, width).permute(2, 0, 1, 3)
+            cosines = inner / (key_norm[..., :, None] * query_norm[..., None, :])
+            attention = (self.rescale * cosines.to(self.rescale.dtype)).softmax(-1)  # B heads d d
+            attention = attention.permute(1, 2, 0, 3).reshape(heads, width, batch * width)
+            projection = self.proj.weight.view(channels, heads, width).transpose(0, 1)  # heads C d
+            mixing = torch.bmm(projection, attention).view(heads, channels, batch, width)
+            return mixing.permute(2, 1, 0, 3).reshape(batch, channels, channels)
 
 
 class FeedForward(nn.Module):
@@ -91,9 +99,13 @@ class FeedForward(nn.Module):
             nn.Conv2d(hidden, channels, 1, bias=False),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """B C H W → B C H W."""
-        return self.net(x)
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """B C H W and B C H W → `residual + ffn(x)`, B C H W."""
+        expand, first, depthwise, second, shrink = self.net
+        hidden = second(depthwise(first(expand(x))))
+        weight = cast(nn.Conv2d, shrink).weight[:, :, 0, 0].mT
+        out = torch.addmm(_pixels(residual).flatten(0, 1).to(hidden.dtype), _pixels(hidden).flatten(0, 1), weight)
+        return _planes(out.view(len(x), -1, weight.shape[1]), x)
 
 
 class PreNorm(nn.Module):
@@ -106,7 +118,7 @@ class PreNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """B C H W → B C H W."""
-        return self.fn(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return self.fn(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), x)
 
 
 class Block(nn.Module):
@@ -120,9 +132,19 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """B C H W → B C H W."""
         for attention, feed_forward in cast(Iterable[tuple[nn.Module, nn.Module]], self.blocks):
-            x = x + attention(x)
-            x = x + feed_forward(x)
+            x = attention(x)
+            x = feed_forward(x)
         return x
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """B C H W → B HW C: the same memory where that is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _planes(pixels: Tensor, like: Tensor) -> Tensor:
+    """B HW C → B C H W, channels-last in memory, of the height and width of `like`."""
+    return pixels.unflatten(1, like.shape[-2:]).permute(0, 3, 1, 2)
 
 
 class Resample(nn.Module):
@@ -166,7 +188,8 @@ class CPMM(nn.Module):
 
     def forward(self, estimate: Tensor, partner: Tensor) -> Tensor:
         """Estimate B c H W and partner B (4 - c) H W → refined estimate B c H W; H and W multiples of 8."""
-        features = self.embedding(torch.cat([estimate, partner], 1))
+        features = torch.cat([estimate, partner], 1).contiguous(memory_format=torch.channels_last)
+        features = self.embedding(features)
         skips = []
         for block, down in cast(Iterable[tuple[Block, Resample]], self.encoder_layers):
             features = block(features)

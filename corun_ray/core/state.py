@@ -29,8 +29,8 @@ class TrainState:
         """A fresh state around `network` (any that can be copied), its teacher an equal copy."""
         student = network.to(device).train()
         teacher = copy.deepcopy(student).requires_grad_(False).eval()
-        # lr is set at every step by the schedule.
-        optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
+        # lr is set at every step by the schedule. Fused: one pass over all parameters, not one for each operation.
+        optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
         return cls(student, teacher, optimizer)
 
     def update(self, losses: dict[str, Tensor], lr: float, ema: float, batch_images: int) -> None:
@@ -84,13 +84,17 @@ class TrainState:
         for part, network in self._networks().items():
             network.load_state_dict({name: tensors[f"{part}.{name}"] for name in network.state_dict()})
         moments = {}
-        for index, (name, _) in enumerate(self.student.named_parameters()):
+        for index, (name, parameter) in enumerate(self.student.named_parameters()):
             if f"optimizer.{name}.step" in tensors:
-                # Copies, since AdamW keeps what it is given and these may be mapped from a file that goes away.
-                moments[index] = {key: tensors[f"optimizer.{name}.{key}"].clone() for key in MOMENTS}
+                # Copies, since AdamW keeps what it is given and these may be mapped from a file that goes away; laid
+                # out in memory as the parameter is, since the fused kernel counts on that.
+                step, *averages = (tensors[f"optimizer.{name}.{key}"] for key in MOMENTS)
+                copies = [torch.empty_like(parameter).copy_(average) for average in averages]
+                moments[index] = dict(zip(MOMENTS, [step.clone(), *copies], strict=True))
         groups = [
             # JSON has no tuples, which betas are.
-            {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()} | {"params": own["params"]}
+            {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
+            | {key: own[key] for key in ("params", "fused", "foreach")}
             for group, own in zip(values["param_groups"], self.optimizer.state_dict()["param_groups"], strict=True)
         ]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})

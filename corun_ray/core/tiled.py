@@ -82,9 +82,9 @@ class TiledCPMM(nn.Module):
         attentions = self.cpmm.attentions()
         try:
             for attention in attentions:
-                sums = [self._statistics(attention, tile, estimate, partner) for tile in parts]
-                cross, squares = (torch.stack(each).sum(0) for each in zip(*sums, strict=True))
-                attention.given_mixing = attention.mixing_of(cross, squares)
+                products = [self._products(attention, tile, estimate, partner) for tile in parts]
+                # In float64, so that many parts add up.
+                attention.given_mixing = attention.mixing_of(torch.stack(products).sum(0, dtype=torch.float64))
             refined = torch.empty_like(estimate)
             for tile in parts:
                 refined[..., *tile.core] = self._run(tile, estimate, partner)[..., *tile.inner()]
@@ -93,9 +93,7 @@ class TiledCPMM(nn.Module):
             for attention in attentions:
                 attention.given_mixing = None
 
-    def _statistics(
-        self, attention: SpectralAttention, tile: Tile, estimate: Tensor, partner: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _products(self, attention: SpectralAttention, tile: Tile, estimate: Tensor, partner: Tensor) -> Tensor:
         """The tile's part of the image's sums at one attention: those before it have their weights already."""
 
         def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -110,7 +108,7 @@ class TiledCPMM(nn.Module):
         finally:
             hook.remove()
         scale = (tile.outer[0].stop - tile.outer[0].start) // features.shape[-2]
-        return attention.statistics(features[..., *tile.inner(scale)])
+        return attention.products(features[..., *tile.inner(scale)])
 
     def _run(self, tile: Tile, estimate: Tensor, partner: Tensor) -> Tensor:
         return self.cpmm(estimate[..., *tile.outer], partner[..., *tile.outer])
