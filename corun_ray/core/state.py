@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corun_ray.core.spans import span
+
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter from its first gradient on."""
 
@@ -43,9 +45,12 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()  # type: ignore[union-attr]
-        self.optimizer.step()
-        ema_step(self.teacher, self.student, ema)
+        with span("backward"):
+            sum(losses.values()).backward()  # type: ignore[union-attr]
+        with span("optimizer"):
+            self.optimizer.step()
+        with span("ema"):
+            ema_step(self.teacher, self.student, ema)
         self.step += 1
         self.num_images_seen += batch_images
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.coherence import BlockScores, Coherence
-from corun_ray.core.corun import Restoration
+from corun_ray.core.corun import Restoration, as_restoration
 from corun_ray.core.labels import Encoding, Label, LabelPool, Scores, decode, encode, supersedes
 from corun_ray.core.losses import Losses
-from corun_ray.core.networks import as_restoration
+from corun_ray.core.spans import span
 
 
 class SyntheticBatch(NamedTuple):
@@ -63,7 +63,10 @@ class StepOutput:
 
 def pretraining_step(student: nn.Module, batch: SyntheticBatch, losses: Losses) -> StepOutput:
     """Supervised training on synthetic pairs."""
-    return StepOutput(losses.pretraining(as_restoration(student(batch.hazy)), batch.clear, batch.hazy))
+    with span("student"):
+        restoration = as_restoration(student(batch.hazy))
+    with span("losses"):
+        return StepOutput(losses.pretraining(restoration, batch.clear, batch.hazy))
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,13 @@ class Colabator:
         """Student on the synthetic pairs and, by the best labels known, on the real images."""
         labels = self.best_labels(real, step)
         # Both halves go through in one batch: the same result, and one forward pass for DDP to follow.
-        restoration = as_restoration(student(torch.cat([synthetic.hazy, real.strong])))
-        on_synthetic, on_real = _split(restoration, len(synthetic.hazy))
-        losses = self.losses.colabator(on_synthetic, synthetic.clear, on_real, real.strong, labels.scene, labels.trust)
+        with span("student"):
+            restoration = as_restoration(student(torch.cat([synthetic.hazy, real.strong])))
+        with span("losses"):
+            on_synthetic, on_real = _split(restoration, len(synthetic.hazy))
+            losses = self.losses.colabator(
+                on_synthetic, synthetic.clear, on_real, real.strong, labels.scene, labels.trust
+            )
         return StepOutput(losses, labels)
 
     @torch.no_grad()
@@ -94,22 +101,28 @@ class Colabator:
 
         Only a winner's blocks are rated: a losing candidate's trust map would be thrown away.
         """
-        pending = self.pool.prefetch(real.keys)
-        scene, transmission = as_restoration(self.teacher(real.weak))
-        scene = scene.float().clamp(0, 1)
-        rated = self.coherence.global_scores(scene)
-        scores = [Scores(*pair) for pair in zip(rated.clarity.tolist(), rated.quality.tolist(), strict=True)]
+        with span("pool"):
+            pending = self.pool.prefetch(real.keys)
+        with span("teacher"):
+            scene, transmission = as_restoration(self.teacher(real.weak))
+            scene = scene.float().clamp(0, 1)
+        with span("global scores"):
+            rated = self.coherence.global_scores(scene)
+            # Both in one copy: the device is waited for once in a step.
+            scores = [Scores(*pair) for pair in torch.stack([rated.clarity, rated.quality], 1).tolist()]
         if not all(math.isfinite(score) for pair in scores for score in pair):
             # Such a label would win the pool's first comparison and lose none after it.
             raise FloatingPointError(f"step {step}: the teacher's scores are not finite; training has diverged")
-        stored = pending.result()
+        with span("pool"):
+            stored = pending.result()
         wins = [supersedes(new, old.scores if old else None) for new, old in zip(scores, stored, strict=True)]
 
         winners = [i for i, win in enumerate(wins) if win]
         candidates = Restoration(scene, transmission)
         fresh = self._make_labels(winners, real.keys, scores, candidates, step) if winners else {}
         if fresh:
-            self.pool.offer(list(fresh.values()))
+            with span("pool"):
+                self.pool.offer(list(fresh.values()))
         chosen = [fresh.get(i, old) for i, old in enumerate(stored)]
         return self._as_tensors([label for label in chosen if label is not None], scene, wins)
 
@@ -122,7 +135,8 @@ class Colabator:
         step: int,
     ) -> dict[int, Label]:
         scene, transmission = candidates
-        blocks = self.coherence.block_scores(scene[winners])
+        with span("local scores"):
+            blocks = self.coherence.block_scores(scene[winners])
         return {
             i: Label(
                 key=keys[i],

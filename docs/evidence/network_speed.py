@@ -1,0 +1,109 @@
+"""Forward and backward of CORUN against its plain form, side by side: eager, compiled, in float32 and in bfloat16.
+
+All ways run by turns from the same weights on the same images; prints a Markdown table of medians and ratios, and the
+largest difference of the outputs. Compiling takes some minutes at first:
+
+    python docs/evidence/network_speed.py --size 288 --batch 1 --stages 2
+
+The plain form is `tests/core/plain_corun.py`: the network as the paper writes it, eager, in float32.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from corun_ray.core.compiling import compiled
+from corun_ray.core.corun import CORUN
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.core.plain_corun import PlainCORUN
+
+Way = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def pair(stages: int, device: str) -> tuple[CORUN, PlainCORUN]:
+    """Both forms with the same weights, none of them zero."""
+    torch.manual_seed(0)
+    network, plain = CORUN(stages), PlainCORUN(stages)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.02)
+    plain.load_state_dict(network.state_dict())
+    return network.to(device), plain.to(device)
+
+
+def ways(network: CORUN, plain: PlainCORUN, device: str, chosen: list[str]) -> dict[str, Way]:
+    """Name → what restores a batch."""
+    whole = compiled(network)
+
+    def half(restore: nn.Module) -> Way:
+        def restored(hazy: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast(device, torch.bfloat16):
+                return restore(hazy)
+
+        return restored
+
+    every: dict[str, Way] = {
+        "plain, eager, float32": lambda hazy: plain(hazy)[-1],
+        "eager, float32": network,
+        "compiled, float32": whole,
+        "eager, bfloat16": half(network),
+        "compiled, bfloat16": half(whole),
+    }
+    return {name: way for name, way in every.items() if name.split(",")[0] in chosen}
+
+
+def step(way: Way, networks: list[nn.Module], hazy: Tensor) -> float:
+    """Seconds of one forward and backward pass."""
+    for network in networks:
+        network.zero_grad()
+    if hazy.is_cuda:
+        torch.cuda.synchronize()
+    started_s = time.perf_counter()
+    scene, transmission = way(hazy)
+    (scene.float().clamp(0, 1).mean() + transmission.mean()).backward()
+    if hazy.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=288, help="side of an image in pixels")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ways", nargs="+", default=["plain", "eager", "compiled"])
+    args = parser.parse_args()
+    network, plain = pair(args.stages, args.device)
+    hazy = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
+    every = ways(network, plain, args.device, args.ways)
+    with torch.no_grad():
+        truth = plain(hazy)[-1]
+    differences = {}
+    for name, way in every.items():
+        found = way(hazy)
+        differences[name] = max(float((a.detach() - b).abs().max()) for a, b in zip(found, truth, strict=True))
+        step(way, [network, plain], hazy)  # what is compiled at the first call is not measured
+    times: dict[str, list[float]] = {name: [] for name in every}
+    for _ in range(args.repeats):
+        for name, way in every.items():
+            times[name].append(step(way, [network, plain], hazy))
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    first = next(iter(medians.values()))
+    threads = torch.get_num_threads()
+    print(f"{args.stages} stages, batch {args.batch}, {args.size} px, {args.device}, {threads} threads\n")
+    print("| form | forward + backward, s | times as fast | largest difference |\n| --- | --- | --- | --- |")
+    for name, seconds in medians.items():
+        print(f"| {name} | {seconds:.3f} | {first / seconds:.2f} | {differences[name]:.1e} |")
+
+
+if __name__ == "__main__":
+    main()
