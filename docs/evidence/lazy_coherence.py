@@ -1,10 +1,13 @@
-"""What a Colabator step costs in the published eager order and in ours, side by side on one 96 px image.
+"""What a Colabator step costs in the published eager order and in ours, side by side on one image.
 
 Both orders run by turns from the same weights on the same batches: CORUN of 4 stages and width 30, DA-CLIP
 (ViT-B/32), MUSIQ and VGG-19 of the true size with random weights, one synthetic and one real image a step.
 Prints a Markdown table:
 
     python docs/evidence/lazy_coherence.py --steps 50 --image tests/data/fade/lhd_4.png
+    python docs/evidence/lazy_coherence.py --steps 12 --warm 6 --size 288 --plain --precision bf16
+
+The second one holds the whole published step, network and all, against ours once the pool is warm.
 
 The eager order rates every candidate's blocks before it decides, computes features anew for every term that needs
 them, and rates both restorations once more for a number that is only logged (SPEC sections 3 and 4).
@@ -15,6 +18,7 @@ import copy
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.coherence import BlockScores, Coherence
+from corun_ray.core.compiling import compiled
 from corun_ray.core.corun import CORUN, Restoration
 from corun_ray.core.daclip import DACLIP_FILE, load_daclip
 from corun_ray.core.images import decode_image
@@ -39,7 +44,10 @@ from corun_ray.core.steps import Colabator, RealBatch, SyntheticBatch
 from corun_ray.core.vgg import VGG_FILE, Vgg19Features, load_vgg19
 
 ROOT = Path(__file__).parents[2]
-SIDE_PX, KEY = 96, "photograph"
+sys.path.insert(0, str(ROOT))
+from tests.core.plain_corun import PlainCORUN  # noqa: E402
+
+KEY = "photograph"
 MUSIQ_FILE = "musiq_koniq_ckpt-e95806b9.pth"
 LR, EMA = 5e-5, 0.999
 
@@ -83,18 +91,23 @@ class EagerOrder:
         self.pool.offer([new])
         kept = self.pool.labels[KEY]
         kept_blocks = BlockScores(*(torch.from_numpy(s)[None] for s in (kept.block_clarity, kept.block_quality)))
-        trust = self.coherence.trust_map(kept_blocks, SIDE_PX, SIDE_PX)
+        trust = self.coherence.trust_map(kept_blocks, *scene.shape[-2:])
         return torch.from_numpy(decode(kept.scene))[None], trust, kept is new
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50, help="at least 2")
+    parser.add_argument("--warm", type=int, default=1, help="first steps that are not counted, at least 1")
+    parser.add_argument("--size", type=int, default=96, help="side of the image in pixels, a multiple of 32")
+    parser.add_argument("--plain", action="store_true", help="the eager order runs the plain form of the network")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of our order's network")
+    parser.add_argument("--compile", action="store_true", help="our order's networks")
     parser.add_argument("--image", type=Path, default=ROOT / "tests/data/fade/lhd_4.png")
     parser.add_argument("--daclip-keys", type=Path, default=ROOT / "tests/data/daclip/daclip_keys.json")
     arguments = parser.parse_args()
-    if arguments.steps < 2:
-        parser.error("--steps: at least 2 expected, the first one warms up")
+    if not 1 <= arguments.warm < arguments.steps:
+        parser.error("--steps: more than --warm expected, and --warm at least 1")
     photograph = decode_image(arguments.image.read_bytes())
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -102,15 +115,33 @@ def main() -> None:
         clarity = load_daclip(Path(folder) / DACLIP_FILE)
         quality = load_quality("musiq", lambda name: Path(folder) / name)
         features = load_vgg19(Path(folder) / VGG_FILE)
-        measure(photograph, Coherence(clarity, quality), features, arguments.steps)
+        measure(photograph, Coherence(clarity, quality), features, arguments)
 
 
-def measure(photograph: np.ndarray, coherence: Coherence, features: Vgg19Features, steps: int) -> None:
+class PlainNetwork(nn.Module):
+    """The plain form of a network, with its weights."""
+
+    def __init__(self, network: CORUN) -> None:
+        super().__init__()
+        self.plain = PlainCORUN(network.stages, network.width)
+        self.plain.load_state_dict(network.state_dict())
+
+    def forward(self, hazy: Tensor) -> Restoration:
+        return Restoration(*self.plain(hazy)[-1])
+
+
+def measure(
+    photograph: np.ndarray, coherence: Coherence, features: Vgg19Features, arguments: argparse.Namespace
+) -> None:
     """Both orders step by step, each going first every other time, and the table."""
-    network = CORUN(stages=4, width=30)
-    states = [TrainState.start(copy.deepcopy(network)) for _ in range(2)]
+    network, steps = CORUN(stages=4, width=30), arguments.steps
+    published = PlainNetwork(network) if arguments.plain else copy.deepcopy(network)
+    states = [TrainState.start(published), TrainState.start(network)]
+    student, teacher = states[1].student, states[1].teacher
+    if arguments.compile:
+        student, teacher = compiled(student), compiled(teacher)
     eager = EagerOrder(states[0].teacher, coherence, features)
-    lazy = Colabator(states[1].teacher, coherence, LocalPool(), Losses(COLABATOR_WEIGHTS, features))
+    lazy = Colabator(teacher, coherence, LocalPool(), Losses(COLABATOR_WEIGHTS, features))
     rng = np.random.default_rng(0)
     times_s: list[list[float]] = [[], []]
     wins: list[list[bool]] = [[], []]
@@ -123,7 +154,8 @@ def measure(photograph: np.ndarray, coherence: Coherence, features: Vgg19Feature
 
     def step_lazily() -> None:
         nonlocal saved
-        output = lazy.step(states[1].student, synthetic, real, step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bf16"):
+            output = lazy.step(student, synthetic, real, step)
         states[1].update(output.losses, LR, EMA, 1)
         assert output.labels is not None
         wins[1] += output.labels.from_teacher
@@ -131,32 +163,33 @@ def measure(photograph: np.ndarray, coherence: Coherence, features: Vgg19Feature
 
     orders = (step_eagerly, step_lazily)
     for step in range(steps):
-        synthetic, real = batch(photograph, rng)
+        synthetic, real = batch(photograph, arguments.size, rng)
         for which in (0, 1) if step % 2 else (1, 0):
             times_s[which].append(seconds(orders[which]))
-    total = steps * (SIDE_PX // coherence.block_px) ** 2
+    total = arguments.steps * (arguments.size // coherence.block_px) ** 2
     # The first step also allocates memory and the optimiser's state.
-    print_table([times[1:] for times in times_s], total, saved)
+    print_table([times[arguments.warm :] for times in times_s], arguments.warm, total, saved)
     same = sum(a == b for a, b in zip(*wins, strict=True))
     print(f"\n{same} of {steps} decisions were the same, {sum(wins[1])} of ours for the candidate.")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} cores")
 
 
-def print_table(times_s: list[list[float]], total: int, saved: int) -> None:
+def print_table(times_s: list[list[float]], warm: int, total: int, saved: int) -> None:
     medians = [statistics.median(times) for times in times_s]
-    print(f"\n| order | median of steps 2 to {len(times_s[0]) + 1} | mean | block ratings |\n| --- | --- | --- | --- |")
+    print(f"\n| order | median of steps {warm + 1} to {len(times_s[0]) + warm} | mean | block ratings |")
+    print("| --- | --- | --- | --- |")
     for name, times, median, ratings in zip(("eager", "ours"), times_s, medians, (total, total - saved), strict=True):
         print(f"| {name} | {median:.2f} s | {statistics.mean(times):.2f} s | {ratings} |")
     ratio = statistics.mean(times_s[0]) / statistics.mean(times_s[1])
     print(f"| ratio, saved | {medians[0] / medians[1]:.2f} | {ratio:.2f} | {saved} ({saved / total:.0%}) |")
 
 
-def batch(photograph: np.ndarray, rng: np.random.Generator) -> tuple[SyntheticBatch, RealBatch]:
+def batch(photograph: np.ndarray, side_px: int, rng: np.random.Generator) -> tuple[SyntheticBatch, RealBatch]:
     """One image for each half, made as the stream makes them; its depth falls from the lower to the upper edge."""
     height_px, width_px = photograph.shape[:2]
     near = np.repeat(np.linspace(0, 1, height_px, dtype=np.float32)[:, None], width_px, 1)
-    pair = synthetic_sample(photograph, near, rng, patch_px=SIDE_PX, haze_range=HazeRange(), random_resize=True)
-    views = real_views(photograph, rng, patch_px=SIDE_PX, jpeg_quality=pair.jpeg_quality)
+    pair = synthetic_sample(photograph, near, rng, patch_px=side_px, haze_range=HazeRange(), random_resize=True)
+    views = real_views(photograph, rng, patch_px=side_px, jpeg_quality=pair.jpeg_quality)
     hazy, clear, weak, strong = (
         torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255
         for image in (pair.hazy, pair.clear, views.weak, views.strong)
