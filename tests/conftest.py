@@ -1,6 +1,8 @@
 """What several test files share: one real local Ray, and a small dataset on disk."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -59,6 +61,20 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def heeding_ctrl_c() -> Iterator[None]:
+    """Processes that are started within heed SIGINT, however the tests were started.
+
+    A shell without job control has what it starts in the background (`make test &` in a script) ignore SIGINT, and
+    what is ignored stays so in every process below; what has a handler is reset to the default.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for(url: str, timeout_s: float = 60.0) -> None:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def _start_or_join(min_cpus: float) -> None:
     }
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if os.environ.get("RAY_ADDRESS"):
         environment = {} if IN_RAY_JOB in os.environ else {"py_modules": [str(PACKAGE)]}
         try:
@@ -66,6 +68,9 @@ def _start_or_join(min_cpus: float) -> None:
     else:
         num_cpus = max(os.cpu_count() or 1, math.ceil(min_cpus))
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    if on_sigterm is signal.default_int_handler:
+        # Ray has taken SIGTERM for itself, and aborts a process that is still closing what it opened 3 s later.
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _check_size(cluster: Cluster) -> None:

@@ -24,7 +24,7 @@ from corun_ray.service.models import Model
 from corun_ray.service.photos import Photo, write_photo
 from corun_ray.service.serve_deployment import Deployment
 from corun_ray.service.serve_messages import Served
-from tests.conftest import free_port
+from tests.conftest import free_port, heeding_ctrl_c
 from tests.service.serve_requests import Answer
 
 SIZES = [(40, 64), (33, 47), (96, 80), (120, 90), (17, 200)]
@@ -91,7 +91,8 @@ def command(folder: Path, served: Running, *options: str) -> Iterator[tuple[subp
     torch.save(served.model.params, folder / "net.pth")
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     line = [sys.executable, "-m", "corun_ray", "serve", str(folder / "net.pth"), *options]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment)
+    with heeding_ctrl_c():
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     watch = threading.Timer(120, process.kill)
     watch.start()
@@ -112,5 +113,5 @@ def interrupted(process: subprocess.Popen[str]) -> str:
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None
     output = process.stdout.read()
-    assert process.wait() == 0
+    assert process.wait() == 0, output
     return output

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from corun_ray.service.jobsapi import LogCopy
-from tests.conftest import free_port, wait_for
+from tests.conftest import free_port, heeding_ctrl_c, wait_for
 
 JOBS_TIMEOUT_S = 120
 ROOT = Path(__file__).parents[2]
@@ -132,9 +132,11 @@ def test_a_missing_or_wrong_token_and_a_wrong_address_are_told_in_a_line(head, d
 def test_ctrl_c_asks_and_leaves_the_job_alone_until_it_is_stopped(head, dataset, tmp_path):
     master, terminal = pty.openpty()
     command = [sys.executable, "-m", "corun_ray", "submit", str(endless(tmp_path, dataset))]
-    with subprocess.Popen(
-        command, stdin=terminal, stdout=terminal, stderr=terminal, env=head, start_new_session=True
-    ) as process:
+    with heeding_ctrl_c():
+        process = subprocess.Popen(
+            command, stdin=terminal, stdout=terminal, stderr=terminal, env=head, start_new_session=True
+        )
+    with process:
         os.close(terminal)
         said = _read_until(master, "Running entrypoint")
         process.send_signal(signal.SIGINT)
