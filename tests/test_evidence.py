@@ -50,6 +50,17 @@ def test_both_orders_decide_alike() -> None:
     assert "saved" in ran("lazy_coherence.py", "--steps", 2)
 
 
+def test_the_published_step_beside_ours() -> None:
+    said = ran("lazy_coherence.py", "--steps", 3, "--warm", 2, "--size", 64, "--plain", "--precision", "bf16")
+    assert "median of steps 3 to 3" in said and "| ours |" in said
+
+
+def test_the_network_beside_its_plain_form() -> None:
+    said = ran("network_speed.py", "--size", 64, "--repeats", 1, "--ways", "plain", "eager")
+    rows = {line.split("|")[1].strip(): float(line.split("|")[4]) for line in said.splitlines() if "float" in line}
+    assert rows["plain, eager, float32"] == 0 and 0 < rows["eager, float32"] < 1e-4 < rows["eager, bfloat16"] < 0.1
+
+
 def test_scores_from_a_folder_and_from_a_bucket_are_the_same(photographs: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -8,7 +8,7 @@ and compute everything several times.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -43,40 +43,54 @@ class BandedCPMM(nn.Module):
     def forward(self, estimate: Tensor, partner: Tensor) -> Tensor:
         """As the CPMM's own."""
         cpmm = self.cpmm
-        features = self._mapped(cpmm.embedding, 1, estimate, partner)
+        features = self._mapped(cpmm.embedding, estimate, partner)
         skips = []
         for block, down in cast(Iterable[tuple[Block, nn.Module]], cpmm.encoder_layers):
-            features = self._block(block, features)
+            self._refine(block, features)
             skips.append(features)
             features = down(features)
-        features = self._block(cpmm.bottleneck, features)
+        self._refine(cpmm.bottleneck, features)
         for up, fuse, block in cast(Iterable[tuple[nn.Module, nn.Module, Block]], cpmm.decoder_layers):
-            features = self._mapped(fuse, 0, up(features), skips.pop())
-            features = self._block(block, features)
-        return estimate + self._mapped(cpmm.mapping, 1, features)
+            features = self._fused(up, fuse, features, skips.pop())
+            self._refine(block, features)
+        return estimate + self._mapped(cpmm.mapping, features)
 
-    def _block(self, block: Block, features: Tensor) -> Tensor:
+    def _refine(self, block: Block, features: Tensor) -> None:
+        """The block, in place."""
         (attention,) = (module for module in block.modules() if isinstance(module, SpectralAttention))
         # In float64, so that many bands add up.
         sums = sum(attention.products(features[..., band, :]).double() for band, _ in self._bands(features, 0))
+        before: Tensor | None = None
         try:
             attention.given_mixing = attention.mixing_of(cast(Tensor, sums))
-            return self._mapped(block, HALO_PX, features)
+            for band, outer in self._bands(features, HALO_PX):
+                seen = features[..., outer, :].clone(memory_format=torch.channels_last)
+                if before is not None:  # the margin above is as it was before its own band was written
+                    seen[..., : before.shape[-2], :] = before
+                inner = _within(band, outer)
+                before = seen[..., inner.stop - HALO_PX : inner.stop, :].clone()
+                features[..., band, :] = block(seen)[..., inner, :]
         finally:
             attention.given_mixing = None
 
-    def _mapped(self, layer: Callable[[Tensor], Tensor], halo_px: int, *parts: Tensor) -> Tensor:
-        """The layer's output for `parts`, side by side as channels; their sizes are the same."""
-        output: Tensor | None = None
-        for band, outer in self._bands(parts[0], halo_px):
-            seen = torch.cat([part[..., outer, :] for part in parts], 1).contiguous(memory_format=torch.channels_last)
-            made = layer(seen)[..., band.start - outer.start : band.stop - outer.start, :]
-            if output is None:
-                shape = (len(made), made.shape[1], *parts[0].shape[-2:])
-                output = made.new_empty(shape).contiguous(memory_format=torch.channels_last)
-            output[..., band, :] = made
-        assert output is not None
-        return output
+    def _fused(self, up: nn.Module, fuse: nn.Module, features: Tensor, skip: Tensor) -> Tensor:
+        """`fuse(up(features), skip)`, in the memory of `skip`."""
+        for band, outer in self._bands(features, 1):
+            inner, rows = _within(band, outer), slice(2 * band.start, 2 * band.stop)
+            raised = up(features[..., outer, :])[..., 2 * inner.start : 2 * inner.stop, :]
+            skip[..., rows, :] = fuse(torch.cat([raised, skip[..., rows, :]], 1))
+        return skip
+
+    def _mapped(self, convolution: nn.Module, *parts: Tensor) -> Tensor:
+        """A 3x3 convolution of `parts`, side by side as channels."""
+        made = []
+        for band, outer in self._bands(parts[0], 1):
+            seen = torch.cat([part[..., outer, :] for part in parts], 1)
+            seen = seen.contiguous(memory_format=torch.channels_last)
+            made.append(convolution(seen)[..., _within(band, outer), :])
+        output = made[0].new_empty(*made[0].shape[:2], *parts[0].shape[-2:])
+        output = output.contiguous(memory_format=torch.channels_last)
+        return torch.cat(made, -2, out=output)
 
     def _bands(self, features: Tensor, halo_px: int) -> Iterator[tuple[slice, slice]]:
         """Rows of each band, and the rows that must be seen to compute them."""
@@ -85,3 +99,7 @@ class BandedCPMM(nn.Module):
         for start in range(0, height, rows):
             stop = min(start + rows, height)
             yield slice(start, stop), slice(max(0, start - halo_px), min(height, stop + halo_px))
+
+
+def _within(band: slice, outer: slice) -> slice:
+    return slice(band.start - outer.start, band.stop - outer.start)

@@ -5,78 +5,31 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from corun_ray.core.bench_dehaze import SIZES_PX, DehazeReport, DehazeSettings, bench_dehaze
-from corun_ray.core.bench_step import METHODS, StepReport, StepSettings, bench_step
+from corun_ray.core.bench_dehaze import DehazeReport, DehazeSettings, bench_dehaze
+from corun_ray.core.bench_options import add_core_benches
+from corun_ray.core.bench_step import StepReport, StepSettings, bench_step
 from corun_ray.core.bench_tables import dehaze_table, step_table
-
-STEP = """\
-Times training steps on random images, by part: teacher, global and local scores, pool, student, losses, backward,
-optimizer and moving average. The scorers are those without weights; VGG-19 has random ones.
-
-The floor says what the counted arithmetic would take at the measured rate of large matrix products, and what the
-memory traffic would take at that of a copy if every operation had its own pass. Compiled code may need fewer."""
-
-DEHAZE = """\
-Times the restoration of photographs by a network with random weights: megapixels a second and the most memory, of the
-GPU's tensors or of the whole process."""
-
-EXAMPLES = """\
-examples:
-  {command} step --size 96 --stages 2                    a first look, half a minute on 2 cores
-  {command} step --precision bf16 --compile --batch 2 --json step.json
-  {command} step --method pretrain --trace step.json.gz  for chrome://tracing or ui.perfetto.dev
-  {command} dehaze --sizes 1080p 12mp --tile 1024"""
-
-
-def add_core_benches(group: "argparse._SubParsersAction[argparse.ArgumentParser]", command: str) -> None:
-    """Adds `step` and `dehaze` to the parsers of a command, which is named `command` in the examples."""
-    raw = argparse.RawDescriptionHelpFormatter
-    epilog = EXAMPLES.format(command=command)
-    step = group.add_parser(
-        "step", help="measure a training step", description=STEP, epilog=epilog, formatter_class=raw
-    )
-    step.add_argument("--method", choices=METHODS, default="colabator")
-    step.add_argument("--size", type=_multiple_of(32), default=288, metavar="PX", help="side of images (default 288)")
-    step.add_argument("--batch", type=_at_least(1), default=1, metavar="B", help="images of each kind (default 1)")
-    step.add_argument(
-        "--wins", type=_share, default=0.1, metavar="SHARE", help="of the candidates; their blocks are rated (0.1)"
-    )
-    step.add_argument("--no-perceptual", action="store_true", help="leave VGG-19 out of the losses")
-    step.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
-    step.add_argument("--trace", type=Path, metavar="FILE", help="also write a profiler's trace of one step")
-    _add_common(step, repeats=10)
-    dehaze = group.add_parser(
-        "dehaze", help="measure the restoration of photographs", description=DEHAZE, epilog=epilog, formatter_class=raw
-    )
-    names = ", ".join(SIZES_PX)
-    dehaze.add_argument(
-        "--sizes",
-        nargs="+",
-        type=_size,
-        default=[SIZES_PX["1080p"]],
-        metavar="S",
-        help=f"{names} or WIDTHxHEIGHT (default 1080p)",
-    )
-    dehaze.add_argument("--tile", type=_at_least(256), metavar="PX", help="work in tiles of so many pixels")
-    _add_common(dehaze, repeats=3)
 
 
 def run(args: argparse.Namespace, say: Callable[[str], object] = print) -> None:
-    """Measures what `args` of these parsers ask for and says it as a table; `--json` is written too."""
-    reports = [_step(args)] if hasattr(args, "method") else _dehaze(args)
-    say(f"{_device_name(args.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    """Measures what `args` of `bench_options` ask for and says it as a table; `--json` is written too.
+
+    Raises ValueError where that cannot be had: a device, a network, an image that does not fit into the memory.
+    """
+    device = _device(args.device)
+    reports = [_step(args, device)] if hasattr(args, "method") else _dehaze(args, device)
+    say(f"{_device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for report in reports:
         say(step_table(report) if isinstance(report, StepReport) else dehaze_table(report))
     if args.json:
         args.json.write_text(json.dumps([_plain(report) for report in reports], indent=2, default=str))
 
 
-def _step(args: argparse.Namespace) -> StepReport:
+def _step(args: argparse.Namespace, device: torch.device) -> StepReport:
     settings = StepSettings(
         method=args.method,
         size_px=args.size,
@@ -89,25 +42,27 @@ def _step(args: argparse.Namespace) -> StepReport:
         win_rate=args.wins,
         checkpoint_activations=args.checkpoint_activations,
         repeats=args.repeats,
-        device=args.device,
+        device=device,
     )
     return bench_step(settings, trace=args.trace)
 
 
-def _dehaze(args: argparse.Namespace) -> list[DehazeReport]:
-    common = (args.stages, args.width, args.precision, args.compile, args.tile, args.repeats, args.device)
-    return [bench_dehaze(DehazeSettings(*size, *common)) for size in args.sizes]
-
-
-def _add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
-    parser.add_argument("--stages", type=_at_least(2), default=4, metavar="K", help="of the network (default 4)")
-    parser.add_argument("--width", type=_at_least(2), default=30, metavar="W", help="of the network (default 30)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--compile", action="store_true", help="by torch.compile; takes minutes at first")
-    parser.add_argument("--repeats", type=_at_least(1), default=repeats, metavar="N", help=f"(default {repeats})")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=default, help="cpu, cuda or cuda:1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to a file")
+def _dehaze(args: argparse.Namespace, device: torch.device) -> list[DehazeReport]:
+    sizes = [
+        DehazeSettings(
+            height_px=height_px,
+            width_px=width_px,
+            stages=args.stages,
+            width=args.width,
+            precision=args.precision,
+            compile=args.compile,
+            memory_mib=args.memory_mib,
+            repeats=args.repeats,
+            device=device,
+        )
+        for height_px, width_px in args.sizes
+    ]
+    return [bench_dehaze(size) for size in sizes]
 
 
 def _plain(report: Any) -> dict[str, Any]:
@@ -118,42 +73,15 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _size(text: str) -> tuple[int, int]:
-    """`1080p` or `1920x1080` → height and width."""
-    if text in SIZES_PX:
-        return SIZES_PX[text]
-    width, _, height = text.partition("x")
-    if not (width.isdigit() and height.isdigit() and min(int(width), int(height)) >= 16):
-        expected = f"{', '.join(SIZES_PX)} or WIDTHxHEIGHT of 16 px and more"
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
-    return int(height), int(width)
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text}")
-    return value
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is too few (at least {least})")
-        return int(text)
-
-    whole.__name__ = "whole number"
-    return whole
-
-
-def _multiple_of(divisor: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        if int(text) <= 0 or int(text) % divisor:
-            raise argparse.ArgumentTypeError(f"expected a multiple of {divisor}, got {text}")
-        return int(text)
-
-    whole.__name__ = "whole number"
-    return whole
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name} cannot be used ({str(error).splitlines()[0]})") from None
+    return device
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,7 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = "python -m corun_ray.core.bench"
     parser = argparse.ArgumentParser(prog=command, description=__doc__)
     add_core_benches(parser.add_subparsers(title="commands", metavar="COMMAND", required=True), command)
-    run(parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
+    try:
+        run(args)
+    except ValueError as error:
+        parser.error(str(error))
     return 0
 
 

@@ -6,13 +6,11 @@ from dataclasses import dataclass, field
 import torch
 
 from corun_ray.core.bench_machine import Machine, Work, count_work, measure_machine, peak_memory, seconds
+from corun_ray.core.bounded import within
 from corun_ray.core.compiling import compiled
 from corun_ray.core.corun import CORUN
 from corun_ray.core.restore import restore
-from corun_ray.core.tiled import tiled
 
-SIZES_PX = {"1080p": (1088, 1920), "12mp": (3008, 4000), "24mp": (4000, 6000)}
-"""Names of sizes: height and width, multiples of 16."""
 COUNTED_PX = 256
 """Side of the image on which operations are counted: all grow as the number of pixels does."""
 
@@ -27,8 +25,8 @@ class DehazeSettings:
     width: int = 30
     precision: str = "fp32"
     compile: bool = False
-    tile_px: int | None = None
-    """Side of tiles, margins included; None: the image as a whole."""
+    memory_mib: int | None = None
+    """What an image at work may take: beyond it, it is restored in bands or in tiles. None: the image as a whole."""
     repeats: int = 3
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -46,7 +44,7 @@ class DehazeReport:
     image_s: float
     """Median of an image that is in the device's memory already."""
     work: Work
-    """Of the image as a whole: tiles work more."""
+    """Of the image as a whole: bands work a little more, tiles much."""
     machine: Machine
     peak_bytes: int
 
@@ -62,8 +60,8 @@ def bench_dehaze(settings: DehazeSettings) -> DehazeReport:
         small = torch.rand(1, 3, COUNTED_PX, COUNTED_PX, device=device)
         counted = count_work(lambda: network(small))
         whole = compiled(network) if settings.compile else network
-        runs = whole if settings.tile_px is None else tiled(network, settings.tile_px)
         hazy = torch.rand(1, 3, settings.height_px, settings.width_px, device=device)
+        runs = whole if settings.memory_mib is None else within(network, hazy, settings.memory_mib)
         restore(runs, hazy)
         with peak_memory(device) as peak:
             times = [seconds(lambda: restore(runs, hazy), device) for _ in range(settings.repeats)]

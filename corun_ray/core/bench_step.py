@@ -21,7 +21,6 @@ from corun_ray.core.state import TrainState
 from corun_ray.core.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, pretraining_step
 from corun_ray.core.vgg import Vgg19Features
 
-METHODS = ("pretrain", "colabator")
 WARM_UP = 2
 LR, EMA = 5e-5, 0.999
 

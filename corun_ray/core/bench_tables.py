@@ -25,9 +25,9 @@ def dehaze_table(report: DehazeReport) -> str:
     """What a person reads of a restoration."""
     settings = report.settings
     kind = "compiled" if settings.compile else "eager"
-    tiles = f"tiles of {settings.tile_px} px" if settings.tile_px else "as a whole"
+    memory = f"in {settings.memory_mib} MiB" if settings.memory_mib else "as a whole"
     lines = [
-        f"\ndehaze {settings.width_px} x {settings.height_px} px, {tiles}: {settings.stages} stages, "
+        f"\ndehaze {settings.width_px} x {settings.height_px} px, {memory}: {settings.stages} stages, "
         f"{settings.precision}, {kind}",
         f"  {'an image, median':<24}{report.image_s * 1000:>10.1f} ms",
         f"  {'speed':<24}{settings.megapixels / report.image_s:>10.3f} megapixels/s",

@@ -1,7 +1,8 @@
-"""Restoring an image within a given amount of memory: whole where that fits, else in tiles."""
+"""Restoring an image within a given amount of memory: whole where that fits, else in bands, else in tiles."""
 
 from torch import Tensor, nn
 
+from corun_ray.core.banded import banded
 from corun_ray.core.corun import CORUN
 from corun_ray.core.cpmm import SIZE_MULTIPLE_PX
 from corun_ray.core.restore import padded_size
@@ -9,7 +10,11 @@ from corun_ray.core.tiled import HALO_PX, tiled
 
 MIB = 2**20
 BYTES_PER_PX_AND_CHANNEL = 100
-"""Of a CPMM at work, per pixel and channel of `width` (measured: 70 to 95), the feed-forward above all."""
+"""Of a CPMM at work, per pixel and channel of `width` (measured: 45 to 95), the feed-forward above all."""
+FEATURE_BYTES_PER_PX_AND_CHANNEL = 12
+"""Of what a CPMM that works in bands keeps of the whole image (measured: 7 to 11)."""
+BAND_PX = {"cpu": 2**15, "cuda": 2**21}
+"""Of a band: few enough for a processor's cache, many enough for a GPU."""
 STATE_BYTES_PER_PX = 75
 """Of the image and what the stages pass on (measured: 69)."""
 SMALLEST_CORE_PX = 64
@@ -22,14 +27,33 @@ class TooLarge(ValueError):
 def within(network: nn.Module, hazy: Tensor, memory_mib: int) -> nn.Module:
     """The network to restore `hazy` B 3 H W with, in about `memory_mib` beyond the network's and the image's own.
 
-    Only CORUN's need is known: another network takes any image whole. A CORUN that computes in tiles gives what it
-    would give of the whole image but for rounding; see `core.tiled`. Raises `TooLarge`.
+    Only CORUN's need is known: another network takes any image whole. A CORUN that computes in bands or in tiles
+    gives what it would give of the whole image but for rounding; see `core.banded` and `core.tiled`, which needs least
+    memory and several times as long. Raises `TooLarge`.
     """
     if not isinstance(network, CORUN):
         return network
     height, width = hazy.shape[-2:]
-    side_px = tile_side_px(network, height, width, memory_mib)
-    return network if side_px is None else tiled(network, side_px)
+    band_px = BAND_PX[hazy.device.type]
+    if whole_mib(network, height, width) <= memory_mib:
+        return network
+    if banded_mib(network, height, width, band_px) <= memory_mib:
+        return banded(network, band_px)
+    return tiled(network, tile_side_px(network, height, width, memory_mib))
+
+
+def whole_mib(network: CORUN, height: int, width: int) -> int:
+    """What an image needs as a whole."""
+    rows, columns = padded_size(network, height, width)
+    return -(-(rows * columns * (STATE_BYTES_PER_PX + BYTES_PER_PX_AND_CHANNEL * network.width)) // MIB)
+
+
+def banded_mib(network: CORUN, height: int, width: int, band_px: int) -> int:
+    """What an image needs in bands of `band_px` pixels."""
+    rows, columns = padded_size(network, height, width)
+    per_px = STATE_BYTES_PER_PX + FEATURE_BYTES_PER_PX_AND_CHANNEL * network.width
+    band_bytes = max(band_px, 8 * columns) * BYTES_PER_PX_AND_CHANNEL * network.width
+    return -(-(rows * columns * per_px + band_bytes) // MIB)
 
 
 def images_at_once(network: nn.Module, height: int, width: int, memory_mib: int) -> int | None:
@@ -41,16 +65,11 @@ def images_at_once(network: nn.Module, height: int, width: int, memory_mib: int)
     return max(1, memory_mib * MIB // one_bytes)
 
 
-def tile_side_px(network: CORUN, height: int, width: int, memory_mib: int) -> int | None:
-    """The side of the tiles, margins included, into which the image must be cut; None where it fits whole.
-
-    Raises `TooLarge` where the smallest tiles do not fit.
-    """
+def tile_side_px(network: CORUN, height: int, width: int, memory_mib: int) -> int:
+    """The side of the largest tiles, margins included, that fit; raises `TooLarge` where the smallest do not."""
     rows, columns = padded_size(network, height, width)
     work_bytes = memory_mib * MIB - rows * columns * STATE_BYTES_PER_PX
     pixels = work_bytes // (BYTES_PER_PX_AND_CHANNEL * network.width)
-    if rows * columns <= pixels:
-        return None
     side = int(max(0, pixels) ** 0.5) // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX
     least = 2 * HALO_PX + SMALLEST_CORE_PX
     if side < least:

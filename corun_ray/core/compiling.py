@@ -14,5 +14,5 @@ def compiled(network: nn.Module) -> nn.Module:
     Raises torch's own errors at the first call where the network cannot be compiled.
     """
     # Left to itself, torch 2.14 turns what enters the backward pass of a depthwise convolution into another layout.
-    options = {"force_layout_optimization": True}
-    return cast(nn.Module, torch.compile(network, fullgraph=isinstance(network, CORUN), options=options))
+    layout = {"force_layout_optimization": True}
+    return cast(nn.Module, torch.compile(network, fullgraph=isinstance(network, CORUN), options={**layout}))

@@ -1,4 +1,4 @@
-"""`corun-ray bench pool`. Heavy imports happen in the command that needs them."""
+"""`corun-ray bench`. Heavy imports happen in the command that needs them."""
 
 import argparse
 import math
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from corun_ray.core.bench_options import add_core_benches
 
 if TYPE_CHECKING:
     from corun_ray.service.bench_figures import Settings
@@ -44,6 +46,8 @@ def add_bench_commands(commands: "argparse._SubParsersAction", reporting: Report
     raw = argparse.RawDescriptionHelpFormatter
     group = commands.add_parser("bench", help="measure parts of the service on this machine")
     subs = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for parser in add_core_benches(subs, "corun-ray bench"):
+        parser.set_defaults(command=_core)
     pool = subs.add_parser(
         "pool", help="measure the label pool", description=ABOUT, epilog=EXAMPLES, formatter_class=raw
     )
@@ -91,6 +95,17 @@ def _at_least(least: int) -> Callable[[str], int]:
 
     whole.__name__ = "whole number"
     return whole
+
+
+def _core(args: argparse.Namespace) -> int:
+    from corun_ray.cli import DONE, WrongRequest
+    from corun_ray.core.bench import run
+
+    try:
+        run(args)
+    except ValueError as error:
+        raise WrongRequest(f"bench: {error}") from None
+    return DONE
 
 
 def _pool(args: argparse.Namespace, reporting: Reporting) -> int:

@@ -21,8 +21,9 @@ Dehazes every image below INPUT into OUTPUT, on the Ray cluster of RAY_ADDRESS o
 formats stay; 16 bits stay 16 bits (PNG, TIFF); the EXIF orientation is applied, colour profile and EXIF are kept.
 What is written is the restoration alone: an alpha channel is dropped.
 
-An image too large for --memory-mib is cut into tiles whose attention is that of the whole image, so that there are no
-seams; that takes several times as long. Files that cannot be used are named at the end, the rest is done."""
+An image too large for --memory-mib is restored in bands, a much too large one in tiles, which takes several times as
+long. Their attention is that of the whole image, so that there are no seams. Files that cannot be used are named at the
+end, the rest is done."""
 
 DEHAZE_EXAMPLES = """\
 examples:
@@ -104,7 +105,7 @@ def _add_dehaze(commands: "argparse._SubParsersAction", reporting: Reporting) ->
         "--memory-mib",
         type=int,
         metavar="N",
-        help="memory of one image at work; larger ones are cut into tiles (default 2816, or 3/4 of a GPU's)",
+        help="memory of one image at work; larger ones go in bands or tiles (default 2816, or 3/4 of a GPU's)",
     )
     dehaze.set_defaults(command=functools.partial(_dehaze, reporting))
 

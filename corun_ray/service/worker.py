@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from corun_ray.config import ColabatorJob
 from corun_ray.core import checkpoints
+from corun_ray.core.compiling import compiled
 from corun_ray.core.corun import CORUN
 from corun_ray.core.mixup import mixup
 from corun_ray.core.schedule import Cycle, learning_rate
@@ -169,7 +170,7 @@ class Worker:
     def _prepared_student(self) -> nn.Module:
         student: nn.Module = self.state.student
         if self.job.optim.compile:
-            student = torch.compile(student)  # type: ignore[assignment]
+            student = compiled(student)
         if self.num_workers == 1:
             return student
         devices = [self.device.index] if self.device.type == "cuda" else None
@@ -192,7 +193,8 @@ class Worker:
         if not isinstance(self.job, ColabatorJob) or self.coherence is None:
             return None
         assert self.pool is not None
-        return Colabator(self.state.teacher, self.coherence, self.pool, self.losses, self.job.pool.encoding)
+        teacher = compiled(self.state.teacher) if self.job.optim.compile else self.state.teacher
+        return Colabator(teacher, self.coherence, self.pool, self.losses, self.job.pool.encoding)
 
     def _stream(self) -> Iterator[Batch]:
         """This rank's batches from where the state stands to the end of the run, phase by phase."""

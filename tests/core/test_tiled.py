@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from corun_ray.core.bounded import TooLarge, images_at_once, tile_side_px, within
+from corun_ray.core.banded import BandedCPMM
+from corun_ray.core.bounded import BAND_PX, TooLarge, banded_mib, images_at_once, tile_side_px, whole_mib, within
 from corun_ray.core.corun import CORUN
 from corun_ray.core.cpmm import CPMM
 from corun_ray.core.restore import restore
-from corun_ray.core.tiled import HALO_PX, tiled, tiles
+from corun_ray.core.tiled import HALO_PX, TiledCPMM, tiled, tiles
 
 
 def network(stages: int = 2, width: int = 4) -> CORUN:
@@ -88,14 +89,22 @@ def test_cores_cover_the_image_once(height: int, width: int, side: int) -> None:
 
 def test_memory_decides_between_whole_and_tiles() -> None:
     net = network(2, 16)
-    assert tile_side_px(net, 1000, 1000, 2000) is None and within(net, torch.rand(1, 3, 32, 32), 512) is net
+    assert within(net, torch.rand(1, 3, 32, 32), 512) is net
     side = tile_side_px(net, 4000, 6000, 2816)
-    assert side is not None and side % 8 == 0 and 600 < side < 1500
+    assert side % 8 == 0 and 600 < side < 1500
     with pytest.raises(TooLarge, match=r"6000 x 4000 px need \d+ MiB, even in tiles; 512 are allowed"):
         tile_side_px(net, 4000, 6000, 512)
     need = int(str(pytest.raises(TooLarge, tile_side_px, net, 4000, 6000, 512).value).split()[5])
     assert tile_side_px(net, 4000, 6000, need) == 2 * HALO_PX + 64
     assert tile_side_px(net, 4000, 6000, need + 200) > 2 * HALO_PX + 64
+
+
+def test_whole_comes_before_bands_and_bands_before_tiles() -> None:
+    net, hazy = network(2, 8), torch.empty(1, 3, 800, 1000)
+    whole, bands = whole_mib(net, 800, 1000), banded_mib(net, 800, 1000, BAND_PX["cpu"])
+    assert whole > 2 * bands
+    for memory_mib, kind in ((whole, CPMM), (whole - 1, BandedCPMM), (bands, BandedCPMM), (bands - 1, TiledCPMM)):
+        assert type(within(net, hazy, memory_mib).first.dehaze_net) is kind
 
 
 def test_other_networks_take_images_whole() -> None:
@@ -107,7 +116,8 @@ def test_as_many_images_go_together_as_fit_whole() -> None:
     net = network(width=8)
     for memory_mib in (64, 256, 700):
         many = images_at_once(net, 128, 208, memory_mib)
-        assert many is not None and tile_side_px(net, 128 * many, 208, memory_mib) is None
-        assert tile_side_px(net, 128 * (many + 1), 208, memory_mib) is not None
+        assert many is not None and whole_mib(net, 128 * many, 208) <= memory_mib < whole_mib(
+            net, 128 * (many + 1), 208
+        )
     assert images_at_once(net, 4000, 6000, 64) == 1
     assert images_at_once(nn.Conv2d(3, 3, 1), 120, 200, 64) is None
