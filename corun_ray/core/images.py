@@ -15,6 +15,15 @@ _JPEG_END_MARKER = b"\xd9"
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
+_FLAGS = {
+    1: cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+_NO_FRAMES = b"\xc4\xc8\xcc"
+"""Of the markers 0xC0 to 0xCF, which begin a frame and so tell its size, those that do not."""
+
 # A refused file is reported once, by `BadImage`; OpenCV's own lines would only repeat it.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
@@ -23,16 +32,20 @@ class BadImage(ValueError):
     """A file that cannot be used; the message is the reason on one line, the caller adds the path."""
 
 
-def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """Decodes a photograph to `H W 3`, RGB, uint8: as `decode_pixels`, 16 bit scaled to 8 (rounded)."""
-    image = decode_pixels(data)
+def decode_image(data: bytes, least_px: int | None = None) -> NDArray[np.uint8]:
+    """Decodes a photograph to `H W 3`, RGB, uint8: as `decode_pixels`, 16 bit scaled to 8 (rounded).
+
+    With `least_px`, for those who will make it smaller anyway, a JPEG comes at a half, a quarter or an eighth of its
+    size as long as both sides keep so many pixels: most of the work of its decoder is then never done.
+    """
+    image = decode_pixels(data, 1 if least_px is None else _reduction(data, least_px))
     if image.dtype == np.uint16:
         return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return image.astype(np.uint8, copy=False)
 
 
-def decode_pixels(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Decodes a photograph to `H W 3`, RGB, uint8 or uint16.
+def decode_pixels(data: bytes, reduction: int = 1) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Decodes a photograph to `H W 3`, RGB, uint8 or uint16; a JPEG at 1/`reduction` of its size (1, 2, 4 or 8).
 
     Grey becomes three equal channels, the EXIF orientation is applied. An alpha channel is dropped, not composited:
     the colours under it are the photograph.
@@ -41,7 +54,7 @@ def decode_pixels(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
     side under 8 px.
     """
     # Not IMREAD_COLOR_RGB: OpenCV 5.0 gives wrong pixels for TIFF files of 16 bits then.
-    image: NDArray = cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH), cv2.COLOR_BGR2RGB)
+    image: NDArray = cv2.cvtColor(_decode(data, _FLAGS[reduction]), cv2.COLOR_BGR2RGB)
     if image.dtype not in (np.uint8, np.uint16):
         raise BadImage(f"pixels are {image.dtype}, expected 8 or 16 bit integers")
     height_px, width_px = image.shape[:2]
@@ -107,6 +120,25 @@ def _jpeg_has_end(data: bytes) -> bool:
             return True
         position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
     return False
+
+
+def _reduction(data: bytes, least_px: int) -> int:
+    """By how much a file may be reduced in decoding; 1 for all but JPEG."""
+    sides_px = _jpeg_sides(data) if data.startswith(_JPEG_START) else (0, 0)
+    return next((reduction for reduction in (8, 4, 2) if min(sides_px) >= reduction * least_px), 1)
+
+
+def _jpeg_sides(data: bytes) -> tuple[int, int]:
+    """Height and width in pixels, before its EXIF orientation is applied; 0 where no frame's header is found."""
+    position = 2
+    while match := _JPEG_MARKER.search(data, position):
+        start, marker = match.end(), match[1][0]
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAMES:
+            return int.from_bytes(data[start + 3 : start + 5], "big"), int.from_bytes(
+                data[start + 5 : start + 7], "big"
+            )
+        position = start + int.from_bytes(data[start : start + 2], "big")
+    return 0, 0
 
 
 def _png_has_end(data: bytes) -> bool:

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
+from corun_ray.core.augment import resize
 from corun_ray.core.images import BadImage, decode_depth, decode_image, encode_png
 
 
@@ -185,3 +186,29 @@ def test_other_unusable_depth_files_are_refused():
         decode_depth(b"MATLAB 7.3 MAT-file", ".mat")
     with pytest.raises(BadImage, match="'.txt', expected .npy or .png"):
         decode_depth(b"1 2 3", ".txt")
+
+
+@pytest.mark.parametrize(
+    ("least_px", "sides"), [(60, (60, 81)), (61, (120, 161)), (120, (120, 161)), (240, (240, 322)), (241, (480, 643))]
+)
+def test_a_jpeg_is_decoded_no_smaller_than_asked(least_px, sides):
+    thumbnail = encode(photograph(16, 16), ".jpg")  # whose size is not the photograph's
+    data = with_exif(encode(photograph(480, 643), ".jpg"), 1, thumbnail=thumbnail)
+    assert decode_image(data, least_px=least_px).shape == (*sides, 3)
+    assert decode_image(encode(photograph(480, 643), ".png"), least_px=least_px).shape == (480, 643, 3)
+
+
+@pytest.mark.parametrize("options", [(), (cv2.IMWRITE_JPEG_PROGRESSIVE, 1)])
+def test_a_reduced_photograph_is_the_whole_one_made_smaller(options):
+    data = with_exif(encode(photograph(960, 1280), ".jpg", *options), orientation=6)
+    whole, reduced = decode_image(data), decode_image(data, least_px=288)
+    assert (whole.shape, reduced.shape) == ((1280, 960, 3), (640, 480, 3))
+    patches = [resize(image, 288, 288).astype(int) for image in (whole, reduced)]
+    assert np.abs(patches[0] - patches[1]).mean() < 1
+    assert patches[0].std() == pytest.approx(patches[1].std(), rel=0.01)
+
+
+def test_a_truncated_file_is_refused_at_any_size():
+    data = encode(photograph(960, 1280), ".jpg")
+    with pytest.raises(BadImage, match="truncated JPEG"):
+        decode_image(data[: len(data) // 2], least_px=288)
