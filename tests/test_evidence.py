@@ -68,3 +68,8 @@ def test_scores_from_a_folder_and_from_a_bucket_are_the_same(photographs: Path, 
         index_folder(str(tmp_path / name))
     said = ran("quality_sources.py", photographs, tmp_path / "one", tmp_path / "two", "--metrics", "niqe")
     assert "niqe: the same order" in said and "largest difference of a score: 0\n" in said
+
+
+def test_the_straightforward_order_beside_ours(photographs: Path) -> None:
+    said = ran("stream_speed.py", "--photographs", photographs, "--samples", 2)
+    assert said.count("| straightforward |") == said.count("| ours |") == 2

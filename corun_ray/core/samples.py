@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from corun_ray.core import augment, scattering
 from corun_ray.core.images import BadImage
+from corun_ray.core.phases import phase
 
 ImageU8 = NDArray[np.uint8]
 
@@ -54,20 +55,23 @@ def synthetic_sample(
     Raises `BadImage` if the depth map has another aspect ratio than the image.
     """
     height_px, width_px = clear.shape[:2]
-    depth = _fit_depth(inverse_depth, height_px, width_px)
-    crop = augment.sample_crop(
-        rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
-    )
-    truth = crop.cut(clear)
-
-    haze = scattering.sample_haze(rng, haze_range)
-    shot = augment.degrade(rng, truth)
-    hazy_shot = scattering.add_haze(shot, scattering.transmission(crop.cut(depth), haze.beta), haze)
-    hazy = np.asarray(cv2.convertScaleAbs(hazy_shot, alpha=255), np.uint8)  # rounds
-    jpeg_quality = augment.sample_jpeg_quality(rng)
-    if jpeg_quality is not None:
-        hazy = augment.jpeg_round_trip(hazy, jpeg_quality, top_px=crop.top_px, left_px=crop.left_px)
-    return Pair(crop.finish(hazy, patch_px), crop.finish(truth, patch_px), jpeg_quality)
+    with phase("depth"):
+        depth = _fit_depth(inverse_depth, height_px, width_px)
+    with phase("synthesis"):
+        crop = augment.sample_crop(
+            rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
+        )
+        truth = crop.cut(clear)
+        haze = scattering.sample_haze(rng, haze_range)
+        shot = augment.degrade(rng, truth)
+        hazy_shot = scattering.add_haze(shot, scattering.transmission(crop.cut(depth), haze.beta), haze)
+        hazy = np.asarray(cv2.convertScaleAbs(hazy_shot, alpha=255), np.uint8)  # rounds
+    with phase("jpeg"):
+        jpeg_quality = augment.sample_jpeg_quality(rng)
+        if jpeg_quality is not None:
+            hazy = augment.jpeg_round_trip(hazy, jpeg_quality, top_px=crop.top_px, left_px=crop.left_px)
+    with phase("resize"):
+        return Pair(crop.finish(hazy, patch_px), crop.finish(truth, patch_px), jpeg_quality)
 
 
 def paired_sample(
@@ -89,10 +93,11 @@ def paired_sample(
             f"degraded image of {hazy.shape[1]} x {hazy.shape[0]} px does not fit its clean one "
             f"of {width_px} x {height_px} px"
         )
-    crop = augment.sample_crop(
-        rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
-    )
-    return Pair(crop.finish(crop.cut(hazy), patch_px), crop.finish(crop.cut(clear), patch_px), None)
+    with phase("resize"):
+        crop = augment.sample_crop(
+            rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
+        )
+        return Pair(crop.finish(crop.cut(hazy), patch_px), crop.finish(crop.cut(clear), patch_px), None)
 
 
 def real_views(hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, jpeg_quality: int | None) -> RealViews:
@@ -101,10 +106,13 @@ def real_views(hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, jpeg_q
     It is neither cropped nor flipped, so that its label is aligned whenever it comes round. `jpeg_quality` is
     that of the synthetic half of the same sample.
     """
-    weak = augment.resize(hazy, patch_px, patch_px)
-    if jpeg_quality is not None:
-        weak = augment.jpeg_round_trip(weak, jpeg_quality)
-    return RealViews(weak, augment.strong_view(rng, weak))
+    with phase("resize"):
+        weak = augment.resize(hazy, patch_px, patch_px)
+    with phase("jpeg"):
+        if jpeg_quality is not None:
+            weak = augment.jpeg_round_trip(weak, jpeg_quality)
+    with phase("strong view"):
+        return RealViews(weak, augment.strong_view(rng, weak))
 
 
 def _fit_depth(depth: NDArray[np.float32], height_px: int, width_px: int) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ from ray.data import DataContext, DataIterator, ExecutionResources
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.core import samples, scattering
 from corun_ray.core.images import BadImage, decode_depth, decode_image
+from corun_ray.core.phases import phase
 from corun_ray.service import telemetry
 from corun_ray.service.manifest import Manifest
 from corun_ray.service.phases import Layout
@@ -110,13 +111,14 @@ class SampleMaker:
         clear = _decoded(data.clear, clear_key, decode_image)
         if self.manifest.depth is None:
             depth_root, depth_key = data.clear, clear_key
-            depth = scattering.procedural_depth(rng, *clear.shape[:2])
+            with phase("depth"):
+                depth = scattering.procedural_depth(rng, *clear.shape[:2])
         else:
             assert data.depth is not None
             depth_root, depth_key = data.depth, self.manifest.depth[image]
             suffix = posixpath.splitext(depth_key)[1].lower()
-            raw = _decoded(depth_root, depth_key, lambda content: decode_depth(content, suffix))
-            with _naming(depth_root, depth_key):
+            raw = _decoded(depth_root, depth_key, lambda content: decode_depth(content, suffix), "depth")
+            with _naming(depth_root, depth_key), phase("depth"):
                 depth = scattering.inverse_depth(raw, data.depth_kind)
         with _naming(depth_root, depth_key):
             return samples.synthetic_sample(
@@ -160,9 +162,13 @@ class _naming:
             raise _Unusable(self.uri, str(error)) from None
 
 
-def _decoded(root: str, key: str, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+def _decoded(root: str, key: str, decode: Callable[[bytes], np.ndarray], part: str = "decode") -> np.ndarray:
+    """A file's content, the time of its decoding counted as that of the phase `part`."""
     with _naming(root, key):
-        return decode(locate(root).child(key).read())
+        with phase("read"):
+            content = locate(root).child(key).read()
+        with phase(part):
+            return decode(content)
 
 
 @lru_cache(maxsize=2)

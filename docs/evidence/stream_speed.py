@@ -1,0 +1,159 @@
+"""What a training sample costs in the straightforward order and in ours, side by side, on one core.
+
+Both orders make the same samples by turns from the same files, JPEG photographs of 2 megapixels with depth as 16-bit
+PNG, as .npy and procedural. The straightforward one decodes, synthesises and compresses the whole image and crops
+last (tests/core/plain_samples.py). Prints a Markdown table for each, times in ms:
+
+    python docs/evidence/stream_speed.py --samples 60
+
+Without --photographs it renders four of 1920 x 1088 px in 20 s. With it, it takes those of a folder, enlarged to 2
+megapixels where they are smaller; their depth is procedural.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from corun_ray.config import ColabatorJob, PretrainJob, TrainingJob
+from corun_ray.core.demo.dataset import DemoSize, write_demo
+from corun_ray.core.images import decode_depth, decode_image
+from corun_ray.core.phases import PHASES, PhaseTimes, phase
+from corun_ray.core.scattering import HazeRange, inverse_depth, procedural_depth
+from corun_ray.service.manifest import Manifest, build_manifest
+from corun_ray.service.streams import CLEAR, HAZY, SampleMaker, image_of_sample
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.core.plain_samples import plain_pair, plain_views
+
+LEAST_PX, QUALITY, PATCH_PX = 2_000_000, 92, 288
+
+
+class PlainMaker:
+    """The straightforward order of a job's samples."""
+
+    def __init__(self, job: TrainingJob, manifest: Manifest) -> None:
+        self.job, self.manifest = job, manifest
+
+    def sample(self, index: int) -> None:
+        """Reads and makes one."""
+        data, manifest, seed = self.job.data, self.manifest, self.job.seed
+        image = image_of_sample(seed, CLEAR, index, len(manifest.clear))
+        rng = np.random.default_rng([seed, CLEAR, index, 0])
+        clear = decoded(data.clear, manifest.clear[image])
+        if manifest.depth is None:
+            with phase("depth"):
+                depth = procedural_depth(rng, *clear.shape[:2])
+        else:
+            file = Path(data.depth, manifest.depth[image])
+            content = read(file)
+            with phase("depth"):
+                depth = inverse_depth(decode_depth(content, file.suffix), data.depth_kind)
+        options = {"patch_px": PATCH_PX, "random_resize": data.random_resize}
+        pair = plain_pair(clear, depth, rng, haze_range=HazeRange(), **options)
+        if isinstance(self.job, ColabatorJob):
+            image = image_of_sample(seed, HAZY, index, len(manifest.hazy))
+            hazy = decoded(self.job.data.hazy, manifest.hazy[image])
+            rng = np.random.default_rng([seed, HAZY, index, 0])
+            plain_views(hazy, rng, patch_px=PATCH_PX, jpeg_quality=pair.jpeg_quality)
+
+
+def read(file: Path) -> bytes:
+    with phase("read"):
+        return file.read_bytes()
+
+
+def decoded(root: str, key: str) -> np.ndarray:
+    content = read(Path(root, key))
+    with phase("decode"):
+        return decode_image(content)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=60, help="of each order and kind (default 60)")
+    parser.add_argument("--photographs", type=Path, help="a folder of photographs, instead of rendered ones")
+    parser.add_argument("--size", type=int, nargs=2, default=(1920, 1088), metavar=("W", "H"), help="of rendered ones")
+    arguments = parser.parse_args()
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.photographs is None:
+            render(folder, *arguments.size)
+        else:
+            enlarge(arguments.photographs, folder)
+        depths = [folder / kind for kind in ("png", "npy") if (folder / kind).is_dir()]
+        for depth, kind in itertools.product([*depths, None], ("pretrain", "colabator")):
+            compare(job_of(kind, folder, depth), arguments.samples)
+    print(f"\nOpenCV {cv2.__version__}, numpy {np.__version__}, one thread of {os.cpu_count()} cores")
+
+
+def render(folder: Path, width_px: int, height_px: int) -> None:
+    """Four scenes, in `clear` and once more in `hazy`, with their depth in `png` and `npy`."""
+    write_demo(folder / "demo", 0, DemoSize(4, 0, width_px, height_px))
+    (folder / "demo" / "depth").rename(folder / "png")
+    (folder / "npy").mkdir()
+    for file in (folder / "png").iterdir():
+        np.save(folder / "npy" / f"{file.stem}.npy", cv2.imread(str(file), cv2.IMREAD_UNCHANGED).astype(np.float32))
+    for file in (folder / "demo" / "clear").iterdir():
+        write(cv2.imread(str(file)), folder, file.stem)
+
+
+def enlarge(photographs: Path, folder: Path) -> None:
+    """At most sixteen photographs, in `clear` and once more in `hazy`."""
+    for file in sorted(photographs.iterdir())[:16]:
+        image = cv2.cvtColor(decode_image(file.read_bytes()), cv2.COLOR_RGB2BGR)
+        factor = max(1.0, (LEAST_PX / (image.shape[0] * image.shape[1])) ** 0.5)
+        write(cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_LANCZOS4), folder, file.stem)
+
+
+def write(bgr: np.ndarray, folder: Path, stem: str) -> None:
+    for group in ("clear", "hazy"):
+        (folder / group).mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / group / f"{stem}.jpg"), bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+
+
+def job_of(kind: str, folder: Path, depth: Path | None) -> TrainingJob:
+    data = {"clear": str(folder / "clear"), "depth": None if depth is None else str(depth), "patch_px": PATCH_PX}
+    if kind == "pretrain":
+        return PretrainJob(kind=kind, name=kind, data=data)
+    return ColabatorJob(kind=kind, name=kind, data={**data, "hazy": str(folder / "hazy")})
+
+
+def compare(job: TrainingJob, samples: int) -> None:
+    """Both orders sample by sample, each going first every other time, and the table."""
+    manifest = build_manifest(job)
+    makers = (PlainMaker(job, manifest), SampleMaker(job, manifest, PATCH_PX, fail))
+    listeners, times_ms = (PhaseTimes(), PhaseTimes()), ([], [])
+    for index in range(-1, samples):
+        for which in (0, 1) if index % 2 else (1, 0):
+            with (listeners[which] if index >= 0 else PhaseTimes()).listening():
+                start_s = time.perf_counter()
+                makers[which].sample(max(index, 0))
+            if index >= 0:  # the first one warms up
+                times_ms[which].append(1000 * (time.perf_counter() - start_s))
+    kind = "procedural" if job.data.depth is None else Path(job.data.depth).name
+    print(f"\n{job.kind}, depth {kind}: {samples} samples\n")
+    print("| | " + " | ".join((*PHASES, "whole, mean", "median", "samples/s")) + " |")
+    print("| --- " * (len(PHASES) + 4) + "|")
+    means = [statistics.mean(times) for times in times_ms]
+    for name, listener, times, mean in zip(("straightforward", "ours"), listeners, times_ms, means, strict=True):
+        parts = [1000 * listener.seconds[part] / samples for part in PHASES]
+        cells = [f"{value:.1f}" for value in (*parts, mean, statistics.median(times), 1000 / mean)]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print(f"\n{means[0] / means[1]:.1f} times as many a second", flush=True)
+
+
+def fail(bad_files: dict[str, str]) -> None:
+    raise SystemExit(str(bad_files))
+
+
+if __name__ == "__main__":
+    main()
