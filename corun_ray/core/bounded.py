@@ -1,4 +1,7 @@
-"""Restoring an image within a given amount of memory: whole where that fits, else in bands, else in tiles."""
+"""Restoring an image within a given amount of memory: whole where that fits, else in bands, else in tiles.
+
+On a CPU, bands come first: they need less memory and less time.
+"""
 
 from torch import Tensor, nn
 
@@ -35,7 +38,9 @@ def within(network: nn.Module, hazy: Tensor, memory_mib: int) -> nn.Module:
         return network
     height, width = hazy.shape[-2:]
     band_px = BAND_PX[hazy.device.type]
-    if whole_mib(network, height, width) <= memory_mib:
+    # A band stays in a processor's cache: there, bands are also faster than the whole.
+    bands_are_faster = hazy.device.type == "cpu" and height * width > 2 * band_px
+    if whole_mib(network, height, width) <= memory_mib and not bands_are_faster:
         return network
     if banded_mib(network, height, width, band_px) <= memory_mib:
         return banded(network, band_px)

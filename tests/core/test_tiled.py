@@ -103,8 +103,13 @@ def test_whole_comes_before_bands_and_bands_before_tiles() -> None:
     net, hazy = network(2, 8), torch.empty(1, 3, 800, 1000)
     whole, bands = whole_mib(net, 800, 1000), banded_mib(net, 800, 1000, BAND_PX["cpu"])
     assert whole > 2 * bands
-    for memory_mib, kind in ((whole, CPMM), (whole - 1, BandedCPMM), (bands, BandedCPMM), (bands - 1, TiledCPMM)):
+    # On a CPU, large images go in bands even where they would fit whole.
+    for memory_mib, kind in ((whole, BandedCPMM), (bands, BandedCPMM), (bands - 1, TiledCPMM)):
         assert type(within(net, hazy, memory_mib).first.dehaze_net) is kind
+    small = hazy[..., :200, :200]
+    small_mib = whole_mib(net, 200, 200)
+    for memory_mib, kind in ((small_mib, CPMM), (small_mib - 1, BandedCPMM)):
+        assert type(within(net, small, memory_mib).first.dehaze_net) is kind
 
 
 def test_other_networks_take_images_whole() -> None:
