@@ -15,6 +15,9 @@ from corun_ray.core.phases import phase
 
 ImageU8 = NDArray[np.uint8]
 
+REDUCED_SIDE = 1.75
+"""Least side of an image that is decoded small, in patches; at 1 to 1.25, a seventh or more of its detail is lost."""
+
 _MAX_ASPECT_ERROR = 0.02  # a depth map of another size may be off by rounding, not show another frame
 
 
@@ -98,6 +101,11 @@ def paired_sample(
             rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
         )
         return Pair(crop.finish(crop.cut(hazy), patch_px), crop.finish(crop.cut(clear), patch_px), None)
+
+
+def real_side_px(patch_px: int) -> int:
+    """The least side to which a real hazy image may be reduced in decoding: closer to the patch it would be softer."""
+    return round(REDUCED_SIDE * patch_px)
 
 
 def real_views(hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, jpeg_quality: int | None) -> RealViews:

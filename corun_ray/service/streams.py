@@ -134,8 +134,8 @@ class SampleMaker:
     def _real(self, image: int, rng: np.random.Generator, jpeg_quality: int | None) -> tuple[str, samples.RealViews]:
         assert isinstance(self.job, ColabatorJob)
         key = self.manifest.hazy[image]
-        # It is resized to the patch as a whole.
-        hazy = _decoded(self.job.data.hazy, key, lambda content: decode_image(content, least_px=self.patch_px))
+        least_px = samples.real_side_px(self.patch_px)
+        hazy = _decoded(self.job.data.hazy, key, lambda content: decode_image(content, least_px))
         return key, samples.real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=jpeg_quality)
 
 

@@ -1,11 +1,12 @@
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
 from corun_ray.core import augment
-from corun_ray.core.images import BadImage
-from corun_ray.core.samples import paired_sample, real_views, synthetic_sample
+from corun_ray.core.images import BadImage, decode_image
+from corun_ray.core.samples import paired_sample, real_side_px, real_views, synthetic_sample
 from corun_ray.core.scattering import HazeRange, procedural_depth
 
 HAZE = HazeRange()
@@ -221,3 +222,20 @@ def test_the_strong_view_starts_from_the_compressed_weak_view(monkeypatch):
     compressed = real_views(scene(), np.random.default_rng(0), patch_px=48, jpeg_quality=40)
     np.testing.assert_array_equal(compressed.weak, augment.jpeg_round_trip(plain.weak, 40))
     np.testing.assert_array_equal(compressed.strong, compressed.weak // 2)
+
+
+@pytest.mark.parametrize("short_px", [260, 460, 520, 920, 1030])
+def test_real_images_decoded_small_are_no_softer(short_px):
+    """Short sides of 4 to 16 patches: wherever one falls between two scales of the decoder, detail is kept."""
+    rng, patch_px, long_px = np.random.default_rng(1), 64, short_px * 4 // 3
+    octaves = [
+        cv2.resize(rng.normal(size=(-(-short_px // n), -(-long_px // n), 3)), (long_px, short_px)) * n
+        for n in (1, 2, 4, 8, 16, 32, 64)
+    ]
+    photograph = np.clip(128 + 0.5 * sum(octaves), 0, 255).astype(np.uint8)
+    data = cv2.imencode(".jpg", photograph, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
+    whole, small = (
+        augment.resize(decode_image(data, least_px), patch_px, patch_px) for least_px in (None, real_side_px(patch_px))
+    )
+    detail = [cv2.Laplacian(patch, cv2.CV_32F).std() for patch in (whole, small)]
+    assert detail[1] == pytest.approx(detail[0], rel=0.08)
