@@ -1,5 +1,6 @@
 import dataclasses
 from collections import defaultdict
+from statistics import NormalDist
 
 import cv2
 import numpy as np
@@ -154,6 +155,19 @@ def test_noise_comes_in_three_kinds_at_its_rates_and_levels():
     assert np.linalg.eigvalsh(covariances).max() <= 25**2 * 1.001
     assert np.trace(covariances, axis1=1, axis2=2).mean() == pytest.approx(3 * 25**2 / 2, rel=0.05)
     assert np.abs(covariances[:, 0, 1]).mean() > 30
+
+
+def test_unit_noise_is_normal_and_independent():
+    noise = augment.unit_noise(np.random.default_rng(10), (400, 500, 3))
+    assert noise.dtype == np.float32 and noise.shape == (400, 500, 3)
+    assert noise.mean() == pytest.approx(0, abs=0.005) and noise.std() == pytest.approx(1, abs=0.005)
+    assert (noise**4).mean() == pytest.approx(3, abs=0.05)
+    shares = [(noise < bound).mean() for bound in (-2, -1, 0, 1, 2)]
+    np.testing.assert_allclose(shares, [NormalDist().cdf(bound) for bound in (-2, -1, 0, 1, 2)], atol=0.002)
+    for shifted in (noise[1:], noise[:, 1:], noise[..., 1:]):
+        rows, columns, channels = shifted.shape
+        assert abs((shifted * noise[:rows, :columns, :channels]).mean()) < 0.005
+    np.testing.assert_array_equal(noise, augment.unit_noise(np.random.default_rng(10), (400, 500, 3)))
 
 
 def test_degrade_darkens_half_and_adds_noise_to_half():

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from corun_ray.core import augment
+from corun_ray.core.depth import DepthMap, procedural_depth
 from corun_ray.core.images import BadImage
 from corun_ray.core.samples import paired_sample, real_views, synthetic_sample
-from corun_ray.core.scattering import HazeRange, procedural_depth
+from corun_ray.core.scattering import HazeRange
 
 HAZE = HazeRange()
 
@@ -19,12 +20,17 @@ def scene(height_px: int = 90, width_px: int = 130) -> np.ndarray:
     return rgb
 
 
+def as_it_is(inverse_depth: np.ndarray) -> DepthMap:
+    """A map in [0, 1] that nothing is scaled by."""
+    return DepthMap(inverse_depth, "inverse", np.float32(0), np.float32(1))
+
+
 def sample(seed: int, *, image: np.ndarray | None = None, depth: np.ndarray | None = None, **options):
     rng = np.random.default_rng(seed)
     image = scene() if image is None else image
-    depth = procedural_depth(rng, *image.shape[:2]) if depth is None else depth
+    depth_map = procedural_depth(rng, *image.shape[:2]) if depth is None else as_it_is(depth)
     defaults: dict[str, Any] = {"patch_px": 48, "haze_range": HAZE, "random_resize": True}
-    return synthetic_sample(image, depth, rng, **(defaults | options))
+    return synthetic_sample(image, depth_map, rng, **(defaults | options))
 
 
 def same_bytes(first, second) -> bool:
@@ -46,7 +52,7 @@ def test_the_same_seed_makes_the_same_bytes_and_another_seed_others():
 
 
 def test_the_source_is_left_as_it_was():
-    image, depth = scene(), procedural_depth(np.random.default_rng(0), 90, 130)
+    image, depth = scene(), procedural_depth(np.random.default_rng(0), 90, 130).pixels
     image_before, depth_before = image.copy(), depth.copy()
     for seed in range(10):
         sample(seed, image=image, depth=depth)
