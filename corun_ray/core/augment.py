@@ -89,17 +89,31 @@ def resize(pixels: NDArray, height_px: int, width_px: int) -> NDArray:
 _JPEG_GRID_PX = 16  # a block of 8 px, twice with chroma at half resolution
 
 
-def degrade(rng: np.random.Generator, clear: ImageU8) -> NDArray[np.float32]:
-    """A worse shot of a clear image, float in [0, 1]: darkened with p = ½, noisy with p = ½."""
+@dataclass(frozen=True)
+class Camera:
+    """One that takes worse shots."""
+
+    gamma: float
+    """1 or, if it darkens, more."""
+    noise: NDArray[np.float32] | None
+    """What `sample_noise` gives; None: it adds no noise."""
+
+
+def sample_camera(rng: np.random.Generator) -> Camera:
+    """One that darkens with p = ½ and adds noise with p = ½."""
     gamma = rng.uniform(1.5, 3.0) if rng.random() < 0.5 else 1.0
-    shot = darken(clear, gamma)
-    if rng.random() < 0.5:
-        mixing = sample_noise(rng)
-        independent = unit_noise(rng, (*clear.shape[:2], len(mixing)))
-        if len(mixing) == 1:
-            shot += cv2.merge([independent * level for level in mixing[0]])
+    return Camera(float(gamma), sample_noise(rng) if rng.random() < 0.5 else None)
+
+
+def degrade(rng: np.random.Generator, clear: ImageU8, camera: Camera) -> NDArray[np.float32]:
+    """The camera's shot of a clear image `H W 3`, float in [0, 1]."""
+    shot = darken(clear, camera.gamma)
+    if camera.noise is not None:
+        independent = unit_noise(rng, (*clear.shape[:2], len(camera.noise)))
+        if len(camera.noise) == 1:
+            shot += cv2.merge([independent * level for level in camera.noise[0]])
         else:
-            shot += independent @ mixing
+            shot += independent @ camera.noise
         np.clip(shot, 0, 1, out=shot)
     return shot
 

@@ -17,6 +17,7 @@ from corun_ray.core.phases import phase
 
 ImageU8 = NDArray[np.uint8]
 
+_BAND_PX = 32  # rows worked on at a time: what they take stays in the processor's cache
 _REAL_OVERSIZE = 1.75  # less, and the reduced decoding of a JPEG would blur the resized image visibly
 
 
@@ -61,13 +62,15 @@ def synthetic_sample(
         crop = augment.sample_crop(
             rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
         )
-        inverse_depth = depth_map.inverse(crop.cut(depth_map.pixels))
     with phase("synthesis"):
-        truth = crop.cut(clear)
-        haze = scattering.sample_haze(rng, haze_range)
-        shot = augment.degrade(rng, truth)
-        hazy_shot = scattering.add_haze(shot, scattering.transmission(inverse_depth, haze.beta), haze)
-        hazy = np.asarray(cv2.convertScaleAbs(hazy_shot, alpha=255), np.uint8)  # rounds
+        truth, region = crop.cut(clear), crop.cut(depth_map.pixels)
+        haze, camera = scattering.sample_haze(rng, haze_range), augment.sample_camera(rng)
+        hazy = np.empty(truth.shape, np.uint8)
+        for top in range(0, crop.side_px, _BAND_PX):
+            band = slice(top, top + _BAND_PX)
+            shot = augment.degrade(rng, truth[band], camera)
+            transmission = scattering.transmission(depth_map.inverse(region[band]), haze.beta)
+            hazy[band] = cv2.convertScaleAbs(scattering.add_haze(shot, transmission, haze), alpha=255)  # rounds
     with phase("jpeg"):
         jpeg_quality = augment.sample_jpeg_quality(rng)
         if jpeg_quality is not None:

@@ -175,7 +175,7 @@ def test_degrade_darkens_half_and_adds_noise_to_half():
     flat = np.full((24, 24, 3), 128, np.uint8)
     dark, noisy = [], []
     for _ in range(1500):
-        shot = augment.degrade(rng, flat)
+        shot = augment.degrade(rng, flat, augment.sample_camera(rng))
         assert shot.dtype == np.float32 and shot.min() >= 0 and shot.max() <= 1
         dark.append(shot.mean() < 0.42)
         noisy.append(shot.std() > 0.004)
@@ -190,7 +190,7 @@ def test_degrade_adds_noise_of_the_sampled_covariance(monkeypatch):
     monkeypatch.setattr(augment, "sample_noise", lambda rng: mixing)
     flat = np.full((96, 96, 3), 128, np.uint8)
     rng = np.random.default_rng(7)
-    shots = [augment.degrade(rng, flat) for _ in range(20)]
+    shots = [augment.degrade(rng, flat, augment.sample_camera(rng)) for _ in range(20)]
     noisy = next(shot for shot in shots if shot.std() > 0.01 and shot.mean() > 0.45)
     covariance = np.cov(noisy.reshape(-1, 3), rowvar=False)
     np.testing.assert_allclose(covariance, mixing.T @ mixing, atol=1.5e-4)
