@@ -46,8 +46,8 @@ def transmission(inverse_depth: NDArray[np.float32], beta: float) -> NDArray[np.
 
 def add_haze(scene: NDArray[np.float32], transmission: NDArray[np.float32], haze: Haze) -> NDArray[np.float32]:
     """`scene · T + A · (1 − T)`, `H W 3` in [0, 1]; scene `H W 3` in [0, 1], transmission `H W` in (0, 1]."""
-    airlight = (*haze.airlight, 0.0)
-    # OpenCV's passes: three times as fast as numpy's over a last axis of three.
+    airlight = np.array((*haze.airlight, 0.0))
+    # OpenCV's passes over pixels of channels: twice as fast as numpy's, channel by channel.
     hazy = cv2.subtract(scene, airlight)
-    hazy *= cv2.merge((transmission, transmission, transmission))
+    cv2.multiply(hazy, cv2.merge((transmission, transmission, transmission)), dst=hazy)
     return np.asarray(cv2.add(hazy, airlight, dst=hazy), np.float32)
