@@ -5,6 +5,8 @@ Source: the data pipeline of Fang et al., NeurIPS 2024, arXiv 2406.07966. Images
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
 
 import cv2
 import numpy as np
@@ -87,14 +89,31 @@ def resize(pixels: NDArray, height_px: int, width_px: int) -> NDArray:
 _JPEG_GRID_PX = 16  # a block of 8 px, twice with chroma at half resolution
 
 
-def degrade(rng: np.random.Generator, clear: ImageU8) -> NDArray[np.float32]:
-    """A worse shot of a clear image, float in [0, 1]: darkened with p = ½, noisy with p = ½."""
+@dataclass(frozen=True)
+class Camera:
+    """One that takes worse shots."""
+
+    gamma: float
+    """1 or, if it darkens, more."""
+    noise: NDArray[np.float32] | None
+    """What `sample_noise` gives; None: it adds no noise."""
+
+
+def sample_camera(rng: np.random.Generator) -> Camera:
+    """One that darkens with p = ½ and adds noise with p = ½."""
     gamma = rng.uniform(1.5, 3.0) if rng.random() < 0.5 else 1.0
-    shot = darken(clear, gamma)
-    if rng.random() < 0.5:
-        mixing = sample_noise(rng)
-        independent = rng.standard_normal((*clear.shape[:2], len(mixing)), dtype=np.float32)
-        shot += independent @ mixing
+    return Camera(float(gamma), sample_noise(rng) if rng.random() < 0.5 else None)
+
+
+def degrade(rng: np.random.Generator, clear: ImageU8, camera: Camera) -> NDArray[np.float32]:
+    """The camera's shot of a clear image `H W 3`, float in [0, 1]."""
+    shot = darken(clear, camera.gamma)
+    if camera.noise is not None:
+        independent = unit_noise(rng, (*clear.shape[:2], len(camera.noise)))
+        if len(camera.noise) == 1:
+            shot += cv2.merge([independent * level for level in camera.noise[0]])
+        else:
+            shot += independent @ camera.noise
         np.clip(shot, 0, 1, out=shot)
     return shot
 
@@ -103,6 +122,21 @@ def darken(rgb: ImageU8, gamma: float) -> NDArray[np.float32]:
     """`x ** gamma` of an image x in [0, 1], as float32; gamma 1 only converts."""
     levels = np.linspace(0, 1, 256) ** gamma
     return np.asarray(cv2.LUT(rgb, levels.astype(np.float32)), np.float32)
+
+
+def unit_noise(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Independent draws from a normal distribution of mean 0 and deviation 1, up to 4.3 from it.
+
+    Each is one of 65,536 equally likely quantiles: `rng.standard_normal` takes four times as long, and what it has
+    beyond is lost in images of 8 bits.
+    """
+    return np.take(_normal_quantiles(), rng.integers(2**16, size=shape, dtype=np.uint16))
+
+
+@lru_cache(maxsize=1)
+def _normal_quantiles() -> NDArray[np.float32]:
+    quantile = NormalDist().inv_cdf
+    return np.array([quantile((number + 0.5) / 2**16) for number in range(2**16)], np.float32)
 
 
 def sample_noise(rng: np.random.Generator) -> NDArray[np.float32]:

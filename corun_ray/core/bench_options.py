@@ -37,8 +37,8 @@ def add_core_benches(
         "step", help="measure a training step", description=STEP, epilog=epilog, formatter_class=raw
     )
     step.add_argument("--method", choices=METHODS, default="colabator")
-    step.add_argument("--size", type=_multiple_of(32), default=288, metavar="PX", help="side of images (default 288)")
-    step.add_argument("--batch", type=_at_least(1), default=1, metavar="B", help="images of each kind (default 1)")
+    step.add_argument("--size", type=multiple_of(32), default=288, metavar="PX", help="side of images (default 288)")
+    step.add_argument("--batch", type=at_least(1), default=1, metavar="B", help="images of each kind (default 1)")
     step.add_argument(
         "--wins", type=_share, default=0.1, metavar="SHARE", help="of the candidates; their blocks are rated (0.1)"
     )
@@ -60,7 +60,7 @@ def add_core_benches(
     )
     dehaze.add_argument(
         "--memory-mib",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="M",
         help="for an image at work, else bands or tiles (default: whole)",
     )
@@ -69,11 +69,11 @@ def add_core_benches(
 
 
 def _add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
-    parser.add_argument("--stages", type=_at_least(2), default=4, metavar="K", help="of the network (default 4)")
-    parser.add_argument("--width", type=_at_least(2), default=30, metavar="W", help="of the network (default 30)")
+    parser.add_argument("--stages", type=at_least(2), default=4, metavar="K", help="of the network (default 4)")
+    parser.add_argument("--width", type=at_least(2), default=30, metavar="W", help="of the network (default 30)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true", help="by torch.compile; takes minutes at first")
-    parser.add_argument("--repeats", type=_at_least(1), default=repeats, metavar="N", help=f"(default {repeats})")
+    parser.add_argument("--repeats", type=at_least(1), default=repeats, metavar="N", help=f"(default {repeats})")
     parser.add_argument("--device", metavar="D", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to a file")
 
@@ -96,7 +96,9 @@ def _share(text: str) -> float:
     return value
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option: a whole number, `least` or more."""
+
     def whole(text: str) -> int:
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is too few (at least {least})")
@@ -106,7 +108,9 @@ def _at_least(least: int) -> Callable[[str], int]:
     return whole
 
 
-def _multiple_of(divisor: int) -> Callable[[str], int]:
+def multiple_of(divisor: int) -> Callable[[str], int]:
+    """The type of an option: a whole number that `divisor` divides."""
+
     def whole(text: str) -> int:
         if int(text) <= 0 or int(text) % divisor:
             raise argparse.ArgumentTypeError(f"expected a multiple of {divisor}, got {text}")

@@ -1,6 +1,7 @@
 """Image and depth files: bytes in, arrays out, and one clear reason when a file cannot be used."""
 
 import io
+import math
 import re
 
 import cv2
@@ -23,6 +24,8 @@ _FLAGS = {
 }
 _NO_FRAMES = b"\xc4\xc8\xcc"
 """Of the markers 0xC0 to 0xCF, which begin a frame and so tell its size, those that do not."""
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+"""By the file's version; version 3 is for names of fields, and depth has none."""
 
 # A refused file is reported once, by `BadImage`; OpenCV's own lines would only repeat it.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -63,12 +66,12 @@ def decode_pixels(data: bytes, reduction: int = 1) -> NDArray[np.uint8] | NDArra
     return image
 
 
-def decode_depth(data: bytes, suffix: str) -> NDArray[np.float32]:
-    """Decodes a depth map to `H W`, float32, in the file's own unit.
+def decode_depth(data: bytes, suffix: str) -> NDArray:
+    """Decodes a depth map to `H W`, real numbers in the file's own unit; perhaps a view of `data`.
 
     `suffix` is the file's: `.npy` (`H W` or `1 H W`, any real dtype) or `.png` (8 or 16 bit, grey).
 
-    Raises `BadImage` if the file cannot be read, has another shape, or values not finite or all equal.
+    Raises `BadImage` if the file cannot be read or has another shape; `DepthMap.of` looks at the values.
     """
     match suffix.lower():
         case ".npy":
@@ -81,12 +84,6 @@ def decode_depth(data: bytes, suffix: str) -> NDArray[np.float32]:
             raise BadImage(f"depth map is '{suffix}', expected .npy or .png")
     if depth.size == 0:
         raise BadImage("depth map is empty")
-    with np.errstate(over="ignore"):  # what float32 cannot hold turns infinite, and is refused as such
-        depth = depth.astype(np.float32)
-    if not np.isfinite(depth).all():
-        raise BadImage("depth map has values that are not finite")
-    if depth.min() == depth.max():
-        raise BadImage(f"depth map is constant ({depth.flat[0]:g} everywhere)")
     return depth
 
 
@@ -152,7 +149,12 @@ def _png_has_end(data: bytes) -> bool:
 
 def _decode_npy(data: bytes) -> NDArray:
     try:
-        depth = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        file = io.BytesIO(data)
+        # Unlike `read_array`, without a copy.
+        read_header = _NPY_HEADERS[np.lib.format.read_magic(file)]
+        shape, is_fortran, dtype = read_header(file)
+        count = math.prod(shape)
+        depth = np.frombuffer(data, dtype, count, file.tell()).reshape(shape, order="F" if is_fortran else "C")
     except Exception as error:  # a damaged header lets any error of Python's parser through
         reason = " ".join(str(error).split())[:120]
         raise BadImage(f"not a readable .npy file: {reason}") from error

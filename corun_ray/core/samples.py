@@ -3,6 +3,7 @@
 Source: Fang et al., NeurIPS 2024, arXiv 2406.07966. Images are RGB uint8, `H W 3`.
 """
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -10,15 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corun_ray.core import augment, scattering
+from corun_ray.core.depth import DepthMap
 from corun_ray.core.images import BadImage
 from corun_ray.core.phases import phase
 
 ImageU8 = NDArray[np.uint8]
 
-REDUCED_SIDE = 1.75
-"""Least side of an image that is decoded small, in patches; at 1 to 1.25, a seventh or more of its detail is lost."""
-
-_MAX_ASPECT_ERROR = 0.02  # a depth map of another size may be off by rounding, not show another frame
+_BAND_PX = 32  # rows worked on at a time: what they take stays in the processor's cache
+_REAL_OVERSIZE = 1.75  # less, and the reduced decoding of a JPEG would blur the resized image visibly
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RealViews:
 
 def synthetic_sample(
     clear: ImageU8,
-    inverse_depth: NDArray[np.float32],
+    depth_map: DepthMap,
     rng: np.random.Generator,
     *,
     patch_px: int,
@@ -51,24 +51,26 @@ def synthetic_sample(
 ) -> Pair:
     """Lays random haze over a random crop of a clear image `H W 3`.
 
-    `inverse_depth` is the whole image's, in [0, 1], near = 1 (see `scattering.inverse_depth`); one of another
-    resolution is resized. Only the region that the crop keeps is worked on, at its own resolution, because
-    noise and JPEG are the camera's: resizing to the patch softens them.
+    `depth_map` is the whole image's; one of another resolution is resized. Only the region that the crop keeps is
+    worked on, at its own resolution, because noise and JPEG are the camera's: resizing to the patch softens them.
 
     Raises `BadImage` if the depth map has another aspect ratio than the image.
     """
     height_px, width_px = clear.shape[:2]
     with phase("depth"):
-        depth = _fit_depth(inverse_depth, height_px, width_px)
-    with phase("synthesis"):
+        depth_map = depth_map.fitted(height_px, width_px)
         crop = augment.sample_crop(
             rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
         )
-        truth = crop.cut(clear)
-        haze = scattering.sample_haze(rng, haze_range)
-        shot = augment.degrade(rng, truth)
-        hazy_shot = scattering.add_haze(shot, scattering.transmission(crop.cut(depth), haze.beta), haze)
-        hazy = np.asarray(cv2.convertScaleAbs(hazy_shot, alpha=255), np.uint8)  # rounds
+    with phase("synthesis"):
+        truth, region = crop.cut(clear), crop.cut(depth_map.pixels)
+        haze, camera = scattering.sample_haze(rng, haze_range), augment.sample_camera(rng)
+        hazy = np.empty(truth.shape, np.uint8)
+        for top in range(0, crop.side_px, _BAND_PX):
+            band = slice(top, top + _BAND_PX)
+            shot = augment.degrade(rng, truth[band], camera)
+            transmission = scattering.transmission(depth_map.inverse(region[band]), haze.beta)
+            hazy[band] = cv2.convertScaleAbs(scattering.add_haze(shot, transmission, haze), alpha=255)  # rounds
     with phase("jpeg"):
         jpeg_quality = augment.sample_jpeg_quality(rng)
         if jpeg_quality is not None:
@@ -104,8 +106,8 @@ def paired_sample(
 
 
 def real_side_px(patch_px: int) -> int:
-    """The least side to which a real hazy image may be reduced in decoding: closer to the patch it would be softer."""
-    return round(REDUCED_SIDE * patch_px)
+    """How large, on both sides at least, a real hazy image must be decoded to become a patch."""
+    return math.ceil(_REAL_OVERSIZE * patch_px)
 
 
 def real_views(hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, jpeg_quality: int | None) -> RealViews:
@@ -121,14 +123,3 @@ def real_views(hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, jpeg_q
             weak = augment.jpeg_round_trip(weak, jpeg_quality)
     with phase("strong view"):
         return RealViews(weak, augment.strong_view(rng, weak))
-
-
-def _fit_depth(depth: NDArray[np.float32], height_px: int, width_px: int) -> NDArray[np.float32]:
-    if depth.shape == (height_px, width_px):
-        return depth
-    aspect_error = depth.shape[1] * height_px / (depth.shape[0] * width_px) - 1
-    if abs(aspect_error) > _MAX_ASPECT_ERROR:
-        raise BadImage(
-            f"depth map of {depth.shape[1]} x {depth.shape[0]} px does not fit its image of {width_px} x {height_px} px"
-        )
-    return augment.resize(depth, height_px, width_px)

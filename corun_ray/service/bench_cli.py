@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corun_ray.core.bench_options import add_core_benches
+from corun_ray.core.bench_options import add_core_benches, at_least
+from corun_ray.service.bench_stream_cli import add_stream_bench
 
 if TYPE_CHECKING:
     from corun_ray.service.bench_figures import Settings
@@ -48,18 +49,19 @@ def add_bench_commands(commands: "argparse._SubParsersAction", reporting: Report
     subs = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for parser in add_core_benches(subs, "corun-ray bench"):
         parser.set_defaults(command=_core)
+    add_stream_bench(subs, reporting)
     pool = subs.add_parser(
         "pool", help="measure the label pool", description=ABOUT, epilog=EXAMPLES, formatter_class=raw
     )
     pool.add_argument(
-        "--labels", type=_at_least(MIN_LABELS), default=5000, metavar="N", help="labels in a pool (default 5000)"
+        "--labels", type=at_least(MIN_LABELS), default=5000, metavar="N", help="labels in a pool (default 5000)"
     )
     pool.add_argument(
-        "--side", type=_at_least(MIN_SIDE_PX), default=288, metavar="PX", help="side of a label in pixels (default 288)"
+        "--side", type=at_least(MIN_SIDE_PX), default=288, metavar="PX", help="side of a label in pixels (default 288)"
     )
     pool.add_argument(
         "--shards",
-        type=_at_least(1),
+        type=at_least(1),
         nargs="+",
         default=[1, 2, 4],
         metavar="S",
@@ -76,25 +78,15 @@ def add_bench_commands(commands: "argparse._SubParsersAction", reporting: Report
     )
     pool.add_argument(
         "--memory-mib",
-        type=_at_least(1),
+        type=at_least(1),
         default=4096,
         metavar="M",
         help="memory for labels in Ray's object store, of all shards together (default 4096)",
     )
-    pool.add_argument("--workers", type=_at_least(1), default=64, metavar="W", help="of the simulated job (default 64)")
+    pool.add_argument("--workers", type=at_least(1), default=64, metavar="W", help="of the simulated job (default 64)")
     pool.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to a file")
     pool.add_argument("--plot", type=Path, metavar="PNG", help="also draw how costs grow with the number of labels")
     pool.set_defaults(command=lambda args: _pool(args, reporting))
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is too few (at least {least})")
-        return int(text)
-
-    whole.__name__ = "whole number"
-    return whole
 
 
 def _core(args: argparse.Namespace) -> int:

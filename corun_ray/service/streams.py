@@ -19,6 +19,7 @@ from ray.data import DataContext, DataIterator, ExecutionResources
 
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.core import samples, scattering
+from corun_ray.core.depth import DepthMap, procedural_depth
 from corun_ray.core.images import BadImage, decode_depth, decode_image
 from corun_ray.core.phases import phase
 from corun_ray.service import telemetry
@@ -112,18 +113,18 @@ class SampleMaker:
         if self.manifest.depth is None:
             depth_root, depth_key = data.clear, clear_key
             with phase("depth"):
-                depth = scattering.procedural_depth(rng, *clear.shape[:2])
+                depth_map = procedural_depth(rng, *clear.shape[:2])
         else:
             assert data.depth is not None
             depth_root, depth_key = data.depth, self.manifest.depth[image]
             suffix = posixpath.splitext(depth_key)[1].lower()
             raw = _decoded(depth_root, depth_key, lambda content: decode_depth(content, suffix), "depth")
             with _naming(depth_root, depth_key), phase("depth"):
-                depth = scattering.inverse_depth(raw, data.depth_kind)
+                depth_map = DepthMap.of(raw, data.depth_kind)
         with _naming(depth_root, depth_key):
             return samples.synthetic_sample(
                 clear,
-                depth,
+                depth_map,
                 rng,
                 patch_px=self.patch_px,
                 haze_range=scattering.HazeRange(haze.beta, haze.airlight, haze.airlight_tint),

@@ -33,6 +33,7 @@ from corun_ray.core.coherence import BlockScores, Coherence
 from corun_ray.core.compiling import compiled
 from corun_ray.core.corun import CORUN, Restoration
 from corun_ray.core.daclip import DACLIP_FILE, load_daclip
+from corun_ray.core.depth import DepthMap
 from corun_ray.core.images import decode_image
 from corun_ray.core.iqa import load_quality
 from corun_ray.core.labels import Label, LocalPool, Scores, decode, encode
@@ -187,8 +188,10 @@ def print_table(times_s: list[list[float]], warm: int, total: int, saved: int) -
 def batch(photograph: np.ndarray, side_px: int, rng: np.random.Generator) -> tuple[SyntheticBatch, RealBatch]:
     """One image for each half, made as the stream makes them; its depth falls from the lower to the upper edge."""
     height_px, width_px = photograph.shape[:2]
-    near = np.repeat(np.linspace(0, 1, height_px, dtype=np.float32)[:, None], width_px, 1)
-    pair = synthetic_sample(photograph, near, rng, patch_px=side_px, haze_range=HazeRange(), random_resize=True)
+    ramp = np.repeat(np.linspace(0, 1, height_px, dtype=np.float32)[:, None], width_px, 1)
+    pair = synthetic_sample(
+        photograph, DepthMap.of(ramp, "inverse"), rng, patch_px=side_px, haze_range=HazeRange(), random_resize=True
+    )
     views = real_views(photograph, rng, patch_px=side_px, jpeg_quality=pair.jpeg_quality)
     hazy, clear, weak, strong = (
         torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from corun_ray.core.corun import scene_step, transmission_step
+from corun_ray.core.depth import procedural_depth
 from corun_ray.core.images import decode_image
-from corun_ray.core.scattering import Haze, add_haze, procedural_depth, transmission
+from corun_ray.core.scattering import Haze, add_haze, transmission
 
 Image = NDArray[np.floating]
 SIZES_PX = (64, 96, 288)
@@ -47,7 +48,8 @@ def synthetic_scene(clear: Image, size_px: int, rng: np.random.Generator) -> Sce
     else:
         truth = shrink(clear, size_px)
     haze = Haze(rng.uniform(0.3, 1.6), tuple(np.clip(rng.uniform(0.6, 1) + rng.uniform(-0.025, 0.025, 3), 0, 1)))
-    light = transmission(procedural_depth(rng, size_px, size_px), haze.beta)
+    depth_map = procedural_depth(rng, size_px, size_px)
+    light = transmission(depth_map.inverse(depth_map.pixels), haze.beta)
     hazy = add_haze(truth, light, haze)
     if rng.random() < 0.5:
         hazy = quantise(hazy + rng.normal(0, rng.integers(2, 8) / 255, hazy.shape))

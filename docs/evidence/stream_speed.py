@@ -24,9 +24,10 @@ import numpy as np
 
 from corun_ray.config import ColabatorJob, PretrainJob, TrainingJob
 from corun_ray.core.demo.dataset import DemoSize, write_demo
+from corun_ray.core.depth import DepthMap, procedural_depth
 from corun_ray.core.images import decode_depth, decode_image
 from corun_ray.core.phases import PHASES, PhaseTimes, phase
-from corun_ray.core.scattering import HazeRange, inverse_depth, procedural_depth
+from corun_ray.core.scattering import HazeRange
 from corun_ray.service.manifest import Manifest, build_manifest
 from corun_ray.service.streams import CLEAR, HAZY, SampleMaker, image_of_sample
 
@@ -50,12 +51,14 @@ class PlainMaker:
         clear = decoded(data.clear, manifest.clear[image])
         if manifest.depth is None:
             with phase("depth"):
-                depth = procedural_depth(rng, *clear.shape[:2])
+                depth_map = procedural_depth(rng, *clear.shape[:2])
+                depth = depth_map.inverse(depth_map.pixels)
         else:
             file = Path(data.depth, manifest.depth[image])
             content = read(file)
             with phase("depth"):
-                depth = inverse_depth(decode_depth(content, file.suffix), data.depth_kind)
+                depth_map = DepthMap.of(decode_depth(content, file.suffix), data.depth_kind)
+                depth = depth_map.inverse(depth_map.pixels)
         options = {"patch_px": PATCH_PX, "random_resize": data.random_resize}
         pair = plain_pair(clear, depth, rng, haze_range=HazeRange(), **options)
         if isinstance(self.job, ColabatorJob):

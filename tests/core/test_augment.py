@@ -1,5 +1,6 @@
 import dataclasses
 from collections import defaultdict
+from statistics import NormalDist
 
 import cv2
 import numpy as np
@@ -156,12 +157,25 @@ def test_noise_comes_in_three_kinds_at_its_rates_and_levels():
     assert np.abs(covariances[:, 0, 1]).mean() > 30
 
 
+def test_unit_noise_is_normal_and_independent():
+    noise = augment.unit_noise(np.random.default_rng(10), (400, 500, 3))
+    assert noise.dtype == np.float32 and noise.shape == (400, 500, 3)
+    assert noise.mean() == pytest.approx(0, abs=0.005) and noise.std() == pytest.approx(1, abs=0.005)
+    assert (noise**4).mean() == pytest.approx(3, abs=0.05)
+    shares = [(noise < bound).mean() for bound in (-2, -1, 0, 1, 2)]
+    np.testing.assert_allclose(shares, [NormalDist().cdf(bound) for bound in (-2, -1, 0, 1, 2)], atol=0.002)
+    for shifted in (noise[1:], noise[:, 1:], noise[..., 1:]):
+        rows, columns, channels = shifted.shape
+        assert abs((shifted * noise[:rows, :columns, :channels]).mean()) < 0.005
+    np.testing.assert_array_equal(noise, augment.unit_noise(np.random.default_rng(10), (400, 500, 3)))
+
+
 def test_degrade_darkens_half_and_adds_noise_to_half():
     rng = np.random.default_rng(6)
     flat = np.full((24, 24, 3), 128, np.uint8)
     dark, noisy = [], []
     for _ in range(1500):
-        shot = augment.degrade(rng, flat)
+        shot = augment.degrade(rng, flat, augment.sample_camera(rng))
         assert shot.dtype == np.float32 and shot.min() >= 0 and shot.max() <= 1
         dark.append(shot.mean() < 0.42)
         noisy.append(shot.std() > 0.004)
@@ -176,7 +190,7 @@ def test_degrade_adds_noise_of_the_sampled_covariance(monkeypatch):
     monkeypatch.setattr(augment, "sample_noise", lambda rng: mixing)
     flat = np.full((96, 96, 3), 128, np.uint8)
     rng = np.random.default_rng(7)
-    shots = [augment.degrade(rng, flat) for _ in range(20)]
+    shots = [augment.degrade(rng, flat, augment.sample_camera(rng)) for _ in range(20)]
     noisy = next(shot for shot in shots if shot.std() > 0.01 and shot.mean() > 0.45)
     covariance = np.cov(noisy.reshape(-1, 3), rowvar=False)
     np.testing.assert_allclose(covariance, mixing.T @ mixing, atol=1.5e-4)

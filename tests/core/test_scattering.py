@@ -1,13 +1,10 @@
 import numpy as np
 import pytest
 
-from corun_ray.core.images import BadImage
 from corun_ray.core.scattering import (
     Haze,
     HazeRange,
     add_haze,
-    inverse_depth,
-    procedural_depth,
     sample_haze,
     transmission,
 )
@@ -34,33 +31,6 @@ def test_haze_leaves_the_scene_as_it_was():
     assert (scene == 0.5).all()
 
 
-def test_inverse_maps_are_scaled_to_the_unit_range():
-    depth = np.array([[10.0, 15.0, 30.0]], np.float32)
-    result = inverse_depth(depth, "inverse")
-    assert result.dtype == np.float32
-    np.testing.assert_allclose(result, [[0.0, 0.25, 1.0]])
-
-
-def test_metres_give_a_transmission_that_decays_with_distance_and_no_reading_is_farthest():
-    metres = np.array([[2.0, 4.0, 6.0, 10.0, 0.0, -1.0]], np.float32)
-    nearness = inverse_depth(metres, "metres")
-    assert nearness.dtype == np.float32
-    np.testing.assert_allclose(nearness, [[1.0, 0.75, 0.5, 0.0, 0.0, 0.0]])
-    equal_steps = transmission(nearness, beta=0.9)[0]
-    assert equal_steps[1] / equal_steps[0] == pytest.approx(equal_steps[2] / equal_steps[1])
-
-
-@pytest.mark.parametrize("kind", ["inverse", "metres"])
-def test_a_constant_map_is_refused(kind):
-    with pytest.raises(BadImage, match="same value"):
-        inverse_depth(np.full((3, 3), 4.0, np.float32), kind)
-
-
-def test_metres_whose_only_reading_is_one_value_are_refused():
-    with pytest.raises(BadImage, match="same value"):
-        inverse_depth(np.array([[0.0, 4.0]], np.float32), "metres")
-
-
 def test_sampled_haze_fills_its_ranges():
     rng = np.random.default_rng(1)
     hazes = [sample_haze(rng, HazeRange()) for _ in range(4000)]
@@ -82,25 +52,3 @@ def test_without_tint_the_airlight_is_grey():
 def test_the_same_seed_draws_the_same_haze():
     first, second = (sample_haze(np.random.default_rng(3), HazeRange()) for _ in range(2))
     assert first == second
-
-
-@pytest.mark.parametrize(("height_px", "width_px"), [(321, 481), (481, 321), (40, 300), (8, 8)])
-def test_procedural_depth_is_a_smooth_outdoor_scene(height_px, width_px):
-    rng = np.random.default_rng(4)
-    for _ in range(20):
-        depth = procedural_depth(rng, height_px, width_px)
-        assert depth.shape == (height_px, width_px) and depth.dtype == np.float32
-        assert depth.min() == 0 and depth.max() == 1
-        assert depth[-1].mean() > 0.7 and depth[0].mean() < 0.4  # ground at the foot, sky at the top
-
-
-def test_procedural_depth_has_no_edges():
-    rng = np.random.default_rng(5)
-    steepest = max(np.abs(np.diff(procedural_depth(rng, 321, 481), axis=1)).max() for _ in range(20))
-    assert steepest < 0.05
-
-
-def test_procedural_depth_follows_its_seed():
-    same = [procedural_depth(np.random.default_rng(6), 60, 80) for _ in range(2)]
-    np.testing.assert_array_equal(*same)
-    assert (same[0] != procedural_depth(np.random.default_rng(7), 60, 80)).any()
