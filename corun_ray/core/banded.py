@@ -7,7 +7,6 @@ whole image but for rounding, at hardly more work; tiles (`core.tiled`), which k
 and compute everything several times.
 """
 
-import copy
 from collections.abc import Iterable, Iterator
 from typing import cast
 
@@ -17,27 +16,23 @@ from torch import Tensor, nn
 from corun_ray.core.corun import CORUN
 from corun_ray.core.cpmm import CPMM, Block, SpectralAttention
 
+MIN_ROWS = 8
+"""Of a band: more than the margins of its neighbours reach into it."""
 HALO_PX = 3
 """How far the convolutions of a block see: two of the attention's, one of the feed-forward network's."""
 
 
-def banded(network: CORUN, pixels: int) -> CORUN:
-    """A copy of the network whose CPMMs work on bands of about so many of their pixels; for inference only."""
-    network = copy.deepcopy(network).eval()
-    network.checkpoint_activations = False
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, CPMM):
-                setattr(parent, name, BandedCPMM(child, pixels))
-    return network
+def banded(network: CORUN, band_px: int) -> CORUN:
+    """A copy of the network whose CPMMs work on bands of about `band_px` of their pixels; for inference only."""
+    return network.with_cpmms(lambda cpmm: BandedCPMM(cpmm, band_px))
 
 
 class BandedCPMM(nn.Module):
     """A CPMM whose wide temporaries are those of a band; its features, `width` channels, are the whole image's."""
 
-    def __init__(self, cpmm: CPMM, pixels: int) -> None:
+    def __init__(self, cpmm: CPMM, band_px: int) -> None:
         super().__init__()
-        self.cpmm, self.pixels = cpmm, pixels
+        self.cpmm, self.band_px = cpmm, band_px
 
     @torch.no_grad()
     def forward(self, estimate: Tensor, partner: Tensor) -> Tensor:
@@ -95,7 +90,7 @@ class BandedCPMM(nn.Module):
     def _bands(self, features: Tensor, halo_px: int) -> Iterator[tuple[slice, slice]]:
         """Rows of each band, and the rows that must be seen to compute them."""
         height, width = features.shape[-2:]
-        rows = max(8, self.pixels // width)
+        rows = max(MIN_ROWS, self.band_px // width)
         for start in range(0, height, rows):
             stop = min(start + rows, height)
             yield slice(start, stop), slice(max(0, start - halo_px), min(height, stop + halo_px))

@@ -1,68 +1,51 @@
-"""`python -m corun_ray.core.bench`: times the training step and the restoration of photographs, with torch alone."""
+"""`python -m corun_ray.core.bench`: times the training step and the restoration of photographs.
+
+Torch and numpy are enough: it runs on a bare GPU machine.
+"""
 
 import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from corun_ray.core.bench_dehaze import DehazeReport, DehazeSettings, bench_dehaze
+from corun_ray.core.bench_machine import MATRIX_SIDE
 from corun_ray.core.bench_options import add_core_benches
 from corun_ray.core.bench_step import StepReport, StepSettings, bench_step
 from corun_ray.core.bench_tables import dehaze_table, step_table
 
 
-def run(args: argparse.Namespace, say: Callable[[str], object] = print) -> None:
-    """Measures what `args` of `bench_options` ask for and says it as a table; `--json` is written too.
+def run(args: argparse.Namespace) -> None:
+    """Measures what `args` of `bench_options` ask for and prints it as a table; `--json` is written too.
 
     Raises ValueError where that cannot be had: a device, a network, an image that does not fit into the memory.
     """
-    device = _device(args.device)
-    reports = [_step(args, device)] if hasattr(args, "method") else _dehaze(args, device)
-    say(f"{_device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    args = argparse.Namespace(**{**vars(args), "device": _device(args.device)})
+    reports = [_step(args)] if hasattr(args, "method") else _dehaze(args)
+    print(f"{_device_name(args.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for report in reports:
-        say(step_table(report) if isinstance(report, StepReport) else dehaze_table(report))
+        print(step_table(report) if isinstance(report, StepReport) else dehaze_table(report))
     if args.json:
         args.json.write_text(json.dumps([_plain(report) for report in reports], indent=2, default=str))
 
 
-def _step(args: argparse.Namespace, device: torch.device) -> StepReport:
-    settings = StepSettings(
-        method=args.method,
-        size_px=args.size,
-        batch=args.batch,
-        stages=args.stages,
-        width=args.width,
-        precision=args.precision,
-        compile=args.compile,
-        perceptual=not args.no_perceptual,
-        win_rate=args.wins,
-        checkpoint_activations=args.checkpoint_activations,
-        repeats=args.repeats,
-        device=device,
-    )
-    return bench_step(settings, trace=args.trace)
+def _step(args: argparse.Namespace) -> StepReport:
+    return bench_step(StepSettings(**_options(args, StepSettings)), trace=args.trace)
 
 
-def _dehaze(args: argparse.Namespace, device: torch.device) -> list[DehazeReport]:
-    sizes = [
-        DehazeSettings(
-            height_px=height_px,
-            width_px=width_px,
-            stages=args.stages,
-            width=args.width,
-            precision=args.precision,
-            compile=args.compile,
-            memory_mib=args.memory_mib,
-            repeats=args.repeats,
-            device=device,
-        )
-        for height_px, width_px in args.sizes
-    ]
-    return [bench_dehaze(size) for size in sizes]
+def _dehaze(args: argparse.Namespace) -> list[DehazeReport]:
+    options = _options(args, DehazeSettings)
+    return [bench_dehaze(DehazeSettings(height_px=height, width_px=width, **options)) for height, width in args.sizes]
+
+
+def _options(args: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """Those that have a field of their name."""
+    names = {field.name for field in dataclasses.fields(settings)}
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def _plain(report: Any) -> dict[str, Any]:
@@ -78,6 +61,8 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in MATRIX_SIDE:
+            raise RuntimeError(f"expected {' or '.join(MATRIX_SIDE)}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name} cannot be used ({str(error).splitlines()[0]})") from None

@@ -50,7 +50,12 @@ class DehazeReport:
 
 
 def bench_dehaze(settings: DehazeSettings) -> DehazeReport:
-    """Restores a random image several times, the first of them not counted."""
+    """Restores a random image several times, the first of them not counted.
+
+    Raises ValueError where it does not fit into the memory, or what fits cannot be compiled.
+    """
+    if settings.compile and settings.memory_mib is not None:
+        raise ValueError("--memory-mib: bands and tiles are not compiled; leave out either this or --compile")
     torch.manual_seed(0)
     device = settings.device
     network = CORUN(settings.stages, settings.width).eval().to(device)

@@ -4,7 +4,6 @@ import contextlib
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from corun_ray.core.spans import SpanTimes
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
@@ -45,19 +46,12 @@ class Work:
         return self.flops / machine.flops_per_s, self.bytes / machine.bytes_per_s
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     """How long one call takes, until the device is done."""
-    synchronize(device)
-    started_s = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - started_s
+    times = SpanTimes(device)
+    with times.timed("call"):
+        run()
+    return times.seconds["call"]
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:

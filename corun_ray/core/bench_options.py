@@ -1,4 +1,7 @@
-"""The command lines of the benchmarks that need torch alone; building them does not need it."""
+"""The command lines of the benchmarks that need only torch and numpy; building them needs neither.
+
+An option's value has the name of the setting that it is (`StepSettings`, `DehazeSettings`).
+"""
 
 import argparse
 from collections.abc import Callable
@@ -37,12 +40,19 @@ def add_core_benches(
         "step", help="measure a training step", description=STEP, epilog=epilog, formatter_class=raw
     )
     step.add_argument("--method", choices=METHODS, default="colabator")
-    step.add_argument("--size", type=multiple_of(32), default=288, metavar="PX", help="side of images (default 288)")
+    step.add_argument(
+        "--size", dest="size_px", type=multiple_of(32), default=288, metavar="PX", help="side of images (default 288)"
+    )
     step.add_argument("--batch", type=at_least(1), default=1, metavar="B", help="images of each kind (default 1)")
     step.add_argument(
-        "--wins", type=_share, default=0.1, metavar="SHARE", help="of the candidates; their blocks are rated (0.1)"
+        "--wins",
+        dest="win_rate",
+        type=_share,
+        default=0.1,
+        metavar="SHARE",
+        help="of the candidates; their blocks are rated (0.1)",
     )
-    step.add_argument("--no-perceptual", action="store_true", help="leave VGG-19 out of the losses")
+    step.add_argument("--no-perceptual", dest="perceptual", action="store_false", help="leave VGG-19 out of the losses")
     step.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
     step.add_argument("--trace", type=Path, metavar="FILE", help="also write a profiler's trace of one step")
     _add_common(step, repeats=10)

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.profiler import profile
 
-from corun_ray.core.bench_machine import Machine, Work, count_work, measure_machine, peak_memory, synchronize
+from corun_ray.core.bench_machine import Machine, Work, count_work, measure_machine, peak_memory, seconds
 from corun_ray.core.coherence import Coherence
 from corun_ray.core.compiling import compiled
 from corun_ray.core.corun import CORUN
 from corun_ray.core.labels import Label, ReadyLabels, Scores
 from corun_ray.core.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
-from corun_ray.core.spans import SpanTimes
+from corun_ray.core.spans import SpanTimes, synchronize
 from corun_ray.core.state import TrainState
 from corun_ray.core.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, pretraining_step
 from corun_ray.core.vgg import Vgg19Features
@@ -54,22 +54,19 @@ class StepReport:
     step_s: float
     """Median of whole steps, timed without looking into them."""
     parts_s: dict[str, float]
-    """Mean seconds of every part, in the order in which they run; timed in steps of their own."""
+    """Mean seconds of every part, in the order in which they first ran; timed in steps of their own."""
     work: Work
     machine: Machine
     peak_bytes: int
 
 
-def bench_step(settings: StepSettings, coherence: Coherence | None = None, trace: Path | None = None) -> StepReport:
-    """Runs steps on random images; with `trace`, writes a profiler's trace of one more, for chrome://tracing.
-
-    `coherence` are other scorers than those without weights.
-    """
-    run = _Run(settings, coherence or Coherence())
+def bench_step(settings: StepSettings, trace: Path | None = None) -> StepReport:
+    """Runs steps on random images; with `trace`, writes a profiler's trace of one more, for chrome://tracing."""
+    run = _Run(settings)
     with peak_memory(settings.device) as peak:
         for _ in range(WARM_UP):
             run.step()
-        whole = [run.timed_step() for _ in range(settings.repeats)]
+        whole = [seconds(run.step, settings.device) for _ in range(settings.repeats)]
         peak_bytes = peak()
     times = SpanTimes(settings.device)
     with times.listening():
@@ -80,9 +77,9 @@ def bench_step(settings: StepSettings, coherence: Coherence | None = None, trace
             run.step()
             synchronize(settings.device)
         profiler.export_chrome_trace(str(trace))
-    parts = {name: seconds / settings.repeats for name, seconds in times.seconds.items()}
+    parts = {name: total_s / settings.repeats for name, total_s in times.seconds.items()}
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    work = _Run(settings, run.coherence, is_counted=True).work()
+    work = _Run(replace(settings, compile=False)).work()
     return StepReport(
         settings, statistics.median(whole), parts, work, measure_machine(settings.device, dtype), peak_bytes
     )
@@ -114,20 +111,20 @@ class _WarmPool:
 class _Run:
     """A training state and the same images at every step."""
 
-    def __init__(self, settings: StepSettings, coherence: Coherence, is_counted: bool = False) -> None:
+    def __init__(self, settings: StepSettings) -> None:
         torch.manual_seed(0)
         self.settings = settings
         device = settings.device
         network = CORUN(settings.stages, settings.width, settings.checkpoint_activations)
         self.state = TrainState.start(network, device)
         student, teacher = self.state.student, self.state.teacher
-        if settings.compile and not is_counted:
+        if settings.compile:
             student, teacher = compiled(student), compiled(teacher)
         self.student: nn.Module = student
         features = Vgg19Features().requires_grad_(False).eval().to(device) if settings.perceptual else None
         weights = COLABATOR_WEIGHTS if settings.method == "colabator" else PRETRAIN_WEIGHTS
         self.losses = Losses(weights, features)
-        self.coherence = coherence
+        coherence = Coherence()  # the scorers without weights
         self.pool = _WarmPool(settings, coherence.block_px)
         self.colabator = Colabator(teacher, coherence, self.pool, self.losses)
         shape = (settings.batch, 3, settings.size_px, settings.size_px)
@@ -142,15 +139,8 @@ class _Run:
             output = self._forward()
         self.state.update(output.losses, LR, EMA, settings.batch)
 
-    def timed_step(self) -> float:
-        """Seconds of one."""
-        times = SpanTimes(self.settings.device)
-        with times.timed("step"):
-            self.step()
-        return times.seconds["step"]
-
     def work(self) -> Work:
-        """Of one step whose candidates lose."""
+        """Of one eager step whose candidates lose."""
         self.pool.win_rate = 0
         self.step()
         return count_work(self.step)

@@ -5,7 +5,7 @@ On a CPU, bands come first: they need less memory and less time.
 
 from torch import Tensor, nn
 
-from corun_ray.core.banded import banded
+from corun_ray.core.banded import MIN_ROWS, banded
 from corun_ray.core.corun import CORUN
 from corun_ray.core.cpmm import SIZE_MULTIPLE_PX
 from corun_ray.core.restore import padded_size
@@ -16,8 +16,8 @@ BYTES_PER_PX_AND_CHANNEL = 100
 """Of a CPMM at work, per pixel and channel of `width` (measured: 45 to 95), the feed-forward above all."""
 FEATURE_BYTES_PER_PX_AND_CHANNEL = 12
 """Of what a CPMM that works in bands keeps of the whole image (measured: 7 to 11)."""
-BAND_PX = {"cpu": 2**15, "cuda": 2**21}
-"""Of a band: few enough for a processor's cache, many enough for a GPU."""
+CPU_BAND_PX, GPU_BAND_PX = 2**15, 2**21
+"""Pixels of a band: few enough for a processor's cache, many enough for a GPU (the latter untried)."""
 STATE_BYTES_PER_PX = 75
 """Of the image and what the stages pass on (measured: 69)."""
 SMALLEST_CORE_PX = 64
@@ -37,9 +37,10 @@ def within(network: nn.Module, hazy: Tensor, memory_mib: int) -> nn.Module:
     if not isinstance(network, CORUN):
         return network
     height, width = hazy.shape[-2:]
-    band_px = BAND_PX[hazy.device.type]
+    on_cpu = hazy.device.type == "cpu"
+    band_px = CPU_BAND_PX if on_cpu else GPU_BAND_PX
     # A band stays in a processor's cache: there, bands are also faster than the whole.
-    bands_are_faster = hazy.device.type == "cpu" and height * width > 2 * band_px
+    bands_are_faster = on_cpu and height * width > 2 * band_px
     if whole_mib(network, height, width) <= memory_mib and not bands_are_faster:
         return network
     if banded_mib(network, height, width, band_px) <= memory_mib:
@@ -49,15 +50,14 @@ def within(network: nn.Module, hazy: Tensor, memory_mib: int) -> nn.Module:
 
 def whole_mib(network: CORUN, height: int, width: int) -> int:
     """What an image needs as a whole."""
-    rows, columns = padded_size(network, height, width)
-    return -(-(rows * columns * (STATE_BYTES_PER_PX + BYTES_PER_PX_AND_CHANNEL * network.width)) // MIB)
+    return -(-_whole_bytes(network, height, width) // MIB)
 
 
 def banded_mib(network: CORUN, height: int, width: int, band_px: int) -> int:
     """What an image needs in bands of `band_px` pixels."""
     rows, columns = padded_size(network, height, width)
     per_px = STATE_BYTES_PER_PX + FEATURE_BYTES_PER_PX_AND_CHANNEL * network.width
-    band_bytes = max(band_px, 8 * columns) * BYTES_PER_PX_AND_CHANNEL * network.width
+    band_bytes = max(band_px, MIN_ROWS * columns) * BYTES_PER_PX_AND_CHANNEL * network.width
     return -(-(rows * columns * per_px + band_bytes) // MIB)
 
 
@@ -65,9 +65,7 @@ def images_at_once(network: nn.Module, height: int, width: int, memory_mib: int)
     """How many images of this size a CORUN restores side by side in `memory_mib`, at least 1; None: not known."""
     if not isinstance(network, CORUN):
         return None
-    rows, columns = padded_size(network, height, width)
-    one_bytes = rows * columns * (STATE_BYTES_PER_PX + BYTES_PER_PX_AND_CHANNEL * network.width)
-    return max(1, memory_mib * MIB // one_bytes)
+    return max(1, memory_mib * MIB // _whole_bytes(network, height, width))
 
 
 def tile_side_px(network: CORUN, height: int, width: int, memory_mib: int) -> int:
@@ -81,3 +79,8 @@ def tile_side_px(network: CORUN, height: int, width: int, memory_mib: int) -> in
         need = rows * columns * STATE_BYTES_PER_PX + least**2 * BYTES_PER_PX_AND_CHANNEL * network.width
         raise TooLarge(f"{width} x {height} px need {-(-need // MIB)} MiB, even in tiles; {memory_mib} are allowed")
     return side
+
+
+def _whole_bytes(network: CORUN, height: int, width: int) -> int:
+    rows, columns = padded_size(network, height, width)
+    return rows * columns * (STATE_BYTES_PER_PX + BYTES_PER_PX_AND_CHANNEL * network.width)

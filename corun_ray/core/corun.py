@@ -4,6 +4,7 @@ Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3.1. With the airli
 `P = J T + 1 - T`; every stage takes one proximal gradient step on the transmission T and one on the scene J.
 """
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -135,6 +136,16 @@ class CORUN(nn.Module):
         if stages > 2:
             self.basic = nn.ModuleList(Stage(width, last=False) for _ in range(stages - 2))
         self.last = Stage(width, last=True)
+
+    def with_cpmms(self, wrapped: Callable[[CPMM], nn.Module]) -> "CORUN":
+        """A copy for inference, each of its CPMMs replaced by what `wrapped` makes of it."""
+        network = copy.deepcopy(self).eval()
+        network.checkpoint_activations = False
+        for stage in (network.first, *getattr(network, "basic", ()), network.last):
+            for name, child in list(stage.named_children()):
+                if isinstance(child, CPMM):
+                    setattr(stage, name, wrapped(child))
+        return network
 
     def unfold(self, hazy: Tensor) -> Iterator[Restoration]:
         """Every stage's scene and closed-form transmission in order; `hazy` B 3 H W, H and W multiples of 8."""

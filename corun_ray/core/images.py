@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -11,7 +12,9 @@ from numpy.typing import NDArray
 MIN_SIDE_PX = 8
 
 _JPEG_START = b"\xff\xd8\xff"
-_JPEG_END_MARKER = b"\xd9"
+_JPEG_END = 0xD9
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of the segments that begin a frame, and so tell its size."""
 # Any marker that a segment or the end follows: neither a stuffed 0xFF of the coded data nor a restart.
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -22,8 +25,6 @@ _FLAGS = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
-_NO_FRAMES = b"\xc4\xc8\xcc"
-"""Of the markers 0xC0 to 0xCF, which begin a frame and so tell its size, those that do not."""
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 """By the file's version; version 3 is for names of fields, and depth has none."""
 
@@ -110,13 +111,7 @@ def _decode(data: bytes, flags: int) -> NDArray:
 
 
 def _jpeg_has_end(data: bytes) -> bool:
-    """Walks the segments to the end marker: a search alone could find that of an embedded thumbnail."""
-    position = 2
-    while match := _JPEG_MARKER.search(data, position):
-        if match[1] == _JPEG_END_MARKER:
-            return True
-        position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
-    return False
+    return any(marker == _JPEG_END for marker, _ in _jpeg_segments(data))
 
 
 def _reduction(data: bytes, least_px: int) -> int:
@@ -127,15 +122,20 @@ def _reduction(data: bytes, least_px: int) -> int:
 
 def _jpeg_sides(data: bytes) -> tuple[int, int]:
     """Height and width in pixels, before its EXIF orientation is applied; 0 where no frame's header is found."""
-    position = 2
-    while match := _JPEG_MARKER.search(data, position):
-        start, marker = match.end(), match[1][0]
-        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAMES:
+    for marker, start in _jpeg_segments(data):
+        if marker in _JPEG_FRAMES:
             return int.from_bytes(data[start + 3 : start + 5], "big"), int.from_bytes(
                 data[start + 5 : start + 7], "big"
             )
-        position = start + int.from_bytes(data[start : start + 2], "big")
     return 0, 0
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Each segment's marker and where it starts; to search for bytes alone could find an embedded thumbnail's."""
+    position = 2
+    while match := _JPEG_MARKER.search(data, position):
+        yield match[1][0], match.end()
+        position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
 
 
 def _png_has_end(data: bytes) -> bool:

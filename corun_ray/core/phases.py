@@ -1,6 +1,6 @@
-"""Named parts of making a sample, for whoever wants to know how long each takes.
+"""Named parts of work, for whoever wants to know how long each takes: those of making a sample are named here.
 
-As `spans`, but without torch: a process that only makes samples need not import it.
+Without torch, since a process that only makes samples need not import it; `spans` adds what a device needs.
 """
 
 import time
@@ -17,16 +17,13 @@ _listening: ContextVar["PhaseTimes | None"] = ContextVar("listening", default=No
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Marks the work done inside as one of `PHASES`; they do not lie within each other."""
+    """Marks the work done inside; phases do not lie within each other."""
     times = _listening.get()
     if times is None:
         yield
-        return
-    started_s = time.perf_counter()
-    try:
-        yield
-    finally:
-        times.seconds[name] += time.perf_counter() - started_s
+    else:
+        with times.timed(name):
+            yield
 
 
 class PhaseTimes:
@@ -43,3 +40,16 @@ class PhaseTimes:
             yield
         finally:
             _listening.reset(token)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the time until it is left, also by an error, to that of `name`."""
+        started_s = self.now_s()
+        try:
+            yield
+        finally:
+            self.seconds[name] += self.now_s() - started_s
+
+    def now_s(self) -> float:
+        """The clock that phases are timed by."""
+        return time.perf_counter()

@@ -1,58 +1,39 @@
-"""Named parts of a training step: for profiler traces, and for whoever wants to know how long each takes."""
+"""Named parts of a training step: phases that profiler traces show too, and that wait for the device they run on."""
 
-import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch.profiler import record_function
 
-_listening: ContextVar["SpanTimes | None"] = ContextVar("listening", default=None)
+from corun_ray.core.phases import PhaseTimes, phase
 
 
 @contextmanager
 def span(name: str) -> Iterator[None]:
     """Marks the work done inside; costs some microseconds where nobody listens."""
-    times = _listening.get()
-    with record_function(name):
-        if times is None:
-            yield
-        else:
-            with times.timed(name):
-                yield
+    with record_function(name), phase(name):
+        yield
 
 
-class SpanTimes:
-    """Seconds spent in every span while it listens, spans of one name added up.
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class SpanTimes(PhaseTimes):
+    """Seconds spent in every span while it listens.
 
     On CUDA the device is waited for at both ends of a span, so that each answers for its own work: a step is slower
     while this listens.
     """
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._device = device
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listens to the spans of this thread."""
-        token = _listening.set(self)
-        try:
-            yield
-        finally:
-            _listening.reset(token)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the time until it is left to that of `name`."""
-        started_s = self.now_s()
-        yield
-        self.seconds[name] += self.now_s() - started_s
 
     def now_s(self) -> float:
         """The clock when all work that was begun on the device is done."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        synchronize(self._device)
+        return super().now_s()

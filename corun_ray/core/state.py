@@ -97,7 +97,7 @@ class TrainState:
                 copies = [torch.empty_like(parameter).copy_(average) for average in averages]
                 moments[index] = dict(zip(MOMENTS, [step.clone(), *copies], strict=True))
         groups = [
-            # JSON has no tuples, which betas are.
+            # JSON has no tuples, which betas are. How a step is computed is this optimizer's, whoever saved the state.
             {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
             | {key: own[key] for key in ("params", "fused", "foreach")}
             for group, own in zip(values["param_groups"], self.optimizer.state_dict()["param_groups"], strict=True)

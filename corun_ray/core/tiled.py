@@ -7,7 +7,6 @@ part of the sums is added, and the weights that follow are fixed before the next
 rounding, so there is no seam to hide; the price is that a CPMM's early layers run once for each later attention.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,13 +57,7 @@ def _spans(length: int, step: int) -> Iterator[tuple[slice, slice]]:
 
 def tiled(network: CORUN, side_px: int) -> CORUN:
     """A copy of the network that computes in tiles of at most `side_px`, margins of `HALO_PX` included."""
-    network = copy.deepcopy(network).eval()
-    network.checkpoint_activations = False
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, CPMM):
-                setattr(parent, name, TiledCPMM(child, side_px))
-    return network
+    return network.with_cpmms(lambda cpmm: TiledCPMM(cpmm, side_px))
 
 
 class TiledCPMM(nn.Module):

@@ -5,7 +5,7 @@ Both orders run by turns from the same weights on the same batches: CORUN of 4 s
 Prints a Markdown table:
 
     python docs/evidence/lazy_coherence.py --steps 50 --image tests/data/fade/lhd_4.png
-    python docs/evidence/lazy_coherence.py --steps 12 --warm 6 --size 288 --plain --precision bf16
+    python docs/evidence/lazy_coherence.py --steps 7 --warm 3 --size 288 --plain --precision bf16
 
 The second one holds the whole published step, network and all, against ours once the pool is warm.
 
@@ -44,10 +44,10 @@ from corun_ray.core.state import TrainState
 from corun_ray.core.steps import Colabator, RealBatch, SyntheticBatch
 from corun_ray.core.vgg import VGG_FILE, Vgg19Features, load_vgg19
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-from tests.core.plain_corun import PlainCORUN  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.core.plain_corun import PlainCORUN
 
+ROOT = Path(__file__).parents[2]
 KEY = "photograph"
 MUSIQ_FILE = "musiq_koniq_ckpt-e95806b9.pth"
 LR, EMA = 5e-5, 0.999
@@ -98,12 +98,12 @@ class EagerOrder:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=50, help="at least 2")
+    parser.add_argument("--steps", type=int, default=50, help="more than --warm")
     parser.add_argument("--warm", type=int, default=1, help="first steps that are not counted, at least 1")
     parser.add_argument("--size", type=int, default=96, help="side of the image in pixels, a multiple of 32")
     parser.add_argument("--plain", action="store_true", help="the eager order runs the plain form of the network")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of our order's network")
-    parser.add_argument("--compile", action="store_true", help="our order's networks")
+    parser.add_argument("--compile", action="store_true", help="compile our order's networks")
     parser.add_argument("--image", type=Path, default=ROOT / "tests/data/fade/lhd_4.png")
     parser.add_argument("--daclip-keys", type=Path, default=ROOT / "tests/data/daclip/daclip_keys.json")
     arguments = parser.parse_args()
@@ -167,8 +167,8 @@ def measure(
         synthetic, real = batch(photograph, arguments.size, rng)
         for which in (0, 1) if step % 2 else (1, 0):
             times_s[which].append(seconds(orders[which]))
-    total = arguments.steps * (arguments.size // coherence.block_px) ** 2
-    # The first step also allocates memory and the optimiser's state.
+    total = steps * (arguments.size // coherence.block_px) ** 2
+    # The first steps also allocate memory and the optimiser's state, and fill the pool.
     print_table([times[arguments.warm :] for times in times_s], arguments.warm, total, saved)
     same = sum(a == b for a, b in zip(*wins, strict=True))
     print(f"\n{same} of {steps} decisions were the same, {sum(wins[1])} of ours for the candidate.")

@@ -71,6 +71,8 @@ def test_photographs_by_size_and_memory(tmp_path: Path, capsys: pytest.CaptureFi
     first, second = json.loads(file.read_text())
     assert second["work"]["flops"] == pytest.approx(first["work"]["flops"] * 320 * 160 / (64 * 48))
     assert "dehaze 320 x 160 px, as a whole: 2 stages, fp32, eager" in capsys.readouterr().out
+    assert main(["dehaze", "--sizes", "400x400", *small, "--memory-mib", "70"]) == 0
+    assert "dehaze 400 x 400 px, in 70 MiB: 2 stages, fp32, eager" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,8 @@ def test_photographs_by_size_and_memory(tmp_path: Path, capsys: pytest.CaptureFi
         (["step", "--size", "100"], "expected a multiple of 32, got 100"),
         (["step", "--wins", "2"], "expected a share from 0 to 1, got 2"),
         (["step", "--device", "gpu"], "--device: gpu cannot be used"),
+        (["step", "--device", "meta"], "--device: meta cannot be used (expected cpu or cuda)"),
+        (["dehaze", "--memory-mib", "70", "--compile"], "--memory-mib: bands and tiles are not compiled"),
     ],
 )
 def test_what_cannot_be_measured_is_said(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from corun_ray.core.banded import BandedCPMM
-from corun_ray.core.bounded import BAND_PX, TooLarge, banded_mib, images_at_once, tile_side_px, whole_mib, within
+from corun_ray.core.bounded import CPU_BAND_PX, TooLarge, banded_mib, images_at_once, tile_side_px, whole_mib, within
 from corun_ray.core.corun import CORUN
 from corun_ray.core.cpmm import CPMM
 from corun_ray.core.restore import restore
@@ -101,7 +101,7 @@ def test_memory_decides_between_whole_and_tiles() -> None:
 
 def test_whole_comes_before_bands_and_bands_before_tiles() -> None:
     net, hazy = network(2, 8), torch.empty(1, 3, 800, 1000)
-    whole, bands = whole_mib(net, 800, 1000), banded_mib(net, 800, 1000, BAND_PX["cpu"])
+    whole, bands = whole_mib(net, 800, 1000), banded_mib(net, 800, 1000, CPU_BAND_PX)
     assert whole > 2 * bands
     # On a CPU, large images go in bands even where they would fit whole.
     for memory_mib, kind in ((whole, BandedCPMM), (bands, BandedCPMM), (bands - 1, TiledCPMM)):
