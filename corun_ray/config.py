@@ -37,11 +37,17 @@ from corun_ray.jobvalues import (
 class Train(Section):
     steps: Steps = 30_000
     batch_per_worker: Batch = 2
+    accumulate: OneOrMore = Field(1, description="batches of a worker in a step, in turn, as of so many workers")
     log_every: OneOrMore = Field(50, description="steps between two lines of metrics")
     checkpoint_every: OneOrMore = Field(500, description="steps between two checkpoints")
     validate_every: OneOrMore = Field(500, description="steps between two validations")
     keep_checkpoints: OneOrMore = Field(2, description="number of checkpoints kept")
     validation_images: OneOrMore = Field(8, description="number of pictures in the validation grid")
+
+    @property
+    def images_per_worker(self) -> int:
+        """Of each kind, in a worker's step."""
+        return self.batch_per_worker * self.accumulate
 
 
 class Phase(Section):

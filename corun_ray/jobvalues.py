@@ -92,7 +92,7 @@ LearningRate = Annotated[float, Field(gt=0, le=1, description="learning rate at 
 MinLearningRate = Annotated[float, Field(ge=0, description="learning rate at the schedule's end; lr: constant")]
 ScheduleSteps = Annotated[OneOrMore, Field(description="length of the cosine schedule, in steps")]
 Steps = Annotated[OneOrMore, Field(description="number of training steps")]
-Batch = Annotated[OneOrMore, Field(description="images of each kind, synthetic and real, in a worker's step")]
+Batch = Annotated[OneOrMore, Field(description="images of each kind, synthetic and real, that a worker takes at once")]
 RandomResize = Annotated[bool, Field(description="resize clear images by a random factor before the crop")]
 
 

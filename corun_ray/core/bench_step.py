@@ -137,7 +137,8 @@ class _Run:
         settings = self.settings
         with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             output = self._forward()
-        self.state.update(output.losses, LR, EMA, settings.batch)
+        self.state.backward(output.losses)
+        self.state.update(LR, EMA, settings.batch)
 
     def work(self) -> Work:
         """Of one eager step whose candidates lose."""

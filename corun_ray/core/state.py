@@ -35,20 +35,23 @@ class TrainState:
         optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
         return cls(student, teacher, optimizer)
 
-    def update(self, losses: dict[str, Tensor], lr: float, ema: float, batch_images: int) -> None:
-        """Backward, one AdamW step at `lr`, one EMA step of decay `ema`; counts `batch_images` of the stream.
+    def backward(self, losses: dict[str, Tensor], share: float = 1.0) -> None:
+        """Adds `share` of the gradient of the losses' sum to those that the next update will use.
 
         Raises `ValueError` where there is no loss.
         """
         if not losses:
             raise ValueError("nothing to learn from: every loss has weight 0 or lacks the network it needs")
+        with span("backward"):
+            (share * sum(losses.values())).backward()  # type: ignore[union-attr]
+
+    def update(self, lr: float, ema: float, batch_images: int) -> None:
+        """One AdamW step at `lr`, one EMA step of decay `ema`; counts `batch_images` of the stream."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        with span("backward"):
-            sum(losses.values()).backward()  # type: ignore[union-attr]
         with span("optimizer"):
             self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         with span("ema"):
             ema_step(self.teacher, self.student, ema)
         self.step += 1

@@ -28,6 +28,7 @@ def phases(job: TrainingJob) -> list[Phase]:
     later = job.train.progressive if isinstance(job, PretrainJob) else ()
     sizes = [(0, job.data.patch_px, job.train.batch_per_worker)]
     sizes += [(phase.from_step, phase.patch_px, phase.batch_per_worker) for phase in later]
+    sizes = [(first_step, patch_px, batch * job.train.accumulate) for first_step, patch_px, batch in sizes]
     ends = [first_step for first_step, _, _ in sizes[1:]] + [job.train.steps]
     found = [Phase(first, min(end, job.train.steps), *size) for (first, *size), end in zip(sizes, ends, strict=True)]
     return [phase for phase in found if phase.first_step < phase.end_step]

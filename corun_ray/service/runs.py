@@ -19,7 +19,8 @@ POOL_FOLDER = "pool"
 _CHECKPOINT = re.compile(r"checkpoint_(\d{8,})")
 
 FREE = (
-    *("storage", "cluster.", "tracking.", "pool.shards", "pool.memory_mib", "train.batch_per_worker", "train.steps"),
+    *("storage", "cluster.", "tracking.", "pool.shards", "pool.memory_mib", "train.steps"),
+    *("train.batch_per_worker", "train.accumulate"),
     *("train.log_every", "train.checkpoint_every", "train.validate_every", "train.keep_checkpoints"),
     *("train.validation_images", "coherence.weights", "coherence.chunk_images", "loss.weights"),
     *("network.init", "network.checkpoint_activations", "data.max_bad_fraction", "data.validation"),
@@ -130,8 +131,7 @@ def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, digest: s
     ]
     if not _same_global_batch(before, job):
         lines.append(
-            f"train.batch_per_worker: {job.train.batch_per_worker} on {job.cluster.workers_text} workers now, "
-            f"{before.train.batch_per_worker} on {before.cluster.workers_text} in the run to go on with"
+            f"train.batch_per_worker: {_batch_text(job)} workers now, {_batch_text(before)} in the run to go on with"
         )
     if record.data != digest:
         lines.append("data: other files than those that the run began with")
@@ -142,6 +142,11 @@ def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, digest: s
 def _same_global_batch(before: TrainingJob, job: TrainingJob) -> bool:
     """Where the number of workers may vary, only the batch of one worker can be compared."""
     if before.cluster.is_elastic or job.cluster.is_elastic:
-        return before.train.batch_per_worker == job.train.batch_per_worker
-    sizes = {one.train.batch_per_worker * one.cluster.max_workers for one in (before, job)}
+        return before.train.images_per_worker == job.train.images_per_worker
+    sizes = {one.train.images_per_worker * one.cluster.max_workers for one in (before, job)}
     return len(sizes) == 1
+
+
+def _batch_text(job: TrainingJob) -> str:
+    accumulated = f" x train.accumulate {job.train.accumulate}" if job.train.accumulate > 1 else ""
+    return f"{job.train.batch_per_worker}{accumulated} on {job.cluster.workers_text}"

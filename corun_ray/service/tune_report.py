@@ -128,7 +128,7 @@ def summary(job: TuneJob, trials: Sequence[Trial]) -> Summary:
 
 def _row(job: TuneJob, trial: Trial, cost: Cost) -> dict[str, Any]:
     own = trial_job(job, trial.values)
-    images_per_s = trial.metrics.get(RATE, 0.0) * own.train.batch_per_worker * own.cluster.max_workers
+    images_per_s = trial.metrics.get(RATE, 0.0) * own.train.images_per_worker * own.cluster.max_workers
     return {
         **{key.rpartition(".")[2]: value for key, value in trial.values.items()},
         "parameters": cost.parameters,

@@ -1,30 +1,25 @@
 """What one training worker runs: the loop over the stream, and what happens every so many steps."""
 
-import contextlib
-import hashlib
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
 import torch
 from ray.train import Checkpoint
 from ray.train.collective import broadcast_from_rank_zero
-from torch import Tensor, nn
+from torch import nn
 
 from corun_ray.config import ColabatorJob
 from corun_ray.core import checkpoints
-from corun_ray.core.compiling import compiled
 from corun_ray.core.corun import CORUN
-from corun_ray.core.mixup import mixup
 from corun_ray.core.schedule import Cycle, learning_rate
 from corun_ray.core.state import TrainState
-from corun_ray.core.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, pretraining_step
 from corun_ray.jobmethod import Optim
 from corun_ray.service.board import Attempt
+from corun_ray.service.learner import Learner
 from corun_ray.service.logs import Log
 from corun_ray.service.manifest import Manifest
 from corun_ray.service.meter import Meter
@@ -48,11 +43,6 @@ def learning_cycles(optim: Optim) -> list[Cycle]:
     if optim.cycles:
         return [Cycle(cycle.steps, cycle.lr, cycle.min_lr) for cycle in optim.cycles]
     return [Cycle(optim.schedule_steps, optim.lr, optim.min_lr)]
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """What a rank's random numbers start from at a step: nothing of them has to be saved to go on as before."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest(), "big")
 
 
 def train_worker(plan: WorkerPlan) -> None:
@@ -88,11 +78,9 @@ class Worker:
         if self.rank == 0:
             self.saver.discard_later()
         self.manifest: Manifest = ray.get(plan.manifest)
-        self.student = self._prepared_student()
         self.coherence = self._coherence()
-        source = weights_source(self.job.loss.weights)
-        self.losses = build_losses(self.job, source, self.coherence, self.device)
-        self.colabator = self._colabator()
+        losses = build_losses(self.job, weights_source(self.job.loss.weights), self.coherence, self.device)
+        self.learner = Learner(self.job, self.state, losses, self.coherence, self.pool, self.rank, self.device)
         self.preemption = PreemptionWatch(self.rank, plan.board, log)
         self.cycles = learning_cycles(self.job.optim)
         self.meter = Meter(self.device)
@@ -104,12 +92,11 @@ class Worker:
         job, state = self.job, self.state
         self.log.info("worker started", step=state.step, workers=self.num_workers, device=str(self.device))
         for batch in self.telemetry.watched(self._stream()):
-            torch.manual_seed(step_seed(job.seed, state.step, self.rank))
-            with self._autocast():
-                output = self._forward(batch)
+            for output in self.learner.learn(batch):
+                self.meter.add(output)
             lr = learning_rate(state.step, self.cycles, job.optim.warmup_steps)
-            state.update(output.losses, lr, job.optim.ema, len(batch["index"]) * self.num_workers)
-            self.meter.add(output, lr)
+            state.update(lr, job.optim.ema, len(batch["index"]) * self.num_workers)
+            self.meter.end_step(lr)
             if self.rank == 0:
                 self.plan.board.post_step.remote(state.step)
             if self._due(job.train.log_every) and self._log_and_look_for_trouble():
@@ -124,24 +111,6 @@ class Worker:
 
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.job.train.steps
-
-    def _forward(self, batch: Batch) -> StepOutput:
-        synthetic = SyntheticBatch(self._to_device(batch["hazy"]), self._to_device(batch["clear"]))
-        if self.job.data.mixup:
-            # Every step and rank draws its own, and a step that is repeated after a restart draws it again.
-            seed = (self.job.seed, self.state.step, self.rank)
-            synthetic = mixup(synthetic, self.job.data.mixup, seed)
-        if self.colabator is None:
-            return pretraining_step(self.student, synthetic, self.losses)
-        real = RealBatch(self._to_device(batch["weak"]), self._to_device(batch["strong"]), batch["key"].tolist())
-        return self.colabator.step(self.student, synthetic, real, self.state.step)
-
-    def _to_device(self, images: np.ndarray) -> Tensor:
-        """uint8 B H W 3 → float B 3 H W in [0, 1]; travels as bytes."""
-        return torch.from_numpy(images.copy()).to(self.device).permute(0, 3, 1, 2).float() / 255
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.optim.precision == "bf16")
 
     def _initial_network(self) -> nn.Module:
         network = self.model.build()
@@ -167,34 +136,11 @@ class Worker:
         generation = None if self.keeper is None else self.keeper.restore(snapshot)
         return PoolClient(self.plan.shards, broadcast_from_rank_zero(generation))
 
-    def _prepared_student(self) -> nn.Module:
-        student: nn.Module = self.state.student
-        if self.job.optim.compile:
-            student = compiled(student)
-        if self.num_workers == 1:
-            return student
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            student,
-            device_ids=devices,
-            gradient_as_bucket_view=True,
-            # A network that is not ours may have parameters that take no part in restoring.
-            find_unused_parameters=self.model.spec.type != "corun",
-        )
-
     def _coherence(self) -> TimedCoherence | None:
         if not isinstance(self.job, ColabatorJob):
             return None
         plain = build_coherence(self.job.coherence, weights_source(self.job.coherence.weights), self.device)
         return TimedCoherence(plain, self.device)
-
-    def _colabator(self) -> Colabator | None:
-        """The teacher's side of the job."""
-        if not isinstance(self.job, ColabatorJob) or self.coherence is None:
-            return None
-        assert self.pool is not None
-        teacher = compiled(self.state.teacher) if self.job.optim.compile else self.state.teacher
-        return Colabator(teacher, self.coherence, self.pool, self.losses, self.job.pool.encoding)
 
     def _stream(self) -> Iterator[Batch]:
         """This rank's batches from where the state stands to the end of the run, phase by phase."""
@@ -230,5 +176,5 @@ class Worker:
             return
         if metrics:
             self.plan.board.post_metrics.remote(self.state.step, metrics)
-        picture = self.validator.picture(self.state.teacher, self.colabator)
+        picture = self.validator.picture(self.state.teacher, self.learner.colabator)
         self.plan.board.post_picture.remote(self.state.step, "restorations", picture)

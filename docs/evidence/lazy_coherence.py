@@ -150,14 +150,16 @@ def measure(
 
     def step_eagerly() -> None:
         losses, won = eager.step(states[0].student, synthetic, real, step)
-        states[0].update(losses, LR, EMA, 1)
+        states[0].backward(losses)
+        states[0].update(LR, EMA, 1)
         wins[0].append(won)
 
     def step_lazily() -> None:
         nonlocal saved
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bf16"):
             output = lazy.step(student, synthetic, real, step)
-        states[1].update(output.losses, LR, EMA, 1)
+        states[1].backward(output.losses)
+        states[1].update(LR, EMA, 1)
         assert output.labels is not None
         wins[1] += output.labels.from_teacher
         saved += output.labels.block_ratings_saved

@@ -49,7 +49,8 @@ def train(state: TrainState, steps: int) -> None:
         hazy, clear = torch.rand(2, 1, 3, 16, 16, generator=generator)
         scene, transmission = state.student(hazy)
         losses = {"pixel": (scene - clear).abs().mean(), "transmission": transmission.mean()}
-        state.update(losses, lr=1e-3, ema=0.9, batch_images=1)
+        state.backward(losses)
+        state.update(lr=1e-3, ema=0.9, batch_images=1)
 
 
 def error_line(path: Path) -> str:
@@ -152,7 +153,8 @@ BRIGHTEN = NetworkSpec(f"{__name__}:Brighten", {"start": 2.0})
 def test_a_run_of_any_network_goes_on_and_is_a_model(tmp_path: Path, spec: NetworkSpec) -> None:
     state = TrainState.start(build(spec))
     hazy = torch.rand(1, 3, 16, 16)
-    state.update({"brightness": state.student(hazy).square().mean()}, lr=1e-2, ema=0.9, batch_images=1)
+    state.backward({"brightness": state.student(hazy).square().mean()})
+    state.update(lr=1e-2, ema=0.9, batch_images=1)
     save_run(tmp_path, state, spec, {"seed": 7})
     assert read_spec(tmp_path) == spec
     loaded = load_network(tmp_path)

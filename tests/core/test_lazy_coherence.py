@@ -83,7 +83,8 @@ def test_lazy_local_coherence_trains_exactly_as_the_eager_order() -> None:
         assert output.labels is not None and output.labels.from_teacher == wins
         torch.testing.assert_close(output.losses, expected, rtol=1e-7, atol=1e-7)
         for state, losses in ((ours, output.losses), (theirs, expected)):
-            state.update(losses, lr=1e-3, ema=0.8, batch_images=5)
+            state.backward(losses)
+            state.update(lr=1e-3, ema=0.8, batch_images=5)
         all_wins += wins
         ratings, saved = ratings + output.labels.block_ratings, saved + output.labels.block_ratings_saved
 

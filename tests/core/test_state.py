@@ -21,7 +21,8 @@ def test_the_teacher_takes_the_student_s_batch_statistics() -> None:
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     state = TrainState.start(network)
     images = 5 + torch.rand(2, 3, 8, 8)
-    state.update({"loss": network(images).square().mean()}, lr=1e-3, ema=0.999, batch_images=2)
+    state.backward({"loss": network(images).square().mean()})
+    state.update(lr=1e-3, ema=0.999, batch_images=2)
     ours, theirs = dict(state.teacher.named_buffers()), dict(network.named_buffers())
     assert theirs["1.num_batches_tracked"] == 1 and theirs["1.running_mean"].abs().max() > 0
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -35,7 +36,8 @@ def test_any_network_starts_in_training_mode_and_is_restored() -> None:
     torch.manual_seed(0)
     state, resumed = TrainState.start(network()), TrainState.start(network())
     assert state.student.training and not state.teacher.training
-    state.update({"loss": state.student(torch.rand(1, 3, 8, 8)).mean()}, lr=1e-3, ema=0.5, batch_images=3)
+    state.backward({"loss": state.student(torch.rand(1, 3, 8, 8)).mean()})
+    state.update(lr=1e-3, ema=0.5, batch_images=3)
     resumed.restore(state.tensors(), state.values())
     assert (resumed.step, resumed.num_images_seen) == (1, 3)
     for ours, theirs in ((resumed.student, state.student), (resumed.teacher, state.teacher)):
@@ -44,7 +46,7 @@ def test_any_network_starts_in_training_mode_and_is_restored() -> None:
 
 def test_a_step_without_any_loss_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing to learn from: every loss has weight 0"):
-        TrainState.start(CORUN(2, 2)).update({}, lr=1e-3, ema=0.9, batch_images=1)
+        TrainState.start(CORUN(2, 2)).backward({})
 
 
 def test_the_start_is_a_student_and_an_equal_teacher_that_does_not_learn() -> None:
@@ -69,7 +71,8 @@ def test_one_update() -> None:
     before = {name: w.clone() for name, w in state.student.state_dict().items()}
     hazy = torch.rand(1, 3, 8, 8)
     scene, transmission = state.student(hazy)
-    state.update({"scene": scene.square().mean(), "haze": 0.5 * transmission.mean()}, 1e-3, 0.75, batch_images=4)
+    state.backward({"scene": scene.square().mean(), "haze": 0.5 * transmission.mean()})
+    state.update(1e-3, 0.75, batch_images=4)
     assert (state.step, state.num_images_seen) == (1, 4)
 
     # AdamW's first step moves every parameter that has a gradient by the learning rate, and no other: no decay.
@@ -86,10 +89,13 @@ def test_one_update() -> None:
     assert all(p.grad is None for p in state.teacher.parameters())
 
 
-def test_an_update_forgets_the_gradients_of_the_last() -> None:
+def test_gradients_add_up_until_an_update_uses_them() -> None:
     state = TrainState.start(CORUN(2, 2))
     weight = state.student.get_parameter("last.dehaze_net.mapping.weight")
     for factor in (1.0, 3.0):
-        state.update({"a": factor * weight.sum(), "b": weight.sum()}, lr=1e-3, ema=0.9, batch_images=1)
-        assert weight.grad is not None and (weight.grad == factor + 1).all()
+        state.backward({"a": factor * weight.sum(), "b": weight.sum()}, share=0.5)
+        state.backward({"a": weight.sum()}, share=0.25)
+        assert weight.grad is not None and (weight.grad == 0.5 * (factor + 1) + 0.25).all()
+        state.update(lr=1e-3, ema=0.9, batch_images=1)
+        assert weight.grad is None
     assert state.optimizer.param_groups[0]["lr"] == 1e-3

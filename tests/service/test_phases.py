@@ -31,6 +31,12 @@ def test_each_phase_ends_where_the_next_starts(progressive):
     assert phases(progressive) == [Phase(0, 4, 32, 3), Phase(4, 9, 48, 2), Phase(9, 12, 64, 1)]
 
 
+def test_a_step_takes_all_its_batches_from_the_stream(dataset, tmp_path):
+    train = {"steps": 12, "batch_per_worker": 3, "accumulate": 4, "progressive": PROGRESSIVE}
+    job = small_job("pretrain", dataset, tmp_path, train=train)
+    assert phases(job) == [Phase(0, 4, 32, 12), Phase(4, 9, 48, 8), Phase(9, 12, 64, 4)]
+
+
 @pytest.mark.parametrize("steps, last", [(9, Phase(4, 9, 48, 2)), (6, Phase(4, 6, 48, 2)), (4, Phase(0, 4, 32, 3))])
 def test_phases_stop_with_the_run(steps, last, dataset, tmp_path):
     """Whatever the job file may name beyond its last step."""

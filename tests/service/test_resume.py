@@ -17,15 +17,21 @@ from tests.service.jobs import small_job
 HERE = Path(__file__).parent
 
 
-def traced_job(dataset, folder, steps, workers=1):
-    """Four samples a step, by one worker or several."""
+def traced_job(dataset, folder, steps, workers=1, accumulate=1):
+    """Four samples a step, by one worker or several, at once or in parts."""
     folder.mkdir(exist_ok=True)
     return small_job(
         "colabator",
         dataset,
         folder,
         network={"type": "traced:Traced", "args": {"trace": str(dataset.parent / "trace.txt")}},
-        train={"steps": steps, "batch_per_worker": 4 // workers, "log_every": 20, "checkpoint_every": 10},
+        train={
+            "steps": steps,
+            "batch_per_worker": 4 // workers // accumulate,
+            "accumulate": accumulate,
+            "log_every": 20,
+            "checkpoint_every": 10,
+        },
         cluster={"workers": workers},
         pool={"shards": 2},
         optim={"lr": 1e-3, "min_lr": 1e-5, "schedule_steps": 40, "ema": 0.9},
@@ -41,11 +47,10 @@ def train(job, dataset, resume=False):
     lines = [line.split() for line in trace.read_text().splitlines()]
     ranks = [[line[1:] for line in lines if line[0] == str(rank)] for rank in range(job.cluster.max_workers)]
     ranks = [passes[-len(ranks[0]) :] for passes in ranks]
-    half = job.train.batch_per_worker
-    return [
-        ([d for one in step for d in one[:half]], [d for one in step for d in one[half:]])
-        for step in zip(*ranks, strict=True)
-    ]
+    half, parts = job.train.batch_per_worker, job.train.accumulate
+    # A rank's passes of a step follow each other, and the ranks' samples do.
+    steps = [[one for rank in ranks for one in rank[i : i + parts]] for i in range(0, len(ranks[0]), parts)]
+    return [([d for one in step for d in one[:half]], [d for one in step for d in one[half:]]) for step in steps]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def runs(local_ray, dataset, tmp_path_factory):
     first = train(traced_job(data, root / "stopped", 20), data)
     shutil.copytree(root / "stopped", root / "two")
     second = train(traced_job(data, root / "stopped", 40), data, resume=True)
-    by_two = train(traced_job(data, root / "two", 40, workers=2), data, resume=True)
+    by_two = train(traced_job(data, root / "two", 40, workers=2, accumulate=2), data, resume=True)
     return root, data, whole, first, second, by_two
 
 

@@ -54,6 +54,7 @@ def variant(dataset, folder, **sections):
         {"cluster": {"workers": 2}, "train": {"batch_per_worker": 2}},
         {"train": {"batch_per_worker": 4, "steps": 99, "checkpoint_every": 7}, "pool": {"shards": 3, "memory_mib": 5}},
         {"tracking": {"uri": "http://other"}, "train": {"batch_per_worker": 4}},
+        {"cluster": {"workers": 2}, "train": {"batch_per_worker": 1, "accumulate": 2}},
     ],
 )
 def test_where_and_on_what_it_runs_may_change(dataset, tmp_path, sections):
@@ -71,6 +72,7 @@ def test_where_and_on_what_it_runs_may_change(dataset, tmp_path, sections):
         ({"pool": {"encoding": "float16"}}, "pool.encoding: float16 now, uint8 in the run to go on with"),
         ({"cluster": {"workers": 2}}, "train.batch_per_worker: 1 on 2 workers now, 1 on 1 in the run to go on with"),
         ({"train": {"batch_per_worker": 2}, "cluster": {"workers": (1, 2)}}, "train.batch_per_worker: 2 on 1 to 2"),
+        ({"train": {"accumulate": 3}}, "train.batch_per_worker: 1 x train.accumulate 3 on 1 workers now, 1 on 1"),
     ],
 )
 def test_what_it_learns_from_may_not(dataset, tmp_path, sections, line):

@@ -1,0 +1,72 @@
+"""From a batch to gradients: parts of a step count as workers of their own."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from corun_ray.core.coherence import Coherence
+from corun_ray.core.corun import CORUN
+from corun_ray.core.labels import LocalPool
+from corun_ray.core.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
+from corun_ray.core.state import TrainState
+from corun_ray.service.learner import Learner
+from corun_ray.service.manifest import build_manifest
+from corun_ray.service.streams import SampleMaker
+from tests.service.jobs import small_job
+
+STEP_IMAGES = 8
+CPU = torch.device("cpu")
+
+
+class Loud(torch.nn.Module):
+    """A network whose every restoration depends on random numbers, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = CORUN(2, 2)
+        with torch.no_grad():
+            self.inner.last.dehaze_net.mapping.weight.normal_(std=0.02)
+
+    def forward(self, hazy):
+        return self.inner((hazy + 0.1 * torch.rand_like(hazy)).clamp(0, 1))
+
+
+def gradients(kind, dataset, folder, network, workers, batch, mixup=0.0):
+    """The mean over the ranks of the gradients of one step of eight images, and the losses in the images' order."""
+    accumulate = STEP_IMAGES // workers // batch
+    train = {"batch_per_worker": batch, "accumulate": accumulate}
+    job = small_job(kind, dataset, folder, train=train, data={"mixup": mixup})
+    batch_of_all = SampleMaker(job, build_manifest(job), job.data.patch_px, print)({"id": np.arange(STEP_IMAGES)})
+    losses = Losses(COLABATOR_WEIGHTS if kind == "colabator" else PRETRAIN_WEIGHTS)
+    found, of_parts, pool = [], [], LocalPool()
+    for rank in range(workers):
+        state = TrainState.start(copy.deepcopy(network))
+        learner = Learner(job, state, losses, Coherence(block_px=16), pool, rank, CPU)
+        share = slice(rank * batch * accumulate, (rank + 1) * batch * accumulate)
+        outputs = [*learner.learn({name: column[share] for name, column in batch_of_all.items()})]
+        assert len(outputs) == accumulate
+        of_parts += [{name: loss.item() for name, loss in output.losses.items()} for output in outputs]
+        found.append([parameter.grad for parameter in state.student.parameters()])
+    return [torch.stack(of_ranks).mean(0) for of_ranks in zip(*found, strict=True) if None not in of_ranks], of_parts
+
+
+@pytest.mark.parametrize(("kind", "mixup"), [("pretrain", 0.0), ("pretrain", 0.5), ("colabator", 0.0)])
+def test_parts_of_a_worker_are_as_workers_of_their_own(kind, mixup, dataset, tmp_path):
+    torch.manual_seed(1)
+    network = Loud()
+    expected, losses = gradients(kind, dataset, tmp_path, network, workers=4, batch=2, mixup=mixup)
+    assert max(gradient.abs().max() for gradient in expected) > 1e-3
+    assert len(losses) == 4
+    assert all(len({part[name] for part in losses}) == 4 for name in losses[0]), "each part has losses of its own"
+    for workers in (1, 2):
+        ours, of_parts = gradients(kind, dataset, tmp_path, network, workers, batch=2, mixup=mixup)
+        torch.testing.assert_close(of_parts, losses, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_step_in_one_part_is_the_whole_batch(dataset, tmp_path):
+    torch.manual_seed(1)
+    _, losses = gradients("colabator", dataset, tmp_path, Loud(), workers=1, batch=8)
+    assert len(losses) == 1
