@@ -11,6 +11,7 @@ from pathlib import Path
 from corun_ray.service.bench_cli import add_bench_commands
 from corun_ray.service.doctor_cli import add_doctor_command
 from corun_ray.service.model_cli import add_model_commands
+from corun_ray.service.pack_cli import add_pack_command
 from corun_ray.service.pool_cli import add_pool_commands
 from corun_ray.service.serve_cli import add_serve_command
 from corun_ray.service.submit_cli import add_submit_commands
@@ -103,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     add_submit_commands(commands)
     add_doctor_command(commands, _reporting)
     add_weights_commands(commands, _weights_of_jobs)
+    add_pack_command(commands, _reporting)
     add_pool_commands(commands)
     add_model_commands(commands, _reporting)
     add_serve_command(commands, _reporting)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.jobdata import Paired
+from corun_ray.service.packs import Pack, is_pack, open_pack
 from corun_ray.service.storage import locate
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
@@ -26,11 +27,23 @@ class Manifest:
     """URI → reason, of images that cannot be used and of files that match nothing."""
     paired_hazy: tuple[str, ...] | None = None
     """One degraded image an image of `clear`; None: `clear` is degraded by synthesis."""
+    packs: dict[str, Pack] = field(default_factory=dict)
+    """Data roots that are packs, as they were when the manifest was built."""
 
     @property
     def num_images(self) -> int:
         """Images in the training data, unusable ones included."""
         return len(self.clear) + len(self.hazy) + len(self.set_aside)
+
+    def read_image(self, root: str, key: str) -> bytes:
+        """An image file below a data root; raises `BadImage` and the errors of `Location`."""
+        pack = self.packs.get(root)
+        return locate(root).child(key).read() if pack is None else pack.read(pack.images[key])
+
+    def read_depth(self, root: str, key: str) -> bytes:
+        """A depth map's file, as `read_image` reads an image's."""
+        pack = self.packs.get(root)
+        return locate(root).child(key).read() if pack is None else pack.read(pack.depths[key])
 
     def digest(self) -> str:
         """A SHA-256 over the names: the same for the same data."""
@@ -78,6 +91,8 @@ def images_below(uri: str, key: str) -> list[str]:
     """The images under a folder or URI; raises `ManifestError`, naming the job file's `key`, where there are none."""
     files = locate(uri).files()
     images = with_suffix(files, IMAGE_SUFFIXES)
+    if not images and is_pack(files):
+        raise ManifestError(f"{key}: {uri} holds a pack, from which only training data are read")
     if not images:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise ManifestError(f"{key}: no images ({kinds}) among the {len(files)} files below {uri}")
@@ -86,24 +101,44 @@ def images_below(uri: str, key: str) -> list[str]:
 
 def build_manifest(job: TrainingJob) -> Manifest:
     """Lists and pairs the job's training data; raises `StorageError` and `ManifestError`."""
-    hazy = tuple(images_below(job.data.hazy, "data.hazy")) if isinstance(job, ColabatorJob) else ()
+    packs: dict[str, Pack] = {}
+    hazy = tuple(_images(job.data.hazy, "data.hazy", packs)) if isinstance(job, ColabatorJob) else ()
     if job.data.paired is not None:
-        return _paired(job.data.paired, hazy)
+        return _paired(job.data.paired, hazy, packs)
     assert job.data.clear is not None
-    clear = images_below(job.data.clear, "data.clear")
+    clear = _images(job.data.clear, "data.clear", packs)
     if job.data.depth is None:
-        return Manifest(tuple(clear), None, hazy)
-    maps = with_suffix(locate(job.data.depth).files(), DEPTH_SUFFIXES)
+        return Manifest(tuple(clear), None, hazy, packs=packs)
+    maps = _depth_maps(job.data.depth, packs)
     pairs, unpaired, unused = pair_by_stem(clear, maps, "depth map")
     if not pairs:
         raise ManifestError(f"data.depth: none of the {len(maps)} depth maps below {job.data.depth} matches an image")
     set_aside = _below(job.data.clear, unpaired) | _below(job.data.depth, unused)
-    return Manifest(tuple(pairs), tuple(pairs.values()), hazy, set_aside)
+    return Manifest(tuple(pairs), tuple(pairs.values()), hazy, set_aside, packs=packs)
 
 
-def _paired(paired: Paired, hazy: tuple[str, ...]) -> Manifest:
-    degraded = images_below(paired.hazy, "data.paired.hazy")
-    clean = images_below(paired.clear, "data.paired.clear")
+def _images(uri: str, key: str, packs: dict[str, Pack]) -> list[str]:
+    """The images in a folder or a pack, which is added to `packs`."""
+    pack = packs.get(uri) or open_pack(uri)
+    if pack is None:
+        return images_below(uri, key)
+    packs[uri] = pack
+    return [*pack.images]
+
+
+def _depth_maps(uri: str, packs: dict[str, Pack]) -> list[str]:
+    pack = packs.get(uri) or open_pack(uri)
+    if pack is None:
+        return with_suffix(locate(uri).files(), DEPTH_SUFFIXES)
+    if not pack.depths:
+        raise ManifestError(f"data.depth: the pack in {uri} holds no depth (corun-ray pack --depth adds it)")
+    packs[uri] = pack
+    return [*pack.depths]
+
+
+def _paired(paired: Paired, hazy: tuple[str, ...], packs: dict[str, Pack]) -> Manifest:
+    degraded = _images(paired.hazy, "data.paired.hazy", packs)
+    clean = _images(paired.clear, "data.paired.clear", packs)
     pairs, unpaired, unused = pair_by_stem(degraded, clean, "clean image")
     if not pairs:
         raise ManifestError(
@@ -111,7 +146,7 @@ def _paired(paired: Paired, hazy: tuple[str, ...]) -> Manifest:
             f"is named like one below {paired.hazy}"
         )
     set_aside = _below(paired.hazy, unpaired) | _below(paired.clear, unused)
-    return Manifest(tuple(pairs.values()), None, hazy, set_aside, tuple(pairs))
+    return Manifest(tuple(pairs.values()), None, hazy, set_aside, tuple(pairs), packs)
 
 
 def _below(root: str, reasons: dict[str, str]) -> dict[str, str]:

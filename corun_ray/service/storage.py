@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pyarrow import fs
+from pyarrow import NativeFile, fs
 
 from corun_ray.credentials import REFUSED, holds_credentials, without_credentials
 
@@ -104,10 +104,15 @@ class Location:
 
     def files(self) -> list[str]:
         """Paths of all files below, relative to here, sorted; raises `StorageError` where there is no such folder."""
+        return [*self.listing()]
+
+    def listing(self) -> dict[str, fs.FileInfo]:
+        """What is known of all files below (`size`, `mtime_ns`), by their paths as `files` has them; raises as that."""
         selector = fs.FileSelector(self.path, recursive=True)
         found = self._attempt("list", lambda: self.filesystem.get_file_info(selector))
         files = (info for info in found if info.type == fs.FileType.File and not _is_part(info.base_name))
-        return sorted(posixpath.relpath(info.path, self.path) for info in files)
+        by_path = {posixpath.relpath(info.path, self.path): info for info in files}
+        return dict(sorted(by_path.items()))
 
     def folders(self) -> list[str]:
         """Names of the folders right below, sorted; none where this is no folder."""
@@ -128,6 +133,13 @@ class Location:
                 return file.read()
 
         return self._attempt("read", read)
+
+    def read_range(self, offset: int, num_bytes: int) -> bytes:
+        """A part of the file, shorter where the file ends, by one request; raises as `read` does.
+
+        The file is kept open for the next part, so it must be one that is not changed in place.
+        """
+        return self._attempt("read", lambda: _opened(self.uri).read_at(num_bytes, offset))
 
     def write(self, data: bytes) -> None:
         """Replaces the file, so that a reader sees the old content or the new one, never a part."""
@@ -206,6 +218,12 @@ def _is_part(name: str) -> bool:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
+
+
+@lru_cache(maxsize=32)
+def _opened(uri: str) -> NativeFile:
+    place = locate(uri)
+    return place.filesystem.open_input_file(place.path)
 
 
 @lru_cache(maxsize=64)

@@ -25,7 +25,7 @@ from corun_ray.core.phases import phase
 from corun_ray.service import telemetry
 from corun_ray.service.manifest import Manifest
 from corun_ray.service.phases import Layout
-from corun_ray.service.storage import MissingFile, locate
+from corun_ray.service.storage import MissingFile
 
 T = TypeVar("T")
 Batch = dict[str, np.ndarray]
@@ -98,8 +98,8 @@ class SampleMaker:
         data = self.job.data
         assert data.paired is not None and self.manifest.paired_hazy is not None
         hazy_key = self.manifest.paired_hazy[image]
-        hazy = _decoded(data.paired.hazy, hazy_key, decode_image)
-        clear = _decoded(data.paired.clear, self.manifest.clear[image], decode_image)
+        hazy = self._image(data.paired.hazy, hazy_key)
+        clear = self._image(data.paired.clear, self.manifest.clear[image])
         with _naming(data.paired.hazy, hazy_key):
             return samples.paired_sample(
                 hazy, clear, rng, patch_px=self.patch_px, random_resize=data.random_resize, rotation=data.rotation
@@ -109,7 +109,7 @@ class SampleMaker:
         data, haze = self.job.data, self.job.haze
         assert data.clear is not None
         clear_key = self.manifest.clear[image]
-        clear = _decoded(data.clear, clear_key, decode_image)
+        clear = self._image(data.clear, clear_key)
         if self.manifest.depth is None:
             depth_root, depth_key = data.clear, clear_key
             with phase("depth"):
@@ -117,10 +117,7 @@ class SampleMaker:
         else:
             assert data.depth is not None
             depth_root, depth_key = data.depth, self.manifest.depth[image]
-            suffix = posixpath.splitext(depth_key)[1].lower()
-            raw = _decoded(depth_root, depth_key, lambda content: decode_depth(content, suffix), "depth")
-            with _naming(depth_root, depth_key), phase("depth"):
-                depth_map = DepthMap.of(raw, data.depth_kind)
+            depth_map = self._depth(depth_root, depth_key)
         with _naming(depth_root, depth_key):
             return samples.synthetic_sample(
                 clear,
@@ -136,8 +133,23 @@ class SampleMaker:
         assert isinstance(self.job, ColabatorJob)
         key = self.manifest.hazy[image]
         least_px = samples.real_side_px(self.patch_px)
-        hazy = _decoded(self.job.data.hazy, key, lambda content: decode_image(content, least_px))
+        hazy = self._image(self.job.data.hazy, key, least_px)
         return key, samples.real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=jpeg_quality)
+
+    def _image(self, root: str, key: str, least_px: int | None = None) -> np.ndarray:
+        with _naming(root, key):
+            with phase("read"):
+                content = self.manifest.read_image(root, key)
+            with phase("decode"):
+                return decode_image(content, least_px)
+
+    def _depth(self, root: str, key: str) -> DepthMap:
+        with _naming(root, key):
+            with phase("read"):
+                content = self.manifest.read_depth(root, key)
+            with phase("depth"):
+                raw = decode_depth(content, posixpath.splitext(key)[1].lower())
+                return DepthMap.of(raw, self.job.data.depth_kind)
 
 
 class _Unusable(Exception):
@@ -161,15 +173,6 @@ class _naming:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, BadImage | MissingFile):
             raise _Unusable(self.uri, str(error)) from None
-
-
-def _decoded(root: str, key: str, decode: Callable[[bytes], np.ndarray], part: str = "decode") -> np.ndarray:
-    """A file's content, the time of its decoding counted as that of the phase `part`."""
-    with _naming(root, key):
-        with phase("read"):
-            content = locate(root).child(key).read()
-        with phase(part):
-            return decode(content)
 
 
 @lru_cache(maxsize=2)

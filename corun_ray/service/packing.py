@@ -1,0 +1,174 @@
+"""Packing: a folder or URI of images, and perhaps their depth, into a pack (see `packs`), by tasks on the cluster.
+
+Beside each shard stands its part of the index, written after it. A shard's name follows from what goes into it: so
+packing that was stopped goes on with the shards that are missing, packing again writes only those that changed, and
+until the new index takes the place of the old one, the old pack is whole.
+"""
+
+import io
+import json
+import posixpath
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray.data import DataContext
+
+from corun_ray.core.images import BadImage, decode_depth
+from corun_ray.service.manifest import stem
+from corun_ray.service.packplan import Plan, Source
+from corun_ray.service.packs import INDEX, INDEX_SCHEMA, SCHEMA, SHARD_FILE, SHARDS
+from corun_ray.service.restorers import rows_of
+from corun_ray.service.storage import Location, MissingFile, StorageError, locate
+
+_LEFT_OUT = b"corun_ray.left_out"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What became of the images."""
+
+    images: int
+    shards: int
+    num_bytes: int
+    """Of all shards."""
+    left_out: dict[str, str]
+    """URI → reason."""
+
+
+def shards_there(plan: Plan) -> set[int]:
+    """Which shards an earlier packing has written; raises `StorageError` where the output holds other things."""
+    output = locate(plan.output)
+    files = output.listing() if output.exists() else {}
+    for file in files:
+        if file != INDEX and not SHARD_FILE.fullmatch(file):
+            raise StorageError(f"{plan.output} holds {file}, which is no part of a pack: choose an empty place")
+    names = [plan.shard_name(shard) for shard in range(len(plan.shards))]
+    return {shard for shard, name in enumerate(names) if {_images(name), _part(name)} <= files.keys()}
+
+
+def pack(plan: Plan, there: set[int], progress: Callable[[int, int], None]) -> Packed:
+    """Writes the shards that are not `there`, then the index; `progress` is told images done and their number.
+
+    Files that cannot be read are left out, with the reason. Raises `StorageError`.
+    """
+    done = sum(len(plan.shards[shard]) for shard in there)
+    progress(done, plan.num_images)
+    missing = [shard for shard in range(len(plan.shards)) if shard not in there]
+    if missing:
+        DataContext.get_current().enable_progress_bars = False
+        items = ray.data.from_items(missing, override_num_blocks=len(missing))
+        written = items.map(_write_shard, fn_args=(ray.put(plan),))  # type: ignore[arg-type]  # as in `streams`
+        for row in rows_of(written):
+            done += len(plan.shards[row["item"]])
+            progress(done, plan.num_images)
+    return write_index(plan)
+
+
+def _write_shard(row: dict[str, int], plan: "ray.ObjectRef[Plan]") -> dict[str, int]:
+    write_shard(ray.get(plan), row["item"])
+    return row
+
+
+def write_shard(plan: Plan, shard: int) -> None:
+    """Writes one shard, then its part of the index; raises `StorageError`."""
+    output, name, buffer = locate(plan.output), plan.shard_name(shard), io.BytesIO()
+    entries, left_out = [], {}
+    # Images are compressed already; and uncompressed, a file's bytes are a range of the shard's.
+    with pq.ParquetWriter(buffer, SCHEMA, compression="none", use_dictionary=False, write_statistics=False) as writer:
+        for source in plan.shards[shard]:
+            try:
+                row = _row(plan, source)
+            except (BadImage, MissingFile) as error:
+                left_out[posixpath.join(plan.images, source.key)] = str(error)
+                continue
+            writer.write_batch(pa.RecordBatch.from_pylist([row], schema=SCHEMA))
+            entries.append({"shard": shard} | _entry(row))
+    content = buffer.getvalue()
+    _add_offsets(entries, content)
+    output.child(_images(name)).write(content)
+    metadata = {SHARDS: json.dumps({_images(name): len(content)}), _LEFT_OUT: json.dumps(left_out)}
+    _write_table(entries, metadata, output.child(_part(name)))
+
+
+def _row(plan: Plan, source: Source) -> dict[str, str | bytes | None]:
+    row: dict[str, str | bytes | None] = {"key": source.key, "image": locate(plan.images).child(source.key).read()}
+    if source.depth_key is None:
+        return row
+    assert plan.depth is not None
+    depth_key, depth = source.depth_key, locate(plan.depth).child(source.depth_key).read()
+    suffix = posixpath.splitext(depth_key)[1].lower()
+    if suffix == ".png" and not plan.keep_png:
+        try:
+            pixels = decode_depth(depth, suffix)
+        except BadImage as error:
+            raise BadImage(f"its depth map {posixpath.join(plan.depth, depth_key)}: {error}") from None
+        depth_key, depth = f"{stem(depth_key)}.npy", _as_npy(pixels)
+    return row | {"depth_key": depth_key, "depth": depth}
+
+
+def _as_npy(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(pixels))
+    return buffer.getvalue()
+
+
+def _entry(row: dict) -> dict:
+    """Of the index; all but the offsets, which are known when the shard is closed."""
+    entry = {"key": row["key"], "depth_key": row.get("depth_key")}
+    for column in ("image", "depth"):
+        if column in row:
+            entry |= {f"{column}_bytes": len(row[column]), f"{column}_crc32": zlib.crc32(row[column])}
+    return entry
+
+
+def _add_offsets(entries: list[dict], content: bytes) -> None:
+    """A value is the end of its column's chunk, which holds nothing else; the sums show that it is so."""
+    metadata = pq.read_metadata(pa.BufferReader(content))
+    for number, entry in enumerate(entries):
+        for column in ("image", "depth"):
+            if f"{column}_bytes" not in entry:
+                continue
+            chunk = metadata.row_group(number).column(SCHEMA.get_field_index(column))
+            end = chunk.data_page_offset + chunk.total_compressed_size
+            offset = end - entry[f"{column}_bytes"]
+            if zlib.crc32(memoryview(content)[offset:end]) != entry[f"{column}_crc32"]:
+                raise RuntimeError(f"pyarrow {pa.__version__} lays out Parquet in another way than expected")
+            entry[f"{column}_offset"] = offset
+
+
+def write_index(plan: Plan) -> Packed:
+    """Joins the parts of the index, then deletes what other shards there are; raises `StorageError`."""
+    output, names = locate(plan.output), [plan.shard_name(shard) for shard in range(len(plan.shards))]
+    tables = [pq.read_table(pa.BufferReader(output.child(_part(name)).read())) for name in names]
+    left_out, shards = dict(plan.left_out), dict[str, int]()
+    for table in tables:
+        left_out |= json.loads(table.schema.metadata[_LEFT_OUT])
+        shards |= json.loads(table.schema.metadata[SHARDS])
+    entries = [entry for table in tables for entry in table.to_pylist()]
+    if not entries:
+        raise StorageError(f"not one of the images below {plan.images} can be packed")
+    _write_table(entries, {SHARDS: json.dumps(shards)}, output.child(INDEX))
+    ours = {INDEX, *map(_images, names), *map(_part, names)}
+    for file in output.listing().keys() - ours:
+        output.child(file).delete()
+    return Packed(len(entries), len(shards), sum(shards.values()), left_out)
+
+
+def _images(name: str) -> str:
+    return f"{name}.parquet"
+
+
+def _part(name: str) -> str:
+    return f"{name}.index.parquet"
+
+
+def _write_table(entries: list[dict], metadata: dict[bytes, str], place: Location) -> None:
+    buffer = io.BytesIO()
+    table = pa.Table.from_pylist(entries, schema=INDEX_SCHEMA.with_metadata(metadata))
+    pq.write_table(table, buffer, compression="zstd")
+    place.write(buffer.getvalue())
