@@ -19,12 +19,13 @@ _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
-_FLAGS = {
-    1: cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
+_JPEG_FLAGS = {
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_REDUCED_COLOR_2 & ~cv2.IMREAD_COLOR | cv2.IMREAD_COLOR_RGB,
+    4: cv2.IMREAD_REDUCED_COLOR_4 & ~cv2.IMREAD_COLOR | cv2.IMREAD_COLOR_RGB,
+    8: cv2.IMREAD_REDUCED_COLOR_8 & ~cv2.IMREAD_COLOR | cv2.IMREAD_COLOR_RGB,
 }
+"""By the reduction; its decoder gives RGB as easily as BGR."""
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 """By the file's version; version 3 is for names of fields, and depth has none."""
 
@@ -57,8 +58,11 @@ def decode_pixels(data: bytes, reduction: int = 1) -> NDArray[np.uint8] | NDArra
     Raises `BadImage` if the file is empty, truncated, damaged, no image, of floating-point pixels, or has a
     side under 8 px.
     """
-    # Not IMREAD_COLOR_RGB: OpenCV 5.0 gives wrong pixels for TIFF files of 16 bits then.
-    image: NDArray = cv2.cvtColor(_decode(data, _FLAGS[reduction]), cv2.COLOR_BGR2RGB)
+    if data.startswith(_JPEG_START):
+        image: NDArray = _decode(data, _JPEG_FLAGS[reduction])
+    else:
+        # Not IMREAD_COLOR_RGB: OpenCV 5.0 gives wrong pixels for TIFF files of 16 bits then.
+        image = cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH), cv2.COLOR_BGR2RGB)
     if image.dtype not in (np.uint8, np.uint16):
         raise BadImage(f"pixels are {image.dtype}, expected 8 or 16 bit integers")
     height_px, width_px = image.shape[:2]

@@ -17,6 +17,8 @@ from corun_ray.core.demo.dataset import DemoSize, write_demo
 from corun_ray.core.phases import PHASES, PhaseTimes
 from corun_ray.jobdata import DepthKind
 from corun_ray.service.manifest import build_manifest
+from corun_ray.service.packing import pack_here
+from corun_ray.service.packplan import plan_pack
 from corun_ray.service.streams import SampleMaker
 
 RENDERED = DemoSize(clear_images=4, hazy_images=0, width_px=1920, height_px=1088)
@@ -59,13 +61,14 @@ class Report:
 
 
 def render_photographs(folder: Path, progress: Callable[[int, int], None]) -> None:
-    """Four rendered photographs of 2 megapixels in `clear`, with their depth as .npy in `depth`."""
+    """Four rendered photographs of 2 megapixels in `clear`, with their depth as .npy in `depth`; both in `pack`."""
     write_demo(folder / "demo", 0, RENDERED, progress)
     (folder / "demo" / "clear").rename(folder / "clear")
     (folder / "depth").mkdir()
     for file in (folder / "demo" / "depth").iterdir():
         depth = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
         np.save(folder / "depth" / f"{file.stem}.npy", np.asarray(depth, np.float32))
+    pack_here(plan_pack(str(folder / "clear"), str(folder / "pack"), str(folder / "depth"), 128, keep_png=False))
 
 
 def job_of(clear: str, depth: str | None, depth_kind: DepthKind, hazy: str | None, patch_px: int) -> TrainingJob:
@@ -134,13 +137,13 @@ def table(report: Report) -> str:
     }
     for phase in (*PHASES, "other"):
         rows[f"  {phase}"] = [f"{1000 * kind.phases_s[phase]:.1f}" for kind in kinds.values()]
-    lines = [f"{name:<28}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in rows.items()]
+    lines = [f"{name:<28}" + "".join(f"{cell:>22}" for cell in cells) for name, cells in rows.items()]
     notes = [
         f"{name}: {len(kind.bad_files)} files cannot be used, e.g. {': '.join(next(iter(kind.bad_files.items())))}"
         for name, kind in kinds.items()
         if kind.bad_files
     ]
-    return "\n".join([" " * 28 + "".join(f"{name:>16}" for name in kinds), *lines, *notes])
+    return "\n".join([" " * 28 + "".join(f"{name:>22}" for name in kinds), *lines, *notes])
 
 
 def as_json(report: Report) -> str:

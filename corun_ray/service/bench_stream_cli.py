@@ -18,8 +18,8 @@ Measures how many training samples a second one core reads, decodes and synthesi
 a job's data CPUs does that much; whether it is enough, `corun-ray bench step` tells.
 
 Without --data it renders four photographs of 2 megapixels with depth first (20 s) and measures pre-training and
-Colabator samples. With --data it measures yours, from a folder or a URI, the time that a store takes to answer
-included: pre-training samples, or with --hazy Colabator's.
+Colabator samples, from a folder and from a pack. With --data it measures yours, from a folder, a pack or a URI, the
+time that a store takes to answer included: pre-training samples, or with --hazy Colabator's.
 
 An image is a synthetic pair or a real hazy image; a Colabator sample has one of each."""
 
@@ -39,10 +39,14 @@ def add_stream_bench(group: "argparse._SubParsersAction[argparse.ArgumentParser]
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    stream.add_argument("--data", metavar="CLEAR", help="folder or URI of clear images (default: rendered ones)")
-    stream.add_argument("--depth", metavar="DEPTH", help="folder or URI of their depth (default: a procedural depth)")
+    stream.add_argument("--data", metavar="CLEAR", help="folder, pack or URI of clear images (default: rendered ones)")
+    stream.add_argument(
+        "--depth", metavar="DEPTH", help="folder, pack or URI of their depth (default: a procedural depth)"
+    )
     stream.add_argument("--depth-kind", choices=("inverse", "metres"), default="inverse", help="(default inverse)")
-    stream.add_argument("--hazy", metavar="HAZY", help="folder or URI of real hazy images, for Colabator's samples")
+    stream.add_argument(
+        "--hazy", metavar="HAZY", help="folder, pack or URI of real hazy images, for Colabator's samples"
+    )
     stream.add_argument(
         "--patch", type=multiple_of(16), default=288, metavar="PX", help="side of a patch in pixels (default 288)"
     )
@@ -104,8 +108,10 @@ def _jobs(args: argparse.Namespace, rendered: Path) -> dict[str, "TrainingJob"]:
     if args.data is not None:
         kind = "Colabator" if args.hazy else "pre-training"
         return {kind: job_of(args.data, args.depth, args.depth_kind, args.hazy, args.patch)}
-    clear, depth = str(rendered / "clear"), str(rendered / "depth")
+    clear, depth, pack = (str(rendered / name) for name in ("clear", "depth", "pack"))
     return {
         "pre-training": job_of(clear, depth, "inverse", None, args.patch),
         "Colabator": job_of(clear, depth, "inverse", clear, args.patch),
+        "pre-training, packed": job_of(pack, pack, "inverse", None, args.patch),
+        "Colabator, packed": job_of(pack, pack, "inverse", pack, args.patch),
     }

@@ -69,6 +69,13 @@ def pack(plan: Plan, there: set[int], progress: Callable[[int, int], None]) -> P
     return write_index(plan)
 
 
+def pack_here(plan: Plan) -> Packed:
+    """Writes everything in this process, without Ray. Raises `StorageError`."""
+    for shard in range(len(plan.shards)):
+        write_shard(plan, shard)
+    return write_index(plan)
+
+
 def _write_shard(row: dict[str, int], plan: "ray.ObjectRef[Plan]") -> dict[str, int]:
     write_shard(ray.get(plan), row["item"])
     return row

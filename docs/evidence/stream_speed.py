@@ -1,8 +1,9 @@
 """What a training sample costs in the straightforward order and in ours, side by side, on one core.
 
 Both orders make the same samples by turns from the same files, JPEG photographs of 2 megapixels with depth as 16-bit
-PNG, as .npy and procedural. The straightforward one decodes, synthesises and compresses the whole image and crops
-last (tests/core/plain_samples.py). Prints a Markdown table for each, times in ms:
+PNG, as .npy and procedural; and from those with PNG once more, ours then reading a pack of them (`corun-ray pack`).
+The straightforward one decodes, synthesises and compresses the whole image and crops last
+(tests/core/plain_samples.py). Prints a Markdown table for each, times in ms:
 
     python docs/evidence/stream_speed.py --samples 60
 
@@ -29,6 +30,8 @@ from corun_ray.core.images import decode_depth, decode_image
 from corun_ray.core.phases import PHASES, PhaseTimes, phase
 from corun_ray.core.scattering import HazeRange
 from corun_ray.service.manifest import Manifest, build_manifest
+from corun_ray.service.packing import pack_here
+from corun_ray.service.packplan import plan_pack
 from corun_ray.service.streams import CLEAR, HAZY, SampleMaker, image_of_sample
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -95,6 +98,11 @@ def main() -> None:
         depths = [folder / kind for kind in ("png", "npy") if (folder / kind).is_dir()]
         for depth, kind in itertools.product([*depths, None], ("pretrain", "colabator")):
             compare(job_of(kind, folder, depth), arguments.samples)
+        if (folder / "png").is_dir():
+            pack_here(plan_pack(str(folder / "clear"), str(folder / "pack"), str(folder / "png"), 128, False))
+            pack_here(plan_pack(str(folder / "hazy"), str(folder / "hazy_pack"), None, 128, False))
+            for kind in ("pretrain", "colabator"):
+                compare(job_of(kind, folder, folder / "png"), arguments.samples, packed_job(kind, folder))
     print(f"\nOpenCV {cv2.__version__}, numpy {np.__version__}, one thread of {os.cpu_count()} cores")
 
 
@@ -130,10 +138,16 @@ def job_of(kind: str, folder: Path, depth: Path | None) -> TrainingJob:
     return ColabatorJob(kind=kind, name=kind, data={**data, "hazy": str(folder / "hazy")})
 
 
-def compare(job: TrainingJob, samples: int) -> None:
-    """Both orders sample by sample, each going first every other time, and the table."""
-    manifest = build_manifest(job)
-    makers = (PlainMaker(job, manifest), SampleMaker(job, manifest, PATCH_PX, fail))
+def packed_job(kind: str, folder: Path) -> TrainingJob:
+    job = job_of(kind, folder, folder / "pack")
+    packs = {"clear": str(folder / "pack")} | ({"hazy": str(folder / "hazy_pack")} if kind == "colabator" else {})
+    return job.model_copy(update={"data": job.data.model_copy(update=packs)})
+
+
+def compare(job: TrainingJob, samples: int, packed: TrainingJob | None = None) -> None:
+    """Both orders sample by sample, each going first every other time, and the table; ours from packs, if given."""
+    ours = packed or job
+    makers = (PlainMaker(job, build_manifest(job)), SampleMaker(ours, build_manifest(ours), PATCH_PX, fail))
     listeners, times_ms = (PhaseTimes(), PhaseTimes()), ([], [])
     for index in range(-1, samples):
         for which in (0, 1) if index % 2 else (1, 0):
@@ -142,7 +156,7 @@ def compare(job: TrainingJob, samples: int) -> None:
                 makers[which].sample(max(index, 0))
             if index >= 0:  # the first one warms up
                 times_ms[which].append(1000 * (time.perf_counter() - start_s))
-    kind = "procedural" if job.data.depth is None else Path(job.data.depth).name
+    kind = "procedural" if job.data.depth is None else Path(job.data.depth).name + (", packed" if packed else "")
     print(f"\n{job.kind}, depth {kind}: {samples} samples\n")
     print("| | " + " | ".join((*PHASES, "whole, mean", "median", "samples/s")) + " |")
     print("| --- " * (len(PHASES) + 4) + "|")
