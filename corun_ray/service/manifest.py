@@ -90,9 +90,13 @@ def pair_by_stem(
 def images_below(uri: str, key: str) -> list[str]:
     """The images under a folder or URI; raises `ManifestError`, naming the job file's `key`, where there are none."""
     files = locate(uri).files()
-    images = with_suffix(files, IMAGE_SUFFIXES)
-    if not images and is_pack(files):
+    if is_pack(files):
         raise ManifestError(f"{key}: {uri} holds a pack, from which only training data are read")
+    return _images_among(files, uri, key)
+
+
+def _images_among(files: list[str], uri: str, key: str) -> list[str]:
+    images = with_suffix(files, IMAGE_SUFFIXES)
     if not images:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise ManifestError(f"{key}: no images ({kinds}) among the {len(files)} files below {uri}")
@@ -119,21 +123,23 @@ def build_manifest(job: TrainingJob) -> Manifest:
 
 def _images(uri: str, key: str, packs: dict[str, Pack]) -> list[str]:
     """The images in a folder or a pack, which is added to `packs`."""
-    pack = packs.get(uri) or open_pack(uri)
-    if pack is None:
-        return images_below(uri, key)
-    packs[uri] = pack
-    return [*pack.images]
+    if uri not in packs:
+        files = locate(uri).listing()
+        if not is_pack(files):
+            return _images_among([*files], uri, key)
+        packs[uri] = open_pack(uri, files)
+    return [*packs[uri].images]
 
 
 def _depth_maps(uri: str, packs: dict[str, Pack]) -> list[str]:
-    pack = packs.get(uri) or open_pack(uri)
-    if pack is None:
-        return with_suffix(locate(uri).files(), DEPTH_SUFFIXES)
-    if not pack.depths:
+    if uri not in packs:
+        files = locate(uri).listing()
+        if not is_pack(files):
+            return with_suffix([*files], DEPTH_SUFFIXES)
+        packs[uri] = open_pack(uri, files)
+    if not packs[uri].depths:
         raise ManifestError(f"data.depth: the pack in {uri} holds no depth (corun-ray pack --depth adds it)")
-    packs[uri] = pack
-    return [*pack.depths]
+    return [*packs[uri].depths]
 
 
 def _paired(paired: Paired, hazy: tuple[str, ...], packs: dict[str, Pack]) -> Manifest:

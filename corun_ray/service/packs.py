@@ -8,12 +8,13 @@ with a single request and parses nothing. For everybody else the shards are ordi
 import json
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.fs import FileInfo
 
 from corun_ray.core.images import BadImage
 from corun_ray.service.storage import StorageError, locate
@@ -75,19 +76,15 @@ def is_pack(files: Iterable[str]) -> bool:
     return any(SHARD_FILE.fullmatch(file) for file in files)
 
 
-def open_pack(uri: str) -> Pack | None:
-    """The pack in a folder or URI, None where there is none.
+def open_pack(uri: str, files: Mapping[str, FileInfo]) -> Pack:
+    """The pack in a folder or URI that holds these files.
 
     Raises `StorageError` for one that is not complete, or whose index or shards are damaged as far as sizes tell.
     """
-    folder = locate(uri)
-    files = folder.listing()
-    if not is_pack(files):
-        return None
     again = "run its `corun-ray pack` again"
     if INDEX not in files:
         raise StorageError(f"the pack in {uri} is not complete: no {INDEX}; {again}")
-    place = folder.child(INDEX)
+    place = locate(uri).child(INDEX)
     try:
         table = pq.read_table(pa.BufferReader(place.read()))
         table.validate(full=True)

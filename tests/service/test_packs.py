@@ -35,6 +35,10 @@ def packed(images, output, depth=None, shard_mib=1, keep_png=False):
     return write_index(plan), len(plan.shards) - len(there)
 
 
+def opened(place):
+    return open_pack(str(place), locate(str(place)).listing())
+
+
 def samples_of(job):
     return SampleMaker(job, build_manifest(job), 32, ignore)({"id": np.arange(20)})
 
@@ -101,7 +105,7 @@ def test_shards_are_ordinary_parquet_of_the_size_asked_for(large):
 
 def test_depth_in_png_may_stay(large):
     packed(large / "clear", large / "pack", large / "depth", keep_png=True)
-    pack = open_pack(str(large / "pack"))
+    pack = opened(large / "pack")
     assert [*pack.depths] == [*pack.images]
     assert pack.read(pack.depths["day 1/3.png"]) == (large / "depth/day 1/3.png").read_bytes()
 
@@ -119,7 +123,7 @@ def test_packing_again_writes_what_is_missing_or_has_changed(large):
     (large / "clear/day 0/0.png").unlink()
     result, written = packed(*arguments)
     assert result.images == 5 and written >= 1
-    pack = open_pack(str(large / "pack"))
+    pack = opened(large / "pack")
     assert pack.read(pack.images["day 1/5.png"]) == (large / "clear/day 1/5.png").read_bytes()
     assert len(locate(str(large / "pack")).files()) == 1 + 2 * len(pack.shards), "old shards are gone"
 
@@ -129,7 +133,7 @@ def test_until_packing_again_has_ended_the_old_pack_is_whole(large):
     before = (large / "clear/day 0/0.png").read_bytes()
     write_image(large / "clear/day 0/0.png", np.zeros((16, 16, 3), np.uint8))
     write_shard(plan_pack(str(large / "clear"), str(large / "pack"), None, 1, False), 0)
-    pack = open_pack(str(large / "pack"))
+    pack = opened(large / "pack")
     assert pack.read(pack.images["day 0/0.png"]) == before
 
 
@@ -146,7 +150,7 @@ def test_files_that_cannot_be_packed_are_named(large):
 
 def test_what_is_wrong_with_a_pack_is_one_line(large):
     packed(large / "clear", large / "pack")
-    uri, shards = str(large / "pack"), open_pack(str(large / "pack")).shards
+    uri, shards = str(large / "pack"), opened(large / "pack").shards
     job = small_job("pretrain", large, large, data={"clear": uri, "depth": uri})
     with pytest.raises(ManifestError, match=r"^data\.depth: the pack in .* holds no depth \(corun-ray pack --depth"):
         build_manifest(job)
@@ -156,21 +160,21 @@ def test_what_is_wrong_with_a_pack_is_one_line(large):
     kept = (large / "pack" / shards[2]).read_bytes()
     (large / "pack" / shards[2]).write_bytes(kept[:-9])
     with pytest.raises(StorageError, match=rf"damaged: {shards[2]} has not {len(kept)} bytes; run its"):
-        open_pack(uri)
+        opened(uri)
     (large / "pack" / shards[2]).unlink()
     with pytest.raises(StorageError, match=rf"^the pack in .* is damaged: {shards[2]} is missing; run its"):
-        open_pack(uri)
+        opened(uri)
     (large / "pack" / INDEX).write_bytes(b"PAR1 no PAR1")
     with pytest.raises(StorageError, match=r"index\.parquet is no index of a pack: "):
-        open_pack(uri)
+        opened(uri)
     (large / "pack" / INDEX).unlink()
     with pytest.raises(StorageError, match=r"^the pack in .* is not complete: no index\.parquet; run its"):
-        open_pack(uri)
+        opened(uri)
 
 
 def test_a_byte_that_has_flipped_makes_an_image_unusable_not_wrong(large):
     packed(large / "clear", large / "pack")
-    pack = open_pack(str(large / "pack"))
+    pack = opened(large / "pack")
     place = pack.images["day 0/2.png"]
     shard = large / "pack" / pack.shards[place.shard]
     content = bytearray(shard.read_bytes())
@@ -212,7 +216,7 @@ def test_tasks_on_the_cluster_write_what_this_process_would(local_ray, large):
     result = pack(plan, {0}, lambda done, total: told.append((done, total)))
     assert result.images == 6 and told == [(2, 6), (4, 6), (6, 6)]
     packed(large / "clear", large / "alone", large / "depth", shard_mib=2)
-    ours, theirs = open_pack(str(large / "pack")), open_pack(str(large / "alone"))
+    ours, theirs = opened(large / "pack"), opened(large / "alone")
     assert ours.images == theirs.images and ours.depths == theirs.depths
     shutil.rmtree(large / "clear")
     assert all(ours.read(place) for place in (*ours.images.values(), *ours.depths.values()))
