@@ -10,7 +10,10 @@ import json
 import posixpath
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +28,8 @@ from corun_ray.service.packs import INDEX, INDEX_SCHEMA, SCHEMA, SHARD_FILE, SHA
 from corun_ray.service.restorers import rows_of
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 
+READS_AT_ONCE = 8
+"""Files that a task asks a store for at once: it waits for answers more than it works."""
 _LEFT_OUT = b"corun_ray.left_out"
 
 
@@ -86,12 +91,11 @@ def write_shard(plan: Plan, shard: int) -> None:
     output, name, buffer = locate(plan.output), plan.shard_name(shard), io.BytesIO()
     entries, left_out = [], {}
     # Images are compressed already; and uncompressed, a file's bytes are a range of the shard's.
-    with pq.ParquetWriter(buffer, SCHEMA, compression="none", use_dictionary=False, write_statistics=False) as writer:
-        for source in plan.shards[shard]:
-            try:
-                row = _row(plan, source)
-            except (BadImage, MissingFile) as error:
-                left_out[posixpath.join(plan.images, source.key)] = str(error)
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    with ThreadPoolExecutor(READS_AT_ONCE) as readers, pq.ParquetWriter(buffer, SCHEMA, **options) as writer:
+        for source, row in zip(plan.shards[shard], readers.map(partial(_row, plan), plan.shards[shard]), strict=True):
+            if isinstance(row, str):
+                left_out[posixpath.join(plan.images, source.key)] = row
                 continue
             writer.write_batch(pa.RecordBatch.from_pylist([row], schema=SCHEMA))
             entries.append({"shard": shard} | _entry(row))
@@ -102,20 +106,24 @@ def write_shard(plan: Plan, shard: int) -> None:
     _write_table(entries, metadata, output.child(_part(name)))
 
 
-def _row(plan: Plan, source: Source) -> dict[str, str | bytes | None]:
-    row: dict[str, str | bytes | None] = {"key": source.key, "image": locate(plan.images).child(source.key).read()}
-    if source.depth_key is None:
-        return row
+def _row(plan: Plan, source: Source) -> dict[str, str | bytes] | str:
+    """A row of a shard, or the reason why there is none."""
+    try:
+        row: dict[str, str | bytes] = {"key": source.key, "image": locate(plan.images).child(source.key).read()}
+        return row if source.depth_key is None else row | _depth_of(plan, source.depth_key)
+    except (BadImage, MissingFile) as error:
+        return str(error)
+
+
+def _depth_of(plan: Plan, key: str) -> dict[str, str | bytes]:
     assert plan.depth is not None
-    depth_key, depth = source.depth_key, locate(plan.depth).child(source.depth_key).read()
-    suffix = posixpath.splitext(depth_key)[1].lower()
-    if suffix == ".png" and not plan.keep_png:
-        try:
-            pixels = decode_depth(depth, suffix)
-        except BadImage as error:
-            raise BadImage(f"its depth map {posixpath.join(plan.depth, depth_key)}: {error}") from None
-        depth_key, depth = f"{stem(depth_key)}.npy", _as_npy(pixels)
-    return row | {"depth_key": depth_key, "depth": depth}
+    content, suffix = locate(plan.depth).child(key).read(), posixpath.splitext(key)[1].lower()
+    if suffix != ".png" or plan.keep_png:
+        return {"depth_key": key, "depth": content}
+    try:
+        return {"depth_key": f"{stem(key)}.npy", "depth": _as_npy(decode_depth(content, suffix))}
+    except BadImage as error:
+        raise BadImage(f"its depth map {posixpath.join(plan.depth, key)}: {error}") from None
 
 
 def _as_npy(pixels: np.ndarray) -> bytes:
