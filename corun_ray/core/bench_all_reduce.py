@@ -96,13 +96,10 @@ def _rank(rank: int, processes: int, folder: str, measure: Callable[..., list[fl
 
 
 def _time_rings(sizes: Sequence[int], repeats: int) -> list[float]:
-    """Median seconds of an all-reduce of each size in bytes."""
-    medians = []
-    for size in sizes:
-        tensor = torch.zeros(size // 4)
-        times_s = [_seconds(partial(dist.all_reduce, tensor)) for _ in range(WARM_UP + repeats)]
-        medians.append(statistics.median(times_s[WARM_UP:]))
-    return medians
+    """Median seconds of an all-reduce of each size in bytes; sizes take turns."""
+    tensors = [torch.zeros(size // 4) for size in sizes]
+    rounds = [[_seconds(partial(dist.all_reduce, tensor)) for tensor in tensors] for _ in range(WARM_UP + repeats)]
+    return [statistics.median(times_s) for times_s in zip(*rounds[WARM_UP:], strict=True)]
 
 
 def _time_backward(stages: int, width: int, size_px: int, repeats: int) -> list[float]:

@@ -58,11 +58,13 @@ def scaling_table(report: ScalingReport) -> str:
     lines = [
         f"\n{settings.method} on many GPUs: {settings.stages} stages, width {settings.width}, {total / 4e6:.2f} M "
         f"parameters, {total / MIB:.1f} MiB of gradients in buckets of {_mib(report.buckets)} MiB",
-        f"  alone: {_ms(alone.step_s)} ms, {alone.images} image(s); backward {_ms(alone.backward_s)}, "
-        f"until labels are needed {_ms(alone.before_labels_s)}, rating a winner {_ms(alone.rating_s)}",
+        f"  alone: {_ms(alone.step_s)} ms, images: {alone.images}; backward pass {_ms(alone.backward_s)} ms",
     ]
     if pool := settings.pool():
-        lines[-1] += f"; a label {pool.label_bytes / 1e3:.0f} kB, {pool.shards} shard(s), {pool.win_rate:.0%} win"
+        lines.append(
+            f"  labels of {pool.label_bytes / 1e3:.0f} kB are needed after {_ms(alone.before_labels_s)} ms, "
+            f"shards: {pool.shards}; {pool.win_rate:.0%} of candidates win, rating one takes {_ms(alone.rating_s)} ms"
+        )
     for link, steps in zip(settings.link_gbit, report.by_link, strict=True):
         lines += [
             f"\n  nodes of {settings.gpus_per_node} GPUs, {settings.node_gbit:g} Gbit/s in them, {link:g} between",
@@ -93,20 +95,24 @@ def _steps_lines(steps: list[ManyWorkersStep], report: ScalingReport) -> Iterato
         "cores for the stream": [str(cores(step)) for step in steps],
     }
     yield from (f"    {name:<24}" + "".join(f"{text:>11}" for text in texts) for name, texts in rows.items())
-    yield from (f"    {step.workers} GPUs: {_remedy(cost, step)}" for step in steps for cost in step.costs)
+    remedies: dict[str, list[str]] = {}
+    for step in steps:
+        for cost in step.costs:
+            remedies.setdefault(_remedy(cost, step), []).append(str(step.workers))
+    yield from (f"    {remedy} ({', '.join(gpus)} GPUs)" for remedy, gpus in remedies.items())
 
 
 def _remedy(cost: str, step: ManyWorkersStep) -> str:
     """Which key of a job helps."""
     match cost:
         case "gradients":
-            return "train.accumulate or train.batch_per_worker: gradients are averaged once for more images"
+            return "gradients: train.accumulate or train.batch_per_worker, to average them once for more images"
         case "rating":
-            return "train.accumulate or train.batch_per_worker: with more images a step, workers' winners even out"
+            return "rating: train.accumulate or train.batch_per_worker, as winners even out with more images a step"
         case "pool" if step.shards_needed:
-            return f"pool.shards: {step.shards_needed} answers in the teacher's time"
+            return f"pool: pool.shards: {step.shards_needed}, to answer in the teacher's time"
         case _:
-            return "no pool.shards answers in the teacher's time: pool.encoding: uint8, or a faster link"
+            return "pool: pool.encoding: uint8 or a faster link, as no pool.shards answers in the teacher's time"
 
 
 def _ring_lines(ring: RingReport) -> Iterator[str]:

@@ -19,13 +19,17 @@ def test_a_table_for_each_link(capsys: pytest.CaptureFixture[str]) -> None:
         "4 stages, width 30, 18.67 M parameters, 71.2 MiB of gradients in buckets of 1.5, 25.1, 25.8, 18.9 MiB" in said
     )
     assert "1880 Gbit/s in them, 25 between" in said and "1880 Gbit/s in them, 100 between" in said
-    assert "512 GPUs: pool.shards: " in said and "train.accumulate" in said and "check" not in said
+    assert (
+        "pool: pool.shards: 26, to answer in the teacher's time (512 GPUs)" in said
+        and "rating: train.accumulate" in said
+        and "check" not in said
+    )
 
 
 def test_pretraining_has_no_pool(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scaling", "--method", "pretrain", "--link-gbit", "1", "--no-check"]) == 0
     said = capsys.readouterr().out
-    assert "pool.shards" not in said and "gradients are averaged once for more images" in said
+    assert "pool.shards" not in said and "gradients: train.accumulate" in said
 
 
 def test_a_step_that_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
