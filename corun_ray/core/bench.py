@@ -1,4 +1,4 @@
-"""`python -m corun_ray.core.bench`: times the training step and the restoration of photographs.
+"""`python -m corun_ray.core.bench`: times the training step and the restoration of photographs, and scales the step.
 
 Torch and numpy are enough: it runs on a bare GPU machine.
 """
@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ import torch
 from corun_ray.core.bench_dehaze import DehazeReport, DehazeSettings, bench_dehaze
 from corun_ray.core.bench_machine import MATRIX_SIDE
 from corun_ray.core.bench_options import add_core_benches
+from corun_ray.core.bench_scaling import ScalingReport, ScalingSettings, assumed_step, bench_scaling, measured_step
 from corun_ray.core.bench_step import StepReport, StepSettings, bench_step
-from corun_ray.core.bench_tables import dehaze_table, step_table
+from corun_ray.core.bench_tables import dehaze_table, scaling_table, step_table
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,16 +26,19 @@ def run(args: argparse.Namespace) -> None:
     Raises ValueError where that cannot be had: a device, a network, an image that does not fit into the memory.
     """
     args = argparse.Namespace(**{**vars(args), "device": _device(args.device)})
-    reports = [_step(args)] if hasattr(args, "method") else _dehaze(args)
+    measure, table = PARTS[args.part]
+    reports = measure(args)
     print(f"{_device_name(args.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for report in reports:
-        print(step_table(report) if isinstance(report, StepReport) else dehaze_table(report))
+        print(table(report))
     if args.json:
-        args.json.write_text(json.dumps([_plain(report) for report in reports], indent=2, default=str))
+        about = {"torch": torch.__version__, "device": _device_name(args.device)}
+        plain = [about | dataclasses.asdict(report) for report in reports]
+        args.json.write_text(json.dumps(plain, indent=2, default=str))
 
 
-def _step(args: argparse.Namespace) -> StepReport:
-    return bench_step(StepSettings(**_options(args, StepSettings)), trace=args.trace)
+def _step(args: argparse.Namespace) -> list[StepReport]:
+    return [bench_step(StepSettings(**_options(args, StepSettings)), trace=args.trace)]
 
 
 def _dehaze(args: argparse.Namespace) -> list[DehazeReport]:
@@ -42,14 +46,31 @@ def _dehaze(args: argparse.Namespace) -> list[DehazeReport]:
     return [bench_dehaze(DehazeSettings(height_px=height, width_px=width, **options)) for height, width in args.sizes]
 
 
+def _scaling(args: argparse.Namespace) -> list[ScalingReport]:
+    options = _options(args, ScalingSettings)
+    if args.step_json is None:
+        alone = assumed_step(args.step_s, args.batch, args.rating_s)
+    else:
+        try:
+            (measured,) = json.loads(args.step_json.read_text())
+            alone = measured_step(measured, args.rating_s)
+            options |= {name: measured["settings"][name] for name in ("method", "stages", "width", "size_px")}
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"--step-json: {args.step_json}: {error}") from None
+    return [bench_scaling(ScalingSettings(**options), alone, args.check)]
+
+
+PARTS: dict[str, tuple[Callable[[argparse.Namespace], list[Any]], Callable[[Any], str]]] = {
+    "step": (_step, step_table),
+    "dehaze": (_dehaze, dehaze_table),
+    "scaling": (_scaling, scaling_table),
+}
+
+
 def _options(args: argparse.Namespace, settings: type) -> dict[str, Any]:
     """Those that have a field of their name."""
     names = {field.name for field in dataclasses.fields(settings)}
     return {name: value for name, value in vars(args).items() if name in names}
-
-
-def _plain(report: Any) -> dict[str, Any]:
-    return {"torch": torch.__version__, "device": _device_name(report.settings.device), **dataclasses.asdict(report)}
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,13 +1,15 @@
 """The command lines of the benchmarks that need only torch and numpy; building them needs neither.
 
-An option's value has the name of the setting that it is (`StepSettings`, `DehazeSettings`).
+An option's value has the name of the setting that it is (`StepSettings`, `DehazeSettings`, `ScalingSettings`).
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 METHODS = ("pretrain", "colabator")
+LINK_HELP = "between nodes, all cards of a node together; a table each (25 100 200)"
 SIZES_PX = {"1080p": (1088, 1920), "12mp": (3008, 4000), "24mp": (4000, 6000)}
 """Names of sizes: height and width, multiples of 16."""
 
@@ -22,18 +24,32 @@ DEHAZE = """\
 Times the restoration of photographs by a network with random weights: megapixels a second and the most memory, of the
 GPU's tensors or of the whole process."""
 
+SCALING = """\
+Works out what a training step would take on many GPUs, from what it takes on one: DDP's buckets of gradients in rings
+and trees behind the backward pass, the label pool's answers behind the teacher's time, and the wait for the worker that
+has most blocks to rate. Tells what costs most and which key of a job helps. The formulae are in corun_ray.core.scaling
+and .collectives.
+
+The step is --step-s with the shares of a CPU's, or a measured one. Links are taken for what they carry: give a measured
+bandwidth, such as nccl-tests' bus bandwidth, for a forecast, the nominal one for a bound.
+
+Then it measures gloo's all-reduce between processes of this machine and a backward pass with and without it, beside
+what the same formulae say (a minute on 2 cores; --no-check leaves it out)."""
+
 EXAMPLES = """\
 examples:
   {command} step --size 96 --stages 2                    a first look, half a minute on 2 cores
   {command} step --precision bf16 --compile --batch 2 --json step.json
   {command} step --method pretrain --trace step.json.gz  for chrome://tracing or ui.perfetto.dev
-  {command} dehaze --sizes 1080p 12mp --memory-mib 2816"""
+  {command} dehaze --sizes 1080p 12mp --memory-mib 2816
+  {command} scaling --step-s 0.3 --gpus 8 64 512 --link-gbit 100
+  {command} scaling --step-json step.json --shards 8     the step that bench step measured"""
 
 
 def add_core_benches(
     group: "argparse._SubParsersAction[argparse.ArgumentParser]", command: str
 ) -> list[argparse.ArgumentParser]:
-    """Adds `step` and `dehaze` to the parsers of a command, which is named `command` in the examples."""
+    """Adds `step`, `dehaze` and `scaling` to the parsers of a command, which is named `command` in the examples."""
     raw = argparse.RawDescriptionHelpFormatter
     epilog = EXAMPLES.format(command=command)
     step = group.add_parser(
@@ -55,7 +71,7 @@ def add_core_benches(
     step.add_argument("--no-perceptual", dest="perceptual", action="store_false", help="leave VGG-19 out of the losses")
     step.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
     step.add_argument("--trace", type=Path, metavar="FILE", help="also write a profiler's trace of one step")
-    _add_common(step, repeats=10)
+    _add_common(step, "step", repeats=10)
     dehaze = group.add_parser(
         "dehaze", help="measure the restoration of photographs", description=DEHAZE, epilog=epilog, formatter_class=raw
     )
@@ -74,11 +90,54 @@ def add_core_benches(
         metavar="M",
         help="for an image at work, else bands or tiles (default: whole)",
     )
-    _add_common(dehaze, repeats=3)
-    return [step, dehaze]
+    _add_common(dehaze, "dehaze", repeats=3)
+    return [step, dehaze, _add_scaling(group, epilog)]
 
 
-def _add_common(parser: argparse.ArgumentParser, repeats: int) -> None:
+def _add_scaling(group: "argparse._SubParsersAction[argparse.ArgumentParser]", epilog: str) -> argparse.ArgumentParser:
+    scaling = group.add_parser(
+        "scaling",
+        help="work out a step on many GPUs",
+        description=SCALING,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = scaling.add_argument
+    step = scaling.add_mutually_exclusive_group()
+    step.add_argument("--step-s", type=_above_0, default=0.3, metavar="S", help="on one GPU, candidates lose (0.3)")
+    step.add_argument("--step-json", type=Path, metavar="FILE", help="of bench step --json: the step, by part")
+    add("--rating-s", type=_above_0, metavar="S", help="what rating an image's blocks adds (0.9 of the step)")
+    add("--method", choices=METHODS, default="colabator")
+    add("--batch", type=at_least(1), default=1, metavar="B", help="images of each kind and GPU in a step (1)")
+    add("--gpus", type=at_least(1), nargs="+", default=[8, 64, 512], metavar="N", help="(default 8 64 512)")
+    add("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="(default 8)")
+    add("--link-gbit", type=_above_0, nargs="+", default=[25, 100, 200], metavar="G", help=LINK_HELP)
+    add(
+        "--link-latency-us",
+        type=_above_0,
+        default=14,
+        metavar="US",
+        help="a message between nodes (14, as NCCL counts)",
+    )
+    add("--node-gbit", type=_above_0, default=1880, metavar="G", help="within a node (1880: NCCL's for A100s)")
+    add("--node-latency-us", type=_above_0, default=4, metavar="US", help="(default 4, as NCCL counts)")
+    add("--stages", type=at_least(2), default=4, metavar="K", help="of the network (default 4)")
+    add("--width", type=at_least(2), default=30, metavar="W", help="of the network (default 30)")
+    add("--size", dest="size_px", type=multiple_of(32), default=288, metavar="PX", help="side of labels (default 288)")
+    add("--encoding", choices=("uint8", "float16", "float32"), default="uint8", help="pool.encoding (default uint8)")
+    add("--shards", type=at_least(1), default=1, metavar="S", help="pool.shards (default 1)")
+    add("--wins", dest="win_rate", type=_share, default=0.1, metavar="SHARE", help="of the candidates (default 0.1)")
+    add("--samples-per-s", type=_above_0, default=36, metavar="R", help="a core's, of bench stream (default 36)")
+    add("--no-check", dest="check", action="store_false", help="measure nothing")
+    add("--processes", type=at_least(2), nargs="+", default=[2, 4], metavar="N", help="of the check (default 2 4)")
+    add("--repeats", type=at_least(1), default=10, metavar="N", help="of the check (default 10)")
+    add("--json", type=Path, metavar="FILE", help="also write every figure to a file")
+    scaling.set_defaults(part="scaling", device="cpu")
+    return scaling
+
+
+def _add_common(parser: argparse.ArgumentParser, part: str, repeats: int) -> None:
+    parser.set_defaults(part=part)
     parser.add_argument("--stages", type=at_least(2), default=4, metavar="K", help="of the network (default 4)")
     parser.add_argument("--width", type=at_least(2), default=30, metavar="W", help="of the network (default 30)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -103,6 +162,13 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text}")
+    return value
+
+
+def _above_0(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
     return value
 
 

@@ -79,7 +79,4 @@ def _check_size(cluster: Cluster) -> None:
     needed = {"CPU": _cpus_needed(cluster, workers), "GPU": workers * cluster.gpus_per_worker}
     for kind, amount in needed.items():
         if amount > total.get(kind, 0):
-            raise ClusterError(
-                f"cluster: {workers} workers need {amount:g} {kind}s in all (decoding included), "
-                f"Ray has {total.get(kind, 0):g}"
-            )
+            raise ClusterError(f"cluster: {amount:g} {kind}s are needed in all, Ray has {total.get(kind, 0):g}")

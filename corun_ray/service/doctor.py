@@ -159,7 +159,7 @@ class Doctor:
             cluster.connect(self.needs.size)
             return all_reduce(self.needs.size, ALL_REDUCE_MIB)
         except ClusterError as error:
-            raise _Bad(str(error), "start more nodes, or ask for less: --set cluster.workers=N") from None
+            raise _Bad(str(error), "start more nodes, or ask for less (cluster.workers, serve.replicas)") from None
         except RuntimeError as error:
             raise _Bad(
                 f"workers cannot talk to each other: {error}",
