@@ -24,6 +24,7 @@ from corun_ray.core.images import BadImage, decode_depth, decode_image
 from corun_ray.core.phases import phase
 from corun_ray.service import telemetry
 from corun_ray.service.manifest import Manifest
+from corun_ray.service.pacing import Pause
 from corun_ray.service.phases import Layout
 from corun_ray.service.storage import MissingFile
 
@@ -230,6 +231,7 @@ def split_stream(
     )
     # Ray would cut a block that it finds too large, and the ranks would get each other's samples.
     dataset.context.target_max_block_size = UNLIMITED
+    dataset.context.custom_execution_callback_classes = [Pause]
     options = dataset.context.execution_options
     options.preserve_order = True
     training = ExecutionResources(cpu=layout.num_workers * job.cluster.cpus_per_worker)

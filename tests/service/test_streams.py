@@ -1,7 +1,11 @@
 import collections
+import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
@@ -215,3 +219,21 @@ def test_a_stream_out_of_order_is_an_error():
     next(taken)
     with pytest.raises(RuntimeError, match=r"given samples \[2\], expected 1"):
         next(taken)
+
+
+def test_a_stream_that_is_ahead_leaves_the_processor_alone(local_ray, dataset, tmp_path):
+    """Ray Data's scheduler would look for work without a pause."""
+    job = small_job("pretrain", dataset, tmp_path, train={"steps": 200}, cluster={"workers": 2})
+    ((phase, layout),) = remaining_phases(job, 0, 0, 2)
+    shards = split_stream(job, ray.put(build_manifest(job)), start_board(), layout, phase.patch_px)
+    streams = [batches(shard, layout, rank) for rank, shard in enumerate(shards)]
+    with ThreadPoolExecutor() as ranks:  # they wait for each other
+        list(ranks.map(next, streams))
+    coordinator = psutil.Process(ray.get(shards[0]._coord_actor.__ray_call__.remote(lambda actor: os.getpid())))
+    shares, deadline_s = [1.0], time.monotonic() + 60
+    while max(shares[-3:]) > 0.3 and time.monotonic() < deadline_s:
+        before, since_s = coordinator.cpu_times(), time.monotonic()
+        time.sleep(2)
+        shares.append((coordinator.cpu_times().user - before.user) / (time.monotonic() - since_s))
+    assert max(shares[-3:]) < 0.3, shares
+    assert [next(stream)["index"].tolist() for stream in streams] == [[2], [3]], "and goes on"
