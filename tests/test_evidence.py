@@ -73,3 +73,9 @@ def test_scores_from_a_folder_and_from_a_bucket_are_the_same(photographs: Path, 
 def test_the_straightforward_order_beside_ours(photographs: Path) -> None:
     said = ran("stream_speed.py", "--photographs", photographs, "--samples", 2)
     assert said.count("| straightforward |") == said.count("| ours |") == 2
+
+
+def test_the_service_beside_torchrun() -> None:
+    small = ("--size", 32, "--steps", 6, "--warm", 2, "--every", 2, "--turns", 1)
+    said = ran("scaling.py", "--kind", "colabator", "--workers", 1, 2, *small)
+    assert [line.split("|")[1].strip() for line in said.splitlines()[2:]] == ["1", "2"] and said.count(" % |") == 2

@@ -1,0 +1,105 @@
+"""The training of a job file without the service: `torchrun`, a DataLoader and, for Colabator, a pool in each process.
+
+What the service is timed against (`scaling.py` runs both). Network, losses, samples and their order are the job's own,
+from `corun_ray.core` and the stream's maker of samples; there is no Ray process, storage, tracking or checkpoint:
+
+    torchrun --nproc-per-node 2 docs/evidence/plain_torchrun.py job.yaml rates.json
+
+Writes the steps per second of every `train.log_every` steps, as the service's `rate/steps_per_s` counts them.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+from corun_ray.config import TrainingJob
+from corun_ray.core.corun import CORUN
+from corun_ray.core.labels import LocalPool
+from corun_ray.core.schedule import learning_rate
+from corun_ray.core.state import TrainState
+from corun_ray.jobfile import load_jobs
+from corun_ray.service.learner import Learner
+from corun_ray.service.manifest import build_manifest
+from corun_ray.service.phases import remaining_phases
+from corun_ray.service.scoring import build_coherence, build_losses, weights_source
+from corun_ray.service.streams import Batch, SampleMaker
+from corun_ray.service.worker import learning_cycles
+
+
+class Samples(Dataset):
+    """Batches by the indices of their samples."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.make = SampleMaker(job, build_manifest(job), job.data.patch_px, _refuse)
+
+    def __getitem__(self, indices: np.ndarray) -> Batch:
+        cv2.setNumThreads(1)
+        return self.make({"id": indices})
+
+
+def _refuse(bad: dict[str, str]) -> None:
+    raise ValueError(f"files that cannot be used: {bad}")
+
+
+def batches(job: TrainingJob, rank: int, workers: int) -> Iterator[Batch]:
+    """One rank's batches, the same as the service's."""
+    ((_, layout),) = remaining_phases(job, 0, 0, workers)
+    first = layout.first_sample + np.arange(layout.num_steps) * layout.batch * workers + rank * layout.batch
+    indices = [start + np.arange(layout.batch) for start in first]
+    loader: DataLoader[Batch] = DataLoader(
+        Samples(job),
+        batch_size=None,
+        sampler=indices,  # type: ignore[arg-type]
+        num_workers=job.cluster.data_cpus,
+        collate_fn=lambda batch: batch,
+    )
+    return iter(loader)
+
+
+def train(job: TrainingJob, rank: int, workers: int) -> list[float]:
+    """Trains to the last step; the rates."""
+    torch.manual_seed(job.seed)
+    network = CORUN(job.network.stages, job.network.width)
+    state = TrainState.start(network)
+    coherence = build_coherence(job.coherence, weights_source(None)) if job.kind == "colabator" else None
+    losses = build_losses(job, weights_source(None), coherence)
+    learner = Learner(job, state, losses, coherence, LocalPool(), rank, torch.device("cpu"))
+    cycles, rates, since_s = learning_cycles(job.optim), [], time.perf_counter()
+    for batch in batches(job, rank, workers):
+        for _ in learner.learn(batch):
+            pass
+        lr = learning_rate(state.step, cycles, job.optim.warmup_steps)
+        state.update(lr, job.optim.ema, len(batch["index"]) * workers)
+        if state.step % job.train.log_every == 0:
+            rates.append(job.train.log_every / (time.perf_counter() - since_s))
+            since_s = time.perf_counter()
+    return rates
+
+
+def main() -> None:
+    job_file, out = map(Path, sys.argv[1:])
+    (job,) = load_jobs(job_file)
+    assert isinstance(job, TrainingJob)
+    rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(max(1, int(job.cluster.cpus_per_worker)))
+    with contextlib.ExitStack() as stack:
+        if workers > 1:
+            dist.init_process_group("gloo")
+            stack.callback(dist.destroy_process_group)
+        rates = train(job, rank, workers)
+    if rank == 0:
+        out.write_text(json.dumps(rates))
+
+
+if __name__ == "__main__":
+    main()
