@@ -1,8 +1,9 @@
 """What a sample costs that is decoded and one whose images come decoded from Ray's object store (`data.cache_mib`).
 
 Both are made by turns by one task on one core, from JPEG photographs of 2 megapixels with depth as .npy, as 16-bit PNG
-and procedural, once the cache holds all of them. Then a whole stream is read through Ray Data, without the cache and
-with it, by a single decoding task. Prints Markdown, times in ms:
+and procedural, once the cache holds all of them; a row between says what it costs to offer them in the first epoch.
+Then a whole stream is read through Ray Data, without the cache and with it, by a single decoding task. Prints Markdown,
+times in ms:
 
     python docs/evidence/decoded_cache.py --samples 90
 
@@ -14,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import cv2
@@ -54,9 +56,8 @@ def main() -> None:
         print("\nThrough Ray Data, samples/s after the first epoch\n")
         print("| | decoded | from the cache |\n| --- | --- | --- |")
         for job in jobs:
-            print(
-                f"| {title(job)} | " + " | ".join(f"{streamed(job, mib):.1f}" for mib in (0, 4096)) + " |", flush=True
-            )
+            cells = [f"{streamed(job, cache_mib):.1f}" for cache_mib in (0, 4096)]
+            print(f"| {title(job)} | " + " | ".join(cells) + " |", flush=True)
 
 
 def depths(folder: Path) -> tuple[Path | None, ...]:
@@ -81,35 +82,44 @@ def shift(folder: Path, stem: str) -> None:
 
 
 @ray.remote(num_cpus=1)
-def by_turns(job: TrainingJob, keeper: ray.actor.ActorHandle, samples: int) -> list[tuple[list[float], dict]]:
-    """The times of samples in ms and of their phases in s, decoded and from the cache."""
+def by_turns(job: TrainingJob, keeper: ray.actor.ActorHandle, samples: int) -> dict[str, tuple[list[float], dict]]:
+    """By the way of making a sample: the times of samples in ms, and the phases of all of them in s."""
     cv2.setNumThreads(1)
     manifest, view = build_manifest(job), Decoded(keeper)
-    makers = [SampleMaker(job, manifest, PATCH_PX, fail, cache) for cache in (None, view)]
-    for index in range(4 * len(manifest.clear)):  # fills the cache: it takes two at a time
+    epoch = len(manifest.clear)
+    makers = {name: SampleMaker(job, manifest, PATCH_PX, fail, cache) for name, cache in (("", None), ("cache", view))}
+    listeners, times_ms = defaultdict(PhaseTimes), defaultdict(list)
+
+    def measured(row: str, maker: str, index: int) -> dict[str, np.ndarray]:
+        with listeners[row].listening():
+            start_s = time.perf_counter()
+            made = makers[maker].sample(index)
+            times_ms[row].append(1000 * (time.perf_counter() - start_s))
+        return made
+
+    makers[""].sample(0)  # warms up
+    while view._cache is None:
         view.refresh()
-        makers[1].sample(index)
+    for index in range(4 * epoch):  # until all are in: two are offered at a time
+        view.refresh()
+        measured("decoded and offered", "cache", index) if index < epoch else makers["cache"].sample(index)
         time.sleep(0.02)
     view.refresh()
-    listeners, times_ms = (PhaseTimes(), PhaseTimes()), ([], [])
     for index in range(samples):
-        made = {}
-        for which in (0, 1) if index % 2 else (1, 0):
-            with listeners[which].listening():
-                start_s = time.perf_counter()
-                made[which] = makers[which].sample(index)
-                times_ms[which].append(1000 * (time.perf_counter() - start_s))
-        assert all(np.array_equal(made[0][name], made[1][name]) for name in made[0])
-    return [(times, dict(listener.seconds)) for times, listener in zip(times_ms, listeners, strict=True)]
+        rows = [("decoded", ""), ("from the cache", "cache")]
+        one, other = (measured(*row, index) for row in (rows if index % 2 else rows[::-1]))
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    return {row: (times, dict(listeners[row].seconds)) for row, times in times_ms.items()}
 
 
-def print_table(job: TrainingJob, samples: int, measured: list[tuple[list[float], dict]]) -> None:
+def print_table(job: TrainingJob, samples: int, measured: dict[str, tuple[list[float], dict]]) -> None:
     print(f"\n{title(job)}: {samples} samples\n")
     print("| | " + " | ".join((*PHASES, "whole, mean", "median", "samples/s")) + " |")
     print("| --- " * (len(PHASES) + 4) + "|")
-    for name, (times, seconds) in zip(("decoded", "from the cache"), measured, strict=True):
+    for name in ("decoded", "decoded and offered", "from the cache"):
+        times, seconds = measured[name]
         mean = statistics.mean(times)
-        parts = [1000 * seconds.get(part, 0.0) / samples for part in PHASES]
+        parts = [1000 * seconds.get(part, 0.0) / len(times) for part in PHASES]
         cells = [f"{value:.1f}" for value in (*parts, mean, statistics.median(times), 1000 / mean)]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
