@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from corun_ray.jobvalues import (
+    Count,
     Fraction,
     FractionRange,
     Mismatch,
@@ -41,6 +42,9 @@ class TrainingData(Section):
     random_resize: RandomResize = False
     rotation: bool = Field(False, description="turn synthetic or paired patches by a random multiple of 90 degrees")
     mixup: float = Field(0.0, ge=0, description="alpha of the Beta(alpha, alpha) that mixes pairs; 0: no mixup")
+    cache_mib: Count = Field(
+        0, ge=0, description="decoded images kept in each node's object store, at most half of it; 0: none"
+    )
     max_bad_fraction: Fraction = Field(0.01, description="fraction of unusable images tolerated")
 
     @field_validator("paired")

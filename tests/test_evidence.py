@@ -75,6 +75,11 @@ def test_the_straightforward_order_beside_ours(photographs: Path) -> None:
     assert said.count("| straightforward |") == said.count("| ours |") == 2
 
 
+def test_decoded_images_from_the_object_store() -> None:
+    said = ran("decoded_cache.py", "--size", 480, 320, "--samples", 4)
+    assert said.count("| from the cache | ") == 6 and said.count(", depth npy | ") == 2
+
+
 def test_the_service_beside_torchrun() -> None:
     small = ("--size", 32, "--steps", 6, "--warm", 2, "--every", 2, "--turns", 1)
     said = ran("scaling.py", "--kind", "colabator", "--workers", 1, 2, *small)

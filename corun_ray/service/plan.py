@@ -23,6 +23,8 @@ class WorkerPlan:
     board: Any
     shards: tuple[Any, ...]
     """The label pool's actors; none for a job without one."""
+    cache: Any = None
+    """The keeper of decoded images; None for a job without a cache."""
     start_from: str | None = None
     """The checkpoint to begin with where Ray Train knows of none."""
 

@@ -8,7 +8,7 @@ epoch ends, and a restarted run goes on at the sample where its checkpoint stopp
 import itertools
 import posixpath
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -23,12 +23,14 @@ from corun_ray.core.depth import DepthMap, procedural_depth
 from corun_ray.core.images import BadImage, decode_depth, decode_image
 from corun_ray.core.phases import phase
 from corun_ray.service import telemetry
+from corun_ray.service.decoded import Decoded, decoded_of
 from corun_ray.service.manifest import Manifest
 from corun_ray.service.pacing import Pause
 from corun_ray.service.phases import Layout
 from corun_ray.service.storage import MissingFile
 
 T = TypeVar("T")
+Kept = TypeVar("Kept", np.ndarray, DepthMap)
 Batch = dict[str, np.ndarray]
 
 CLEAR, HAZY = 0, 1
@@ -60,6 +62,7 @@ class SampleMaker:
     manifest: Manifest
     patch_px: int
     report_bad: Callable[[dict[str, str]], None]
+    cache: Decoded | None = None
 
     def __call__(self, batch: Batch) -> Batch:
         """Indices (`id`, b) → `index`, `hazy`, `clear` and, for Colabator, `weak`, `strong` (b p p 3 uint8), `key`."""
@@ -138,13 +141,22 @@ class SampleMaker:
         return key, samples.real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=jpeg_quality)
 
     def _image(self, root: str, key: str, least_px: int | None = None) -> np.ndarray:
+        return self._kept((root, key, least_px), lambda: self._decoded_image(root, key, least_px))
+
+    def _depth(self, root: str, key: str) -> DepthMap:
+        return self._kept((root, key, "depth"), lambda: self._decoded_depth(root, key))
+
+    def _kept(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        return make() if self.cache is None else self.cache.get(key, make)
+
+    def _decoded_image(self, root: str, key: str, least_px: int | None) -> np.ndarray:
         with _naming(root, key):
             with phase("read"):
                 content = self.manifest.read_image(root, key)
             with phase("decode"):
                 return decode_image(content, least_px)
 
-    def _depth(self, root: str, key: str) -> DepthMap:
+    def _decoded_depth(self, root: str, key: str) -> DepthMap:
         with _naming(root, key):
             with phase("read"):
                 content = self.manifest.read_depth(root, key)
@@ -190,13 +202,17 @@ def _make_samples(
     layout: Layout,
     patch_px: int,
     labels: Mapping[str, str],
+    cache: Any,
 ) -> Batch:
     import cv2
 
     # Ray already runs one task a core; OpenCV's own threads would only fight over it.
     cv2.setNumThreads(1)
-    make = SampleMaker(job, _fetched(manifest), patch_px, board.report_bad.remote)
     recorder, started_s = telemetry.Recorder(labels), time.perf_counter()
+    decoded = None if cache is None else decoded_of(cache)
+    if decoded is not None:
+        decoded.refresh()
+    make = SampleMaker(job, _fetched(manifest), patch_px, board.report_bad.remote, decoded)
     made = make({"id": layout.samples(batch["id"])})
     recorder.add(telemetry.SAMPLES, len(batch["id"]))
     recorder.add(telemetry.SAMPLE_SECONDS, time.perf_counter() - started_s)
@@ -210,10 +226,11 @@ def split_stream(
     layout: Layout,
     patch_px: int,
     labels: Mapping[str, str] = telemetry.NO_JOB,
+    cache: Any = None,
 ) -> list[DataIterator]:
     """The stream of one phase, as `layout` cuts it, in patches of `patch_px`; one iterator a worker.
 
-    `labels` are those of the job's metrics.
+    `labels` are those of the job's metrics, `cache` is its keeper of decoded images, if it has one.
     """
     DataContext.get_current().enable_progress_bars = False
     rows = ray.data.range(layout.num_blocks * layout.rows_per_block, override_num_blocks=layout.num_blocks)
@@ -227,6 +244,7 @@ def split_stream(
             "layout": layout,
             "patch_px": patch_px,
             "labels": labels,
+            "cache": cache,
         },
     )
     # Ray would cut a block that it finds too large, and the ranks would get each other's samples.

@@ -11,6 +11,7 @@ from corun_ray.jobfile import dump_job
 from corun_ray.service import cluster, snapshots
 from corun_ray.service.board import start_board
 from corun_ray.service.console import Console, duration
+from corun_ray.service.decoded import start_cache
 from corun_ray.service.fit import JobFailed, fit
 from corun_ray.service.follower import Follower, Listener
 from corun_ray.service.manifest import Manifest, build_manifest, held_out_sets
@@ -104,8 +105,12 @@ def _train(session: Session, console: Console, listen: Listener | None) -> tuple
     tracker.file(JOB_FILE, dump_job(job).encode())
     tracker.tags({"corun_ray.data": record.data, "corun_ray.kind": job.kind})
     plan = _plan(job, session.manifest, session.model, run)
-    with Follower(job, plan.board, tracker, console, run, listen) as follower:
-        result = fit(plan, run, console)
+    try:
+        with Follower(job, plan.board, tracker, console, run, listen) as follower:
+            result = fit(plan, run, console)
+    finally:
+        if plan.cache is not None:
+            ray.kill(plan.cache)  # processes that wait for other work would hold on to it
     _list_bad_files(job, session.manifest, plan.board, tracker, run)
     if isinstance(job, ColabatorJob):
         # Ray Train deletes old checkpoints after the workers' last sweep.
@@ -144,6 +149,7 @@ def _plan(job: TrainingJob, manifest: Manifest, model: Model, run: Location) -> 
         model=ray.put(model),
         board=board,
         shards=tuple(shards),
+        cache=start_cache(job.data.cache_mib, board),
     )
 
 

@@ -1,0 +1,142 @@
+"""What a sample costs that is decoded and one whose images come decoded from Ray's object store (`data.cache_mib`).
+
+Both are made by turns by one task on one core, from JPEG photographs of 2 megapixels with depth as .npy, as 16-bit PNG
+and procedural, once the cache holds all of them; a row between says what it costs to offer them in the first epoch.
+Then a whole stream is read through Ray Data, without the cache and with it, by a single decoding task. Prints Markdown,
+times in ms:
+
+    python docs/evidence/decoded_cache.py --samples 90
+
+The photographs are four rendered ones, each eight times, shifted.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import ray
+
+from corun_ray.config import Cluster, TrainingJob
+from corun_ray.core.phases import PHASES, PhaseTimes
+from corun_ray.service import cluster
+from corun_ray.service.board import start_board
+from corun_ray.service.decoded import Decoded, start_cache
+from corun_ray.service.manifest import build_manifest
+from corun_ray.service.phases import remaining_phases
+from corun_ray.service.streams import SampleMaker, batches, split_stream
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from docs.evidence.stream_speed import PATCH_PX, QUALITY, fail, job_of, render
+
+COPIES = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=90, help="of each kind and way (default 90)")
+    parser.add_argument("--size", type=int, nargs=2, default=(1920, 1088), metavar=("W", "H"), help="of a photograph")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        render(folder, *arguments.size)
+        for file in sorted((folder / "clear").iterdir()):
+            shift(folder, file.stem)
+        cluster.connect(Cluster(workers=1, cpus_per_worker=1, data_cpus=1))
+        jobs = [job_of(kind, folder, depth) for kind in ("pretrain", "colabator") for depth in depths(folder)]
+        for job in jobs:
+            keeper = start_cache(4096, start_board())
+            print_table(job, arguments.samples, ray.get(by_turns.remote(job, keeper, arguments.samples)))
+            ray.kill(keeper)
+        print("\nThrough Ray Data, samples/s after the first epoch\n")
+        print("| | decoded | from the cache |\n| --- | --- | --- |")
+        for job in jobs:
+            cells = [f"{streamed(job, cache_mib):.1f}" for cache_mib in (0, 4096)]
+            print(f"| {title(job)} | " + " | ".join(cells) + " |", flush=True)
+
+
+def depths(folder: Path) -> tuple[Path | None, ...]:
+    return folder / "npy", folder / "png", None
+
+
+def title(job: TrainingJob) -> str:
+    return f"{job.kind}, depth {'procedural' if job.data.depth is None else Path(job.data.depth).name}"
+
+
+def shift(folder: Path, stem: str) -> None:
+    """Copies of a photograph and its depth, the columns moved round."""
+    bgr = cv2.imread(str(folder / "clear" / f"{stem}.jpg"))
+    depth = cv2.imread(str(folder / "png" / f"{stem}.png"), cv2.IMREAD_UNCHANGED)
+    for copy in range(1, COPIES):
+        columns, name = copy * bgr.shape[1] // COPIES, f"{stem}_{copy}"
+        for group in ("clear", "hazy"):
+            moved = np.roll(bgr, columns, axis=1)
+            cv2.imwrite(str(folder / group / f"{name}.jpg"), moved, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+        cv2.imwrite(str(folder / "png" / f"{name}.png"), np.roll(depth, columns, axis=1))
+        np.save(folder / "npy" / f"{name}.npy", np.roll(depth, columns, axis=1).astype(np.float32))
+
+
+@ray.remote(num_cpus=1)
+def by_turns(job: TrainingJob, keeper: ray.actor.ActorHandle, samples: int) -> dict[str, tuple[list[float], dict]]:
+    """By the way of making a sample: the times of samples in ms, and the phases of all of them in s."""
+    cv2.setNumThreads(1)
+    manifest, view = build_manifest(job), Decoded(keeper)
+    epoch = len(manifest.clear)
+    makers = {name: SampleMaker(job, manifest, PATCH_PX, fail, cache) for name, cache in (("", None), ("cache", view))}
+    listeners, times_ms = defaultdict(PhaseTimes), defaultdict(list)
+
+    def measured(row: str, maker: str, index: int) -> dict[str, np.ndarray]:
+        with listeners[row].listening():
+            start_s = time.perf_counter()
+            made = makers[maker].sample(index)
+            times_ms[row].append(1000 * (time.perf_counter() - start_s))
+        return made
+
+    makers[""].sample(0)  # warms up
+    while view._cache is None:
+        view.refresh()
+    for index in range(4 * epoch):  # until all are in: two are offered at a time
+        view.refresh()
+        measured("decoded and offered", "cache", index) if index < epoch else makers["cache"].sample(index)
+        time.sleep(0.02)
+    view.refresh()
+    for index in range(samples):
+        rows = [("decoded", ""), ("from the cache", "cache")]
+        one, other = (measured(*row, index) for row in (rows if index % 2 else rows[::-1]))
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    return {row: (times, dict(listeners[row].seconds)) for row, times in times_ms.items()}
+
+
+def print_table(job: TrainingJob, samples: int, measured: dict[str, tuple[list[float], dict]]) -> None:
+    print(f"\n{title(job)}: {samples} samples\n")
+    print("| | " + " | ".join((*PHASES, "whole, mean", "median", "samples/s")) + " |")
+    print("| --- " * (len(PHASES) + 4) + "|")
+    for name in ("decoded", "decoded and offered", "from the cache"):
+        times, seconds = measured[name]
+        mean = statistics.mean(times)
+        parts = [1000 * seconds.get(part, 0.0) / len(times) for part in PHASES]
+        cells = [f"{value:.1f}" for value in (*parts, mean, statistics.median(times), 1000 / mean)]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def streamed(job: TrainingJob, cache_mib: int) -> float:
+    """Samples a second of the stream as a worker reads it, without its first epochs."""
+    board, manifest = start_board(), build_manifest(job)
+    keeper, warm = start_cache(cache_mib, board), 6 * len(manifest.clear)
+    steps = job.train.model_copy(update={"steps": warm + 768})
+    job = job.model_copy(update={"train": steps, "cluster": Cluster(workers=1, cpus_per_worker=1, data_cpus=1)})
+    ((phase, layout),) = remaining_phases(job, 0, 0, 1)
+    (shard,) = split_stream(job, ray.put(manifest), board, layout, phase.patch_px, cache=keeper)
+    ends_s = [time.perf_counter() for _ in batches(shard, layout, 0)]
+    if keeper is not None:
+        ray.kill(keeper)
+    return (len(ends_s) - warm) / (ends_s[-1] - ends_s[warm - 1])
+
+
+if __name__ == "__main__":
+    main()

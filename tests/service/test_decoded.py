@@ -1,0 +1,170 @@
+"""The cache of decoded images: the same samples, within its budget, and what happens when its actors die."""
+
+import shutil
+import time
+
+import numpy as np
+import pytest
+import ray
+
+from corun_ray.core.depth import DepthMap
+from corun_ray.service.board import start_board
+from corun_ray.service.decoded import MIB, Decoded, NodeCache, start_cache
+from corun_ray.service.manifest import build_manifest
+from corun_ray.service.phases import remaining_phases
+from corun_ray.service.streams import SampleMaker, batches, split_stream
+from tests.service.jobs import small_job
+
+INDICES = {"id": np.arange(12)}
+"""Each of the dataset's images at least once."""
+
+
+def ignore(bad_files):
+    raise AssertionError(f"unexpected bad files: {bad_files}")
+
+
+@pytest.fixture
+def keeper(local_ray):
+    keeper = start_cache(64, start_board())
+    yield keeper
+    ray.kill(keeper)
+
+
+def view_of(keeper):
+    """What a process of its own would see: all that the cache holds."""
+    view, deadline_s = Decoded(keeper), time.monotonic() + 60
+    while view._cache is None:
+        view.refresh()
+        assert time.monotonic() < deadline_s
+    held = ray.get(view._cache.since.remote(0)).entries
+    while len(view._known) < len(held):
+        view.refresh()
+    return view
+
+
+def cached(job, keeper, report_bad=ignore):
+    return SampleMaker(job, build_manifest(job), 32, report_bad, view_of(keeper))
+
+
+def fill(job, keeper):
+    """A maker whose cache has been offered everything and has taken it."""
+    maker, num_known = cached(job, keeper), -1
+    while len(maker.cache._known) > num_known:
+        num_known = len(maker.cache._known)
+        maker(INDICES)
+        ray.get(maker.cache._under_way)
+        maker.cache.refresh()
+    return maker
+
+
+def without_files(monkeypatch):
+    def read(*arguments):
+        raise AssertionError(f"read {arguments[1:]}")
+
+    monkeypatch.setattr("corun_ray.service.manifest.Manifest.read_image", read)
+    monkeypatch.setattr("corun_ray.service.manifest.Manifest.read_depth", read)
+
+
+def assert_same(some, others):
+    assert some.keys() == others.keys()
+    for name in some:
+        assert np.array_equal(some[name], others[name]), name
+
+
+@pytest.mark.parametrize("data", [{}, {"depth": None}, {"paired": True}], ids=["depth", "procedural", "paired"])
+def test_the_same_samples_without_reading_a_file_again(keeper, dataset, tmp_path, monkeypatch, data):
+    if "paired" in data:
+        data = {"paired": {"hazy": str(dataset / "hazy"), "clear": str(dataset / "hazy_truth")}}
+    job = small_job("colabator", dataset, tmp_path, data=data)
+    decoded = SampleMaker(job, build_manifest(job), 32, ignore)(INDICES)
+    fill(job, keeper)
+    again = cached(job, keeper)
+    without_files(monkeypatch)
+    assert_same(again(INDICES), decoded)
+
+
+def test_a_depth_map_comes_back_with_its_scale(keeper):
+    view = view_of(keeper)
+    depth = DepthMap.of(np.asfortranarray(np.arange(12, dtype=np.uint16).reshape(3, 4)), "metres")
+    view.get("a", lambda: depth)
+    ray.get(view._under_way)
+    view.refresh()
+    again = view.get("a", pytest.fail)
+    assert (again.kind, again.low, again.high) == ("metres", 1, 11)
+    assert np.array_equal(again.pixels, depth.pixels) and again.pixels.dtype == np.uint16
+
+
+def test_what_is_in_stays_in_and_the_first_that_does_not_fit_is_the_last(local_ray):
+    cache = ray.remote(NodeCache).remote(2500)
+    for key in "aabcd":
+        cache.offer.remote(key, np.zeros(1000 if key != "d" else 10, np.uint8))
+    entries, has_room = ray.get(cache.since.remote(0))
+    assert [key for key, _ in entries] == ["a", "b"] and not has_room
+    assert [key for key, _ in ray.get(cache.since.remote(1)).entries] == ["b"]
+
+
+def test_a_full_cache_leaves_the_rest_to_decoding(local_ray, dataset, tmp_path):
+    job = small_job("pretrain", dataset, tmp_path)
+    decoded = SampleMaker(job, build_manifest(job), 32, ignore)(INDICES)
+    view = Decoded(None)
+    view._cache = ray.remote(NodeCache).remote(100_000)
+    maker = SampleMaker(job, build_manifest(job), 32, ignore, view)
+    for _ in range(10):
+        assert_same(maker(INDICES), decoded)
+        view.refresh()
+    assert 1 <= len(view._known) < 16 and not view._has_room
+
+
+def test_a_node_gives_at_most_half_its_object_store(local_ray):
+    board = start_board()
+    (node,) = ray.nodes()
+    half_mib = int(node["Resources"]["object_store_memory"] / 2) // MIB
+    for cache_mib, expected in ((half_mib, []), (half_mib + 1, [f"data.cache_mib: {half_mib} MiB on some node"])):
+        ray.kill(start_cache(cache_mib, board))
+        assert [note.partition(",")[0] for note in ray.get(board.take_news.remote()).notes] == expected
+
+
+@pytest.mark.parametrize("victim", ["cache", "keeper"])
+def test_a_cache_that_dies_costs_decoding_and_is_made_anew(keeper, dataset, tmp_path, victim):
+    job = small_job("pretrain", dataset, tmp_path)
+    decoded = SampleMaker(job, build_manifest(job), 32, ignore)(INDICES)
+    maker = fill(job, keeper)
+    dead = maker.cache._cache
+    ray.kill(dead if victim == "cache" else keeper, no_restart=victim == "cache")
+    deadline_s = time.monotonic() + 60
+    while len(maker.cache._known) < 16 or maker.cache._cache == dead:
+        maker.cache.refresh()
+        assert_same(maker(INDICES), decoded)
+        assert time.monotonic() < deadline_s
+
+
+def test_an_unusable_image_is_named_each_time_and_not_kept(keeper, dataset, tmp_path):
+    data = shutil.copytree(dataset, tmp_path / "data")
+    (data / "clear" / "view_3.png").write_text("not a picture")
+    job = small_job("pretrain", data, tmp_path)
+    bad: dict[str, str] = {}
+    for _ in range(2):
+        bad.clear()
+        maker = cached(job, keeper, bad.update)
+        maker(INDICES)
+        assert list(bad) == [str(data / "clear" / "view_3.png")]
+        assert (str(data / "clear"), "view_3.png", None) not in maker.cache._known
+
+
+def test_the_stream_is_the_same_with_a_cache(keeper, dataset, tmp_path):
+    job = small_job("colabator", dataset, tmp_path, train={"steps": 40, "batch_per_worker": 2})
+    ((phase, layout),) = remaining_phases(job, 0, 0, 1)
+    board, manifest = start_board(), ray.put(build_manifest(job))
+    plain, kept = (
+        [*batches(split_stream(job, manifest, board, layout, phase.patch_px, cache=cache)[0], layout, 0)]
+        for cache in (None, keeper)
+    )
+    for one, other in zip(plain, kept, strict=True):
+        assert_same(one, other)
+    here = ray.get_runtime_context().get_node_id()
+    keys = {key for key, _ in ray.get(ray.get(keeper.on_node.remote(here)).since.remote(0)).entries}
+    assert {(str(dataset / "clear"), "view_0.png", None), (str(dataset / "depth"), "view_0.npy", "depth")} <= keys
+
+
+def test_no_cache_unless_asked_for():
+    assert start_cache(0, None) is None
