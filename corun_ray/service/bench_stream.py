@@ -19,7 +19,7 @@ from corun_ray.jobdata import DepthKind
 from corun_ray.service.manifest import build_manifest
 from corun_ray.service.packing import pack_here
 from corun_ray.service.packplan import plan_pack
-from corun_ray.service.streams import SampleMaker
+from corun_ray.service.samplemaker import SampleMaker
 
 RENDERED = DemoSize(clear_images=4, hazy_images=0, width_px=1920, height_px=1088)
 Tell = Callable[[int, str], None]

@@ -80,7 +80,7 @@ def _measure(args: argparse.Namespace) -> None:
     from corun_ray.service.bench_stream import Settings, as_json, bench_stream, render_photographs, table
     from corun_ray.service.console import Console
     from corun_ray.service.fit import JobFailed
-    from corun_ray.service.streams import TooManyBadFiles
+    from corun_ray.service.samplemaker import TooManyBadFiles
 
     console = Console()
     settings = Settings(args.patch, args.samples, args.repeats)

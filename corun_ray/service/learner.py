@@ -18,7 +18,7 @@ from corun_ray.core.losses import Losses
 from corun_ray.core.mixup import mixup
 from corun_ray.core.state import TrainState
 from corun_ray.core.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, pretraining_step
-from corun_ray.service.streams import Batch
+from corun_ray.service.samplemaker import Batch
 
 
 def step_seed(seed: int, step: int, place: int) -> int:

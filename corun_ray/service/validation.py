@@ -20,8 +20,8 @@ from corun_ray.core.samples import real_views
 from corun_ray.core.steps import Colabator
 from corun_ray.service.gallery import Gallery, Measured
 from corun_ray.service.manifest import HeldOutSet, Manifest, held_out_sets
+from corun_ray.service.samplemaker import SampleMaker
 from corun_ray.service.storage import MissingFile, locate
-from corun_ray.service.streams import SampleMaker
 
 Row = dict[str, ImageU8 | None]
 

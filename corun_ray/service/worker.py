@@ -29,11 +29,12 @@ from corun_ray.service.plan import WorkerPlan
 from corun_ray.service.pool import PoolClient, count
 from corun_ray.service.poolkeeper import PoolKeeper
 from corun_ray.service.preemption import PreemptionWatch
+from corun_ray.service.samplemaker import Batch
 from corun_ray.service.saving import Saver
 from corun_ray.service.scoring import build_coherence, build_losses, weights_source
 from corun_ray.service.stopwatch import TimedCoherence
 from corun_ray.service.storage import locate
-from corun_ray.service.streams import Batch, batches, split_stream
+from corun_ray.service.streams import batches, split_stream
 from corun_ray.service.validation import Validator
 from corun_ray.service.worker_telemetry import WorkerTelemetry
 

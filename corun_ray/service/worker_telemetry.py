@@ -8,8 +8,8 @@ import torch
 
 from corun_ray.service import telemetry
 from corun_ray.service.pool import PoolClient
+from corun_ray.service.samplemaker import Batch
 from corun_ray.service.stopwatch import TimedCoherence
-from corun_ray.service.streams import Batch
 from corun_ray.service.telemetry import Recorder
 
 GPU_MEMORY_EVERY_S = 5.0

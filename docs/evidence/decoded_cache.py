@@ -29,7 +29,8 @@ from corun_ray.service.board import start_board
 from corun_ray.service.decoded import Decoded, start_cache
 from corun_ray.service.manifest import build_manifest
 from corun_ray.service.phases import remaining_phases
-from corun_ray.service.streams import SampleMaker, batches, split_stream
+from corun_ray.service.samplemaker import SampleMaker
+from corun_ray.service.streams import batches, split_stream
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from docs.evidence.stream_speed import PATCH_PX, QUALITY, fail, job_of, render

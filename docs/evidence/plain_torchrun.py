@@ -31,8 +31,8 @@ from corun_ray.jobfile import load_jobs
 from corun_ray.service.learner import Learner
 from corun_ray.service.manifest import build_manifest
 from corun_ray.service.phases import remaining_phases
+from corun_ray.service.samplemaker import Batch, SampleMaker
 from corun_ray.service.scoring import build_coherence, build_losses, weights_source
-from corun_ray.service.streams import Batch, SampleMaker
 from corun_ray.service.worker import learning_cycles
 
 

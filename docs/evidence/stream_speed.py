@@ -32,7 +32,7 @@ from corun_ray.core.scattering import HazeRange
 from corun_ray.service.manifest import Manifest, build_manifest
 from corun_ray.service.packing import pack_here
 from corun_ray.service.packplan import plan_pack
-from corun_ray.service.streams import CLEAR, HAZY, SampleMaker, image_of_sample
+from corun_ray.service.samplemaker import CLEAR, HAZY, SampleMaker, image_of_sample
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.core.plain_samples import plain_pair, plain_views

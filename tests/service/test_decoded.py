@@ -12,7 +12,8 @@ from corun_ray.service.board import start_board
 from corun_ray.service.decoded import MIB, Decoded, NodeCache, start_cache
 from corun_ray.service.manifest import build_manifest
 from corun_ray.service.phases import remaining_phases
-from corun_ray.service.streams import SampleMaker, batches, split_stream
+from corun_ray.service.samplemaker import SampleMaker
+from corun_ray.service.streams import batches, split_stream
 from tests.service.jobs import small_job
 
 INDICES = {"id": np.arange(12)}

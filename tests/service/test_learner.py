@@ -13,7 +13,7 @@ from corun_ray.core.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
 from corun_ray.core.state import TrainState
 from corun_ray.service.learner import Learner
 from corun_ray.service.manifest import build_manifest
-from corun_ray.service.streams import SampleMaker
+from corun_ray.service.samplemaker import SampleMaker
 from tests.service.jobs import small_job
 
 STEP_IMAGES = 8

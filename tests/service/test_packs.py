@@ -19,8 +19,8 @@ from corun_ray.service.packing import pack, shards_there, write_index, write_sha
 from corun_ray.service.packplan import plan_pack
 from corun_ray.service.packs import INDEX, open_pack
 from corun_ray.service.pool_export import hazy_image
+from corun_ray.service.samplemaker import SampleMaker
 from corun_ray.service.storage import StorageError, locate
-from corun_ray.service.streams import SampleMaker
 from corun_ray.service.train import run_training
 from tests.conftest import write_image
 from tests.service.jobs import small_job

@@ -14,8 +14,8 @@ import pytest
 from pyarrow import fs
 
 from corun_ray.service.manifest import build_manifest
+from corun_ray.service.samplemaker import SampleMaker
 from corun_ray.service.storage import PATIENCE_VARIABLE, Location, MissingFile, StorageError, locate
-from corun_ray.service.streams import SampleMaker
 from tests.faulty_s3 import FaultyS3
 from tests.service.jobs import small_job
 
