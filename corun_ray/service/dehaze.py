@@ -117,10 +117,12 @@ def dehaze(
     DataContext.get_current().enable_progress_bars = False
     recorder = telemetry.Recorder({"job_name": job_name})
     slots, threads = actor_slots(len(wanted))
-    outcomes = ray.data.from_items(wanted, override_num_blocks=min(len(wanted), 1000)).map_batches(
-        DehazeFiles, batch_size=1, fn_constructor_args=({"model": ray.put(model)}, threads, section), **slots
+    rows = rows_of(
+        ray.data.from_items(wanted, override_num_blocks=min(len(wanted), 1000)).map_batches(
+            DehazeFiles, batch_size=1, fn_constructor_args=({"model": ray.put(model)}, threads, section), **slots
+        )
     )
-    for done, row in enumerate(rows_of(outcomes), 1):
+    for done, row in enumerate(rows, 1):
         if row["error"]:
             result.bad_files[posixpath.join(section.input, row["key"])] = row["error"]
         else:

@@ -107,12 +107,14 @@ def evaluate(
     shown = {key for key, _ in pairs[::spacing][:SHEET_ROWS]}
     items = [{"key": key, "truth": truth or "", "shown": key in shown} for key, truth in pairs]
     slots, threads = actor_slots(len(items))
-    outcomes = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
-        MeasureFiles, batch_size=1, fn_constructor_args=(shared, threads, section), **slots
+    rows = rows_of(
+        ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
+            MeasureFiles, batch_size=1, fn_constructor_args=(shared, threads, section), **slots
+        )
     )
     values: dict[str, np.ndarray] = {}
     bad_files, unmeasured, strips = {}, [], {}
-    for done, row in enumerate(rows_of(outcomes), 1):
+    for done, row in enumerate(rows, 1):
         if row["error"]:
             bad_files[posixpath.join(section.hazy, row["key"])] = row["error"]
         else:

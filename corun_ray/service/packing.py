@@ -66,8 +66,8 @@ def pack(plan: Plan, there: set[int], progress: Callable[[int, int], None]) -> P
     if missing:
         DataContext.get_current().enable_progress_bars = False
         items = ray.data.from_items(missing, override_num_blocks=len(missing))
-        written = items.map(_write_shard, fn_args=(ray.put(plan),))  # type: ignore[arg-type]  # as in `streams`
-        for row in rows_of(written):
+        written = rows_of(items.map(_write_shard, fn_args=(ray.put(plan),)))  # type: ignore[arg-type]  # as in streams
+        for row in written:
             done += len(plan.shards[row["item"]])
             progress(done, plan.num_images)
     return write_index(plan)

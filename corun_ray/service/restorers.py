@@ -1,5 +1,6 @@
 """Networks that restore images in Ray Data: one actor a slot, its networks loaded once."""
 
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,10 +37,16 @@ class Restorers:
 
 
 def rows_of(outcomes: Dataset) -> Iterator[dict[str, Any]]:
-    """The rows that actors return; raises a `StorageError` of theirs, of which Ray keeps only the text."""
+    """The rows that actors return; raises a `StorageError` of theirs, of which Ray keeps only the text.
+
+    Keep no name for `outcomes`: after an error, their actors go with the last reference.
+    """
     try:
         yield from outcomes.iter_rows()
     except RayTaskError as error:
+        # Ray Data gives its actors up when nothing refers to the iteration any more; the error's frames would.
+        traceback.clear_frames(error.__traceback__)
+        del outcomes
         kind, _, reason = root_cause(str(error)).partition(": ")
         if kind.endswith(StorageError.__name__):
             raise StorageError(reason) from None
