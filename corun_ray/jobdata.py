@@ -27,13 +27,13 @@ class Validation(Section):
 
 
 class Paired(Section):
-    hazy: Text = Field(description="a folder or URI of degraded images")
-    clear: Text = Field(description="a folder or URI of their clean truth, paired by stem")
+    hazy: Text = Field(description="a folder, pack or URI of degraded images")
+    clear: Text = Field(description="a folder, pack or URI of their clean truth, paired by stem")
 
 
 class TrainingData(Section):
-    clear: OptionalText = Field(None, description="a folder or URI of clear images, on which haze is laid")
-    depth: OptionalText = Field(None, description="a folder or URI of their depth; null: a procedural depth")
+    clear: OptionalText = Field(None, description="a folder, pack or URI of clear images, on which haze is laid")
+    depth: OptionalText = Field(None, description="a folder, pack or URI of their depth; null: a procedural depth")
     depth_kind: DepthKind = Field("inverse", description="metres: far is large and 0 is no reading")
     paired: Paired | None = Field(None, description="degraded and clean images, instead of clear and depth")
     validation: Validation | None = Field(None, description="held-out images")
@@ -61,7 +61,7 @@ class TrainingData(Section):
 
 
 class ColabatorData(TrainingData):
-    hazy: Text = Field(description="a folder or URI of real hazy images")
+    hazy: Text = Field(description="a folder, pack or URI of real hazy images")
     random_resize: RandomResize = True
 
 

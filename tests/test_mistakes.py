@@ -78,7 +78,7 @@ def test_one_mistake_is_one_line(tmp_path: Path, section: str, line: str) -> Non
         (EVALUATE + "optim: {lr: 1}", ["optim: not used by an evaluate job"]),
         ("kind: colabator\nname: c", [
             "data.clear: missing (a folder or URI of clear images; or give data.paired)",
-            "data.hazy: missing (a folder or URI of real hazy images)"]),
+            "data.hazy: missing (a folder, pack or URI of real hazy images)"]),
         ("kind: evaluate", [
             "name: missing (lower-case letters, digits, . _ - and no . _ - in front)",
             "evaluate.hazy: missing (a folder or URI of hazy images)"]),

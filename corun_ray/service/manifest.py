@@ -28,7 +28,7 @@ class Manifest:
     paired_hazy: tuple[str, ...] | None = None
     """One degraded image an image of `clear`; None: `clear` is degraded by synthesis."""
     packs: dict[str, Pack] = field(default_factory=dict)
-    """Data roots that are packs, as they were when the manifest was built."""
+    """The data roots that are packs, by their `Location.uri`, as they were when the manifest was built."""
 
     @property
     def num_images(self) -> int:
@@ -37,13 +37,15 @@ class Manifest:
 
     def read_image(self, root: str, key: str) -> bytes:
         """An image file below a data root; raises `BadImage` and the errors of `Location`."""
-        pack = self.packs.get(root)
-        return locate(root).child(key).read() if pack is None else pack.read(pack.images[key])
+        place = locate(root)
+        pack = self.packs.get(place.uri)
+        return place.child(key).read() if pack is None else pack.read(pack.images[key])
 
     def read_depth(self, root: str, key: str) -> bytes:
         """A depth map's file, as `read_image` reads an image's."""
-        pack = self.packs.get(root)
-        return locate(root).child(key).read() if pack is None else pack.read(pack.depths[key])
+        place = locate(root)
+        pack = self.packs.get(place.uri)
+        return place.child(key).read() if pack is None else pack.read(pack.depths[key])
 
     def digest(self) -> str:
         """A SHA-256 over the names: the same for the same data."""
@@ -123,23 +125,25 @@ def build_manifest(job: TrainingJob) -> Manifest:
 
 def _images(uri: str, key: str, packs: dict[str, Pack]) -> list[str]:
     """The images in a folder or a pack, which is added to `packs`."""
-    if uri not in packs:
-        files = locate(uri).listing()
+    place = locate(uri)
+    if place.uri not in packs:
+        files = place.listing()
         if not is_pack(files):
             return _images_among([*files], uri, key)
-        packs[uri] = open_pack(uri, files)
-    return [*packs[uri].images]
+        packs[place.uri] = open_pack(place, files)
+    return [*packs[place.uri].images]
 
 
 def _depth_maps(uri: str, packs: dict[str, Pack]) -> list[str]:
-    if uri not in packs:
-        files = locate(uri).listing()
+    place = locate(uri)
+    if place.uri not in packs:
+        files = place.listing()
         if not is_pack(files):
             return with_suffix([*files], DEPTH_SUFFIXES)
-        packs[uri] = open_pack(uri, files)
-    if not packs[uri].depths:
+        packs[place.uri] = open_pack(place, files)
+    if not packs[place.uri].depths:
         raise ManifestError(f"data.depth: the pack in {uri} holds no depth (corun-ray pack --depth adds it)")
-    return [*packs[uri].depths]
+    return [*packs[place.uri].depths]
 
 
 def _paired(paired: Paired, hazy: tuple[str, ...], packs: dict[str, Pack]) -> Manifest:

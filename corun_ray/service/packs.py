@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileInfo
 
-from corun_ray.service.storage import StorageError, locate
+from corun_ray.service.storage import Location, StorageError
 
 INDEX = "index.parquet"
 SHARD_FILE = re.compile(r"images-\d{5}-[0-9a-f]{12}(\.index)?\.parquet")
@@ -51,7 +51,7 @@ class Place(NamedTuple):
 class Pack:
     """What the index of a pack says."""
 
-    uri: str
+    folder: Location
     shards: tuple[str, ...]
     """Their files."""
     images: dict[str, Place]
@@ -61,7 +61,7 @@ class Pack:
 
     def read(self, place: Place) -> bytes:
         """A file; raises the errors of `Location`."""
-        return locate(self.uri).child(self.shards[place.shard]).read_range(place.offset, place.num_bytes)
+        return self.folder.child(self.shards[place.shard]).read_range(place.offset, place.num_bytes)
 
 
 def is_pack(files: Iterable[str]) -> bool:
@@ -69,15 +69,15 @@ def is_pack(files: Iterable[str]) -> bool:
     return any(SHARD_FILE.fullmatch(file) for file in files)
 
 
-def open_pack(uri: str, files: Mapping[str, FileInfo]) -> Pack:
-    """The pack in a folder or URI that holds these files.
+def open_pack(folder: Location, files: Mapping[str, FileInfo]) -> Pack:
+    """The pack in a folder that holds these files.
 
     Raises `StorageError` for one that is not complete, or whose index or shards are damaged as far as sizes tell.
     """
     again = "run its `corun-ray pack` again"
     if INDEX not in files:
-        raise StorageError(f"the pack in {uri} is not complete: no {INDEX}; {again}")
-    place = locate(uri).child(INDEX)
+        raise StorageError(f"the pack in {folder.uri} is not complete: no {INDEX}; {again}")
+    place = folder.child(INDEX)
     try:
         table = pq.read_table(pa.BufferReader(place.read()))
         table.validate(full=True)
@@ -87,10 +87,10 @@ def open_pack(uri: str, files: Mapping[str, FileInfo]) -> Pack:
         raise StorageError(f"{place.uri} is no index of a pack: {str(error).splitlines()[0][:200]}") from None
     for file, num_bytes in shards.items():
         if file not in files:
-            raise StorageError(f"the pack in {uri} is damaged: {file} is missing; {again}")
+            raise StorageError(f"the pack in {folder.uri} is damaged: {file} is missing; {again}")
         if files[file].size != num_bytes:
-            raise StorageError(f"the pack in {uri} is damaged: {file} has not {num_bytes} bytes; {again}")
-    return Pack(uri, tuple(shards), _places(columns, "key", "image"), _places(columns, "depth_key", "depth"))
+            raise StorageError(f"the pack in {folder.uri} is damaged: {file} has not {num_bytes} bytes; {again}")
+    return Pack(folder, tuple(shards), _places(columns, "key", "image"), _places(columns, "depth_key", "depth"))
 
 
 def _places(columns: dict[str, list], key: str, column: str) -> dict[str, Place]:

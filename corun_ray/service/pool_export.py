@@ -20,8 +20,9 @@ from corun_ray.core.images import BadImage, decode_image, encode_png
 from corun_ray.core.labels import Label, decode, encode
 from corun_ray.core.pictures import ImageU8, colour_map, grid
 from corun_ray.service import snapshots
+from corun_ray.service.packs import INDEX, open_pack
 from corun_ray.service.pool_source import Source
-from corun_ray.service.storage import StorageError, locate
+from corun_ray.service.storage import Location, StorageError, locate
 
 CELL_PX = 192
 """Side of a picture of `pool show`, unless the label's own is larger."""
@@ -46,11 +47,20 @@ def hazy_image(root: str, key: str, height_px: int, width_px: int) -> ImageU8:
     reason = why_unsafe(key)
     if reason:
         raise StorageError(f"not read from {root}: its key {reason}")
-    place = locate(root).child(key)
+    folder = locate(root)
+    place = folder.child(key)
     try:
-        return resize(decode_image(place.read()), height_px, width_px)
+        content = _in_pack(folder, key) if folder.child(INDEX).exists() else place.read()
+        return resize(decode_image(content), height_px, width_px)
     except BadImage as error:
         raise StorageError(f"{place.uri}: {error}") from None
+
+
+def _in_pack(folder: Location, key: str) -> bytes:
+    pack = open_pack(folder, folder.listing())
+    if key not in pack.images:
+        raise StorageError(f"the pack in {folder.uri} holds none")
+    return pack.read(pack.images[key])
 
 
 def picture(label: Label, hazy: ImageU8, combine: Combine) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import ray
-from ray.data import DataContext, DataIterator, ExecutionResources
+from ray.data import DataContext, DataIterator
 
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.core import samples, scattering
@@ -250,10 +250,8 @@ def split_stream(
     # Ray would cut a block that it finds too large, and the ranks would get each other's samples.
     dataset.context.target_max_block_size = UNLIMITED
     dataset.context.custom_execution_callback_classes = [Pause]
-    options = dataset.context.execution_options
-    options.preserve_order = True
-    training = ExecutionResources(cpu=layout.num_workers * job.cluster.cpus_per_worker)
-    options.exclude_resources = options.exclude_resources.add(training)
+    # What the training workers have, Ray Train has told Ray Data, which leaves it to them.
+    dataset.context.execution_options.preserve_order = True
     return dataset.streaming_split(layout.num_workers, equal=True)
 
 

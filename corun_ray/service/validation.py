@@ -101,7 +101,7 @@ class Validator:
             if len(found) == count:
                 break
             with contextlib.suppress(BadImage, MissingFile):
-                found[key] = load_image(root, key)
+                found[key] = decode_image(self.manifest.read_image(root, key))
         return found
 
     def _label_rows(self, network: nn.Module, colabator: Colabator, photos: dict[str, ImageU8]) -> list[Row]:

@@ -10,13 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from corun_ray.core.images import decode_depth
+from corun_ray.service import snapshots
 from corun_ray.service.check import check_job
+from corun_ray.service.console import Console
+from corun_ray.service.folders import with_absolute_paths
 from corun_ray.service.manifest import ManifestError, build_manifest, images_below
 from corun_ray.service.packing import pack, shards_there, write_index, write_shard
 from corun_ray.service.packplan import plan_pack
 from corun_ray.service.packs import INDEX, open_pack
+from corun_ray.service.pool_export import hazy_image
 from corun_ray.service.storage import StorageError, locate
 from corun_ray.service.streams import SampleMaker
+from corun_ray.service.train import run_training
 from tests.conftest import write_image
 from tests.service.jobs import small_job
 
@@ -36,7 +41,8 @@ def packed(images, output, depth=None, shard_mib=1, keep_png=False):
 
 
 def opened(place):
-    return open_pack(str(place), locate(str(place)).listing())
+    folder = locate(str(place))
+    return open_pack(folder, folder.listing())
 
 
 def samples_of(job):
@@ -215,3 +221,27 @@ def test_tasks_on_the_cluster_write_what_this_process_would(local_ray, large):
     assert ours.images == theirs.images and ours.depths == theirs.depths
     shutil.rmtree(large / "clear")
     assert all(ours.read(place) for place in (*ours.images.values(), *ours.depths.values()))
+
+
+def test_a_run_trains_on_packs_and_pictures_them(local_ray, dataset, tmp_path, monkeypatch):
+    packed(dataset / "clear", tmp_path / "clear", dataset / "depth")
+    packed(dataset / "hazy", tmp_path / "hazy")
+    monkeypatch.chdir(tmp_path)
+    job = small_job(
+        "colabator",
+        dataset,
+        tmp_path,
+        data={"clear": "clear", "depth": "clear", "hazy": "hazy"},
+        train={"steps": 2, "validate_every": 2},
+    )
+    run_training(with_absolute_paths(job), Console(), tmp_path)
+    (run,) = (tmp_path / "runs").glob("test-colabator-*")
+    assert (run / "report.html").exists() and not (run / "bad_files.tsv").exists()
+    pool = locate(str(run / "pool"))
+    keys = [*snapshots.index(pool, snapshots.read(pool.child(snapshots.name_of(2))))]
+    assert keys
+    for key in keys:
+        in_pack, in_folder = (hazy_image(root, key, 32, 32) for root in ("hazy", str(dataset / "hazy")))
+        assert np.array_equal(in_pack, in_folder)
+    with pytest.raises(StorageError, match=r"the pack in .*hazy holds none"):
+        hazy_image("hazy", "another.png", 32, 32)
