@@ -2,8 +2,8 @@
 
 Both are made by turns by one task on one core, from JPEG photographs of 2 megapixels with depth as .npy, as 16-bit PNG
 and procedural, once the cache holds all of them; a row between says what it costs to offer them in the first epoch.
-Then a whole stream is read through Ray Data, without the cache and with it, by a single decoding task. Prints Markdown,
-times in ms:
+Then a whole stream is read through Ray Data, which has all of the machine's CPUs, without the cache and with it. Prints
+Markdown, times in ms:
 
     python docs/evidence/decoded_cache.py --samples 90
 
@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from docs.evidence.stream_speed import PATCH_PX, QUALITY, fail, job_of, render
 
 COPIES = 8
+ONE_WORKER = Cluster(workers=1, cpus_per_worker=1, data_cpus=1)
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
         render(folder, *arguments.size)
         for file in sorted((folder / "clear").iterdir()):
             shift(folder, file.stem)
-        cluster.connect(Cluster(workers=1, cpus_per_worker=1, data_cpus=1))
+        cluster.connect(ONE_WORKER)
         jobs = [job_of(kind, folder, depth) for kind in ("pretrain", "colabator") for depth in depths(folder)]
         for job in jobs:
             keeper = start_cache(4096, start_board())
@@ -129,7 +130,7 @@ def streamed(job: TrainingJob, cache_mib: int, samples: int) -> float:
     board, manifest = start_board(), build_manifest(job)
     keeper, warm = start_cache(cache_mib, board), 6 * len(manifest.clear)
     steps = job.train.model_copy(update={"steps": warm + 4 * samples})
-    job = job.model_copy(update={"train": steps, "cluster": Cluster(workers=1, cpus_per_worker=1, data_cpus=1)})
+    job = job.model_copy(update={"train": steps, "cluster": ONE_WORKER})
     ((phase, layout),) = remaining_phases(job, 0, 0, 1)
     (shard,) = split_stream(job, ray.put(manifest), board, layout, phase.patch_px, cache=keeper)
     ends_s = [time.perf_counter() for _ in batches(shard, layout, 0)]
