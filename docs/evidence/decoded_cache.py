@@ -35,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from docs.evidence.stream_speed import PATCH_PX, QUALITY, fail, job_of, render
 
 COPIES = 8
-ONE_WORKER = Cluster(workers=1, cpus_per_worker=1, data_cpus=1)
 
 
 def main() -> None:
@@ -48,7 +47,7 @@ def main() -> None:
         render(folder, *arguments.size)
         for file in sorted((folder / "clear").iterdir()):
             shift(folder, file.stem)
-        cluster.connect(ONE_WORKER)
+        cluster.connect(Cluster(workers=1, cpus_per_worker=1, data_cpus=1))
         jobs = [job_of(kind, folder, depth) for kind in ("pretrain", "colabator") for depth in depths(folder)]
         for job in jobs:
             keeper = start_cache(4096, start_board())
@@ -130,7 +129,7 @@ def streamed(job: TrainingJob, cache_mib: int, samples: int) -> float:
     board, manifest = start_board(), build_manifest(job)
     keeper, warm = start_cache(cache_mib, board), 6 * len(manifest.clear)
     steps = job.train.model_copy(update={"steps": warm + 4 * samples})
-    job = job.model_copy(update={"train": steps, "cluster": ONE_WORKER})
+    job = job.model_copy(update={"train": steps})
     ((phase, layout),) = remaining_phases(job, 0, 0, 1)
     (shard,) = split_stream(job, ray.put(manifest), board, layout, phase.patch_px, cache=keeper)
     ends_s = [time.perf_counter() for _ in batches(shard, layout, 0)]
