@@ -6,6 +6,8 @@ import posixpath
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from pyarrow.fs import FileInfo
+
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.jobdata import Paired
 from corun_ray.service.packs import Pack, is_pack, open_pack
@@ -90,11 +92,19 @@ def pair_by_stem(
 
 
 def images_below(uri: str, key: str) -> list[str]:
-    """The images under a folder or URI; raises `ManifestError`, naming the job file's `key`, where there are none."""
-    files = locate(uri).files()
+    """The names of `image_files`; raises as that does."""
+    return [*image_files(uri, key)]
+
+
+def image_files(uri: str, key: str) -> dict[str, FileInfo]:
+    """The images under a folder or URI, with what is known of their files.
+
+    Raises `ManifestError`, naming the job file's `key`, where there are none or a pack of them, and `StorageError`.
+    """
+    files = locate(uri).listing()
     if is_pack(files):
         raise ManifestError(f"{key}: {uri} holds a pack, from which only training data are read")
-    return _images_among(files, uri, key)
+    return {image: files[image] for image in _images_among([*files], uri, key)}
 
 
 def _images_among(files: list[str], uri: str, key: str) -> list[str]:
@@ -124,26 +134,28 @@ def build_manifest(job: TrainingJob) -> Manifest:
 
 
 def _images(uri: str, key: str, packs: dict[str, Pack]) -> list[str]:
-    """The images in a folder or a pack, which is added to `packs`."""
-    place = locate(uri)
-    if place.uri not in packs:
-        files = place.listing()
-        if not is_pack(files):
-            return _images_among([*files], uri, key)
-        packs[place.uri] = open_pack(place, files)
-    return [*packs[place.uri].images]
+    found = _pack_or_files(uri, packs)
+    return [*found.images] if isinstance(found, Pack) else _images_among(found, uri, key)
 
 
 def _depth_maps(uri: str, packs: dict[str, Pack]) -> list[str]:
+    found = _pack_or_files(uri, packs)
+    if not isinstance(found, Pack):
+        return with_suffix(found, DEPTH_SUFFIXES)
+    if not found.depths:
+        raise ManifestError(f"data.depth: the pack in {uri} holds no depth (corun-ray pack --depth adds it)")
+    return [*found.depths]
+
+
+def _pack_or_files(uri: str, packs: dict[str, Pack]) -> Pack | list[str]:
+    """The pack in a folder, added to `packs`, or the folder's files."""
     place = locate(uri)
     if place.uri not in packs:
         files = place.listing()
         if not is_pack(files):
-            return with_suffix([*files], DEPTH_SUFFIXES)
+            return [*files]
         packs[place.uri] = open_pack(place, files)
-    if not packs[place.uri].depths:
-        raise ManifestError(f"data.depth: the pack in {uri} holds no depth (corun-ray pack --depth adds it)")
-    return [*packs[place.uri].depths]
+    return packs[place.uri]
 
 
 def _paired(paired: Paired, hazy: tuple[str, ...], packs: dict[str, Pack]) -> Manifest:

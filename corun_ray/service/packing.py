@@ -8,7 +8,7 @@ until the new index takes the place of the old one, the old pack is whole.
 import io
 import json
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from pyarrow.fs import FileInfo
 from ray.data import DataContext
 
 from corun_ray.core.images import BadImage, decode_depth
@@ -45,14 +46,28 @@ class Packed:
 
 
 def shards_there(plan: Plan) -> set[int]:
-    """Which shards an earlier packing has written; raises `StorageError` where the output holds other things."""
+    """Which shards an earlier packing has written whole, with all files that the plan has for them.
+
+    Raises `StorageError` where the output holds other things.
+    """
     output = locate(plan.output)
     files = output.listing() if output.exists() else {}
     for file in files:
         if file != INDEX and not SHARD_FILE.fullmatch(file):
             raise StorageError(f"{plan.output} holds {file}, which is no part of a pack: choose an empty place")
-    names = [plan.shard_name(shard) for shard in range(len(plan.shards))]
-    return {shard for shard, name in enumerate(names) if {_images(name), _part(name)} <= files.keys()}
+    return {shard for shard in range(len(plan.shards)) if _is_there(plan.shard_name(shard), output, files)}
+
+
+def _is_there(name: str, output: Location, files: Mapping[str, FileInfo]) -> bool:
+    if not {_images(name), _part(name)} <= files.keys():
+        return False
+    try:
+        metadata = pq.read_schema(pa.BufferReader(output.child(_part(name)).read())).metadata or {}
+    except pa.ArrowException:
+        return False
+    # What could not be read then may be readable now.
+    whole = {SHARDS: json.dumps({_images(name): files[_images(name)].size}), _LEFT_OUT: json.dumps({})}
+    return all(metadata.get(key) == text.encode() for key, text in whole.items())
 
 
 def pack(plan: Plan, there: set[int], progress: Callable[[int, int], None]) -> Packed:

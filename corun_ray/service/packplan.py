@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from corun_ray.service.manifest import DEPTH_SUFFIXES, ManifestError, images_below, pair_by_stem, with_suffix
+from corun_ray.service.manifest import DEPTH_SUFFIXES, ManifestError, image_files, pair_by_stem, with_suffix
 from corun_ray.service.storage import locate
 
 FORMAT = 1
@@ -55,8 +55,8 @@ class Plan:
 
 def plan_pack(images: str, output: str, depth: str | None, shard_mib: int, keep_png: bool) -> Plan:
     """Lists, pairs and cuts; raises `StorageError` and `ManifestError`."""
-    keys: dict[str, str | None] = dict.fromkeys(images_below(images, "IMAGES"))
-    files, maps, left_out = locate(images).listing(), {}, {}
+    files, maps, left_out = image_files(images, "IMAGES"), {}, {}
+    keys: dict[str, str | None] = dict.fromkeys(files)
     if depth is not None:
         maps = locate(depth).listing()
         named = with_suffix([*maps], DEPTH_SUFFIXES)

@@ -20,7 +20,7 @@ from corun_ray.service.packplan import plan_pack
 from corun_ray.service.packs import INDEX, open_pack
 from corun_ray.service.pool_export import hazy_image
 from corun_ray.service.samplemaker import SampleMaker
-from corun_ray.service.storage import StorageError, locate
+from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 from corun_ray.service.train import run_training
 from tests.conftest import write_image
 from tests.service.jobs import small_job
@@ -31,7 +31,7 @@ def ignore(bad_files):
 
 
 def packed(images, output, depth=None, shard_mib=1, keep_png=False):
-    """A pack written in this process, without Ray."""
+    """A pack written in this process, without Ray; the number of shards that were written for it."""
     plan = plan_pack(str(images), str(output), None if depth is None else str(depth), shard_mib, keep_png)
     there = shards_there(plan)
     for shard in range(len(plan.shards)):
@@ -132,6 +132,34 @@ def test_packing_again_writes_what_is_missing_or_has_changed(large):
     pack = opened(large / "pack")
     assert pack.read(pack.images["day 1/5.png"]) == (large / "clear/day 1/5.png").read_bytes()
     assert len(locate(str(large / "pack")).files()) == 1 + 2 * len(pack.shards), "old shards are gone"
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".index.parquet"])
+@pytest.mark.parametrize("keep", [slice(None, -9), slice(None, 0)], ids=["cut", "empty"])
+def test_packing_again_mends_a_damaged_shard(large, suffix, keep):
+    packed(large / "clear", large / "pack")
+    name = opened(large / "pack").shards[3].removesuffix(".parquet") + suffix
+    content = (large / "pack" / name).read_bytes()
+    (large / "pack" / name).write_bytes(content[keep])
+    assert packed(large / "clear", large / "pack")[1] == 1
+    assert (large / "pack" / name).read_bytes() == content
+    opened(large / "pack")
+
+
+def test_packing_again_takes_what_could_not_be_read_before(large, monkeypatch):
+    read, lost = Location.read, str(large / "clear/day 0/2.png")
+
+    def reads_all_but_one(place):
+        if place.path == lost:
+            raise MissingFile(f"cannot read {lost}: Permission denied")
+        return read(place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Location, "read", reads_all_but_one)
+        result, _ = packed(large / "clear", large / "pack")
+        assert result.left_out == {lost: f"cannot read {lost}: Permission denied"} and result.images == 5
+    result, written = packed(large / "clear", large / "pack")
+    assert (written, result.images, result.left_out) == (1, 6, {})
 
 
 def test_until_packing_again_has_ended_the_old_pack_is_whole(large):
