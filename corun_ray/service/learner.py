@@ -97,8 +97,8 @@ class Learner:
             student,
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            # A network that is not ours may have parameters that take no part in restoring.
-            find_unused_parameters=not isinstance(self._state.student, CORUN),
+            # A network that is not ours, or a user's class of it, may have parameters that take no part in restoring.
+            find_unused_parameters=type(self._state.student) is not CORUN,
         )
 
     def _alone(self) -> contextlib.AbstractContextManager:
