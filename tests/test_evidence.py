@@ -82,5 +82,5 @@ def test_decoded_images_from_the_object_store() -> None:
 
 def test_the_service_beside_torchrun() -> None:
     small = ("--size", 32, "--steps", 6, "--warm", 2, "--every", 2, "--turns", 1)
-    said = ran("scaling.py", "--kind", "colabator", "--workers", 1, 2, *small)
+    said = ran("beside_torchrun.py", "--kind", "colabator", "--workers", 1, 2, *small)
     assert [line.split("|")[1].strip() for line in said.splitlines()[2:]] == ["1", "2"] and said.count(" % |") == 2

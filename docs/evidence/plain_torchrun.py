@@ -1,7 +1,8 @@
 """The training of a job file without the service: `torchrun`, a DataLoader and, for Colabator, a pool in each process.
 
-What the service is timed against (`scaling.py` runs both). Network, losses, samples and their order are the job's own,
-from `corun_ray.core` and the stream's maker of samples; there is no Ray process, storage, tracking or checkpoint:
+What the service is timed against (`beside_torchrun.py` runs both). Network, losses, samples and their order are the
+job's own, from `corun_ray.core` and the stream's maker of samples; there is no Ray process, storage, tracking or
+checkpoint:
 
     torchrun --nproc-per-node 2 docs/evidence/plain_torchrun.py job.yaml rates.json
 

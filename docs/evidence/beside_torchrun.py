@@ -3,7 +3,7 @@
 Both train the same network on the same samples in the same order, a thread a worker. Prints a Markdown table of
 the samples per second of all workers and of what the service costs, medians over all turns:
 
-    python docs/evidence/scaling.py --kind colabator --workers 1 2 4
+    python docs/evidence/beside_torchrun.py --kind colabator --workers 1 2 4
 
 Before the first `--warm` steps are over, neither is counted; times to start are told apart.
 """
@@ -46,7 +46,7 @@ def write_job(folder: Path, arguments: argparse.Namespace, workers: int) -> Path
     }
     job = {
         "kind": arguments.kind,
-        "name": f"scaling-{workers}",
+        "name": f"beside-{workers}",
         "storage": str(folder / "runs"),
         "data": data,
         "network": {"stages": arguments.stages, "width": 30},
