@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -15,6 +16,15 @@ from numpy.typing import NDArray
 ImageU8 = NDArray[np.uint8]
 
 # --- Geometry ---
+
+
+class Cuttable(Protocol):
+    """An image `H W …` of which a region can be had: an array, or a file that is decoded no further than for that."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, region: tuple[slice, slice], /) -> NDArray: ...
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,8 @@ class Crop:
     quarter_turns: int = 0
     """Turns by 90 degrees, counter-clockwise, after the flip."""
 
-    def cut(self, pixels: NDArray) -> NDArray:
-        """The region at the source's own resolution, `side side …`: a view of `pixels`, `H W …`."""
+    def cut(self, pixels: Cuttable) -> NDArray:
+        """The region at the source's own resolution, `side side …`; of an array `H W …` a view."""
         rows = slice(self.top_px, self.top_px + self.side_px)
         return pixels[rows, self.left_px : self.left_px + self.side_px]
 

@@ -2,21 +2,15 @@
 
 import io
 import math
-import re
-from collections.abc import Iterator
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from corun_ray.core import jpeg
+
 MIN_SIDE_PX = 8
 
-_JPEG_START = b"\xff\xd8\xff"
-_JPEG_END = 0xD9
-_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers of the segments that begin a frame, and so tell its size."""
-# Any marker that a segment or the end follows: neither a stuffed 0xFF of the coded data nor a restart.
-_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 _JPEG_FLAGS = {
@@ -43,7 +37,7 @@ def decode_image(data: bytes, least_px: int | None = None) -> NDArray[np.uint8]:
     With `least_px`, for those who will make it smaller anyway, a JPEG comes at a half, a quarter or an eighth of its
     size as long as both sides keep so many pixels: most of the work of its decoder is then never done.
     """
-    image = decode_pixels(data, 1 if least_px is None else _reduction(data, least_px))
+    image = decode_pixels(data, 1 if least_px is None else jpeg.reduction(data, least_px))
     if image.dtype == np.uint16:
         return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return image.astype(np.uint8, copy=False)
@@ -58,7 +52,7 @@ def decode_pixels(data: bytes, reduction: int = 1) -> NDArray[np.uint8] | NDArra
     Raises `BadImage` if the file is empty, truncated, damaged, no image, of floating-point pixels, or has a
     side under 8 px.
     """
-    if data.startswith(_JPEG_START):
+    if jpeg.is_jpeg(data):
         image: NDArray = _decode(data, _JPEG_FLAGS[reduction])
     else:
         # Not IMREAD_COLOR_RGB: OpenCV 5.0 gives wrong pixels for TIFF files of 16 bits then.
@@ -101,7 +95,7 @@ def _decode(data: bytes, flags: int) -> NDArray:
     if not data:
         raise BadImage("empty file")
     # Whether half an image passes depends on the decoder's version: so look for the end here.
-    if data.startswith(_JPEG_START) and not _jpeg_has_end(data):
+    if jpeg.is_jpeg(data) and not jpeg.has_end(data):
         raise BadImage("truncated JPEG")
     if data.startswith(_PNG_START) and not _png_has_end(data):
         raise BadImage("truncated PNG")
@@ -112,34 +106,6 @@ def _decode(data: bytes, flags: int) -> NDArray:
     if image is None:
         raise BadImage("not an image, or a damaged one")
     return image
-
-
-def _jpeg_has_end(data: bytes) -> bool:
-    return any(marker == _JPEG_END for marker, _ in _jpeg_segments(data))
-
-
-def _reduction(data: bytes, least_px: int) -> int:
-    """By how much a file may be reduced in decoding; 1 for all but JPEG."""
-    sides_px = _jpeg_sides(data) if data.startswith(_JPEG_START) else (0, 0)
-    return next((reduction for reduction in (8, 4, 2) if min(sides_px) >= reduction * least_px), 1)
-
-
-def _jpeg_sides(data: bytes) -> tuple[int, int]:
-    """Height and width in pixels, before its EXIF orientation is applied; 0 where no frame's header is found."""
-    for marker, start in _jpeg_segments(data):
-        if marker in _JPEG_FRAMES:
-            return int.from_bytes(data[start + 3 : start + 5], "big"), int.from_bytes(
-                data[start + 5 : start + 7], "big"
-            )
-    return 0, 0
-
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Each segment's marker and where it starts; to search for bytes alone could find an embedded thumbnail's."""
-    position = 2
-    while match := _JPEG_MARKER.search(data, position):
-        yield match[1][0], match.end()
-        position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
 
 
 def _png_has_end(data: bytes) -> bool:

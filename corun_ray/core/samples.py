@@ -40,7 +40,7 @@ class RealViews:
 
 
 def synthetic_sample(
-    clear: ImageU8,
+    clear: augment.Cuttable,
     depth_map: DepthMap,
     rng: np.random.Generator,
     *,
@@ -62,8 +62,8 @@ def synthetic_sample(
         crop = augment.sample_crop(
             rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
         )
+    truth, region = crop.cut(clear), crop.cut(depth_map.pixels)
     with phase("synthesis"):
-        truth, region = crop.cut(clear), crop.cut(depth_map.pixels)
         haze, camera = scattering.sample_haze(rng, haze_range), augment.sample_camera(rng)
         hazy = np.empty(truth.shape, np.uint8)
         for top in range(0, crop.side_px, _BAND_PX):
@@ -80,8 +80,8 @@ def synthetic_sample(
 
 
 def paired_sample(
-    hazy: ImageU8,
-    clear: ImageU8,
+    hazy: augment.Cuttable,
+    clear: augment.Cuttable,
     rng: np.random.Generator,
     *,
     patch_px: int,
@@ -98,11 +98,12 @@ def paired_sample(
             f"degraded image of {hazy.shape[1]} x {hazy.shape[0]} px does not fit its clean one "
             f"of {width_px} x {height_px} px"
         )
+    crop = augment.sample_crop(
+        rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
+    )
+    degraded, truth = crop.cut(hazy), crop.cut(clear)
     with phase("resize"):
-        crop = augment.sample_crop(
-            rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
-        )
-        return Pair(crop.finish(crop.cut(hazy), patch_px), crop.finish(crop.cut(clear), patch_px), None)
+        return Pair(crop.finish(degraded, patch_px), crop.finish(truth, patch_px), None)
 
 
 def real_side_px(patch_px: int) -> int:

@@ -14,10 +14,12 @@ import numpy as np
 
 from corun_ray.config import ColabatorJob, TrainingJob
 from corun_ray.core import samples, scattering
+from corun_ray.core.augment import Cuttable
 from corun_ray.core.depth import DepthMap, procedural_depth
 from corun_ray.core.images import BadImage, decode_depth, decode_image
 from corun_ray.core.phases import phase
 from corun_ray.service.decoded import Decoded
+from corun_ray.service.jpeg_region import cuttable_sides, decode_region
 from corun_ray.service.manifest import Manifest
 from corun_ray.service.storage import MissingFile
 
@@ -93,8 +95,8 @@ class SampleMaker:
         data = self.job.data
         assert data.paired is not None and self.manifest.paired_hazy is not None
         hazy_key = self.manifest.paired_hazy[image]
-        hazy = self._image(data.paired.hazy, hazy_key)
-        clear = self._image(data.paired.clear, self.manifest.clear[image])
+        hazy = self._cuttable(data.paired.hazy, hazy_key)
+        clear = self._cuttable(data.paired.clear, self.manifest.clear[image])
         with _naming(data.paired.hazy, hazy_key):
             return samples.paired_sample(
                 hazy, clear, rng, patch_px=self.patch_px, random_resize=data.random_resize, rotation=data.rotation
@@ -104,11 +106,11 @@ class SampleMaker:
         data, haze = self.job.data, self.job.haze
         assert data.clear is not None
         clear_key = self.manifest.clear[image]
-        clear = self._image(data.clear, clear_key)
+        clear = self._cuttable(data.clear, clear_key)
         if self.manifest.depth is None:
             depth_root, depth_key = data.clear, clear_key
             with phase("depth"):
-                depth_map = procedural_depth(rng, *clear.shape[:2])
+                depth_map = procedural_depth(rng, clear.shape[0], clear.shape[1])
         else:
             assert data.depth is not None
             depth_root, depth_key = data.depth, self.manifest.depth[image]
@@ -131,6 +133,16 @@ class SampleMaker:
         hazy = self._image(self.job.data.hazy, key, least_px)
         return key, samples.real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=jpeg_quality)
 
+    def _cuttable(self, root: str, key: str) -> Cuttable:
+        """An image for those who take a region of it: decoded no further, unless the whole is to be kept."""
+        if self.cache is not None:
+            return self._image(root, key)
+        with _naming(root, key):
+            content = self._read(root, key)
+            with phase("decode"):
+                sides_px = cuttable_sides(content)
+                return decode_image(content) if sides_px is None else _ImageFile(root, key, content, (*sides_px, 3))
+
     def _image(self, root: str, key: str, least_px: int | None = None) -> np.ndarray:
         return self._kept((root, key, least_px), lambda: self._decoded_image(root, key, least_px))
 
@@ -142,10 +154,13 @@ class SampleMaker:
 
     def _decoded_image(self, root: str, key: str, least_px: int | None) -> np.ndarray:
         with _naming(root, key):
-            with phase("read"):
-                content = self.manifest.read_image(root, key)
+            content = self._read(root, key)
             with phase("decode"):
                 return decode_image(content, least_px)
+
+    def _read(self, root: str, key: str) -> bytes:
+        with phase("read"):
+            return self.manifest.read_image(root, key)
 
     def _decoded_depth(self, root: str, key: str) -> DepthMap:
         with _naming(root, key):
@@ -160,6 +175,20 @@ class _Unusable(Exception):
     def __init__(self, uri: str, reason: str) -> None:
         super().__init__(f"{uri}: {reason}")
         self.uri, self.reason = uri, reason
+
+
+@dataclass(frozen=True)
+class _ImageFile:
+    """An image in its file, decoded when a region is cut out of it."""
+
+    root: str
+    key: str
+    content: bytes
+    shape: tuple[int, int, int]
+
+    def __getitem__(self, region: tuple[slice, slice]) -> np.ndarray:
+        with _naming(self.root, self.key), phase("decode"):
+            return decode_region(self.content, *region)
 
 
 class _naming:

@@ -6,6 +6,8 @@ import pytest
 
 from corun_ray.core import augment
 from corun_ray.core.images import decode_image
+from corun_ray.service import samplemaker
+from corun_ray.service.jpeg_region import decode_region
 from corun_ray.service.manifest import Manifest, build_manifest
 from corun_ray.service.samplemaker import CLEAR, HAZY, SampleMaker, TooManyBadFiles, image_of_sample
 from tests.conftest import write_image
@@ -79,6 +81,37 @@ def test_awkward_files_are_used_correctly_or_named(tmp_path):
     assert {uri.rsplit("/", 1)[1] for uri in bad} == {"broken.jpg", "text.png"}
     assert "truncated" in bad[str(clear / "broken.jpg")] and "not an image" in bad[str(clear / "text.png")]
     assert manifest.set_aside == {str(clear / "nodepth.png"): "no depth map of this name"}
+
+
+def test_jpegs_are_decoded_no_further_than_the_crop_goes_and_give_the_same_samples(dataset, tmp_path, monkeypatch):
+    """Against samples of the same pixels in PNG, which are decoded whole; one file is damaged, and named."""
+    rng = np.random.default_rng(3)
+    for folder in ("jpeg", "png"):
+        shutil.copytree(dataset / "depth", tmp_path / folder / "depth")
+    for depth in sorted((dataset / "depth").iterdir()):
+        height_px, width_px = np.load(depth).shape
+        write_image(tmp_path / "jpeg" / "clear" / f"{depth.stem}.jpg", rng.integers(0, 256, (height_px, width_px, 3)))
+        content = (tmp_path / "jpeg" / "clear" / f"{depth.stem}.jpg").read_bytes()
+        write_image(tmp_path / "png" / "clear" / f"{depth.stem}.png", decode_image(content))
+    damaged = tmp_path / "jpeg" / "clear" / f"{depth.stem}.jpg"
+    tables = content.index(b"\xff\xc4")
+    damaged.write_bytes(content[: tables + 5] + b"\xff" * 16 + content[tables + 21 :])
+    (tmp_path / "png" / "clear" / f"{depth.stem}.png").write_bytes(b"damaged, too")
+
+    rows: list[slice] = []
+    monkeypatch.setattr(
+        samplemaker, "decode_region", lambda data, *region: rows.append(region[0]) or decode_region(data, *region)
+    )
+    bad: dict[str, str] = {}
+    makers = []
+    for folder in ("jpeg", "png"):
+        job = small_job("pretrain", tmp_path / folder, tmp_path)
+        makers.append(SampleMaker(job, build_manifest(job), 32, bad.update))
+    for index in range(10):
+        ours, whole = (maker.sample(index) for maker in makers)
+        assert np.array_equal(ours["hazy"], whole["hazy"]) and np.array_equal(ours["clear"], whole["clear"])
+    assert len(rows) >= 10 and min(region.stop for region in rows) < height_px
+    assert set(bad) == {str(damaged), str(tmp_path / "png" / "clear" / f"{depth.stem}.png")}
 
 
 def test_with_nothing_usable_it_stops(tmp_path):
