@@ -9,7 +9,7 @@ from one into the other. The form that reads like the paper is `tests/core/plain
 """
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,15 +54,9 @@ class SpectralAttention(nn.Module):
         return position.add_(_planes(attended, x))
 
     def products(self, x: Tensor) -> Tensor:
-        """`x x'`, B C C: the channels' inner products over pixels B C H W. Those of parts add up.
-
-        In twice the precision of `x`, at least float32: cosines of queries and keys that are much smaller than the
-        features cancel most of the digits, and a sum over all pixels is too long for half precision anyway.
-        """
+        """`x x'`, B C C: the channels' inner products over pixels B C H W. Those of parts add up."""
         with torch.autocast(x.device.type, enabled=False):
-            pixels = _pixels(x)
-            pixels = pixels.to(torch.float64 if pixels.dtype == torch.float32 else torch.float32)
-            return torch.bmm(pixels.mT, pixels)
+            return cast(Tensor, _InnerProducts.apply(_pixels(x)))
 
     def mixing_of(self, products: Tensor) -> Tensor:
         """What the values of an image are mixed by, B C C: its attention maps, then the output projection."""
@@ -83,6 +77,26 @@ class SpectralAttention(nn.Module):
             projection = self.proj.weight.view(channels, heads, width).transpose(0, 1)  # heads C d
             mixing = torch.bmm(projection, attention).view(heads, channels, batch, width)
             return mixing.permute(2, 1, 0, 3).reshape(batch, channels, channels)
+
+
+class _InnerProducts(torch.autograd.Function):
+    """`x' x`, B C C, of pixels B N C, in twice the precision of `x`, at least float32.
+
+    Cosines of queries and keys that are much smaller than the features cancel most of the digits, and a sum over all
+    pixels is too long for half precision anyway. The gradient `x (g + g')` has neither fault: it is computed in the
+    precision of `x`, and nothing in twice that is kept for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor) -> Tensor:
+        ctx.save_for_backward(pixels)
+        pixels = pixels.to(torch.float64 if pixels.dtype == torch.float32 else torch.float32)
+        return torch.bmm(pixels.mT, pixels)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (pixels,) = ctx.saved_tensors
+        return torch.bmm(pixels, (gradient + gradient.mT).to(pixels.dtype))
 
 
 class FeedForward(nn.Module):
