@@ -1,6 +1,7 @@
 """What a device can do, as far as the network needs it, and what a piece of work asks of it: the floor of its time."""
 
 import contextlib
+import math
 import resource
 import statistics
 import sys
@@ -68,9 +69,23 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
 def count_work(run: Callable[[], object]) -> Work:
     """Runs it once, eagerly, and counts."""
     traffic = _Traffic()
-    with FlopCounterMode(display=False) as flops, traffic:
+    formulae = {torch.ops.aten.convolution_backward: _flops_of_convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulae) as flops, traffic:
         run()
     return Work(flops.get_total_flops(), traffic.bytes)
+
+
+def _flops_of_convolution_backward(
+    gradient: list[int], inputs: list[int], weight: list[int], *rest: Any, **_: Any
+) -> int:
+    """That of the input and that of the weight ask for what the forward pass did, each.
+
+    torch 2.14 counts every gradient as if no convolution had groups: depthwise ones as many times too dear as they
+    have channels.
+    """
+    transposed, wanted = rest[4], rest[7]
+    pixels = math.prod((inputs if transposed else gradient)[2:])
+    return 2 * gradient[0] * pixels * math.prod(weight) * sum(wanted[:2])
 
 
 class _Traffic(TorchDispatchMode):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.profiler import profile
 
+from corun_ray.core.allocation import keep_freed_memory
 from corun_ray.core.bench_machine import Machine, Work, count_work, measure_machine, peak_memory, seconds
 from corun_ray.core.coherence import Coherence
 from corun_ray.core.compiling import compiled
@@ -62,6 +63,8 @@ class StepReport:
 
 def bench_step(settings: StepSettings, trace: Path | None = None) -> StepReport:
     """Runs steps on random images; with `trace`, writes a profiler's trace of one more, for chrome://tracing."""
+    if settings.device.type == "cpu":  # as a worker does
+        keep_freed_memory()
     run = _Run(settings)
     with peak_memory(settings.device) as peak:
         for _ in range(WARM_UP):

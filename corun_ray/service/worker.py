@@ -14,6 +14,7 @@ from torch import nn
 
 from corun_ray.config import ColabatorJob
 from corun_ray.core import checkpoints
+from corun_ray.core.allocation import keep_freed_memory
 from corun_ray.core.corun import CORUN
 from corun_ray.core.schedule import Cycle, learning_rate
 from corun_ray.core.state import TrainState
@@ -68,6 +69,7 @@ class Worker:
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
+            keep_freed_memory()
             torch.set_num_threads(max(1, int(self.job.cluster.cpus_per_worker)))
         self.model: Model = ray.get(plan.model)
         torch.manual_seed(self.job.seed)  # of a network that begins without parameters; the same on every rank

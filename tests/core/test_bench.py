@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import conv2d
 
 from corun_ray.core.bench import main
 from corun_ray.core.bench_machine import Machine, Work, count_work
@@ -34,6 +35,18 @@ def test_a_product_is_counted_as_what_it_is() -> None:
     work = count_work(lambda: (left @ right).T)  # a view reads and writes nothing
     assert work == Work(2 * 3 * 5 * 7, 4 * (3 * 5 + 5 * 7 + 3 * 7))
     assert work.floor_s(Machine(flops_per_s=105, bytes_per_s=71)) == (2, 4)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_convolution_s_gradients_cost_what_it_does_whatever_its_groups(groups: int) -> None:
+    images = torch.ones(2, 8, 6, 6, requires_grad=True)
+    weight = torch.ones(8, 8 // groups, 3, 3, requires_grad=True)
+    forward = 2 * (2 * 6 * 6 * 8) * (8 // groups * 9)
+
+    def counted(images: torch.Tensor) -> float:
+        return count_work(lambda: conv2d(images, weight, padding=1, groups=groups).sum().backward()).flops
+
+    assert counted(images) == 3 * forward and counted(images.detach()) == 2 * forward
 
 
 @pytest.mark.parametrize(("rate", "wins"), [(0, []), (0.25, [3, 7, 11]), (1, list(range(12)))])

@@ -1,0 +1,21 @@
+"""Memory that a process keeps, for steps that ask for the same amounts again and again."""
+
+import ctypes
+import sys
+
+# What `mallopt` can set, as malloc.h numbers it.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_NEVER = -1  # as a threshold, the largest number
+
+
+def keep_freed_memory() -> None:
+    """Has this process keep what its tensors free, instead of giving it back to the system; on Linux alone.
+
+    By itself glibc returns every block of over 32 MiB, and the next tensor of that size costs a page fault for each 4
+    KiB: a sixth of a training step on a CPU at 288 px in float32 (`docs/performance.md`). torch's GPU memory is kept
+    anyway.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_MAX, 0)
+        libc.mallopt(_TRIM_THRESHOLD, _NEVER)
