@@ -5,11 +5,12 @@ list of unusable files, which every decoding task adds to.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from corun_ray.service.gallery import Measured
+if TYPE_CHECKING:  # it brings torch, which would triple the time that the board's process takes to start
+    from corun_ray.service.gallery import Measured
 
 
 @dataclass
@@ -30,7 +31,7 @@ class News:
     metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     pictures: list[tuple[int, str, bytes]] = field(default_factory=list)
     """Step, name and PNG."""
-    measured: list[tuple[int, list[Measured]]] = field(default_factory=list)
+    measured: "list[tuple[int, list[Measured]]]" = field(default_factory=list)
     """Step, and some of its held-out images: each rank tells of its own."""
     errors: list[tuple[int, str]] = field(default_factory=list)
     """Rank and traceback of workers that raised; one that was killed says nothing."""
@@ -78,7 +79,7 @@ class BoardState:
         """A picture made after `step` steps."""
         self._news.pictures.append((step, name, png))
 
-    def post_measured(self, step: int, measured: list[Measured]) -> None:
+    def post_measured(self, step: int, measured: "list[Measured]") -> None:
         """Held-out images, measured after `step` steps."""
         self._news.measured.append((step, measured))
 

@@ -93,14 +93,21 @@ class MeasureFiles(Restorers):
         return values, unmeasured
 
 
+def images_of(section: Evaluate) -> list[tuple[str, str | None]]:
+    """The images to measure, each with its truth if there is one; raises `StorageError`, `ManifestError`."""
+    return held_out(section.hazy, section.clear, "evaluate")
+
+
 def evaluate(
-    section: Evaluate, models: dict[str, Model], progress: Callable[[int, int], None] | None = None
+    section: Evaluate,
+    pairs: list[tuple[str, str | None]],
+    models: dict[str, Model],
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measures every baseline and network; unusable images, and values that are missing, are named in the result.
 
-    Raises `StorageError`, `ManifestError`.
+    Raises `StorageError`.
     """
-    pairs = held_out(section.hazy, section.clear, "evaluate")
     DataContext.get_current().enable_progress_bars = False
     shared = {name: ray.put(model) for name, model in models.items()}
     spacing = max(1, len(pairs) // SHEET_ROWS)

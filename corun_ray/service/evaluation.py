@@ -6,7 +6,7 @@ from corun_ray.config import EvaluateJob
 from corun_ray.jobfile import dump_job
 from corun_ray.service import cluster
 from corun_ray.service.console import Console, duration
-from corun_ray.service.evaluate import Evaluation, evaluate
+from corun_ray.service.evaluate import Evaluation, evaluate, images_of
 from corun_ray.service.evaluation_report import (
     aligned,
     as_csv,
@@ -26,9 +26,13 @@ NAMED_UNMEASURED = 10
 
 
 def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
-    """Measures the job's models; leaves tables and a contact sheet. Raises the errors of `evaluate`."""
+    """Measures the job's models; leaves tables and a contact sheet.
+
+    Raises the errors of `images_of` and `fetch_model` before anything is started, then those of `evaluate`.
+    """
     started = time.monotonic()
     section = job.evaluate
+    pairs = images_of(section)
     models = {name: fetch_model(source, tracking_uri(job)) for name, source in section.models.items()}
     place = cluster.connect(job.cluster)
     run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -43,7 +47,7 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     console.header(f"evaluate {job.name}", facts)
     succeeded = False
     try:
-        found = evaluate(section, models, lambda done, total: console.progress(done, total, "image"))
+        found = evaluate(section, pairs, models, lambda done, total: console.progress(done, total, "image"))
         files, lines = _account(job, run, found)
         for name, content in files.items():
             run.child(name).write(content)

@@ -137,7 +137,7 @@ def _way_on(run: Location) -> str:
 
 def _plan(job: TrainingJob, manifest: Manifest, model: Model, run: Location) -> WorkerPlan:
     board = start_board()
-    ray.get(board.report_bad.remote(manifest.set_aside))
+    board.report_bad.remote(manifest.set_aside)
     shards: list[Any] = []
     if isinstance(job, ColabatorJob):
         labels = labels_of(job, run.name)

@@ -155,8 +155,9 @@ class Worker:
             shards = None
             if self.rank == 0:
                 plan = self.plan
-                data = (plan.manifest, plan.board, layout, phase.patch_px, plan.labels, plan.cache)
-                shards = split_stream(plan.job, *data)
+                shards = split_stream(
+                    plan.job, plan.manifest, plan.board, layout, phase.patch_px, plan.labels, plan.cache
+                )
             yield from batches(broadcast_from_rank_zero(shards)[self.rank], layout, self.rank)
 
     def _log_and_look_for_trouble(self) -> bool:

@@ -1,6 +1,7 @@
 """Checkpoint folders that no run can go on from: each is refused in one line, and nothing changes or is run."""
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,18 @@ from tests.core.test_checkpoints import Intruder, corun_spec, random_network
 from tests.core.test_resume import GAIN, assert_equal_states, rewrite, save_three_steps
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint folder of a run that has made three steps."""
-    save_three_steps(tmp_path)
-    return tmp_path
+    folder = tmp_path_factory.mktemp("three_steps")
+    save_three_steps(folder)
+    return folder
+
+
+@pytest.fixture
+def saved(three_steps: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(three_steps, tmp_path, dirs_exist_ok=True)
 
 
 def refusal(folder: Path, spec: NetworkSpec | None = None) -> str:

@@ -51,6 +51,7 @@ def job(machines, folder: Path, name: str, steps: int):
         driver.kill()
 
 
+@pytest.mark.slow
 def test_two_machines_train_together_and_share_a_pool_on_one_of_them(machines, tmp_path):
     with job(machines, tmp_path, "together", steps=6) as (driver, storage):
         assert driver.reaches(1), driver.output[-3000:]

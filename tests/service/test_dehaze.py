@@ -1,6 +1,7 @@
 """Batch dehazing by Ray Data, with a network that no training has touched."""
 
 import os
+import shutil
 
 import cv2
 import numpy as np
@@ -33,6 +34,14 @@ def model():
 
 def run(source, target, model, resume=False, **options):
     return dehaze(Dehaze(input=str(source), output=str(target), model="x", **options), model, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def restored(local_ray, model, dataset, tmp_path_factory):
+    """The dataset's hazy images, restored as a job with nothing else in it does."""
+    folder = tmp_path_factory.mktemp("restored")
+    assert run(dataset / "hazy", folder, model).written == 6
+    return folder
 
 
 def expected(model, path) -> np.ndarray:
@@ -90,8 +99,8 @@ def test_another_format_and_the_transmission_are_written_if_asked_for(local_ray,
     assert found.dtype == np.uint16 and np.abs(found / 65535 - transmission).max() < 1e-3
 
 
-def test_resuming_passes_over_what_is_done(local_ray, model, dataset, tmp_path):
-    run(dataset / "hazy", tmp_path, model)
+def test_resuming_passes_over_what_is_done(restored, model, dataset, tmp_path):
+    shutil.copytree(restored, tmp_path, dirs_exist_ok=True)
     kept = below(tmp_path)
     for name in ("photo_1.png", "photo_4.png"):
         kept[name].unlink()
@@ -136,12 +145,11 @@ def test_two_images_that_would_become_one_are_refused(local_ray, model, tmp_path
         run(tmp_path / "in", tmp_path / "out", model, **options)
 
 
-def test_stage_pictures_show_each_stage_and_leave_the_result_as_it_is(local_ray, dataset, model, tmp_path):
-    plain, staged = tmp_path / "plain", tmp_path / "staged"
-    run(dataset / "hazy", plain, model)
+def test_stage_pictures_show_each_stage_and_leave_the_result_as_it_is(restored, dataset, model, tmp_path):
+    staged = tmp_path / "staged"
     assert run(dataset / "hazy", staged, model, stages=True).written == 6
-    for name in sorted(path.name for path in plain.iterdir()):
-        assert (plain / name).read_bytes() == (staged / name).read_bytes()
+    for name in sorted(path.name for path in restored.iterdir()):
+        assert (restored / name).read_bytes() == (staged / name).read_bytes()
         picture = decode_image((staged / name.replace(".png", ".stages.png")).read_bytes())
         # The hazy image and two stages below each other; scene, transmission, re-hazed and its error side by side.
         assert picture.shape[0] > 3 * 200 and picture.shape[1] > 4 * 320 and picture.std() > 20

@@ -20,7 +20,9 @@ from corun_ray.core.metrics import ssim
 from corun_ray.core.restore import restore, to_image, to_tensor
 from corun_ray.jobfile import job_of
 from corun_ray.service.console import Console
+from corun_ray.service.evaluation import run_evaluation
 from corun_ray.service.jobs import run_jobs
+from corun_ray.service.storage import StorageError
 from tests.conftest import write_image
 
 
@@ -122,6 +124,14 @@ def test_what_has_no_value_is_empty_and_told(local_ray, photographs, tmp_path, c
     (small,) = [row for row in rows_of(run) if (row["image"], row["model"]) == ("small.png", "hazy")]
     assert small["vif"] == ""
     assert "means over 7 images" in output and "vif ↑" in output
+
+
+def test_a_missing_folder_is_told_before_anything_is_started(tmp_path, capsys):
+    section = {"hazy": str(tmp_path / "none"), "metrics": ("fade",)}
+    job = job_of({"kind": "evaluate", "name": "e", "storage": str(tmp_path / "runs"), "evaluate": section})
+    with pytest.raises(StorageError, match=f"cannot list {tmp_path}/none"):
+        run_evaluation(job, Console())
+    assert capsys.readouterr().out == "" and not (tmp_path / "runs").exists()
 
 
 def test_the_contact_sheet_shows_every_model_and_the_truth(evaluated):

@@ -76,7 +76,6 @@ def test_colabator_around_another_network_leaves_a_model_that_pyfunc_runs(name, 
         data=data,
         network={"stages": None, "width": None, **network},
         train={"steps": 4, "checkpoint_every": 2, "log_every": 2, "validate_every": 4},
-        cluster={"workers": 2},
         tracking={"register": name},
     )
     uri = run_training(job, Console(), tmp_path)

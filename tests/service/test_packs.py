@@ -24,6 +24,7 @@ from corun_ray.service.storage import Location, MissingFile, StorageError, locat
 from corun_ray.service.train import run_training
 from tests.conftest import write_image
 from tests.service.jobs import small_job
+from tests.service.scraping import log_lines
 
 
 def ignore(bad_files):
@@ -251,22 +252,29 @@ def test_tasks_on_the_cluster_write_what_this_process_would(local_ray, large):
     assert all(ours.read(place) for place in (*ours.images.values(), *ours.depths.values()))
 
 
-def test_a_run_trains_on_packs_and_pictures_them(local_ray, dataset, tmp_path, monkeypatch):
-    packed(dataset / "clear", tmp_path / "clear", dataset / "depth")
+def test_a_run_trains_on_packs_pictures_them_and_lists_a_damaged_image_that_it_tolerates(
+    local_ray, dataset, tmp_path, monkeypatch
+):
+    shutil.copytree(dataset / "clear", tmp_path / "photographs")
+    (tmp_path / "photographs" / "view_3.png").write_text("no picture")
+    packed(tmp_path / "photographs", tmp_path / "clear", dataset / "depth")
     packed(dataset / "hazy", tmp_path / "hazy")
     monkeypatch.chdir(tmp_path)
     job = small_job(
         "colabator",
         dataset,
         tmp_path,
-        data={"clear": "clear", "depth": "clear", "hazy": "hazy"},
-        train={"steps": 2, "validate_every": 2},
+        data={"clear": "clear", "depth": "clear", "hazy": "hazy", "max_bad_fraction": 0.5},
+        train={"steps": 8, "validate_every": 8, "checkpoint_every": 8},
     )
     run_training(with_absolute_paths(job), Console(), tmp_path)
     (run,) = (tmp_path / "runs").glob("test-colabator-*")
-    assert (run / "report.html").exists() and not (run / "bad_files.tsv").exists()
+    assert (run / "report.html").exists()
+    assert (run / "bad_files.tsv").read_text().startswith(f"{tmp_path}/clear/view_3.png\tnot an image")
+    (line,) = log_lines(message="image set aside", image=f"{tmp_path}/clear/view_3.png")
+    assert line["levelname"] == "WARNING" and line["reason"].startswith("not an image") and line["job"] == job.name
     pool = locate(str(run / "pool"))
-    keys = [*snapshots.index(pool, snapshots.read(pool.child(snapshots.name_of(2))))]
+    keys = [*snapshots.index(pool, snapshots.read(pool.child(snapshots.name_of(8))))]
     assert keys
     for key in keys:
         in_pack, in_folder = (hazy_image(root, key, 32, 32) for root in ("hazy", str(dataset / "hazy")))

@@ -1,4 +1,4 @@
-"""A run of 40 steps against the same run stopped at 20 and gone on with, also by another number of workers."""
+"""A run of 20 steps against the same run stopped at 10 and gone on with, also by another number of workers."""
 
 import shutil
 from pathlib import Path
@@ -29,12 +29,12 @@ def traced_job(dataset, folder, steps, workers=1, accumulate=1):
             "steps": steps,
             "batch_per_worker": 4 // workers // accumulate,
             "accumulate": accumulate,
-            "log_every": 20,
-            "checkpoint_every": 10,
+            "log_every": 10,
+            "checkpoint_every": 5,
         },
         cluster={"workers": workers},
         pool={"shards": 2},
-        optim={"lr": 1e-3, "min_lr": 1e-5, "schedule_steps": 40, "ema": 0.9},
+        optim={"lr": 1e-3, "min_lr": 1e-5, "schedule_steps": 20, "ema": 0.9},
         tracking={"uri": f"sqlite:///{dataset.parent}/mlflow.db"},
     )
 
@@ -57,34 +57,34 @@ def train(job, dataset, resume=False):
 def runs(local_ray, dataset, tmp_path_factory):
     root = tmp_path_factory.mktemp("resume")
     data = shutil.copytree(dataset, root / "data")
-    whole = train(traced_job(data, root / "whole", 40), data)
-    first = train(traced_job(data, root / "stopped", 20), data)
+    whole = train(traced_job(data, root / "whole", 20), data)
+    first = train(traced_job(data, root / "stopped", 10), data)
     shutil.copytree(root / "stopped", root / "two")
-    second = train(traced_job(data, root / "stopped", 40), data, resume=True)
-    by_two = train(traced_job(data, root / "two", 40, workers=2, accumulate=2), data, resume=True)
+    second = train(traced_job(data, root / "stopped", 20), data, resume=True)
+    by_two = train(traced_job(data, root / "two", 20, workers=2, accumulate=2), data, resume=True)
     return root, data, whole, first, second, by_two
 
 
 def last(folder, data):
     """The run's folder and its last checkpoint."""
-    run = last_run(traced_job(data, folder, 40))
-    return run, Path(run.path) / folder_name(40)
+    run = last_run(traced_job(data, folder, 20))
+    return run, Path(run.path) / folder_name(20)
 
 
 def final_labels(run):
     """Scores and steps of the labels at the end."""
     pool = run.child("pool")
-    content = snapshots.index(pool, snapshots.read(pool.child(snapshots.name_of(40))))
+    content = snapshots.index(pool, snapshots.read(pool.child(snapshots.name_of(20))))
     return {key: head for key, (head, _) in content.items()}
 
 
 def test_the_same_samples_come_in_the_same_order(runs):
     _, _, whole, first, second, by_two = runs
-    whole = whole[-40:]  # the network is tried once before the training
-    assert len(first[-20:] + second[-20:]) == 40
-    assert first[-20:] + second[-20:] == whole
-    assert by_two[-20:] == whole[20:]
-    assert len({digest for step in whole for part in step for digest in part}) > 200, "no two samples are the same"
+    whole = whole[-20:]  # the network is tried once before the training
+    assert len(first[-10:] + second[-10:]) == 20
+    assert first[-10:] + second[-10:] == whole
+    assert by_two[-10:] == whole[10:]
+    assert len({digest for step in whole for part in step for digest in part}) > 100, "no two samples are the same"
 
 
 def test_with_one_worker_the_final_weights_and_labels_are_those_of_the_whole_run(runs):
@@ -103,7 +103,7 @@ def test_snapshots_go_with_the_checkpoints_that_name_them(runs):
     for name in ("whole", "stopped", "two"):
         run, _ = last(root / name, data)
         found = {snapshots.step_of(file) for file in run.child("pool").files()} - {None}
-        assert found == {30, 40} == set(steps_saved(run)), "keep_checkpoints is 2"
+        assert found == {15, 20} == set(steps_saved(run)), "keep_checkpoints is 2"
 
 
 def test_the_counters_and_positions_go_on(runs):
@@ -111,13 +111,13 @@ def test_the_counters_and_positions_go_on(runs):
     for name in ("whole", "stopped", "two"):
         run, folder = last(root / name, data)
         record = read_record(folder)
-        assert (record["step"], record["num_images_seen"]) == (40, 160)
+        assert (record["step"], record["num_images_seen"]) == (20, 80)
         pool = run.child("pool")
-        total = snapshots.total_counters(snapshots.read(pool.child(snapshots.name_of(40))))
-        assert total.reads >= 160 and sum(total.wins_by_step.values()) == total.wins
+        total = snapshots.total_counters(snapshots.read(pool.child(snapshots.name_of(20))))
+        assert total.reads >= 80 and sum(total.wins_by_step.values()) == total.wins
 
 
 def test_a_run_that_has_ended_is_passed_over(runs, capsys):
     root, data, *_ = runs
-    assert train(traced_job(data, root / "stopped", 40), data, resume=True) == []
+    assert train(traced_job(data, root / "stopped", 20), data, resume=True) == []
     assert "has ended before" in capsys.readouterr().out

@@ -18,7 +18,6 @@ from corun_ray.service.train import JobFailed, prepare, run_training
 from corun_ray.service.validation_log import ValidationLog
 from tests.conftest import write_image
 from tests.service.jobs import assert_plain_pyfunc_runs, small_job
-from tests.service.scraping import log_lines
 
 FOLDER = Path()
 """Where a network's own class would lie."""
@@ -126,16 +125,3 @@ def test_too_many_bad_images_fail_the_job_and_are_named(local_ray, dataset, tmp_
         run_training(job, Console(), FOLDER)
     assert f"{data}/clear/bad_0.png: not an image" in str(error.value)
     assert b"bad_1.png\tnot an image" in run_folder(job).child("bad_files.tsv").read()
-
-
-def test_some_bad_images_are_tolerated_and_listed(local_ray, dataset, tmp_path):
-    data = tmp_path / "data"
-    for i in range(4):
-        write_image(data / f"clear/ok_{i}.png", np.full((48, 48, 3), 40 * i + 20, np.uint8))
-    (data / "clear/bad.png").write_text("no picture")
-    sections = {"data": {"depth": None, "max_bad_fraction": 0.5}, "train": {"steps": 6, "checkpoint_every": 6}}
-    job = small_job("pretrain", data, tmp_path, **sections)
-    assert run_training(job, Console(), FOLDER).startswith("models:/")
-    assert run_folder(job).child("bad_files.tsv").read().decode().startswith(f"{data}/clear/bad.png\tnot an image")
-    (line,) = log_lines(message="image set aside", image=f"{data}/clear/bad.png")
-    assert line["levelname"] == "WARNING" and line["reason"].startswith("not an image") and line["job"] == job.name
