@@ -19,6 +19,8 @@ from corun_ray.config import Cluster
 
 # Ray reads it where it is imported: metrics are served after 1 s, not 10, and gauges that nobody sets go after 2.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
+# Ray Train looks after its workers so often, not every 2 s: what a run of a few steps mostly waits for.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 PLANTED = "planted-secret-7c1e5b"
 """A secret that must not turn up anywhere."""
