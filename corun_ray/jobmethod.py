@@ -136,6 +136,7 @@ class Coherence(Section):
     combine: Combine = Field("addition", description="how clarity and quality become one weight")
     weights: OptionalText = Field(None, description="a folder or URI of the scorers' weights (see corun-ray weights)")
     chunk_images: OneOrMore = Field(64, description="blocks that a scoring network takes at once")
+    share_blocks: bool = Field(False, description="workers rate each other's winners' blocks; pays for slow scorers")
 
     @model_validator(mode="after")
     def _what_scorers_need(self) -> "Coherence":

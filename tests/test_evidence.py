@@ -55,6 +55,11 @@ def test_the_published_step_beside_ours() -> None:
     assert "median of steps 3 to 3" in said and "| ours |" in said
 
 
+def test_blocks_rated_together_beside_each_rank_its_own() -> None:
+    said = ran("shared_ratings.py", "--steps", 3, "--size", 64)
+    assert "| mean of all | 3 |" in said
+
+
 def test_the_network_beside_its_plain_form() -> None:
     said = ran("network_speed.py", "--size", 64, "--repeats", 1, "--ways", "plain", "eager")
     rows = {line.split("|")[1].strip(): float(line.split("|")[4]) for line in said.splitlines() if "float" in line}

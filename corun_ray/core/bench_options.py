@@ -127,6 +127,7 @@ def _add_scaling(group: "argparse._SubParsersAction[argparse.ArgumentParser]", e
     add("--encoding", choices=("uint8", "float16", "float32"), default="uint8", help="pool.encoding (default uint8)")
     add("--shards", type=at_least(1), default=1, metavar="S", help="pool.shards (default 1)")
     add("--wins", dest="win_rate", type=_share, default=0.1, metavar="SHARE", help="of the candidates (default 0.1)")
+    add("--share-blocks", action="store_true", help="as with coherence.share_blocks")
     add("--samples-per-s", type=_above_0, default=36, metavar="R", help="a core's, of bench stream (default 36)")
     add("--no-check", dest="check", action="store_false", help="measure nothing")
     add("--processes", type=at_least(2), nargs="+", default=[2, 4], metavar="N", help="of the check (default 2 4)")

@@ -38,6 +38,7 @@ class ScalingSettings:
     encoding: Encoding = "uint8"
     shards: int = 1
     win_rate: float = 0.1
+    share_blocks: bool = False
     samples_per_s: float = 36
     """That a core makes for the stream."""
     processes: Sequence[int] = (2, 4)
@@ -55,7 +56,7 @@ class ScalingSettings:
         """None in pre-training."""
         if self.method == "pretrain":
             return None
-        return Pool(label_bytes(self.size_px, self.encoding), self.shards, self.win_rate)
+        return Pool(label_bytes(self.size_px, self.encoding), self.shards, self.win_rate, self.share_blocks)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def _remedy(cost: str, step: ManyWorkersStep) -> str:
         case "gradients":
             return "gradients: train.accumulate or train.batch_per_worker, to average them once for more images"
         case "rating":
-            return "rating: train.accumulate or train.batch_per_worker, as winners even out with more images a step"
+            return "rating: coherence.share_blocks, for workers to rate together; or more images a step, which even out"
         case "pool" if step.shards_needed:
             return f"pool: pool.shards: {step.shards_needed}, to answer in the teacher's time"
         case _:

@@ -82,8 +82,15 @@ class Coherence:
         rows, columns = height // side, width // side
         grid = images.reshape(batch, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
         blocks = grid.reshape(batch * rows * columns, channels, side, side)
+        clarity, quality = self.rate_blocks(blocks)
         shape = (batch, rows, columns)
-        return BlockScores(self.clarity(blocks).reshape(shape), self.quality(blocks).reshape(shape))
+        return BlockScores(clarity.reshape(shape), quality.reshape(shape))
+
+    def rate_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Clarity and quality, `N` each, of blocks `N 3 h w` in [0, 1]; N may be 0."""
+        if not len(blocks):
+            return blocks.new_empty(0), blocks.new_empty(0)
+        return self.clarity(blocks), self.quality(blocks)
 
     @torch.no_grad()
     def trust_map(self, blocks: BlockScores, height_px: int, width_px: int) -> Tensor:

@@ -63,6 +63,8 @@ class Pool:
     shards: int = 1
     win_rate: float = 0.1
     """Share of the candidates that win."""
+    shares_blocks: bool = False
+    """All workers rate the winners' blocks together (`coherence.share_blocks`); what that sends is left out."""
 
     def answers_s(self, layout: Layout, images: int, shards: int | None = None) -> float:
         """Until the last label is there, when all workers ask at once: the busiest shard's work, or node's sending.
@@ -124,8 +126,10 @@ def scaled(alone: WorkerStep, pool: Pool | None, layout: Layout, buckets: Sequen
     if pool is not None:
         answers_s = pool.answers_s(layout, alone.images)
         needed = pool.shards_needed(layout, alone.images, alone.before_labels_s)
-        rating_s = alone.rating_s * most_wins(layout.workers, alone.images, pool.win_rate)
         mean_rating_s = alone.rating_s * alone.images * pool.win_rate
+        rating_s = alone.rating_s * most_wins(layout.workers, alone.images, pool.win_rate)
+        if pool.shares_blocks:
+            rating_s = mean_rating_s
     pool_wait_s = max(0.0, answers_s - alone.before_labels_s)
     step_s = alone.step_s + rating_s + pool_wait_s + outlasts_s
     return ManyWorkersStep(

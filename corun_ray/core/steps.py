@@ -119,7 +119,8 @@ class Colabator:
 
         winners = [i for i, win in enumerate(wins) if win]
         candidates = Restoration(scene, transmission)
-        fresh = self._make_labels(winners, real.keys, scores, candidates, step) if winners else {}
+        # Also without winners: workers may rate each other's.
+        fresh = self._make_labels(winners, real.keys, scores, candidates, step)
         if fresh:
             with span("pool"):
                 self.pool.offer(list(fresh.values()))

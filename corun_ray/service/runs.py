@@ -22,8 +22,9 @@ FREE = (
     *("storage", "cluster.", "tracking.", "pool.shards", "pool.memory_mib", "train.steps"),
     *("train.batch_per_worker", "train.accumulate"),
     *("train.log_every", "train.checkpoint_every", "train.validate_every", "train.keep_checkpoints"),
-    *("train.validation_images", "coherence.weights", "coherence.chunk_images", "loss.weights"),
-    *("network.init", "network.checkpoint_activations", "data.max_bad_fraction", "data.cache_mib", "data.validation"),
+    *("train.validation_images", "coherence.weights", "coherence.chunk_images", "coherence.share_blocks"),
+    *("loss.weights", "network.init", "network.checkpoint_activations", "data.max_bad_fraction", "data.cache_mib"),
+    "data.validation",
 )
 """Keys that a resumed run may change: where and on what it runs and what it shows, not what it learns from."""
 

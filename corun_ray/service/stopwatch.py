@@ -44,18 +44,19 @@ class Stopwatch:
 
 
 class TimedCoherence(Coherence):
-    """Scores as another does, and says how long that took."""
+    """Scores as another does, and says how long that took, waiting for others included."""
 
     def __init__(self, plain: Coherence, device: torch.device) -> None:
         super().__init__(plain.clarity, plain.quality, plain.block_px, plain.combine)
+        self._plain = plain
         self.watches = {"global": Stopwatch(device), "blocks": Stopwatch(device)}
 
     def global_scores(self, images: Tensor) -> GlobalScores:
         """See `Coherence`."""
         with self.watches["global"]:
-            return super().global_scores(images)
+            return self._plain.global_scores(images)
 
     def block_scores(self, images: Tensor) -> BlockScores:
         """See `Coherence`."""
         with self.watches["blocks"]:
-            return super().block_scores(images)
+            return self._plain.block_scores(images)

@@ -33,6 +33,7 @@ from corun_ray.service.preemption import PreemptionWatch
 from corun_ray.service.samplemaker import Batch
 from corun_ray.service.saving import Saver
 from corun_ray.service.scoring import build_coherence, build_losses, weights_source
+from corun_ray.service.shared_ratings import SharedCoherence
 from corun_ray.service.stopwatch import TimedCoherence
 from corun_ray.service.storage import locate
 from corun_ray.service.streams import batches, split_stream
@@ -143,7 +144,8 @@ class Worker:
         if not isinstance(self.job, ColabatorJob):
             return None
         plain = build_coherence(self.job.coherence, weights_source(self.job.coherence.weights), self.device)
-        return TimedCoherence(plain, self.device)
+        is_shared = self.job.coherence.share_blocks and self.num_workers > 1
+        return TimedCoherence(SharedCoherence(plain) if is_shared else plain, self.device)
 
     def _stream(self) -> Iterator[Batch]:
         """This rank's batches from where the state stands to the end of the run, phase by phase."""

@@ -21,7 +21,7 @@ def test_a_table_for_each_link(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1880 Gbit/s in them, 25 between" in said and "1880 Gbit/s in them, 100 between" in said
     assert (
         "pool: pool.shards: 26, to answer in the teacher's time (512 GPUs)" in said
-        and "rating: train.accumulate" in said
+        and "rating: coherence.share_blocks" in said
         and "check" not in said
     )
 

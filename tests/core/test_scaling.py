@@ -92,6 +92,14 @@ def test_more_images_a_worker_even_winners_out() -> None:
     assert one.costs[0] == eight.costs[0] == "rating" and eight.efficiency > one.efficiency + 0.1
 
 
+def test_workers_that_rate_together_wait_for_the_mean() -> None:
+    alone, shared = (
+        scaled(ALONE, Pool(332_424, 8, shares_blocks=shares), layout(64), BUCKETS) for shares in (False, True)
+    )
+    assert alone.costs[0] == "rating" and "rating" not in shared.costs and shared.rating_wait_s == 0
+    assert shared.step_s == pytest.approx(alone.step_s - alone.rating_wait_s)
+
+
 def test_pretraining_waits_for_gradients_alone() -> None:
     step = scaled(ALONE, None, layout(512, link_gbit=10), BUCKETS)
     assert step.costs == ["gradients"] and step.pool_wait_s == step.rating_wait_s == step.label_bytes_per_s == 0

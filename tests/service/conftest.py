@@ -31,6 +31,7 @@ def watched_colabator(local_ray, dataset, tmp_path_factory) -> WatchedRun:
         tmp_path_factory.mktemp("colabator"),
         data={"validation": {"hazy": str(dataset / "hazy"), "clear": str(dataset / "hazy_truth")}},
         train={"steps": 6, "log_every": 2, "checkpoint_every": 3, "validate_every": 3, "validation_images": 2},
+        coherence={"share_blocks": True},
         cluster={"workers": 2},
         tracking={"register": "corun-test"},
     )
