@@ -50,7 +50,7 @@ def shares(counts: Sequence[int], rank: int) -> tuple[list[int], list[int]]:
 
 def _counts_of_all_ranks(count: int, device: torch.device) -> list[int]:
     counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(counts, torch.tensor([count], device=device))
+    dist.all_gather_single(counts, torch.tensor([count], device=device))
     found: list[int] = counts.tolist()
     return found
 
