@@ -145,42 +145,53 @@ def test_weights_are_indexed_listed_and_missed(tmp_path, dataset):
     assert result.returncode == 0 and " ok " in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (
-            ["evaluate", "photos", "--metrics", "fade,muzic"],
-            'evaluate.metrics: "muzic" is neither of psnr, ssim, fade nor a metric of pyiqa for images '
-            "(did you mean musiq?)",
-        ),
-        (
-            ["evaluate", "photos", "--metrics", "psnr", "--model", "a=x.pth"],
-            "evaluate.metrics: psnr cannot be measured without evaluate.clear",
-        ),
-        (
-            ["evaluate", "photos", "--model", "a=x.pth", "--against", "b"],
-            'evaluate.against: "b" is not measured (hazy, dark_channel, a)',
-        ),
-        (
-            ["evaluate", "photos", "--model", "models:/net@a", "--model", "models:/net@a"],
-            "--model: net-a is the name of several (NAME=SOURCE gives another)",
-        ),
-        (
-            ["serve", "net.pth", "--gpus-per-replica", "1.5"],
-            "serve.gpus_per_replica: 1.5 is neither a share of one GPU nor a whole number of them",
-        ),
-        (
-            ["serve", "net.pth"],
-            "net.pth: nothing there (expected a checkpoint folder or a .pth)",
-        ),
-        (
-            ["pull", "nowhere", "out"],
-            "nowhere: nothing there (expected a checkpoint folder or a .pth)",
-        ),
-    ],
-)
-def test_a_wrong_request_for_models_is_one_line(tmp_path, monkeypatch, arguments, told):
-    monkeypatch.chdir(tmp_path)
-    result = corun_ray(*arguments)
-    assert result.returncode == 2 and result.stderr.strip() == told and result.stdout == ""
-    assert list(tmp_path.iterdir()) == []
+WRONG_REQUESTS = [
+    (
+        ["evaluate", "photos", "--metrics", "fade,muzic"],
+        'evaluate.metrics: "muzic" is neither of psnr, ssim, fade nor a metric of pyiqa for images '
+        "(did you mean musiq?)",
+    ),
+    (
+        ["evaluate", "photos", "--metrics", "psnr", "--model", "a=x.pth"],
+        "evaluate.metrics: psnr cannot be measured without evaluate.clear",
+    ),
+    (
+        ["evaluate", "photos", "--model", "a=x.pth", "--against", "b"],
+        'evaluate.against: "b" is not measured (hazy, dark_channel, a)',
+    ),
+    (
+        ["evaluate", "photos", "--model", "models:/net@a", "--model", "models:/net@a"],
+        "--model: net-a is the name of several (NAME=SOURCE gives another)",
+    ),
+    (
+        ["serve", "net.pth", "--gpus-per-replica", "1.5"],
+        "serve.gpus_per_replica: 1.5 is neither a share of one GPU nor a whole number of them",
+    ),
+    (
+        ["serve", "net.pth"],
+        "net.pth: nothing there (expected a checkpoint folder or a .pth)",
+    ),
+    (
+        ["pull", "nowhere", "out"],
+        "nowhere: nothing there (expected a checkpoint folder or a .pth)",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong_requests(tmp_path_factory):
+    """All of them at once: a process takes seconds to import what it needs."""
+    started = []
+    for arguments, _ in WRONG_REQUESTS:
+        folder = tmp_path_factory.mktemp("wrong")
+        command = [sys.executable, "-m", "corun_ray", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append((folder, subprocess.Popen(command, cwd=folder, **pipes)))
+    return [(folder, *process.communicate(), process.returncode) for folder, process in started]
+
+
+@pytest.mark.parametrize("number", range(len(WRONG_REQUESTS)), ids=[told.split()[0] for _, told in WRONG_REQUESTS])
+def test_a_wrong_request_for_models_is_one_line(wrong_requests, number):
+    folder, said, complained, code = wrong_requests[number]
+    assert code == 2 and complained.strip() == WRONG_REQUESTS[number][1] and said == ""
+    assert list(folder.iterdir()) == []
