@@ -12,8 +12,8 @@ def keep_freed_memory() -> None:
     """Has this process keep what its tensors free, instead of giving it back to the system; on Linux alone.
 
     By itself glibc returns every block of over 32 MiB, and the next tensor of that size costs a page fault for each 4
-    KiB (`docs/performance.md` has what that costs in a process's first thread and in others). torch's GPU memory is kept
-    anyway.
+    KiB (`docs/performance.md` has what that costs, in a process's first thread and in others). torch's GPU memory is
+    kept anyway.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
