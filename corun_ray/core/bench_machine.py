@@ -83,7 +83,7 @@ def _flops_of_convolution_backward(
     torch 2.14 counts every gradient as if no convolution had groups: depthwise ones as many times too dear as they
     have channels.
     """
-    transposed, wanted = rest[4], rest[7]
+    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = rest
     pixels = math.prod((inputs if transposed else gradient)[2:])
     return 2 * gradient[0] * pixels * math.prod(weight) * sum(wanted[:2])
 

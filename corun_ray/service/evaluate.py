@@ -19,7 +19,6 @@ from corun_ray.core.pictures import grid
 from corun_ray.core.restore import restore, to_image, to_tensor
 from corun_ray.jobevaluate import Evaluate
 from corun_ray.service.evaluation_report import Measurements
-from corun_ray.service.manifest import held_out
 from corun_ray.service.models import Model
 from corun_ray.service.restorers import Restorers, actor_slots, rows_of
 from corun_ray.service.scoring import weights_source
@@ -93,11 +92,6 @@ class MeasureFiles(Restorers):
         return values, unmeasured
 
 
-def images_of(section: Evaluate) -> list[tuple[str, str | None]]:
-    """The images to measure, each with its truth if there is one; raises `StorageError`, `ManifestError`."""
-    return held_out(section.hazy, section.clear, "evaluate")
-
-
 def evaluate(
     section: Evaluate,
     pairs: list[tuple[str, str | None]],
@@ -106,7 +100,7 @@ def evaluate(
 ) -> Evaluation:
     """Measures every baseline and network; unusable images, and values that are missing, are named in the result.
 
-    Raises `StorageError`.
+    `pairs` are what `held_out` found in the section's folders. Raises `StorageError`.
     """
     DataContext.get_current().enable_progress_bars = False
     shared = {name: ray.put(model) for name, model in models.items()}

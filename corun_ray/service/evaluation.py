@@ -6,7 +6,7 @@ from corun_ray.config import EvaluateJob
 from corun_ray.jobfile import dump_job
 from corun_ray.service import cluster
 from corun_ray.service.console import Console, duration
-from corun_ray.service.evaluate import Evaluation, evaluate, images_of
+from corun_ray.service.evaluate import Evaluation, evaluate
 from corun_ray.service.evaluation_report import (
     aligned,
     as_csv,
@@ -16,6 +16,7 @@ from corun_ray.service.evaluation_report import (
     summary_cells,
     summary_table,
 )
+from corun_ray.service.manifest import held_out
 from corun_ray.service.models import fetch_model
 from corun_ray.service.report import REPORT_FILE, Listing, Pictures, Section, Table, render
 from corun_ray.service.runs import JOB_FILE
@@ -28,11 +29,11 @@ NAMED_UNMEASURED = 10
 def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     """Measures the job's models; leaves tables and a contact sheet.
 
-    Raises the errors of `images_of` and `fetch_model` before anything is started, then those of `evaluate`.
+    Raises the errors of `held_out` and `fetch_model` before anything is started, then those of `evaluate`.
     """
     started = time.monotonic()
     section = job.evaluate
-    pairs = images_of(section)
+    pairs = held_out(section.hazy, section.clear, "evaluate")
     models = {name: fetch_model(source, tracking_uri(job)) for name, source in section.models.items()}
     place = cluster.connect(job.cluster)
     run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -46,5 +46,5 @@ def decode_region(data: bytes, rows: slice, columns: slice) -> NDArray[np.uint8]
     try:
         file = JpegImageFile(io.BytesIO(jpeg.shortened(data, rows.stop + CONTEXT_ROWS)))
         return np.asarray(file.crop((columns.start, rows.start, columns.stop, rows.stop)))
-    except OSError:
+    except OSError:  # Pillow gives up on it: OpenCV has the last word, as on every other file
         return decode_image(data)[rows, columns]

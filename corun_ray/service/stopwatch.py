@@ -48,15 +48,15 @@ class TimedCoherence(Coherence):
 
     def __init__(self, plain: Coherence, device: torch.device) -> None:
         super().__init__(plain.clarity, plain.quality, plain.block_px, plain.combine)
-        self._plain = plain
+        self.plain = plain
         self.watches = {"global": Stopwatch(device), "blocks": Stopwatch(device)}
 
     def global_scores(self, images: Tensor) -> GlobalScores:
         """See `Coherence`."""
         with self.watches["global"]:
-            return self._plain.global_scores(images)
+            return self.plain.global_scores(images)
 
     def block_scores(self, images: Tensor) -> BlockScores:
         """See `Coherence`."""
         with self.watches["blocks"]:
-            return self._plain.block_scores(images)
+            return self.plain.block_scores(images)

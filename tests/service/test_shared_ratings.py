@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from corun_ray.core.coherence import BlockScores, Coherence
 from corun_ray.service.shared_ratings import SharedCoherence, shares
+from corun_ray.service.worker import Worker
+from tests.service.jobs import small_job
 
 WINNERS = [(2, 0, 1), (0, 0, 0), (0, 5, 0), (1, 0, 0)]
 """Of each of three ranks, step by step; an image has six blocks, so that they do not always share evenly."""
@@ -72,3 +75,15 @@ def test_scores_are_those_of_rating_alone_and_the_work_is_shared(tmp_path: Path)
             assert found[f"{step}_clarity"].shape == (WINNERS[step][rank], 2, 3)
             np.testing.assert_allclose(found[f"{step}_clarity"], alone.clarity, rtol=0, atol=1e-6)
             np.testing.assert_allclose(found[f"{step}_quality"], alone.quality, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("share_blocks", "workers", "is_shared"), [(True, 2, True), (True, 1, False), (False, 2, False)]
+)
+def test_a_worker_shares_where_the_job_says_so_and_there_are_others(
+    dataset: Path, tmp_path: Path, share_blocks: bool, workers: int, is_shared: bool
+) -> None:
+    job = small_job("colabator", dataset, tmp_path, coherence={"share_blocks": share_blocks})
+    worker = SimpleNamespace(job=job, num_workers=workers, device=torch.device("cpu"))
+    coherence = Worker._coherence(worker)  # type: ignore[arg-type]  # it looks at no more of a worker
+    assert coherence is not None and isinstance(coherence.plain, SharedCoherence) == is_shared
