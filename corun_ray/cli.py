@@ -2,22 +2,21 @@
 
 import argparse
 import os
-import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from corun_ray.cli_common import DONE, FAILED, WRONG_REQUEST, using_ray
+from corun_ray.core.errors import UserError
 from corun_ray.service.bench_cli import add_bench_commands
 from corun_ray.service.doctor_cli import add_doctor_command
+from corun_ray.service.errors import JobFailed
 from corun_ray.service.model_cli import add_model_commands
 from corun_ray.service.pack_cli import add_pack_command
 from corun_ray.service.pool_cli import add_pool_commands
 from corun_ray.service.serve_cli import add_serve_command
 from corun_ray.service.submit_cli import add_submit_commands
 from corun_ray.service.weights_cli import Wanted, add_weights_commands
-
-DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 
 EPILOG = """\
 A job file says everything about a job; `corun-ray check --keys` lists what it may say.
@@ -34,10 +33,6 @@ RAY_ADDRESS names the cluster to use; without it, a local Ray is started.
 exit codes: 0 done, 1 the job failed, 2 the request is wrong"""
 
 
-class WrongRequest(Exception):
-    """Something that the user must change; one line a mistake."""
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, runs the command and exits with its code."""
     args = parser().parse_args(argv)
@@ -50,9 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(FAILED)
-    except WrongRequest as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(WRONG_REQUEST)
+    except JobFailed as error:
+        print(error, file=sys.stderr)
+        sys.exit(FAILED)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,31 +100,23 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="other scenes for another seed (default 0)")
 
     add_submit_commands(commands)
-    add_doctor_command(commands, _reporting)
+    add_doctor_command(commands)
     add_weights_commands(commands, _weights_of_jobs)
-    add_pack_command(commands, _reporting)
+    add_pack_command(commands)
     add_pool_commands(commands)
-    add_model_commands(commands, _reporting)
-    add_serve_command(commands, _reporting)
-    add_bench_commands(commands, _reporting)
+    add_model_commands(commands)
+    add_serve_command(commands)
+    add_bench_commands(commands)
     return parser
 
 
 def _weights_of_jobs(args: argparse.Namespace) -> list[tuple[str | None, Wanted]]:
+    from corun_ray.jobfile import load_jobs
     from corun_ray.jobtrials import example
     from corun_ray.service.scoring import needed_files
 
-    jobs = map(example, _load(Path(args.where), args.set))
+    jobs = map(example, load_jobs(Path(args.where), args.set))
     return [folder for job in jobs for folder in needed_files(job).items()]
-
-
-def _load(path: Path, overrides: Sequence[str]) -> list:
-    from corun_ray.jobfile import JobFileError, load_jobs
-
-    try:
-        return load_jobs(path, overrides)
-    except JobFileError as error:
-        raise WrongRequest(error) from None
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -136,9 +126,10 @@ def _check(args: argparse.Namespace) -> int:
         print(reference())
         return DONE
     if args.job is None:
-        raise WrongRequest("check: expected a job file, or --keys")
-    jobs = _load(args.job, args.set)
-    from corun_ray.jobfile import dump_job
+        raise UserError("check: expected a job file, or --keys")
+    from corun_ray.jobfile import dump_job, load_jobs
+
+    jobs = load_jobs(args.job, args.set)
     from corun_ray.service.check import check_job
 
     wrong = []
@@ -148,54 +139,20 @@ def _check(args: argparse.Namespace) -> int:
         print("".join(f"# {note}\n" for note in notes))
         wrong += [f"{job.name}: {mistake}" for mistake in mistakes]
     if wrong:
-        raise WrongRequest("\n".join(wrong))
+        raise UserError("\n".join(wrong))
     return DONE
 
 
 def _run(args: argparse.Namespace) -> int:
-    jobs = _load(args.job, args.set)
+    from corun_ray.jobfile import load_jobs
+
+    jobs = load_jobs(args.job, args.set)
     from corun_ray.service.console import Console
     from corun_ray.service.jobs import run_jobs
 
-    return _reporting(lambda: run_jobs(jobs, Console(), args.job.parent.absolute(), args.resume))
-
-
-def _reporting(action: Callable[[], object]) -> int:
-    """Runs a job's action and turns the errors that a user can mend into lines and exit codes."""
-    from corun_ray.core.weights import WeightsError
-    from corun_ray.jobfile import JobFileError
-    from corun_ray.service.cluster import ClusterError
-    from corun_ray.service.fit import JobFailed
-    from corun_ray.service.manifest import ManifestError
-    from corun_ray.service.models import ModelSourceError
-    from corun_ray.service.runs import ResumeError
-    from corun_ray.service.storage import StorageError
-    from corun_ray.service.tracking import TrackingError
-
-    # Stopped by the Jobs API or an operator, a job closes what it has opened, as at Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    log = _divert_stderr()
-    try:
-        action()
-    except (
-        *(ClusterError, JobFileError, ManifestError, ModelSourceError, ResumeError),
-        *(StorageError, TrackingError, WeightsError),
-    ) as error:
-        raise WrongRequest(error) from None
-    except JobFailed as error:
-        print(f"{error}\nRay's own messages: {log}", file=sys.stderr)
-        return FAILED
+    with using_ray():
+        run_jobs(jobs, Console(), args.job.parent.absolute(), args.resume)
     return DONE
-
-
-def _divert_stderr() -> Path:
-    """Sends what Ray's C++ side writes to the terminal into a file; Python's own stderr stays where it was."""
-    log = Path(tempfile.gettempdir()) / f"corun-ray-{os.getpid()}.log"
-    terminal = os.dup(2)
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), 2)
-    sys.stderr = os.fdopen(terminal, "w", buffering=1)
-    return log
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -206,6 +163,6 @@ def _demo(args: argparse.Namespace) -> int:
     try:
         write_demo(args.folder, args.seed, progress=lambda done, total: console.progress(done, total, "scene"))
     except (OSError, ValueError) as error:
-        raise WrongRequest(f"demo: {error}") from None
+        raise UserError(f"demo: {error}") from None
     console.say(f"  {args.folder}: clear, depth, hazy, hazy_truth")
     return DONE

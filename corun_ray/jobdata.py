@@ -1,9 +1,8 @@
 """The sections of a job that say which images it works on, and the haze that is laid on clear ones."""
 
-from typing import Literal
-
 from pydantic import Field, ValidationInfo, field_validator
 
+from corun_ray.core.choices import DepthKind
 from corun_ray.jobvalues import (
     Count,
     Fraction,
@@ -17,8 +16,6 @@ from corun_ray.jobvalues import (
     Text,
     Whole,
 )
-
-DepthKind = Literal["inverse", "metres"]
 
 
 class Validation(Section):

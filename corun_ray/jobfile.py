@@ -11,13 +11,14 @@ import yaml
 from pydantic import ValidationError
 
 from corun_ray.config import KINDS, Job, TuneJob
+from corun_ray.core.errors import UserError
 from corun_ray.jobkeys import ORDER, takes
 from corun_ray.jobtrials import trial_mistakes
 from corun_ray.jobyaml import Dumper, Loader, Loc, Reader, syntax_problem
 from corun_ray.mistakes import closest, not_a_key, not_one_of, path_of, plain_mistakes, show
 
 
-class JobFileError(Exception):
+class JobFileError(UserError):
     """Everything that is wrong with a job file: `lines`, one for each mistake."""
 
     def __init__(self, lines: Sequence[str]) -> None:

@@ -6,10 +6,11 @@ import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from corun_ray.core.choices import QUALITY_NAMES, Clarity, Combine, Degradation, Encoding
 from corun_ray.core.iqanames import no_reference_metrics
 from corun_ray.jobvalues import (
     Count,
@@ -25,24 +26,6 @@ from corun_ray.jobvalues import (
     some_once,
 )
 
-# The names that `corun_ray.core` offers; kept here as well because its modules need torch.
-Clarity = Literal["contrast", "fade", "dark_channel", "daclip"]
-Degradation = Literal[
-    "motion-blurry",
-    "hazy",
-    "jpeg-compressed",
-    "low-light",
-    "noisy",
-    "raindrop",
-    "rainy",
-    "shadowed",
-    "snowy",
-    "uncompleted",
-]
-CLARITY_NAMES: tuple[str, ...] = get_args(Clarity)
-QUALITY_NAMES: tuple[str, ...] = ("clean", "unclipped")
-Combine = Literal["addition", "multiplication"]
-Encoding = Literal["uint8", "float16", "float32"]
 TermWeight = Annotated[float, Field(ge=0)]
 
 

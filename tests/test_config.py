@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from corun_ray.config import ColabatorJob, EvaluateJob, PretrainJob
-from corun_ray.jobmethod import CLARITY_NAMES, QUALITY_NAMES
+from corun_ray.core.choices import CLARITY_NAMES, QUALITY_NAMES
 
 PRETRAIN = {"kind": "pretrain", "name": "p", "data": {"clear": "clear"}}
 COLABATOR = {"kind": "colabator", "name": "c", "data": {"clear": "clear", "hazy": "hazy"}}

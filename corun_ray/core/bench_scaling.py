@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from corun_ray.core.bench_all_reduce import BackwardReport, RingReport, bench_backward, bench_rings
+from corun_ray.core.choices import Encoding
 from corun_ray.core.collectives import Layout, Link, bucket_sizes
 from corun_ray.core.corun import CORUN
-from corun_ray.core.labels import Encoding
 from corun_ray.core.scaling import ManyWorkersStep, Pool, WorkerStep, label_bytes, scaled
 
 BACKWARD_SHARE, BEFORE_LABELS_SHARE, RATING_SHARE = 0.4, 0.2, 0.9

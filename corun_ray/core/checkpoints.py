@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core import tensorfile
+from corun_ray.core.errors import UserError
 from corun_ray.core.network_spec import CORUN_TYPE, NetworkError, NetworkSpec
 from corun_ray.core.networks import build
 from corun_ray.core.spandrel_networks import recognise
@@ -37,7 +38,7 @@ NAMES_SHOWN = 3
 RECORD_TYPES = {"step": int, "num_images_seen": int, "param_groups": list, "extra": dict}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A file that is no checkpoint or does not fit; the message says what was found and expected."""
 
 

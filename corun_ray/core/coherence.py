@@ -5,12 +5,12 @@ keeps, and local scores decide how far each region of it is trusted.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from corun_ray.core.choices import Combine
 from corun_ray.core.scorers import CLARITY, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY, Scorer
 
 __all__ = [
@@ -23,8 +23,6 @@ __all__ = [
     "GlobalScores",
     "Scorer",
 ]
-
-Combine = Literal["addition", "multiplication"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Coherence:
         combine: Combine = "addition",
     ) -> None:
         if combine not in ("addition", "multiplication"):
-            raise ValueError(f"coherence.combine: expected addition or multiplication, got {combine!r}")
+            raise ValueError(f"combine: expected addition or multiplication, got {combine!r}")
         self.clarity = _resolve(clarity, CLARITY, "clarity")
         self.quality = _resolve(quality, QUALITY, "quality")
         self.block_px = block_px
@@ -111,5 +109,5 @@ def _resolve(scorer: str | Scorer, registry: dict[str, Scorer], role: str) -> Sc
     if not isinstance(scorer, str):
         return scorer
     if scorer not in registry:
-        raise ValueError(f"coherence.{role}: expected one of {', '.join(registry)}, got {scorer!r}")
+        raise ValueError(f"{role}: expected one of {', '.join(registry)}, got {scorer!r}")
     return registry[scorer]

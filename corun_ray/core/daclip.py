@@ -1,4 +1,4 @@
-"""DA-CLIP as a clarity scorer: how probably an image is hazy, or degraded in other ways (SPEC section 5).
+"""DA-CLIP as a clarity scorer: how probably an image is hazy, or degraded in other ways.
 
 DA-CLIP (Luo et al., ICLR 2024, arXiv 2310.01018) adds to a frozen CLIP a copy of its visual tower, the controller,
 which is trained to say what degraded an image. Its feature alone is compared with the degradations' names, so
@@ -15,22 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from corun_ray.core.choices import DEGRADATIONS
 from corun_ray.core.weights import WeightsError, read_weights
 
 DACLIP_FILE = "daclip_ViT-B-32.pt"
-
-DEGRADATIONS: tuple[str, ...] = (
-    "motion-blurry",
-    "hazy",
-    "jpeg-compressed",
-    "low-light",
-    "noisy",
-    "raindrop",
-    "rainy",
-    "shadowed",
-    "snowy",
-    "uncompleted",
-)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -123,7 +111,7 @@ def _chosen(degradations: Sequence[str]) -> list[int]:
     unknown = [word for word in degradations if word not in DEGRADATIONS]
     if unknown or not degradations:
         found = repr(unknown[0]) if unknown else "none"
-        raise ValueError(f"coherence.degradations: expected some of {', '.join(DEGRADATIONS)}, got {found}")
+        raise ValueError(f"degradations: expected some of {', '.join(DEGRADATIONS)}, got {found}")
     return sorted({DEGRADATIONS.index(word) for word in degradations})
 
 

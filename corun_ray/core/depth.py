@@ -1,16 +1,14 @@
 """Depth maps: scaled to inverse depth only where that is asked for, and made up for images that have none."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from corun_ray.core.augment import resize
+from corun_ray.core.choices import DepthKind
 from corun_ray.core.images import BadImage
-
-DepthKind = Literal["inverse", "metres"]
 
 _MAX_ASPECT_ERROR = 0.02  # a map of another size may be off by rounding, not show another frame
 _SKETCH_PX = 96  # long side at which a procedural depth is drawn

@@ -71,7 +71,7 @@ def load_quality(
     missing, hold anything but plain tensors, or leave a part of the network without values.
     """
     if name not in no_reference_metrics():
-        raise ValueError(f"coherence.quality: {name!r} is no metric of pyiqa that rates single images")
+        raise ValueError(f"{name!r} is no metric of pyiqa that rates single images")
     worst, best = score_range or _own_range(name)
     return Iqa(name, build_metric(name, lambda url: weights(file_name(url))), worst, best, chunk_images)
 
@@ -104,11 +104,10 @@ def build_metric(name: str, find: Find) -> nn.Module:
     return metric
 
 
-def probe(scorer: Scorer, *sides_px: int, key: str) -> None:
+def probe(scorer: Scorer, *sides_px: int) -> None:
     """Tries a scorer on two random images of each side.
 
-    Raises `ValueError`, which begins with the job key `key`, where it fails, does not give one number an image,
-    or gives one that is not finite.
+    Raises `ValueError` where it fails, does not give one number an image, or gives one that is not finite.
     """
     rate = scorer.rate if isinstance(scorer, Iqa) else scorer
     name = scorer.name if isinstance(scorer, Iqa) else "the scorer"
@@ -118,15 +117,15 @@ def probe(scorer: Scorer, *sides_px: int, key: str) -> None:
             scores = rate(images)
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ValueError(f"{key}: {name} cannot rate {side_px} px images ({reason})") from None
+            raise ValueError(f"{name} cannot rate {side_px} px images ({reason})") from None
         if scores.shape != (2,) or not scores.isfinite().all():
-            raise ValueError(f"{key}: {name} cannot rate {side_px} px images (it gives {scores.tolist()} for two)")
+            raise ValueError(f"{name} cannot rate {side_px} px images (it gives {scores.tolist()} for two)")
 
 
 def _own_range(name: str) -> tuple[float, float]:
     facts = no_reference_metrics()[name]
     if facts.low is None or facts.high is None:
-        raise ValueError(f"coherence.quality_range: missing (pyiqa gives {name} no range)")
+        raise ValueError(f"score_range: missing (pyiqa gives {name} no range)")
     return (facts.high, facts.low) if facts.lower_better else (facts.low, facts.high)
 
 

@@ -5,11 +5,11 @@ Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3.2.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-Encoding = Literal["uint8", "float16", "float32"]
+from corun_ray.core.choices import Encoding
 
 
 class Scores(NamedTuple):

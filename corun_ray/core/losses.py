@@ -1,4 +1,4 @@
-"""Training losses with the published weights (Fang et al., NeurIPS 2024, arXiv 2406.07966; SPEC section 4).
+"""Training losses with the published weights (Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3).
 
 A term is left out where its weight is 0, or where what it needs is absent: the feature network, the density, or a
 transmission. Nothing is then computed for it.

@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from corun_ray.core.errors import UserError, one_line
+
 CORUN_TYPE = "corun"
 TYPE_PATTERN = re.compile(r"[A-Za-z]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
-class NetworkError(ValueError):
+class NetworkError(UserError):
     """A network that cannot be made or does not fit its use; the message is one line."""
 
 
@@ -60,8 +62,3 @@ def construct(network_class: type[nn.Module], spec: NetworkSpec) -> nn.Module:
     except Exception as error:
         accepted = ", ".join(inspect.signature(network_class).parameters) or "none"
         raise NetworkError(f"{spec.type} refuses its args ({one_line(error)}); it takes {accepted}") from None
-
-
-def one_line(error: Exception) -> str:
-    """An error in one line, however long it is."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from corun_ray.core import spandrel_networks
 from corun_ray.core.corun import CORUN, Restoration, as_restoration
-from corun_ray.core.network_spec import CORUN_TYPE, NetworkError, NetworkSpec, construct, one_line
+from corun_ray.core.errors import one_line
+from corun_ray.core.network_spec import CORUN_TYPE, NetworkError, NetworkSpec, construct
 from corun_ray.core.restore import padded_size
 
 __all__ = ["NetworkError", "NetworkSpec", "architectures", "as_restoration", "build", "probe", "requirements"]

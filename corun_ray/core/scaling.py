@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from corun_ray.core.choices import Encoding
 from corun_ray.core.collectives import Layout, exposed_s, ready_times_s
-from corun_ray.core.labels import Encoding
 
 SHARD_S_PER_LABEL = 0.0019
 """Processor time of a shard for reading a label and for a tenth of an offer. Measured: docs/reliability.md, Scale."""
@@ -64,7 +64,7 @@ class Pool:
     win_rate: float = 0.1
     """Share of the candidates that win."""
     shares_blocks: bool = False
-    """All workers rate the winners' blocks together (`coherence.share_blocks`); what that sends is left out."""
+    """All workers rate the winners' blocks together; what that sends is left out."""
 
     def answers_s(self, layout: Layout, images: int, shards: int | None = None) -> float:
         """Until the last label is there, when all workers ask at once: the busiest shard's work, or node's sending.

@@ -1,6 +1,6 @@
 """The learning rate of every step: linear warm-up, then cosine with restarts.
 
-Source: Loshchilov and Hutter, SGDR, ICLR 2017. The published recipe is one cycle without warm-up (SPEC section 4).
+Source: Loshchilov and Hutter, SGDR, ICLR 2017. The published recipe is one cycle without warm-up (arXiv 2406.07966).
 """
 
 import math

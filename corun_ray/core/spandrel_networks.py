@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from corun_ray.core.network_spec import NetworkError, NetworkSpec, construct, one_line
+from corun_ray.core.errors import one_line
+from corun_ray.core.network_spec import NetworkError, NetworkSpec, construct
 from corun_ray.core.restore import PAD_MULTIPLE_PX
 
 EXTRA_PACKAGE = "spandrel_extra_arches"
-OWN_CLASS = "a network of your own needs its network.type (module.path:ClassName) and network.args"
+OWN_CLASS = "a network of your own needs its type (module.path:ClassName) and args"
 
 
 def build_spandrel(spec: NetworkSpec) -> nn.Module:

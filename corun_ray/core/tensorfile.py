@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from corun_ray.core.network_spec import one_line
+from corun_ray.core.errors import one_line
 from corun_ray.core.weights import WeightsError
 
 RECORD_KEY = "corun_ray"

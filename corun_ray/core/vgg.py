@@ -1,6 +1,6 @@
 """VGG-19 as a measure of how alike two images look: the features that the losses compare.
 
-Source: Simonyan and Zisserman, ICLR 2015; layers and weights as SPEC section 4 lists them.
+Source: Simonyan and Zisserman, ICLR 2015; layers and weights as published with CORUN (arXiv 2406.07966).
 """
 
 from pathlib import Path

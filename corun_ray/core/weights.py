@@ -4,11 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from corun_ray.core.errors import UserError
+
 WeightsSource = Callable[[str], Path]
 """File name → its path on this machine, checked; raises `WeightsError` where it cannot be had."""
 
 
-class WeightsError(Exception):
+class WeightsError(UserError):
     """Weights that are missing or not what they should be; the message is one line."""
 
 

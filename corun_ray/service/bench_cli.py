@@ -5,20 +5,20 @@ import math
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from corun_ray.cli_common import DONE, using_ray
 from corun_ray.core.bench_options import add_core_benches, at_least
+from corun_ray.core.errors import UserError
 from corun_ray.service.bench_stream_cli import add_stream_bench
 
 if TYPE_CHECKING:
     from corun_ray.service.bench_figures import Settings
     from corun_ray.service.storage import Location
 
-Reporting = Callable[[Callable[[], object]], int]
-"""Runs an action, turns its errors into lines and exit codes."""
 MIN_LABELS, MIN_SIDE_PX = 60, 8
 MIN_IN_MEMORY = 200
 """Labels that memory must have room for, so that there is something to read from it."""
@@ -42,14 +42,14 @@ examples:
 What it writes below --storage is deleted at the end, and when Ctrl-C stops it."""
 
 
-def add_bench_commands(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
+def add_bench_commands(commands: "argparse._SubParsersAction") -> None:
     """Adds the command `bench` to the parsers of `corun-ray`."""
     raw = argparse.RawDescriptionHelpFormatter
     group = commands.add_parser("bench", help="measure parts of the service on this machine")
     subs = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for parser in add_core_benches(subs, "corun-ray bench"):
         parser.set_defaults(command=_core)
-    add_stream_bench(subs, reporting)
+    add_stream_bench(subs)
     pool = subs.add_parser(
         "pool", help="measure the label pool", description=ABOUT, epilog=EXAMPLES, formatter_class=raw
     )
@@ -86,28 +86,28 @@ def add_bench_commands(commands: "argparse._SubParsersAction", reporting: Report
     pool.add_argument("--workers", type=at_least(1), default=64, metavar="W", help="of the simulated job (default 64)")
     pool.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to a file")
     pool.add_argument("--plot", type=Path, metavar="PNG", help="also draw how costs grow with the number of labels")
-    pool.set_defaults(command=lambda args: _pool(args, reporting))
+    pool.set_defaults(command=_pool)
 
 
 def _core(args: argparse.Namespace) -> int:
-    from corun_ray.cli import DONE, WrongRequest
     from corun_ray.core.bench import run
 
     try:
         run(args)
     except ValueError as error:
-        raise WrongRequest(f"bench: {error}") from None
+        raise UserError(f"bench: {error}") from None
     return DONE
 
 
-def _pool(args: argparse.Namespace, reporting: Reporting) -> int:
-    from corun_ray.cli import WrongRequest
+def _pool(args: argparse.Namespace) -> int:
     from corun_ray.service.bench_figures import Settings
 
     settings = Settings(args.labels, args.side, tuple(args.shards), args.encoding, args.memory_mib, args.workers)
     if mistakes := [*_mistakes(args, settings)]:
-        raise WrongRequest("\n".join(mistakes))
-    return reporting(lambda: _measure(args, settings))
+        raise UserError("\n".join(mistakes))
+    with using_ray():
+        _measure(args, settings)
+    return DONE
 
 
 def _mistakes(args: argparse.Namespace, settings: "Settings") -> Iterator[str]:
@@ -132,7 +132,7 @@ def _measure(args: argparse.Namespace, settings: "Settings") -> None:
     from corun_ray.service.bench_pool import bench_pool
     from corun_ray.service.bench_report import as_json, plot, table
     from corun_ray.service.console import Console
-    from corun_ray.service.fit import JobFailed
+    from corun_ray.service.errors import JobFailed
     from corun_ray.service.poollink import PoolError
     from corun_ray.service.storage import locate
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corun_ray.core.labels import Encoding
+from corun_ray.core.choices import Encoding
 
 STEP_S = 0.3
 """A step of the simulated job."""

@@ -11,7 +11,8 @@ import numpy as np
 import ray
 from ray.exceptions import RayTaskError
 
-from corun_ray.core.labels import Encoding, Label, Scores, decode, encode
+from corun_ray.core.choices import Encoding
+from corun_ray.core.labels import Label, Scores, decode, encode
 from corun_ray.service.bench_figures import STEP_S, Reads, Tick, latency
 from corun_ray.service.pool import PoolClient
 from corun_ray.service.poollink import PoolError

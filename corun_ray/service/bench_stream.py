@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 
 from corun_ray.config import ColabatorJob, PretrainJob, TrainingJob
+from corun_ray.core.choices import DepthKind
 from corun_ray.core.demo.dataset import DemoSize, write_demo
 from corun_ray.core.phases import PHASES, PhaseTimes
-from corun_ray.jobdata import DepthKind
 from corun_ray.service.manifest import build_manifest
 from corun_ray.service.packing import pack_here
 from corun_ray.service.packplan import plan_pack

@@ -2,16 +2,17 @@
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from corun_ray.cli_common import DONE, using_ray
 from corun_ray.core.bench_options import at_least, multiple_of
+from corun_ray.core.errors import UserError
 
 if TYPE_CHECKING:
     from corun_ray.config import TrainingJob
 
-Reporting = Callable[[Callable[[], object]], int]
 
 ABOUT = """\
 Measures how many training samples a second one core reads, decodes and synthesises, and where the time goes. Each of
@@ -30,7 +31,7 @@ examples:
   corun-ray bench stream --data clear --hazy urhi --samples 200 --json stream.json"""
 
 
-def add_stream_bench(group: "argparse._SubParsersAction[argparse.ArgumentParser]", reporting: Reporting) -> None:
+def add_stream_bench(group: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds `stream` to the parsers of `bench`."""
     stream = group.add_parser(
         "stream",
@@ -55,15 +56,15 @@ def add_stream_bench(group: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     stream.add_argument("--repeats", type=at_least(1), default=5, metavar="N", help="medians are of these (default 5)")
     stream.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to a file")
-    stream.set_defaults(command=lambda args: _stream(args, reporting))
+    stream.set_defaults(command=_stream)
 
 
-def _stream(args: argparse.Namespace, reporting: Reporting) -> int:
-    from corun_ray.cli import WrongRequest
-
+def _stream(args: argparse.Namespace) -> int:
     if mistakes := [*_mistakes(args)]:
-        raise WrongRequest("\n".join(mistakes))
-    return reporting(lambda: _measure(args))
+        raise UserError("\n".join(mistakes))
+    with using_ray():
+        _measure(args)
+    return DONE
 
 
 def _mistakes(args: argparse.Namespace) -> Iterator[str]:
@@ -79,7 +80,7 @@ def _mistakes(args: argparse.Namespace) -> Iterator[str]:
 def _measure(args: argparse.Namespace) -> None:
     from corun_ray.service.bench_stream import Settings, as_json, bench_stream, render_photographs, table
     from corun_ray.service.console import Console
-    from corun_ray.service.fit import JobFailed
+    from corun_ray.service.errors import JobFailed
     from corun_ray.service.samplemaker import TooManyBadFiles
 
     console = Console()

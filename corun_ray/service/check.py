@@ -4,13 +4,13 @@ import os
 from collections.abc import Iterator, Sequence
 
 from corun_ray.config import ColabatorJob, DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
+from corun_ray.core.choices import QUALITY_NAMES
+from corun_ray.core.errors import UserError
 from corun_ray.core.iqanames import OWN
-from corun_ray.core.weights import WeightsError
-from corun_ray.jobmethod import QUALITY_NAMES
 from corun_ray.jobtrials import example
 from corun_ray.service.gpus import gpus_of_driver
-from corun_ray.service.manifest import Manifest, ManifestError, build_manifest, held_out, held_out_sets, images_below
-from corun_ray.service.storage import StorageError, locate
+from corun_ray.service.manifest import Manifest, build_manifest, held_out, held_out_sets, images_below
+from corun_ray.service.storage import locate
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")
 
@@ -28,12 +28,12 @@ def check_job(job: Job, earlier: Sequence[Job]) -> tuple[list[str], list[str]]:
         try:
             for note in look(at, earlier):
                 notes.append(note)
-        except (StorageError, ManifestError, WeightsError, _Mistake) as error:
+        except UserError as error:
             mistakes += str(error).splitlines()
     return notes, mistakes
 
 
-class _Mistake(Exception):
+class _Mistake(UserError):
     pass
 
 

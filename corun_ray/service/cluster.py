@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from corun_ray.core.errors import UserError
+
 # Read by Ray at import.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
@@ -21,7 +23,7 @@ IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job, whose runtime environment then holds our code already."""
 
 
-class ClusterError(Exception):
+class ClusterError(UserError):
     """A cluster that cannot be reached, or has less than the job needs; the message is one line."""
 
 

@@ -1,13 +1,10 @@
 """`corun-ray doctor`. Heavy imports happen in the command."""
 
 import argparse
-import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
 
-Reporting = Callable[[Callable[[], object]], int]
-"""Runs an action, turns its errors into lines and exit codes."""
+from corun_ray.cli_common import DONE, FAILED, using_ray
 
 DOCTOR = """\
 Tries everything that a job would use, on the cluster of RAY_ADDRESS or on a Ray started here, in under a minute:
@@ -24,7 +21,7 @@ examples:
   corun-ray doctor --storage s3://haze/runs --tracking http://mlflow:5000"""
 
 
-def add_doctor_command(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
+def add_doctor_command(commands: "argparse._SubParsersAction") -> None:
     """Adds `doctor` to the parsers of `corun-ray`."""
     raw = argparse.RawDescriptionHelpFormatter
     doctor = commands.add_parser(
@@ -36,23 +33,20 @@ def add_doctor_command(commands: "argparse._SubParsersAction", reporting: Report
     doctor.add_argument(
         "--tracking", metavar="URI", help="MLflow (default: the job's, else MLFLOW_TRACKING_URI, else runs/mlflow.db)"
     )
-    doctor.set_defaults(command=functools.partial(_doctor, reporting))
+    doctor.set_defaults(command=_doctor)
 
 
-def _doctor(reporting: Reporting, args: argparse.Namespace) -> int:
+def _doctor(args: argparse.Namespace) -> int:
+    from corun_ray.jobfile import load_jobs
+    from corun_ray.service.doctor import Doctor, Needs, needs_of
+    from corun_ray.service.doctor_places import hurry
+
+    hurry()
+    tracking = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
     is_well = True
-
-    def action() -> None:
-        nonlocal is_well
-        from corun_ray.jobfile import load_jobs
-        from corun_ray.service.doctor import Doctor, Needs, needs_of
-        from corun_ray.service.doctor_places import hurry
-
-        hurry()
-        tracking = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
+    with using_ray():
         needs = needs_of(load_jobs(args.job, args.set)) if args.job else Needs("runs", tracking)
         for finding in Doctor(needs.at(args.storage, args.tracking)).examine():
             print(finding, flush=True)
             is_well = is_well and finding.is_ok is not False
-
-    return reporting(action) or int(not is_well)
+    return DONE if is_well else FAILED

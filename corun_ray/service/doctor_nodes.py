@@ -22,8 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from corun_ray.config import Cluster
 from corun_ray.service.doctor_places import Outcome, hurry, try_storage
+from corun_ray.service.errors import root_cause
 from corun_ray.service.fit import reasons, scaling
-from corun_ray.service.follower import root_cause
 from corun_ray.service.gpus import gpus_of_driver
 from corun_ray.service.process_group import NodeTorchConfig
 from corun_ray.service.storage import Location, StorageError

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import requests
 
+from corun_ray.service.errors import first_line
 from corun_ray.service.storage import PATIENCE_VARIABLE, Location, StorageError
-from corun_ray.service.tracking import TrackingError, connect, experiment_id, first_line
+from corun_ray.service.tracking import TrackingError, connect, experiment_id
 
 TRIAL_MIB = 16
 MB = 10**6

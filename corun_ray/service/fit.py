@@ -11,16 +11,12 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from corun_ray.config import Cluster
 from corun_ray.service.console import Console
-from corun_ray.service.follower import root_cause
+from corun_ray.service.errors import JobFailed, root_cause
 from corun_ray.service.plan import WorkerPlan
 from corun_ray.service.process_group import NodeTorchConfig
 from corun_ray.service.recovery import start_from
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.worker import train_worker
-
-
-class JobFailed(Exception):
-    """The job ended without its result; the message says why, for a person."""
 
 
 def fit(plan: WorkerPlan, run: Location, console: Console) -> Result:

@@ -11,6 +11,7 @@ from corun_ray.config import TrainingJob
 from corun_ray.service import telemetry
 from corun_ray.service.board import Attempt, News
 from corun_ray.service.console import Console
+from corun_ray.service.errors import root_cause
 from corun_ray.service.examples import EXAMPLES, HAZY_PICTURE, picture_name
 from corun_ray.service.gallery import Measured
 from corun_ray.service.logs import Log
@@ -23,12 +24,6 @@ from corun_ray.service.validation_log import VALIDATION_FILE, ValidationLog
 POLL_S = 0.5
 Listener = Callable[[int, Mapping[str, float]], None]
 """Hears of metrics after so many steps."""
-
-
-def root_cause(traceback: str) -> str:
-    """The first error of a chain of tracebacks, in a line: what happened, without what followed from it."""
-    first = traceback.split("\nThe above exception was the direct cause")[0].strip()
-    return first.splitlines()[-1]
 
 
 def _earlier(run: Location) -> ValidationLog:

@@ -16,6 +16,7 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from corun_ray.core.errors import UserError
 from corun_ray.mistakes import closest
 from corun_ray.service.submission import LEFT_OUT, Submission
 
@@ -34,7 +35,7 @@ RUNNING = (JobStatus.PENDING, JobStatus.RUNNING)
 T = TypeVar("T")
 
 
-class JobsError(Exception):
+class JobsError(UserError):
     """A cluster's Jobs API that does not answer or refuses; the message is one line."""
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pyarrow.fs import FileInfo
 
 from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.core.errors import UserError
 from corun_ray.jobdata import Paired
 from corun_ray.service.packs import Pack, is_pack, open_pack
 from corun_ray.service.storage import locate
@@ -55,7 +56,7 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-class ManifestError(Exception):
+class ManifestError(UserError):
     """Data that holds nothing to train on; the message is one line a mistake."""
 
 

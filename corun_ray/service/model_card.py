@@ -15,8 +15,9 @@ from corun_ray.jobfile import dump_job
 from corun_ray.service.comparison import interval_of
 from corun_ray.service.examples import examples_at
 from corun_ray.service.manifest import HeldOutSet, held_out_sets
+from corun_ray.service.model_format import CARD_FILE
 from corun_ray.service.promotion import HELD_OUT_TAG
-from corun_ray.service.registry import CARD_FILE, SUMMARY_TAG, About
+from corun_ray.service.registry import SUMMARY_TAG, About
 from corun_ray.service.runs import JOB_FILE
 from corun_ray.service.storage import Location
 from corun_ray.service.validation_log import VALIDATION_FILE, ValidationLog

@@ -1,17 +1,13 @@
 """`corun-ray dehaze`, `evaluate`, `promote` and `pull`. Heavy imports happen in the command that needs them."""
 
 import argparse
-import functools
 import os
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WRONG_REQUEST = 2
-Reporting = Callable[[Callable[[], object]], int]
-"""Runs an action, turns its errors into lines and exit codes."""
+from corun_ray.cli_common import DONE, FAILED, using_ray
+from corun_ray.core.errors import UserError
 
 SOURCE_HELP = "models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth"
 FORMATS = ("keep", "png", "jpg", "tif", "webp")
@@ -62,10 +58,10 @@ Writes model.safetensors (weights), config.json (the network), and, of a registe
 pictures, job.yaml and validation.csv. DIR can be used as --model and as network.init."""
 
 
-def add_model_commands(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
+def add_model_commands(commands: "argparse._SubParsersAction") -> None:
     """Adds the commands that use trained models to the parsers of `corun-ray`."""
     for add in (_add_dehaze, _add_evaluate, _add_promote, _add_pull):
-        add(commands, reporting)
+        add(commands)
 
 
 def add_command(
@@ -84,7 +80,7 @@ def add_command(
     return parser
 
 
-def _add_dehaze(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
+def _add_dehaze(commands: "argparse._SubParsersAction") -> None:
     dehaze = add_command(commands, "dehaze", "dehaze a folder of images", DEHAZE, DEHAZE_EXAMPLES)
     dehaze.add_argument("input", metavar="INPUT", help="folder or URI of images")
     dehaze.add_argument("output", metavar="OUTPUT", help="folder or URI to write to")
@@ -107,10 +103,10 @@ def _add_dehaze(commands: "argparse._SubParsersAction", reporting: Reporting) ->
         metavar="N",
         help="memory of one image at work; larger ones go in bands or tiles (default 2816, or 3/4 of a GPU's)",
     )
-    dehaze.set_defaults(command=functools.partial(_dehaze, reporting))
+    dehaze.set_defaults(command=_dehaze)
 
 
-def _add_evaluate(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
+def _add_evaluate(commands: "argparse._SubParsersAction") -> None:
     evaluate = add_command(commands, "evaluate", "measure models on a folder of images", EVALUATE, EVALUATE_EXAMPLES)
     evaluate.add_argument("input", metavar="INPUT", help="folder or URI of hazy images")
     evaluate.add_argument("--truth", metavar="DIR", help="folder or URI of their clear truth, paired by stem")
@@ -133,61 +129,56 @@ def _add_evaluate(commands: "argparse._SubParsersAction", reporting: Reporting) 
     evaluate.add_argument(
         "--storage", default="runs", metavar="DIR", help="folder or URI for the tables (default runs)"
     )
-    evaluate.set_defaults(command=functools.partial(_evaluate, reporting))
+    evaluate.set_defaults(command=_evaluate)
 
 
-def _add_promote(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
+def _add_promote(commands: "argparse._SubParsersAction") -> None:
     promote = add_command(commands, "promote", "make a version of a model its champion", PROMOTE, PROMOTE_EXAMPLES)
     promote.add_argument("name", metavar="NAME", help="registered model")
     promote.add_argument("version", metavar="VERSION", help="a number, or an alias such as candidate")
     promote.add_argument(
         "--if-better", metavar="METRIC", help="only where this metric of the held-out images shows it: val/fade, ..."
     )
-    promote.set_defaults(command=functools.partial(_promote, reporting))
+    promote.set_defaults(command=_promote)
 
 
-def _add_pull(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
+def _add_pull(commands: "argparse._SubParsersAction") -> None:
     pull = add_command(commands, "pull", "write a model as plain files", PULL)
     pull.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     pull.add_argument("folder", type=Path, metavar="DIR", help="where to write them; must be new or empty")
-    pull.set_defaults(command=functools.partial(_pull, reporting))
+    pull.set_defaults(command=_pull)
 
 
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _dehaze(reporting: Reporting, args: argparse.Namespace) -> int:
+def _dehaze(args: argparse.Namespace) -> int:
     section = {key: getattr(args, key) for key in ("input", "output", "model", "format", "transmission", "stages")}
     tree = {"kind": "dehaze", "name": "images", "dehaze": section | {"memory_mib": args.memory_mib}}
-    return run_described(reporting, tree, args.tracking, args.resume)
+    return run_described(tree, args.tracking, args.resume)
 
 
-def run_described(reporting: Reporting, tree: dict[str, Any], tracking: str, resume: bool = False) -> int:
+def run_described(tree: dict[str, Any], tracking: str, resume: bool = False) -> int:
     """Runs a job that the command line describes."""
+    from corun_ray.jobfile import job_of
+    from corun_ray.service.console import Console
+    from corun_ray.service.jobs import run_jobs
 
-    def action() -> None:
-        from corun_ray.jobfile import job_of
-        from corun_ray.service.console import Console
-        from corun_ray.service.jobs import run_jobs
-
+    with using_ray():
         run_jobs([job_of(tree | {"tracking": {"uri": tracking}})], Console(), resume=resume)
+    return DONE
 
-    return reporting(action)
 
-
-def _evaluate(reporting: Reporting, args: argparse.Namespace) -> int:
+def _evaluate(args: argparse.Namespace) -> int:
     named = [_named(text) for text in args.models]
     if twice := {name for name, _ in named if [other for other, _ in named].count(name) > 1}:
-        print(
-            f"--model: {', '.join(sorted(twice))} is the name of several (NAME=SOURCE gives another)", file=sys.stderr
-        )
-        return WRONG_REQUEST
+        raise UserError(f"--model: {', '.join(sorted(twice))} is the name of several (NAME=SOURCE gives another)")
     section: dict[str, Any] = {"hazy": args.input, "clear": args.truth, "models": dict(named)}
     optional = {"metrics": args.metrics, "baselines": args.baselines, "against": args.against, "weights": args.weights}
     section |= {key: value for key, value in optional.items() if value is not None}
     tree = {"kind": "evaluate", "name": "evaluate", "storage": args.storage, "evaluate": section}
-    return run_described(reporting, tree, args.tracking)
+    return run_described(tree, args.tracking)
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -199,27 +190,19 @@ def _named(text: str) -> tuple[str, str]:
     return re.sub(r"[^a-z0-9._-]+", "-", said.partition(":/")[2] or said).strip("-._") or "model", text
 
 
-def _promote(reporting: Reporting, args: argparse.Namespace) -> int:
-    moved = False
+def _promote(args: argparse.Namespace) -> int:
+    from corun_ray.service.promotion import promote
+    from corun_ray.service.registry import Registry
 
-    def action() -> None:
-        nonlocal moved
-        from corun_ray.service.promotion import promote
-        from corun_ray.service.registry import Registry
-
-        decision = promote(Registry(args.tracking), args.name, args.version, args.if_better)
-        moved = decision.moves
-        is_now = "is now the champion" if moved else "not promoted"
-        print(f"{args.name} {args.version}: {is_now}: {decision.reason}")
-
-    return reporting(action) or int(not moved)
+    decision = promote(Registry(args.tracking), args.name, args.version, args.if_better)
+    is_now = "is now the champion" if decision.moves else "not promoted"
+    print(f"{args.name} {args.version}: {is_now}: {decision.reason}")
+    return DONE if decision.moves else FAILED
 
 
-def _pull(reporting: Reporting, args: argparse.Namespace) -> int:
-    def action() -> None:
-        from corun_ray.service.pull import pull
+def _pull(args: argparse.Namespace) -> int:
+    from corun_ray.service.pull import pull
 
-        for path in pull(args.source, args.folder, args.tracking):
-            print(path)
-
-    return reporting(action)
+    for path in pull(args.source, args.folder, args.tracking):
+        print(path)
+    return DONE

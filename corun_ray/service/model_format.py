@@ -10,19 +10,17 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlflow.pyfunc
-import mlflow.pytorch
 import numpy as np
-from mlflow.models import Model, ModelSignature
-from mlflow.types import Schema, TensorSpec
 
 from corun_ray.core.checkpoints import NETWORK_FILE, SPEC_FILE, load_network
 from corun_ray.core.networks import requirements
 from corun_ray.core.restore import AnySize
 from corun_ray.service import usercode
-from corun_ray.service.registry import ABOUT
+
+if TYPE_CHECKING:
+    from mlflow.models import Model
 
 PYFUNC_CODE = Path(__file__).with_name("pyfunc_model.py")
 PACKAGE = Path(__file__).parents[1]
@@ -30,16 +28,24 @@ REQUIREMENTS = ["torch", "numpy", "opencv-python-headless", "mlflow"]
 EXAMPLE_PX = 64
 CHECKPOINT, PYTORCH, CODE = "checkpoint", "pytorch", "code"
 """Folders of the model: the network's files, the pickled module, and the code of both."""
+ABOUT, CARD_FILE = "about", "README.md"
+"""The folder of the model with what is known of it, and the card in that folder."""
 
 
 def save_model(
-    path: str, mlflow_model: Model, checkpoint: Path, code: usercode.Code, about: Mapping[str, bytes], **_: Any
+    path: str, mlflow_model: "Model", checkpoint: Path, code: usercode.Code, about: Mapping[str, bytes], **_: Any
 ) -> None:
     """Writes the network of a checkpoint folder, the `code` of its class and the files `about` it into `path`.
 
     `mlflow.pyfunc` maps uint8 B H W 3 to the same; `mlflow.pytorch` gives a module, float B 3 H W in [0, 1] to the
     same. Only the latter is a pickle: MLflow's other format, a traced graph, would hold to the sizes of its example.
     """
+    # Imported here, after `tracking.connect` has quieted MLflow by its environment.
+    import mlflow.pyfunc
+    import mlflow.pytorch
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
     place = Path(path)
     # MLflow prints its own account of this; what goes wrong is raised.
     with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as name:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from corun_ray.config import TrainingJob
 from corun_ray.core.checkpoints import CheckpointError, LoadedNetwork, load_network, load_params, read_spec
+from corun_ray.core.errors import UserError
 from corun_ray.core.networks import NetworkError, NetworkSpec, build, probe
 from corun_ray.service import usercode
 from corun_ray.service.registry import download_model
@@ -23,7 +24,7 @@ RECOGNISED = "spandrel"
 """The network type of a job whose checkpoint says which architecture it is."""
 
 
-class ModelSourceError(Exception):
+class ModelSourceError(UserError):
     """A source that gives no model; the message is one line."""
 
 

@@ -1,15 +1,14 @@
 """`corun-ray pack`. Heavy imports happen when it runs."""
 
 import argparse
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from corun_ray.cli_common import DONE, using_ray
 from corun_ray.core.bench_options import at_least
 
 if TYPE_CHECKING:
     from corun_ray.service.console import Console
 
-Reporting = Callable[[Callable[[], object]], int]
 NAMED_LEFT_OUT = 20
 
 ABOUT = """\
@@ -31,7 +30,7 @@ examples:
   corun-ray run jobs/pretrain.yaml --set data.clear=s3://haze/rgb_500_pack --set data.depth=s3://haze/rgb_500_pack"""
 
 
-def add_pack_command(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
+def add_pack_command(commands: "argparse._SubParsersAction") -> None:
     """Adds the command `pack` to the parsers of `corun-ray`."""
     pack = commands.add_parser(
         "pack",
@@ -48,10 +47,16 @@ def add_pack_command(commands: "argparse._SubParsersAction", reporting: Reportin
     )
     pack.add_argument("--keep-png", action="store_true", help="leave depth maps in PNG as they are")
     pack.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
-    pack.set_defaults(command=lambda args: reporting(lambda: _pack(args)))
+    pack.set_defaults(command=_pack)
 
 
-def _pack(args: argparse.Namespace) -> None:
+def _pack(args: argparse.Namespace) -> int:
+    with using_ray():
+        _plan_and_pack(args)
+    return DONE
+
+
+def _plan_and_pack(args: argparse.Namespace) -> None:
     import time
 
     from corun_ray.service import cluster

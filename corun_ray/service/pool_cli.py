@@ -3,18 +3,18 @@
 import argparse
 import difflib
 import json
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from corun_ray.cli_common import DONE, FAILED
 
 if TYPE_CHECKING:
     from corun_ray.config import ColabatorJob
     from corun_ray.core.pictures import ImageU8
     from corun_ray.service.pool_source import Source
 
-DONE, REFUSED = 0, 1
 SOURCE_HELP = "a run, checkpoint, pool folder or snapshot: see corun-ray pool --help"
 CLOSEST_KEYS = 3
 CLOSEST_LIKENESS = 0.4
@@ -73,81 +73,77 @@ def add_pool_commands(commands: "argparse._SubParsersAction") -> None:
 
 
 def _ls(args: argparse.Namespace) -> int:
-    with _wrong_requests():
-        from corun_ray.service.pool_source import find
-        from corun_ray.service.pool_view import describe, summarise
-        from corun_ray.service.storage import locate
+    from corun_ray.service.pool_source import find
+    from corun_ray.service.pool_view import describe, summarise
+    from corun_ray.service.storage import locate
 
-        source = find(args.source)
-        summary = summarise(source, source.index())
-        print("\n".join(describe(summary)))
-        if args.json:
-            locate(args.json).write(json.dumps(asdict(summary), indent=1).encode())
+    source = find(args.source)
+    summary = summarise(source, source.index())
+    print("\n".join(describe(summary)))
+    if args.json:
+        locate(args.json).write(json.dumps(asdict(summary), indent=1).encode())
     return DONE
 
 
 def _show(args: argparse.Namespace) -> int:
-    with _wrong_requests():
-        from corun_ray.service.pool_export import picture
-        from corun_ray.service.pool_source import find
-        from corun_ray.service.pool_view import printable
-        from corun_ray.service.storage import StorageError, locate
+    from corun_ray.service.pool_export import picture
+    from corun_ray.service.pool_source import find
+    from corun_ray.service.pool_view import printable
+    from corun_ray.service.storage import StorageError, locate
 
-        source = find(args.source)
-        index = source.index()
-        if args.key not in index:
-            raise StorageError(f"{source.uri}: no label of {printable(args.key)}{_closest(args.key, index)}")
-        label = source.label(args.key, index[args.key][1])
-        job, unknown = _job_of(source)
-        hazy = _hazy_image(args, job, unknown, *label.scene.shape[-2:])
-        combine = job.coherence.combine if job else "addition"
-        place = locate(args.output or _file_name(args.key))
-        place.write(picture(label, hazy, combine))
-        clarity, quality = label.scores
-        print(f"{printable(args.key)}: clarity {clarity:.4f}, quality {quality:.4f}, made at step {label.step}")
-        print(f"  trust map by {combine}{f' (not known: {unknown})' if unknown else ''}\n  {place.uri}")
+    source = find(args.source)
+    index = source.index()
+    if args.key not in index:
+        raise StorageError(f"{source.uri}: no label of {printable(args.key)}{_closest(args.key, index)}")
+    label = source.label(args.key, index[args.key][1])
+    job, unknown = _job_of(source)
+    hazy = _hazy_image(args, job, unknown, *label.scene.shape[-2:])
+    combine = job.coherence.combine if job else "addition"
+    place = locate(args.output or _file_name(args.key))
+    place.write(picture(label, hazy, combine))
+    clarity, quality = label.scores
+    print(f"{printable(args.key)}: clarity {clarity:.4f}, quality {quality:.4f}, made at step {label.step}")
+    print(f"  trust map by {combine}{f' (not known: {unknown})' if unknown else ''}\n  {place.uri}")
     return DONE
 
 
 def _export(args: argparse.Namespace) -> int:
-    with _wrong_requests():
-        from corun_ray.service.console import Console
-        from corun_ray.service.pool_export import export
-        from corun_ray.service.pool_source import find
-        from corun_ray.service.pool_view import printable
-        from corun_ray.service.storage import StorageError
+    from corun_ray.service.console import Console
+    from corun_ray.service.pool_export import export
+    from corun_ray.service.pool_source import find
+    from corun_ray.service.pool_view import printable
+    from corun_ray.service.storage import StorageError
 
-        if "://" in args.folder:
-            raise StorageError(f"{args.folder}: export fills a local folder; copy it to the bucket afterwards")
-        source = find(args.source)
-        console = Console()
-        console.header("pool export", {"snapshot": source.uri, "output": args.folder})
-        job, unknown = _job_of(source) if args.trust else (None, "")
-        combine = (job.coherence.combine if job else "addition") if args.trust else None
-        if unknown:
-            console.say(f"  trust maps by addition (not known: {unknown})")
-        done = export(
-            source,
-            Path(args.folder),
-            args.transmission,
-            combine,
-            lambda number, total: console.progress(number, total, "label"),
-        )
-        console.footer(f"done: {len(done.files)} labels written, {len(done.refused)} left out", {})
-        for key, reason in done.refused.items():
-            console.say(f"  left out: {printable(key)}: {printable(reason)}")
-    return REFUSED if done.refused else DONE
+    if "://" in args.folder:
+        raise StorageError(f"{args.folder}: export fills a local folder; copy it to the bucket afterwards")
+    source = find(args.source)
+    console = Console()
+    console.header("pool export", {"snapshot": source.uri, "output": args.folder})
+    job, unknown = _job_of(source) if args.trust else (None, "")
+    combine = (job.coherence.combine if job else "addition") if args.trust else None
+    if unknown:
+        console.say(f"  trust maps by addition (not known: {unknown})")
+    done = export(
+        source,
+        Path(args.folder),
+        args.transmission,
+        combine,
+        lambda number, total: console.progress(number, total, "label"),
+    )
+    console.footer(f"done: {len(done.files)} labels written, {len(done.refused)} left out", {})
+    for key, reason in done.refused.items():
+        console.say(f"  left out: {printable(key)}: {printable(reason)}")
+    return FAILED if done.refused else DONE
 
 
 def _diff(args: argparse.Namespace) -> int:
-    with _wrong_requests():
-        from corun_ray.service.pool_source import find
-        from corun_ray.service.pool_view import change_lines, changes, diff_summary
+    from corun_ray.service.pool_source import find
+    from corun_ray.service.pool_view import change_lines, changes, diff_summary
 
-        a, b = find(args.a), find(args.b)
-        before, after = ({key: head for key, (head, _) in source.index().items()} for source in (a, b))
-        found = changes(before, after)
-        print("\n".join(change_lines(found) if args.all else diff_summary(a, b, found, len(after))))
+    a, b = find(args.a), find(args.b)
+    before, after = ({key: head for key, (head, _) in source.index().items()} for source in (a, b))
+    found = changes(before, after)
+    print("\n".join(change_lines(found) if args.all else diff_summary(a, b, found, len(after))))
     return DONE
 
 
@@ -189,14 +185,3 @@ def _closest(key: str, keys: Collection[str]) -> str:
 
     closest = difflib.get_close_matches(key, keys, CLOSEST_KEYS, CLOSEST_LIKENESS)
     return f" (the closest: {', '.join(map(printable, closest))})" if closest else ""
-
-
-@contextmanager
-def _wrong_requests() -> Iterator[None]:
-    from corun_ray.cli import WrongRequest
-    from corun_ray.service.storage import StorageError
-
-    try:
-        yield
-    except StorageError as error:
-        raise WrongRequest(error) from None

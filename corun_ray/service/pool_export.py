@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from corun_ray.core.augment import resize
-from corun_ray.core.coherence import BlockScores, Coherence, Combine
+from corun_ray.core.choices import Combine
+from corun_ray.core.coherence import BlockScores, Coherence
 from corun_ray.core.images import BadImage, decode_image, encode_png
 from corun_ray.core.labels import Label, decode, encode
 from corun_ray.core.pictures import ImageU8, colour_map, grid

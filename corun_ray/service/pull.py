@@ -5,8 +5,8 @@ from pathlib import Path
 
 from corun_ray.core.checkpoints import save_model
 from corun_ray.service import usercode
+from corun_ray.service.model_format import ABOUT
 from corun_ray.service.models import ModelSourceError, fetched, load
-from corun_ray.service.registry import ABOUT
 
 
 def pull(source: str, folder: Path, tracking: str) -> list[Path]:

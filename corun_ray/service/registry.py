@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from corun_ray.core.checkpoints import NETWORK_FILE
-from corun_ray.service import usercode
-from corun_ray.service.tracking import TrackingError, connect, first_line
+from corun_ray.service import model_format, usercode
+from corun_ray.service.errors import first_line
+from corun_ray.service.model_format import ABOUT
+from corun_ray.service.tracking import TrackingError, connect
 from corun_ray.service.validation_log import VALIDATION_FILE, ValidationLog
 
 OURS = ("corun_ray.", "val/")
 """What the names of our tags begin with."""
 SUMMARY_TAG = "corun_ray.summary"
-CARD_FILE, ABOUT = "README.md", "about"
-"""A model's card, and the folder of the model that holds it."""
 CANDIDATE, CHAMPION = "candidate", "champion"
 
 
@@ -35,8 +35,6 @@ def log_model(uri: str, checkpoint: Path, code: usercode.Code, about: About) -> 
     """Logs the network of a checkpoint folder with the active run of the MLflow at `uri`; returns the model's URI."""
     connect(uri)
     from mlflow.models import Model
-
-    from corun_ray.service import model_format
 
     with contextlib.redirect_stderr(io.StringIO()):  # MLflow prints its own account; what goes wrong is raised
         info = Model.log(

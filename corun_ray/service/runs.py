@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from corun_ray.config import TrainingJob
+from corun_ray.core.errors import UserError
 from corun_ray.jobfile import JobFileError, load_jobs
 from corun_ray.service.storage import Location, StorageError, locate
 
@@ -29,7 +30,7 @@ FREE = (
 """Keys that a resumed run may change: where and on what it runs and what it shows, not what it learns from."""
 
 
-class ResumeError(Exception):
+class ResumeError(UserError):
     """A run that cannot be gone on with; one line a reason."""
 
 

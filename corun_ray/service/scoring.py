@@ -8,6 +8,7 @@ from torch import Tensor
 from torch import device as Device
 
 from corun_ray.config import ColabatorJob, EvaluateJob, Job, TrainingJob
+from corun_ray.core.choices import QUALITY_NAMES
 from corun_ray.core.coherence import Coherence, Scorer
 from corun_ray.core.daclip import DACLIP_FILE, load_daclip
 from corun_ray.core.iqa import load_quality, probe
@@ -15,8 +16,8 @@ from corun_ray.core.losses import Losses, LossWeights
 from corun_ray.core.measures import load_measure
 from corun_ray.core.vgg import VGG_FILE, load_vgg19
 from corun_ray.core.weights import WeightsError, WeightsSource, no_weights
-from corun_ray.jobmethod import QUALITY_NAMES, ColabatorLoss
 from corun_ray.jobmethod import Coherence as CoherenceSection
+from corun_ray.jobmethod import ColabatorLoss
 from corun_ray.service.weights import Recorder, WeightsFolder
 from corun_ray.service.weights_cli import lacking
 
@@ -67,9 +68,9 @@ def check_scoring(job: TrainingJob) -> None:
         coherence = build_coherence(job.coherence, weights_source(job.coherence.weights))
         if job.coherence.quality not in QUALITY_NAMES:
             try:
-                probe(coherence.quality, job.coherence.block_px, job.data.patch_px, key="coherence.quality")
+                probe(coherence.quality, job.coherence.block_px, job.data.patch_px)
             except ValueError as error:
-                raise WeightsError(str(error)) from None
+                raise WeightsError(f"coherence.quality: {error}") from None
     build_losses(job, weights_source(job.loss.weights), coherence)
 
 

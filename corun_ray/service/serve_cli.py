@@ -1,10 +1,9 @@
 """`corun-ray serve`. Heavy imports happen in the command."""
 
 import argparse
-import functools
 from typing import Any
 
-from corun_ray.service.model_cli import SOURCE_HELP, Reporting, add_command, run_described
+from corun_ray.service.model_cli import SOURCE_HELP, add_command, run_described
 
 SERVE = """\
 Answers POST /dehaze with the restored image, and gives people a page to drop photographs on, on Ray Serve: on the
@@ -44,17 +43,17 @@ OPTIONS = (
 )
 
 
-def add_serve_command(commands: "argparse._SubParsersAction", reporting: Reporting) -> None:
+def add_serve_command(commands: "argparse._SubParsersAction") -> None:
     """Adds the command to the parsers of `corun-ray`."""
     parser = add_command(commands, "serve", "serve a model over HTTP", SERVE, EXAMPLES)
     parser.add_argument("model", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("--name", default="dehazing", metavar="NAME", help="of the application (default dehazing)")
     for key, kind, metavar, help in OPTIONS:
         parser.add_argument(f"--{key.replace('_', '-')}", type=kind, metavar=metavar, help=help)
-    parser.set_defaults(command=functools.partial(_serve, reporting))
+    parser.set_defaults(command=_serve)
 
 
-def _serve(reporting: Reporting, args: argparse.Namespace) -> int:
+def _serve(args: argparse.Namespace) -> int:
     given = {key: getattr(args, key) for key, *_ in OPTIONS}
     section = {"model": args.model} | {key: value for key, value in given.items() if value is not None}
-    return run_described(reporting, {"kind": "serve", "name": args.name, "serve": section}, args.tracking)
+    return run_described({"kind": "serve", "name": args.name, "serve": section}, args.tracking)

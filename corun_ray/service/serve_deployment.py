@@ -18,13 +18,11 @@ from ray.serve.schema import ApplicationStatus
 from corun_ray.config import ServeJob
 from corun_ray.core.restore import MIN_SIDE_PX
 from corun_ray.jobserve import Serve
-from corun_ray.service.fit import JobFailed
-from corun_ray.service.follower import root_cause
+from corun_ray.service.errors import JobFailed, first_line, root_cause
 from corun_ray.service.models import Model
 from corun_ray.service.serve_app import Door
 from corun_ray.service.serve_messages import Served
 from corun_ray.service.serve_replica import Restorer
-from corun_ray.service.tracking import first_line
 from corun_ray.service.uploads import Limits
 
 LOOK_EVERY_S = 2.0

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from pyarrow import NativeFile, fs
 
+from corun_ray.core.errors import UserError
 from corun_ray.credentials import REFUSED, holds_credentials, without_credentials
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ SILENCE_TIMEOUT_S = 15.0
 FIRST_DELAY_S = 0.05
 
 
-class StorageError(Exception):
+class StorageError(UserError):
     """A place that cannot be read or written; the message says which, and why, in one line."""
 
 

@@ -8,13 +8,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from corun_ray.cli_common import DONE, FAILED, WRONG_REQUEST
+
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
 
     from corun_ray.service.jobsapi import Jobs
     from corun_ray.service.submission import Submission
 
-DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 LAST_LINES = 5
 ADDRESS_HELP = "of the cluster's dashboard, http://HOST:8265 (default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS)"
 
@@ -103,14 +104,9 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from corun_ray.cli import WrongRequest
-    from corun_ray.jobfile import JobFileError
     from corun_ray.service.submission import submission_of
 
-    try:
-        submission = submission_of(args.job, args.set, args.resume, args.name, more_env=args.env)
-    except JobFileError as error:
-        raise WrongRequest(error) from None
+    submission = submission_of(args.job, args.set, args.resume, args.name, more_env=args.env)
     if args.dry_run:
         print(_description(submission))
         return DONE
@@ -180,13 +176,9 @@ def _code_of(job: "JobDetails") -> int:
 
 
 def _with_jobs(action: "Callable[[Jobs, argparse.Namespace], int]", args: argparse.Namespace) -> int:
-    from corun_ray.cli import WrongRequest
-    from corun_ray.service.jobsapi import Jobs, JobsError
+    from corun_ray.service.jobsapi import Jobs
 
-    try:
-        return action(Jobs(args.address), args)
-    except JobsError as error:
-        raise WrongRequest(error) from None
+    return action(Jobs(args.address), args)
 
 
 def _ls(jobs: "Jobs", args: argparse.Namespace) -> int:

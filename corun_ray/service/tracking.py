@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from corun_ray.config import Job
+from corun_ray.core.errors import UserError
 from corun_ray.credentials import REFUSED, holds_credentials, without_credentials
+from corun_ray.service.errors import first_line
 from corun_ray.service.runs import flatten
 
 SQLITE = "sqlite:///"
 
 
-class TrackingError(Exception):
+class TrackingError(UserError):
     """MLflow cannot be reached or refuses; the message is one line."""
 
 
@@ -125,9 +127,3 @@ def experiment_id(mlflow: Any, uri: str, name: str) -> str:
 def last_metrics(uri: str, run_id: str) -> dict[str, float]:
     """What a run of the MLflow at `uri` logged last, by metric."""
     return dict(connect(uri).MlflowClient().get_run(run_id).data.metrics)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, at most 300 characters of its first line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -12,7 +12,8 @@ from corun_ray.service import cluster, snapshots
 from corun_ray.service.board import start_board
 from corun_ray.service.console import Console, duration
 from corun_ray.service.decoded import start_cache
-from corun_ray.service.fit import JobFailed, fit
+from corun_ray.service.errors import JobFailed
+from corun_ray.service.fit import fit
 from corun_ray.service.follower import Follower, Listener
 from corun_ray.service.manifest import Manifest, build_manifest, held_out_sets
 from corun_ray.service.models import Model, starting_model

@@ -23,7 +23,7 @@ from corun_ray.jobtrials import corners, trial_job
 from corun_ray.jobtune import Choice, Range
 from corun_ray.service import cluster, usercode
 from corun_ray.service.console import Console, duration
-from corun_ray.service.fit import JobFailed
+from corun_ray.service.errors import JobFailed
 from corun_ray.service.models import starting_model
 from corun_ray.service.registry import register
 from corun_ray.service.report import REPORT_FILE

@@ -15,8 +15,7 @@ from corun_ray.config import TuneJob
 from corun_ray.core.networks import build
 from corun_ray.jobfile import dump_job
 from corun_ray.jobtrials import trial_job
-from corun_ray.service.fit import JobFailed
-from corun_ray.service.follower import root_cause
+from corun_ray.service.errors import JobFailed, root_cause
 from corun_ray.service.models import spec_of
 from corun_ray.service.report import Listing, Pictures, Section, Table, render
 

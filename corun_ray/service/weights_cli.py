@@ -1,8 +1,7 @@
 """`corun-ray weights fetch | index | ls`. Heavy imports happen in the command that needs them."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,44 +100,30 @@ def lacking(folder_uri: str | None, wanted: Wanted) -> list[str]:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    with _wrong_requests():
-        from corun_ray.core.weights import WeightsError
-        from corun_ray.service.weights_fetch import PUBLISHED, fetch
+    from corun_ray.core.weights import WeightsError
+    from corun_ray.service.weights_fetch import PUBLISHED, fetch
 
-        if "://" in args.folder:
-            raise WeightsError(f"{args.folder}: fetch fills a local folder; copy it to the bucket afterwards")
-        fetch(Path(args.folder), args.what or PUBLISHED)
+    if "://" in args.folder:
+        raise WeightsError(f"{args.folder}: fetch fills a local folder; copy it to the bucket afterwards")
+    fetch(Path(args.folder), args.what or PUBLISHED)
     return 0
 
 
 def _index(args: argparse.Namespace) -> int:
-    with _wrong_requests():
-        from corun_ray.service.weights import index_folder
+    from corun_ray.service.weights import index_folder
 
-        index_folder(args.folder)
-        print("\n".join(listing(args.folder, {})))
+    index_folder(args.folder)
+    print("\n".join(listing(args.folder, {})))
     return 0
 
 
 def _ls(args: argparse.Namespace, job_needs: JobNeeds) -> int:
     """Exits with 1 where a wanted file cannot be used."""
     is_job = args.where.endswith((".yaml", ".yml"))
-    with _wrong_requests():
-        folders: Sequence[tuple[str | None, Wanted]] = job_needs(args) if is_job else [(args.where, {})]
-        if not folders:
-            print("needs no weights")
-        for folder_uri, wanted in folders:
-            print(f"{folder_uri or 'no weights folder'}:")
-            print("\n".join(listing(folder_uri, wanted)))
-        return int(any(lacking(folder_uri, wanted) for folder_uri, wanted in folders))
-
-
-@contextmanager
-def _wrong_requests() -> Iterator[None]:
-    from corun_ray.cli import WrongRequest
-    from corun_ray.core.weights import WeightsError
-
-    try:
-        yield
-    except WeightsError as error:
-        raise WrongRequest(error) from None
+    folders: Sequence[tuple[str | None, Wanted]] = job_needs(args) if is_job else [(args.where, {})]
+    if not folders:
+        print("needs no weights")
+    for folder_uri, wanted in folders:
+        print(f"{folder_uri or 'no weights folder'}:")
+        print("\n".join(listing(folder_uri, wanted)))
+    return int(any(lacking(folder_uri, wanted) for folder_uri, wanted in folders))

@@ -11,9 +11,10 @@ from typing import get_args
 import numpy as np
 import torch
 
+from corun_ray.core.choices import Encoding
 from corun_ray.core.corun import CORUN
 from corun_ray.core.images import decode_image
-from corun_ray.core.labels import Encoding, Label, Scores, decode, encode
+from corun_ray.core.labels import Label, Scores, decode, encode
 from corun_ray.core.samples import real_views
 from corun_ray.service import segments
 from corun_ray.service.storage import locate

@@ -172,7 +172,7 @@ def test_a_run_of_any_network_goes_on_and_is_a_model(tmp_path: Path, spec: Netwo
 def test_a_bare_file_of_a_users_own_class_needs_its_type(tmp_path: Path) -> None:
     network = build(BRIGHTEN)
     save_network(tmp_path / "own.pth", network, network)
-    assert "a network of your own needs its network.type (module.path:ClassName)" in error_line(tmp_path / "own.pth")
+    assert "a network of your own needs its type (module.path:ClassName)" in error_line(tmp_path / "own.pth")
     params = load_params(tmp_path / "own.pth", Brighten())
     assert params["gain"] == 2.0
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from corun_ray.core.labels import Encoding, Label, LocalPool, Scores, decode, encode, supersedes
+from corun_ray.core.choices import Encoding
+from corun_ray.core.labels import Label, LocalPool, Scores, decode, encode, supersedes
 
 
 def label(key: str, clarity: float, quality: float, step: int = 0) -> Label:

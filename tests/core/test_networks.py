@@ -221,7 +221,7 @@ def test_super_resolution_is_no_restoration() -> None:
 
 
 def test_other_state_dicts_are_not_recognised() -> None:
-    with pytest.raises(NetworkError, match=r"neither CORUN nor .* needs its network.type \(module.path:ClassName\)"):
+    with pytest.raises(NetworkError, match=r"neither CORUN nor .* needs its type \(module.path:ClassName\)"):
         spandrel_networks.recognise({"gain": torch.ones(1)})
     params = {name: tensor for name, tensor in small("NAFNet").state_dict().items() if name != "ending.bias"}
     with pytest.raises(NetworkError, match="cannot load it .*ending.bias"):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from corun_ray.core.choices import Encoding
 from corun_ray.core.coherence import BlockScores, Coherence, GlobalScores
 from corun_ray.core.corun import Restoration
-from corun_ray.core.labels import Encoding, Label, LocalPool, ReadyLabels, Scores, decode, encode
+from corun_ray.core.labels import Label, LocalPool, ReadyLabels, Scores, decode, encode
 from corun_ray.core.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
 from corun_ray.core.steps import Colabator, PseudoLabels, RealBatch, SyntheticBatch, pretraining_step
 

@@ -17,7 +17,7 @@ from corun_ray.core.corun import CORUN
 from corun_ray.core.images import decode_image
 from corun_ray.jobfile import dump_job
 from corun_ray.service.console import Console
-from corun_ray.service.fit import JobFailed
+from corun_ray.service.errors import JobFailed
 from corun_ray.service.runs import last_run, read_record
 from corun_ray.service.tracking import tracking_uri
 from corun_ray.service.tune import run_search

@@ -17,7 +17,7 @@ import boto3
 import numpy as np
 import pytest
 
-from corun_ray.cli import WrongRequest
+from corun_ray.core.errors import UserError
 from corun_ray.core.weights import WeightsError, no_weights
 from corun_ray.service import weights
 from corun_ray.service.weights import CACHE_VARIABLE, INDEX, Recorder, WeightsFolder, index_folder, read_index
@@ -324,7 +324,7 @@ def test_the_commands(folder, capsys):
     (folder / INDEX).unlink()
     assert run("index", str(folder)) == 0
     assert set(read_index(str(folder))) == set(FILES)
-    with pytest.raises(WrongRequest, match="fetch fills a local folder"):
+    with pytest.raises(UserError, match="fetch fills a local folder"):
         run("fetch", "s3://weights/all")
-    with pytest.raises(WrongRequest, match="none"):
+    with pytest.raises(UserError, match="none"):
         run("ls", str(folder / "none"))

@@ -1,0 +1,36 @@
+"""The closed lists of names that arguments may take, without torch, so that job files can use them."""
+
+from typing import Literal, get_args
+
+Clarity = Literal["contrast", "fade", "dark_channel", "daclip"]
+"""Scorers of haze density."""
+
+CLARITY_NAMES: tuple[str, ...] = get_args(Clarity)
+
+QUALITY_NAMES: tuple[str, ...] = ("clean", "unclipped")
+"""Scorers of image quality that need no weights."""
+
+Degradation = Literal[
+    "motion-blurry",
+    "hazy",
+    "jpeg-compressed",
+    "low-light",
+    "noisy",
+    "raindrop",
+    "rainy",
+    "shadowed",
+    "snowy",
+    "uncompleted",
+]
+"""Degradations that DA-CLIP knows, in the order of its published vocabulary."""
+
+DEGRADATIONS: tuple[Degradation, ...] = get_args(Degradation)
+
+Combine = Literal["addition", "multiplication"]
+"""Ways to make one trust weight of clarity and quality."""
+
+Encoding = Literal["uint8", "float16", "float32"]
+"""Number types in which a label is kept."""
+
+DepthKind = Literal["inverse", "metres"]
+"""Units of a depth map: inverse depth (near is large), or metres (far is large, 0 is no reading)."""
