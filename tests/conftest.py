@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
-from corun_ray.config import Cluster
+from corun_ray.config.jobs import Cluster
 
 # Ray reads it where it is imported: metrics are served after 1 s, not 10, and gauges that nobody sets go after 2.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from corun_ray.config import Job, TrainingJob
-from corun_ray.jobfile import JobFileError, load_jobs
+from corun_ray.config.jobs import Job, TrainingJob
+from corun_ray.config.loading import JobFileError, load_jobs
 
 PRETRAIN = "kind: pretrain\nname: p\ndata: {clear: clear}\n"
 COLABATOR = "kind: colabator\nname: c\ndata: {clear: clear, hazy: hazy}\n"

@@ -10,9 +10,9 @@ from typing import get_args
 import pytest
 import yaml
 
+from corun_ray.config.loading import dump_job, load_jobs
 from corun_ray.core.choices import CLARITY_NAMES, DEGRADATIONS, QUALITY_NAMES, Degradation
 from corun_ray.core.scorers import CLARITY, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY
-from corun_ray.jobfile import dump_job, load_jobs
 from tests.service.jobs import small_job
 
 

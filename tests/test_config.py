@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from corun_ray.config import ColabatorJob, EvaluateJob, PretrainJob
+from corun_ray.config.jobs import ColabatorJob, EvaluateJob, PretrainJob
 from corun_ray.core.choices import CLARITY_NAMES, QUALITY_NAMES
 
 PRETRAIN = {"kind": "pretrain", "name": "p", "data": {"clear": "clear"}}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from corun_ray.credentials import holds_credentials, without_credentials
+from corun_ray.config.credentials import holds_credentials, without_credentials
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from corun_ray.cli import parser
+from corun_ray.cli.app import parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "cluster").glob("*.md"))]

@@ -134,7 +134,7 @@ class Refuse:
             raise ModuleNotFoundError(f"{name} is not of the core's", name=name)
 
 sys.meta_path.insert(0, Refuse())
-for refused in ("yaml", "ray", "pydantic", "corun_ray.config"):
+for refused in ("yaml", "ray", "pydantic", "corun_ray.config.jobs"):
     try:
         importlib.import_module(refused)
     except ModuleNotFoundError:

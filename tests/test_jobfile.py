@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from corun_ray.config import ColabatorJob, EvaluateJob, PretrainJob
-from corun_ray.jobfile import JobFileError, dump_job, load_jobs
-from corun_ray.jobkeys import keys, section_of
+from corun_ray.config.jobs import ColabatorJob, EvaluateJob, PretrainJob
+from corun_ray.config.loading import JobFileError, dump_job, load_jobs
+from corun_ray.config.reference import keys, section_of
 from tests.jobtexts import COLABATOR, EVALUATE, PIPELINE, PRETRAIN, SERVE, load, load_training, mistakes
 
 

@@ -1,7 +1,7 @@
 """The list of keys and the text made from it."""
 
-from corun_ray.config import KINDS
-from corun_ray.jobkeys import ORDER, keys, reference
+from corun_ray.config.jobs import KINDS
+from corun_ray.config.reference import ORDER, keys, reference
 
 
 def test_every_key_is_described_and_listed() -> None:

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
-from corun_ray.config import KINDS
-from corun_ray.jobfile import dump_job
-from corun_ray.jobschema import job_schema, schema_text
-from corun_ray.jobyaml import Loader
+from corun_ray.config.jobs import KINDS
+from corun_ray.config.json_schema import job_schema, schema_text
+from corun_ray.config.loading import dump_job
+from corun_ray.config.yaml_reader import Loader
 from tests.jobtexts import COLABATOR, DEHAZE, EVALUATE, PRETRAIN, TUNE, load
 
 JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.yaml"))

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from corun_ray.config import Job, TuneJob
-from corun_ray.jobfile import dump_job, load_jobs
-from corun_ray.jobtrials import corners, example, pretraining_of, trial_job
-from corun_ray.jobtune import Range
+from corun_ray.config.jobs import Job, TuneJob
+from corun_ray.config.loading import dump_job, load_jobs
+from corun_ray.config.tasks import Range
+from corun_ray.config.trials import corners, example, pretraining_of, trial_job
 from tests.jobtexts import COLABATOR, TUNE, load, mistakes
 
 TUNING = TUNE.partition("tune: ")[0]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from corun_ray.config import KINDS, TrainingJob
-from corun_ray.jobfile import JobFileError
-from corun_ray.jobkeys import keys, section_of
+from corun_ray.config.jobs import KINDS, TrainingJob
+from corun_ray.config.loading import JobFileError
+from corun_ray.config.reference import keys, section_of
 from tests.jobtexts import COLABATOR, DEHAZE, EVALUATE, PIPELINE, PRETRAIN, SERVE, TUNE, load, mistakes
 
 

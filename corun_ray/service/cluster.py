@@ -16,7 +16,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
 
 import ray
 
-from corun_ray.config import Cluster
+from corun_ray.config.jobs import Cluster
 
 PACKAGE = Path(__file__).parents[1]
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"

@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from corun_ray.config import Cluster, Job
+from corun_ray.config.jobs import Cluster, Job
+from corun_ray.config.trials import example
 from corun_ray.core.weights import WeightsError
-from corun_ray.jobtrials import example
 from corun_ray.service import cluster
 from corun_ray.service.cluster import ClusterError
 from corun_ray.service.doctor_nodes import Nodes, NodeTrouble, all_reduce, local_facts

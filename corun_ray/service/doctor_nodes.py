@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from corun_ray.config import Cluster
+from corun_ray.config.jobs import Cluster
 from corun_ray.service.doctor_places import Outcome, hurry, try_storage
 from corun_ray.service.errors import root_cause
 from corun_ray.service.fit import reasons, scaling

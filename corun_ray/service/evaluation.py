@@ -2,8 +2,8 @@
 
 import time
 
-from corun_ray.config import EvaluateJob
-from corun_ray.jobfile import dump_job
+from corun_ray.config.jobs import EvaluateJob
+from corun_ray.config.loading import dump_job
 from corun_ray.service import cluster
 from corun_ray.service.console import Console, duration
 from corun_ray.service.evaluate import Evaluation, evaluate

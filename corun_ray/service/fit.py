@@ -9,7 +9,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from corun_ray.config import Cluster
+from corun_ray.config.jobs import Cluster
 from corun_ray.service.console import Console
 from corun_ray.service.errors import JobFailed, root_cause
 from corun_ray.service.plan import WorkerPlan

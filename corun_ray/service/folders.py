@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from corun_ray.config import Job
+from corun_ray.config.jobs import Job
 from corun_ray.service.storage import locate
 
 FOLDERS = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from corun_ray.config import TrainingJob
+from corun_ray.config.jobs import TrainingJob
 from corun_ray.service import telemetry
 from corun_ray.service.board import Attempt, News
 from corun_ray.service.console import Console

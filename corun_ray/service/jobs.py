@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from corun_ray.config import DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
+from corun_ray.config.jobs import DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
+from corun_ray.config.trials import example
 from corun_ray.core.weights import WeightsError
-from corun_ray.jobtrials import example
 from corun_ray.service import cluster
 from corun_ray.service.console import Console
 from corun_ray.service.dehaze import run_dehazing

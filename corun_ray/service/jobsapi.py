@@ -16,8 +16,8 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from corun_ray.config.messages import closest
 from corun_ray.core.errors import UserError
-from corun_ray.mistakes import closest
 from corun_ray.service.submission import LEFT_OUT, Submission
 
 NAME_KEY = "corun_name"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.core.coherence import Coherence
 from corun_ray.core.compiling import compiled
 from corun_ray.core.corun import CORUN

@@ -17,7 +17,7 @@ import ray
 from ray._common.filters import CoreContextFilter
 from ray._common.formatters import JSONFormatter
 
-from corun_ray.credentials import without_credentials
+from corun_ray.config.credentials import without_credentials
 
 LOGGER = logging.getLogger("corun_ray")
 FILE_PREFIX = "corun_ray-"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from pyarrow.fs import FileInfo
 
-from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.config.jobdata import Paired
+from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.core.errors import UserError
-from corun_ray.jobdata import Paired
 from corun_ray.service.packs import Pack, is_pack, open_pack
 from corun_ray.service.storage import locate
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from corun_ray.config import TrainingJob
+from corun_ray.config.jobs import TrainingJob
 from corun_ray.core.checkpoints import CheckpointError, LoadedNetwork, load_network, load_params, read_spec
 from corun_ray.core.errors import UserError
 from corun_ray.core.networks import NetworkError, NetworkSpec, build, probe

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ray.train import Result
 
-from corun_ray.config import TrainingJob
+from corun_ray.config.jobs import TrainingJob
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.manifest import Manifest
 from corun_ray.service.model_card import about_model

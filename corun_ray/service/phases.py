@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from corun_ray.config import PretrainJob, TrainingJob
+from corun_ray.config.jobs import PretrainJob, TrainingJob
 
 STEPS_PER_BLOCK = 16
 """Steps that a block of the stream lasts: few blocks to schedule, and still an early first one."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from corun_ray.config import TrainingJob
+from corun_ray.config.jobs import TrainingJob
 from corun_ray.service.runs import POOL_FOLDER
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry import labels_of

@@ -9,9 +9,9 @@ from typing import Any
 
 from pyarrow import fs
 
-from corun_ray.config import ColabatorJob
+from corun_ray.config.jobs import ColabatorJob
+from corun_ray.config.loading import JobFileError, load_jobs
 from corun_ray.core.labels import Label
-from corun_ray.jobfile import JobFileError, load_jobs
 from corun_ray.service import segments, snapshots
 from corun_ray.service.poolrecords import Head, Place
 from corun_ray.service.runs import JOB_FILE, POOL_FOLDER, folder_name, step_of_folder, steps_saved

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from corun_ray.config import TrainingJob
+from corun_ray.config.jobs import TrainingJob
+from corun_ray.config.loading import JobFileError, load_jobs
 from corun_ray.core.errors import UserError
-from corun_ray.jobfile import JobFileError, load_jobs
 from corun_ray.service.storage import Location, StorageError, locate
 
 RUN_FILE = "run.json"

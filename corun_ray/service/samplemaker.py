@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.core import samples, scattering
 from corun_ray.core.augment import Cuttable
 from corun_ray.core.depth import DepthMap, procedural_depth

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from torch import Tensor
 from torch import device as Device
 
-from corun_ray.config import ColabatorJob, EvaluateJob, Job, TrainingJob
+from corun_ray.cli.data import lacking
+from corun_ray.config.jobs import ColabatorJob, EvaluateJob, Job, TrainingJob
+from corun_ray.config.training import Coherence as CoherenceSection
+from corun_ray.config.training import ColabatorLoss
 from corun_ray.core.choices import QUALITY_NAMES
 from corun_ray.core.coherence import Coherence, Scorer
 from corun_ray.core.daclip import DACLIP_FILE, load_daclip
@@ -16,10 +19,7 @@ from corun_ray.core.losses import Losses, LossWeights
 from corun_ray.core.measures import load_measure
 from corun_ray.core.vgg import VGG_FILE, load_vgg19
 from corun_ray.core.weights import WeightsError, WeightsSource, no_weights
-from corun_ray.jobmethod import Coherence as CoherenceSection
-from corun_ray.jobmethod import ColabatorLoss
 from corun_ray.service.weights import Recorder, WeightsFolder
-from corun_ray.service.weights_cli import lacking
 
 NeededFiles = dict[str | None, dict[str, str]]
 """Folder or URI of weights (None: the job names none) → file → the key of the job file that needs it."""

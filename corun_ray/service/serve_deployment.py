@@ -15,9 +15,9 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
-from corun_ray.config import ServeJob
+from corun_ray.config.jobs import ServeJob
+from corun_ray.config.jobserve import Serve
 from corun_ray.core.restore import MIN_SIDE_PX
-from corun_ray.jobserve import Serve
 from corun_ray.service.errors import JobFailed, first_line, root_cause
 from corun_ray.service.models import Model
 from corun_ray.service.serve_app import Door

@@ -4,8 +4,8 @@ import os
 import posixpath
 import socket
 
-from corun_ray.config import ServeJob
-from corun_ray.jobserve import Serve
+from corun_ray.config.jobs import ServeJob
+from corun_ray.config.jobserve import Serve
 from corun_ray.service import cluster
 from corun_ray.service.cluster import ClusterError
 from corun_ray.service.console import Console

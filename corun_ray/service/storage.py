@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 from pyarrow import NativeFile, fs
 
+from corun_ray.config.credentials import REFUSED, holds_credentials, without_credentials
 from corun_ray.core.errors import UserError
-from corun_ray.credentials import REFUSED, holds_credentials, without_credentials
 
 T = TypeVar("T")
 

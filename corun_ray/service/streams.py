@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.data import DataContext, DataIterator
 
-from corun_ray.config import TrainingJob
+from corun_ray.config.jobs import TrainingJob
 from corun_ray.service import telemetry
 from corun_ray.service.decoded import decoded_of
 from corun_ray.service.manifest import Manifest

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from corun_ray.config import DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob
-from corun_ray.jobfile import JobFileError, load_jobs
+from corun_ray.config.jobs import DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob
+from corun_ray.config.loading import JobFileError, load_jobs
 from corun_ray.service.cluster import PACKAGE
 from corun_ray.service.folders import named_folders
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.util import metrics
 
-from corun_ray.config import Job
+from corun_ray.config.jobs import Job
 
 TRAINING = ("job_name", "kind", "run")
 """A job, its kind, and its run's name. Plain `job` would be renamed: Prometheus calls its targets by that."""

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from corun_ray.config import Job
+from corun_ray.config.credentials import REFUSED, holds_credentials, without_credentials
+from corun_ray.config.jobs import Job
 from corun_ray.core.errors import UserError
-from corun_ray.credentials import REFUSED, holds_credentials, without_credentials
 from corun_ray.service.errors import first_line
 from corun_ray.service.runs import flatten
 

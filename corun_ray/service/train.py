@@ -6,8 +6,8 @@ from typing import Any
 
 import ray
 
-from corun_ray.config import ColabatorJob, TrainingJob
-from corun_ray.jobfile import dump_job
+from corun_ray.config.jobs import ColabatorJob, TrainingJob
+from corun_ray.config.loading import dump_job
 from corun_ray.service import cluster, snapshots
 from corun_ray.service.board import start_board
 from corun_ray.service.console import Console, duration

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from corun_ray.config import TrainingJob
+from corun_ray.config.jobs import TrainingJob
+from corun_ray.config.loading import dump_job
 from corun_ray.core.checkpoints import load_network
 from corun_ray.core.images import decode_image, encode_png
 from corun_ray.core.iqanames import all_metrics
 from corun_ray.core.pictures import grid, stage_rows, thumbnail
 from corun_ray.core.restore import stages, to_tensor
-from corun_ray.jobfile import dump_job
 from corun_ray.service.charts import Points, line_chart
 from corun_ray.service.comparison import interval_of
 from corun_ray.service.examples import Example, example, pictured_steps, shown_throughout

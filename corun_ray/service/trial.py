@@ -9,8 +9,8 @@ from typing import Any
 
 from ray import tune
 
-from corun_ray.config import ColabatorJob, TuneJob
-from corun_ray.jobtrials import pretraining_of, trial_job
+from corun_ray.config.jobs import ColabatorJob, TuneJob
+from corun_ray.config.trials import pretraining_of, trial_job
 from corun_ray.service import usercode
 from corun_ray.service.console import Console
 from corun_ray.service.runs import last_run, read_record

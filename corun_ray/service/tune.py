@@ -17,10 +17,10 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 import ray
 from ray import tune
 
-from corun_ray.config import Cluster, TuneJob
-from corun_ray.jobfile import dump_job
-from corun_ray.jobtrials import corners, trial_job
-from corun_ray.jobtune import Choice, Range
+from corun_ray.config.jobs import Cluster, TuneJob
+from corun_ray.config.loading import dump_job
+from corun_ray.config.tasks import Choice, Range
+from corun_ray.config.trials import corners, trial_job
 from corun_ray.service import cluster, usercode
 from corun_ray.service.console import Console, duration
 from corun_ray.service.errors import JobFailed

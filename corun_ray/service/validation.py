@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from corun_ray.config import ColabatorJob, TrainingJob
+from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.core.coherence import BlockScores
 from corun_ray.core.fade import fade
 from corun_ray.core.images import BadImage, decode_image, encode_png

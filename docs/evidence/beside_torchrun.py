@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 from mlflow import MlflowClient
 
-from corun_ray.core.demo.dataset import DemoSize, write_demo
+from corun_ray.demo.dataset import DemoSize, write_demo
 
 ROOT = Path(__file__).parents[2]
 DEMO = DemoSize(clear_images=12, hazy_images=12, width_px=640, height_px=480)

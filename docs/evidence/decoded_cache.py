@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 import ray
 
-from corun_ray.config import Cluster, TrainingJob
+from corun_ray.config.jobs import Cluster, TrainingJob
 from corun_ray.core.phases import PHASES, PhaseTimes
 from corun_ray.service import cluster
 from corun_ray.service.board import start_board

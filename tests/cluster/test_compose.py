@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from corun_ray.jobfile import load_jobs
+from corun_ray.config.loading import load_jobs
 from tests.cluster.composed import COMPOSE, EXAMPLE, ROOT, VARIABLE, services, variables
 from tests.cluster.manifests import CLUSTER, PROJECT, mistakes, plain
 from tests.cluster.test_dockerfile import stages, values

@@ -8,8 +8,8 @@ import pytest
 import ray
 import yaml
 
-from corun_ray.config import ColabatorJob
-from corun_ray.jobfile import load_jobs
+from corun_ray.config.jobs import ColabatorJob
+from corun_ray.config.loading import load_jobs
 from tests.cluster.composed import ROOT
 from tests.cluster.manifests import CLUSTER, PROJECT, documents, mistakes_of_kind, plain, rendered, walk
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import conv2d
 
-from corun_ray.core.bench import main
-from corun_ray.core.bench_machine import Machine, Work, count_work
-from corun_ray.core.bench_step import StepSettings, _WarmPool
+from corun_ray.bench.machine import Machine, Work, count_work
+from corun_ray.bench.run import main
+from corun_ray.bench.step import StepSettings, _WarmPool
 from corun_ray.core.labels import Scores, supersedes
 
 PARTS = ["pool", "teacher", "global scores", "local scores", "student", "losses", "backward", "optimizer", "ema"]
@@ -110,7 +110,7 @@ def test_torch_and_numpy_are_enough() -> None:
     """Run in a process that cannot import anything else of what the project installs."""
     program = (
         f"import sys\nfor name in {ABSENT}: sys.modules[name] = None\n"
-        "from corun_ray.core.bench import main\n"
+        "from corun_ray.bench.run import main\n"
         "main(['step', '--size', '32', '--stages', '2', '--width', '4', '--repeats', '1', '--device', 'cpu'])\n"
         "main(['dehaze', '--sizes', '64x64', '--stages', '2', '--width', '4', '--repeats', '1', '--device', 'cpu'])\n"
     )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
-from corun_ray.config import TrainingJob
+from corun_ray.config.jobs import TrainingJob
 from corun_ray.service.console import Console
 from corun_ray.service.train import run_training
 from tests.service.jobs import small_job

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from corun_ray.config import TrainingJob
-from corun_ray.jobfile import load_jobs
+from corun_ray.config.jobs import TrainingJob
+from corun_ray.config.loading import load_jobs
 
 
 def small_job(kind: str, root: Path, folder: Path, /, **sections: dict[str, Any]) -> TrainingJob:

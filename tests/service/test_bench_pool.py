@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import ray
 
+from corun_ray.bench.label_pool import bench_probe
+from corun_ray.bench.label_pool import load as bench_load
+from corun_ray.bench.label_pool.figures import STEP_S, Save, Settings, Tick, job_of, latency, levels_to
+from corun_ray.bench.label_pool.load import Crew, LabelMaker
+from corun_ray.bench.label_pool.report import as_json, float32_bytes, number, plot, table
+from corun_ray.bench.label_pool.trial import bench_pool
 from corun_ray.core.labels import supersedes
-from corun_ray.service import bench_load, bench_probe
-from corun_ray.service.bench_figures import STEP_S, Save, Settings, Tick, job_of, latency, levels_to
-from corun_ray.service.bench_load import Crew, LabelMaker
-from corun_ray.service.bench_pool import bench_pool
-from corun_ray.service.bench_report import as_json, float32_bytes, number, plot, table
 from corun_ray.service.pool import start_pool
 from corun_ray.service.poolkeeper import PoolKeeper
 from corun_ray.service.poollink import PoolError

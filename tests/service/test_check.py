@@ -1,6 +1,6 @@
 """What `corun-ray check` says of a job's images."""
 
-from corun_ray.jobfile import job_of
+from corun_ray.config.loading import job_of
 from corun_ray.service.check import check_job
 from tests.service.jobs import small_job
 

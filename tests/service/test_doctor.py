@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import boto3
 import pytest
 
-from corun_ray.config import Cluster
+from corun_ray.config.jobs import Cluster
 from corun_ray.service import doctor_places
 from corun_ray.service.doctor import Doctor, Finding, Needs, needs_of
 from corun_ray.service.doctor_places import TRIAL_MIB, clocks_of_servers, try_storage
@@ -126,7 +126,7 @@ def test_storage_that_gives_back_other_bytes_is_not_trusted(tmp_path):
 
 
 def test_the_trial_is_of_the_size_that_its_help_says():
-    from corun_ray.service.doctor_cli import DOCTOR
+    from corun_ray.cli.run import DOCTOR
 
     assert f"{TRIAL_MIB} MiB" in DOCTOR and doctor_places.EXPERIMENT in DOCTOR
 

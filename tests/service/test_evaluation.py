@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
+from corun_ray.config.loading import job_of
 from corun_ray.core import dark_channel
 from corun_ray.core.checkpoints import save_network
 from corun_ray.core.corun import CORUN
@@ -18,7 +19,6 @@ from corun_ray.core.fade import fade
 from corun_ray.core.images import decode_image
 from corun_ray.core.metrics import ssim
 from corun_ray.core.restore import restore, to_image, to_tensor
-from corun_ray.jobfile import job_of
 from corun_ray.service.console import Console
 from corun_ray.service.evaluation import run_evaluation
 from corun_ray.service.jobs import run_jobs

@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
-from corun_ray import cli
+from corun_ray.cli.app import app as cli
+from corun_ray.config.loading import dump_job
 from corun_ray.core.images import encode_png
-from corun_ray.jobfile import dump_job
 from corun_ray.service.storage import locate
 from tests.service.jobs import small_job
 from tests.service.labels import photo_label
@@ -52,7 +52,7 @@ def pool_command(capsys):
 def test_a_process_reads_a_pool_and_starts_no_ray(run):
     pool = run / "pool"
     for args, without in ((["ls", pool], ["ray", "mlflow", "torch"]), (["export", pool, "out"], ["ray", "mlflow"])):
-        code = f"import sys; sys.modules |= dict.fromkeys({without}); from corun_ray.cli import main; main()"
+        code = f"import sys; sys.modules |= dict.fromkeys({without}); from corun_ray.cli.app import main; main()"
         command = [sys.executable, "-c", code, "pool", *map(str, args)]
         env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         result = subprocess.run(command, capture_output=True, text=True, env=env)

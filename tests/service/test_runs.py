@@ -2,7 +2,7 @@
 
 import pytest
 
-from corun_ray.jobfile import dump_job
+from corun_ray.config.loading import dump_job
 from corun_ray.service.runs import (
     JOB_FILE,
     ResumeError,

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from corun_ray.jobdehaze import Dehaze
+from corun_ray.config.jobdehaze import Dehaze
 from corun_ray.service.dehaze import dehaze
 from corun_ray.service.models import fetch_model
 from corun_ray.service.runs import steps_saved

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from corun_ray.jobfile import JobFileError
+from corun_ray.config.loading import JobFileError
 from corun_ray.service.submission import submission_of
 from tests.jobtexts import COLABATOR, DEHAZE, EVALUATE, TUNE
 

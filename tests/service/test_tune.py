@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import mlflow
 import pytest
 
-from corun_ray.config import TuneJob
+from corun_ray.config.jobs import TuneJob
+from corun_ray.config.loading import dump_job
 from corun_ray.core.corun import CORUN
 from corun_ray.core.images import decode_image
-from corun_ray.jobfile import dump_job
 from corun_ray.service.console import Console
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.runs import last_run, read_record

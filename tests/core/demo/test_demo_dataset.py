@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from corun_ray.core.demo import DemoSize, write_demo
+from corun_ray.demo.dataset import DemoSize, write_demo
 
 SMALL = DemoSize(clear_images=7, hazy_images=6, width_px=96, height_px=72)
 TINY = DemoSize(clear_images=2, hazy_images=1, width_px=64, height_px=48)
@@ -113,7 +113,7 @@ def test_a_demo_stopped_before_its_first_image_is_taken_up(tmp_path: Path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("corun_ray.core.demo.dataset._draw", stop)
+        patched.setattr("corun_ray.demo.dataset._draw", stop)
         write_demo(tmp_path, size=DemoSize(1, 0, 64, 48))
     write_demo(tmp_path, size=DemoSize(1, 0, 64, 48))
     assert len(list((tmp_path / "clear").iterdir())) == 1

@@ -1,0 +1,1 @@
+"""Measurements of a step, a photograph, the sample stream and the label pool; the forecast for many GPUs."""

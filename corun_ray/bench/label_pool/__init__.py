@@ -1,0 +1,1 @@
+"""Measurement of the label pool: filling, reading, saving and restoring it."""

@@ -1,0 +1,132 @@
+"""Times gloo's all-reduce, and a backward pass with and without it, between processes of this machine."""
+
+import json
+import os
+import socket
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import nn
+
+from corun_ray.bench.collectives import MIB, Layout, Link, exposed_s, fitted_link, ready_times_s
+from corun_ray.core.corun import CORUN
+
+FIT_BYTES = (4 * 1024, 256 * 1024, 2 * MIB, 16 * MIB)
+"""Sizes whose times a link is fitted to; 4 kB are all latency."""
+CHECK_BYTES = (64 * 1024, MIB, 8 * MIB)
+"""Further ones that the fit has to predict, beside the buckets."""
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class RingReport:
+    """All-reduces of so many processes, a thread each."""
+
+    processes: int
+    times_s: dict[int, float]
+    """Medians by bytes."""
+    link: Link
+    """Fitted to `FIT_BYTES` alone."""
+
+    def formula_s(self, num_bytes: int) -> float:
+        """What a ring of such links takes."""
+        return Layout(self.processes, self.processes, self.link, self.link).ring_s(num_bytes)
+
+
+@dataclass(frozen=True)
+class BackwardReport:
+    """The backward pass of so many processes, a thread each, medians."""
+
+    processes: int
+    alone_s: float
+    """Without any communication."""
+    together_s: float
+    buckets: list[int]
+    """DDP's own, in bytes."""
+
+    def bounds_s(self, ring: RingReport) -> tuple[float, float]:
+        """The pass by formula, on links as in `ring`: buckets hidden as far as can be, and none of them hidden."""
+        outlasts_s = exposed_s(self.buckets, ready_times_s(self.buckets, self.alone_s), ring.formula_s)
+        return self.alone_s + outlasts_s, self.alone_s + sum(map(ring.formula_s, self.buckets))
+
+
+def bench_rings(processes: int, buckets: Sequence[int], repeats: int) -> RingReport:
+    """Measures `FIT_BYTES`, `CHECK_BYTES` and the buckets."""
+    sizes = sorted({*FIT_BYTES, *CHECK_BYTES, *buckets})
+    times_s = dict(zip(sizes, _in_processes(_time_rings, processes, sizes, repeats), strict=True))
+    return RingReport(processes, times_s, fitted_link(processes, {size: times_s[size] for size in FIT_BYTES}))
+
+
+def bench_backward(processes: int, stages: int, width: int, size_px: int, repeats: int) -> BackwardReport:
+    """CORUN on one image of `size_px` a process, in DDP as the service sets it up; both ways by turns."""
+    alone_s, together_s, *buckets = _in_processes(_time_backward, processes, stages, width, size_px, repeats)
+    return BackwardReport(processes, alone_s, together_s, [int(size) for size in buckets])
+
+
+def _in_processes(measure: Callable[..., list[float]], processes: int, *arguments: object) -> list[float]:
+    """What rank 0 of a group of new processes returns."""
+    with tempfile.TemporaryDirectory(prefix="corun-bench-") as name:
+        torch.multiprocessing.spawn(_rank, (processes, name, measure, arguments), processes)
+        return json.loads(Path(name, "result.json").read_text())
+
+
+def _rank(rank: int, processes: int, folder: str, measure: Callable[..., list[float]], arguments: Sequence) -> None:
+    torch.set_num_threads(1)
+    # Of weights with one input channel, whose layouts are the same whatever their strides say.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    # The group is of this machine alone, whose own name may stand for an address that nobody answers at.
+    os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    try:
+        result = measure(*arguments)
+        if rank == 0:
+            Path(folder, "result.json").write_text(json.dumps(result))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _time_rings(sizes: Sequence[int], repeats: int) -> list[float]:
+    """Median seconds of an all-reduce of each size in bytes; sizes take turns."""
+    tensors = [torch.zeros(size // 4) for size in sizes]
+    rounds = [[_seconds(partial(dist.all_reduce, tensor)) for tensor in tensors] for _ in range(WARM_UP + repeats)]
+    return [statistics.median(times_s) for times_s in zip(*rounds[WARM_UP:], strict=True)]
+
+
+def _time_backward(stages: int, width: int, size_px: int, repeats: int) -> list[float]:
+    """Median seconds of a backward pass alone and with gradients averaged; then the sizes of DDP's buckets."""
+    torch.manual_seed(0)
+    student = nn.parallel.DistributedDataParallel(CORUN(stages, width), gradient_as_bucket_view=True)
+    image = torch.rand(1, 3, size_px, size_px)
+    alone_s, together_s = [], []
+    for _ in range(WARM_UP + repeats):
+        with student.no_sync():
+            alone_s.append(_backward_s(student, image))
+        together_s.append(_backward_s(student, image))
+    buckets = student._get_ddp_logging_data()["rebuilt_bucket_sizes"]
+    sizes = [float(size) for size in buckets.split(",")]
+    return [statistics.median(alone_s[WARM_UP:]), statistics.median(together_s[WARM_UP:]), *sizes]
+
+
+def _backward_s(student: nn.Module, image: torch.Tensor) -> float:
+    scene, transmission = student(image)
+    loss = scene.mean() + transmission.mean()
+    student.zero_grad(set_to_none=True)
+    return _seconds(loss.backward)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Of one call, which all processes begin together."""
+    dist.barrier()
+    started_s = time.perf_counter()
+    run()
+    return time.perf_counter() - started_s

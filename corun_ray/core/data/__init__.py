@@ -1,0 +1,1 @@
+"""From files to training samples: decoding, depth, haze synthesis and augmentation."""
