@@ -12,7 +12,7 @@ import yaml
 
 from corun_ray.config.loading import dump_job, load_jobs
 from corun_ray.core.choices import CLARITY_NAMES, DEGRADATIONS, QUALITY_NAMES, Degradation
-from corun_ray.core.scorers import CLARITY, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY
+from corun_ray.core.scoring.scorers import CLARITY, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY
 from tests.service.jobs import small_job
 
 

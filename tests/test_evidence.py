@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corun_ray.core.images import encode_png
+from corun_ray.core.data.images import encode_png
 from corun_ray.service.weights import index_folder
 from tests.conftest import photograph
 

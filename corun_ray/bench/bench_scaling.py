@@ -10,7 +10,7 @@ from corun_ray.bench.collectives import Layout, Link, bucket_sizes
 from corun_ray.bench.scaling import BackwardReport, RingReport, bench_backward, bench_rings
 from corun_ray.bench.scaling_model import ManyWorkersStep, Pool, WorkerStep, label_bytes, scaled
 from corun_ray.core.choices import Encoding
-from corun_ray.core.corun import CORUN
+from corun_ray.core.networks.corun import CORUN
 
 BACKWARD_SHARE, BEFORE_LABELS_SHARE, RATING_SHARE = 0.4, 0.2, 0.9
 """Of a step whose candidates lose, where only its time is given; measured on a CPU: docs/performance.md, Out to many

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 
 from corun_ray.bench.machine import Machine, Work, count_work, measure_machine, peak_memory, seconds
-from corun_ray.core.bounded import within
-from corun_ray.core.compiling import compiled
-from corun_ray.core.corun import CORUN
-from corun_ray.core.restore import restore
+from corun_ray.core.inference.memory import within
+from corun_ray.core.inference.restore import restore
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.training.compiling import compiled
 
 COUNTED_PX = 256
 """Side of the image on which operations are counted: all grow as the number of pixels does."""

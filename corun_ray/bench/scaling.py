@@ -18,7 +18,7 @@ import torch.multiprocessing
 from torch import nn
 
 from corun_ray.bench.collectives import MIB, Layout, Link, exposed_s, fitted_link, ready_times_s
-from corun_ray.core.corun import CORUN
+from corun_ray.core.networks.corun import CORUN
 
 FIT_BYTES = (4 * 1024, 256 * 1024, 2 * MIB, 16 * MIB)
 """Sizes whose times a link is fitted to; 4 kB are all latency."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from corun_ray.config.jobs import ColabatorJob, PretrainJob, TrainingJob
 from corun_ray.core.choices import DepthKind
-from corun_ray.core.phases import PHASES, PhaseTimes
+from corun_ray.core.timing import PHASES, PhaseTimes
 from corun_ray.demo.dataset import DemoSize, write_demo
 from corun_ray.service.manifest import build_manifest
 from corun_ray.service.packing import pack_here

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from corun_ray.config.types import Mismatch, Name, OptionalText, Section, Text, some_once
-from corun_ray.core.iqanames import OWN, all_metrics
+from corun_ray.core.metrics.catalog import OWN, all_metrics
 
 Baseline = Literal["hazy", "dark_channel"]
 

@@ -24,7 +24,7 @@ from corun_ray.config.types import (
     some_once,
 )
 from corun_ray.core.choices import QUALITY_NAMES, Clarity, Combine, Degradation, Encoding
-from corun_ray.core.iqanames import no_reference_metrics
+from corun_ray.core.metrics.catalog import no_reference_metrics
 
 TermWeight = Annotated[float, Field(ge=0)]
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch.profiler import record_function
 
-from corun_ray.core.phases import PhaseTimes, phase
+from corun_ray.core.timing import PhaseTimes, phase
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from corun_ray.config.jobs import ColabatorJob, DehazeJob, EvaluateJob, Job, Ser
 from corun_ray.config.trials import example
 from corun_ray.core.choices import QUALITY_NAMES
 from corun_ray.core.errors import UserError
-from corun_ray.core.iqanames import OWN
+from corun_ray.core.metrics.catalog import OWN
 from corun_ray.service.gpus import gpus_of_driver
 from corun_ray.service.manifest import Manifest, build_manifest, held_out, held_out_sets, images_below
 from corun_ray.service.storage import locate

@@ -14,8 +14,8 @@ import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
-from corun_ray.core.depth import DepthMap
-from corun_ray.core.phases import phase
+from corun_ray.core.data.depth import DepthMap
+from corun_ray.core.timing import phase
 
 T = TypeVar("T", np.ndarray, DepthMap)
 

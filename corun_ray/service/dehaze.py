@@ -15,11 +15,11 @@ from torch import Tensor
 
 from corun_ray.config.jobdehaze import Dehaze
 from corun_ray.config.jobs import DehazeJob
-from corun_ray.core.bounded import within
-from corun_ray.core.corun import Restoration
-from corun_ray.core.images import BadImage, encode_png
-from corun_ray.core.pictures import grid, stage_rows
-from corun_ray.core.restore import restore, stages, to_image, to_tensor
+from corun_ray.core.data.images import BadImage, encode_png
+from corun_ray.core.inference.memory import within
+from corun_ray.core.inference.pictures import grid, stage_rows
+from corun_ray.core.inference.restore import restore, stages, to_image, to_tensor
+from corun_ray.core.networks.corun import Restoration
 from corun_ray.service import cluster, telemetry
 from corun_ray.service.console import Console, duration
 from corun_ray.service.logs import Log

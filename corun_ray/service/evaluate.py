@@ -12,12 +12,12 @@ from ray.data import DataContext
 from torch import Tensor
 
 from corun_ray.config.jobevaluate import Evaluate
-from corun_ray.core import dark_channel
-from corun_ray.core.bounded import within
-from corun_ray.core.images import BadImage, decode_image, encode_png
-from corun_ray.core.measures import Unmeasured, load_measure
-from corun_ray.core.pictures import grid
-from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.core.data.images import BadImage, decode_image, encode_png
+from corun_ray.core.inference import dark_channel
+from corun_ray.core.inference.memory import within
+from corun_ray.core.inference.pictures import grid
+from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.metrics.measure import Unmeasured, load_measure
 from corun_ray.service.evaluation_report import Measurements
 from corun_ray.service.models import Model
 from corun_ray.service.restorers import Restorers, actor_slots, rows_of

@@ -10,7 +10,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from corun_ray.core.iqanames import all_metrics
+from corun_ray.core.metrics.catalog import all_metrics
 from corun_ray.service.comparison import Comparison, Interval, compare, interval_of
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from corun_ray.core.pictures import ImageU8, thumbnail
+from corun_ray.core.inference.pictures import ImageU8, thumbnail
 
 PICTURE_PX = 640
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL.ExifTags import Base
 from PIL.JpegImagePlugin import JpegImageFile
 
-from corun_ray.core import jpeg
-from corun_ray.core.images import MIN_SIDE_PX, decode_image
+from corun_ray.core.data import jpeg
+from corun_ray.core.data.images import MIN_SIDE_PX, decode_image
 
 UPRIGHT = 1
 CONTEXT_ROWS = 16

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from corun_ray.core.steps import StepOutput
+from corun_ray.core.training.steps import StepOutput
 
 COUNTED = ("coherence/block_ratings", "coherence/block_ratings_saved")
 """Metrics that count over all workers and steps since they started, where the others are means."""

@@ -9,9 +9,9 @@ import numpy as np
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.loading import dump_job
-from corun_ray.core.images import decode_image
-from corun_ray.core.networks import NetworkSpec
-from corun_ray.core.pictures import grid, thumbnail
+from corun_ray.core.data.images import decode_image
+from corun_ray.core.inference.pictures import grid, thumbnail
+from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.service.comparison import interval_of
 from corun_ray.service.examples import examples_at
 from corun_ray.service.manifest import HeldOutSet, held_out_sets

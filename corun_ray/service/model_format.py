@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from corun_ray.core.checkpoints import NETWORK_FILE, SPEC_FILE, load_network
-from corun_ray.core.networks import requirements
-from corun_ray.core.restore import AnySize
+from corun_ray.core.inference.restore import AnySize
+from corun_ray.core.networks.build import requirements
+from corun_ray.core.training.checkpoints import NETWORK_FILE, SPEC_FILE, load_network
 from corun_ray.service import usercode
 
 if TYPE_CHECKING:

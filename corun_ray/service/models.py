@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from corun_ray.config.jobs import TrainingJob
-from corun_ray.core.checkpoints import CheckpointError, LoadedNetwork, load_network, load_params, read_spec
 from corun_ray.core.errors import UserError
-from corun_ray.core.networks import NetworkError, NetworkSpec, build, probe
+from corun_ray.core.networks.build import NetworkError, NetworkSpec, build, probe
+from corun_ray.core.training.checkpoints import CheckpointError, LoadedNetwork, load_network, load_params, read_spec
 from corun_ray.service import usercode
 from corun_ray.service.registry import download_model
 from corun_ray.service.storage import StorageError, locate

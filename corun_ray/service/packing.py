@@ -21,7 +21,7 @@ import ray
 from pyarrow.fs import FileInfo
 from ray.data import DataContext
 
-from corun_ray.core.images import BadImage, decode_depth
+from corun_ray.core.data.images import BadImage, decode_depth
 from corun_ray.service.manifest import stem
 from corun_ray.service.packplan import Plan, Source
 from corun_ray.service.packs import INDEX, INDEX_SCHEMA, SCHEMA, SHARD_FILE, SHARDS

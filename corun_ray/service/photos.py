@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from corun_ray.core.images import decode_pixels
+from corun_ray.core.data.images import decode_pixels
 
 JPEG_QUALITY = WEBP_QUALITY = 95
 PARAMETERS = {

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from corun_ray.core.labels import Label
+from corun_ray.core.training.labels import Label
 from corun_ray.service.poollink import PING_S, READ_TIMEOUT_S, RETURN_TIMEOUT_S, ShardLink
 from corun_ray.service.poolrecords import PoolCounters
 from corun_ray.service.shard import PoolShard, shard_of

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from corun_ray.core.augment import resize
 from corun_ray.core.choices import Combine
-from corun_ray.core.coherence import BlockScores, Coherence
-from corun_ray.core.images import BadImage, decode_image, encode_png
-from corun_ray.core.labels import Label, decode, encode
-from corun_ray.core.pictures import ImageU8, colour_map, grid
+from corun_ray.core.data.augment import resize
+from corun_ray.core.data.images import BadImage, decode_image, encode_png
+from corun_ray.core.inference.pictures import ImageU8, colour_map, grid
+from corun_ray.core.scoring.coherence import BlockScores, Coherence
+from corun_ray.core.training.labels import Label, decode, encode
 from corun_ray.service import snapshots
 from corun_ray.service.packs import INDEX, open_pack
 from corun_ray.service.pool_source import Source

@@ -11,7 +11,7 @@ from pyarrow import fs
 
 from corun_ray.config.jobs import ColabatorJob
 from corun_ray.config.loading import JobFileError, load_jobs
-from corun_ray.core.labels import Label
+from corun_ray.core.training.labels import Label
 from corun_ray.service import segments, snapshots
 from corun_ray.service.poolrecords import Head, Place
 from corun_ray.service.runs import JOB_FILE, POOL_FOLDER, folder_name, step_of_folder, steps_saved
@@ -143,7 +143,7 @@ def _newest(pool: Location) -> str:
 
 
 def _of_run(run: Location) -> Source:
-    from corun_ray.core.checkpoints import TRAINING_FILE
+    from corun_ray.core.training.checkpoints import TRAINING_FILE
 
     for step in reversed(steps_saved(run)):
         checkpoint = run.child(folder_name(step))
@@ -166,7 +166,7 @@ def _named_by(checkpoint: Location) -> str:
 
 
 def _record(checkpoint: Location) -> dict[str, Any]:
-    from corun_ray.core.checkpoints import TRAINING_FILE, CheckpointError, read_record
+    from corun_ray.core.training.checkpoints import TRAINING_FILE, CheckpointError, read_record
 
     with tempfile.TemporaryDirectory() as copy:
         folder = Path(checkpoint.path if checkpoint.is_local else copy)

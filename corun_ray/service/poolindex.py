@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from corun_ray.core.labels import supersedes
+from corun_ray.core.training.labels import supersedes
 from corun_ray.service.poolrecords import Entry, Frozen, Head, Part, Place, PoolCounters, Segment
 
 ROWS_PER_SEGMENT = 512

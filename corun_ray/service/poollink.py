@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from corun_ray.core.labels import Label
+from corun_ray.core.training.labels import Label
 from corun_ray.service.shard import Reply
 
 READ_TIMEOUT_S = 20.0

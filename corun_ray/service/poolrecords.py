@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from corun_ray.core.labels import Scores
+from corun_ray.core.training.labels import Scores
 
 
 class Head(NamedTuple):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from corun_ray.core.iqanames import all_metrics
+from corun_ray.core.metrics.catalog import all_metrics
 from corun_ray.service.comparison import compare
 from corun_ray.service.registry import Registry, Version
 from corun_ray.service.tracking import TrackingError

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from corun_ray.core.checkpoints import save_model
+from corun_ray.core.training.checkpoints import save_model
 from corun_ray.service import usercode
 from corun_ray.service.model_format import ABOUT
 from corun_ray.service.models import ModelSourceError, fetched, load

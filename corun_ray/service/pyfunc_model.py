@@ -6,8 +6,8 @@ import numpy as np
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from corun_ray.core.checkpoints import load_network
-from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.training.checkpoints import load_network
 
 
 class Dehazer(PythonModel):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ray
 
-from corun_ray.core.checkpoints import CheckpointError, read_record
+from corun_ray.core.training.checkpoints import CheckpointError, read_record
 from corun_ray.service.runs import folder_name, steps_saved
 from corun_ray.service.storage import Location, MissingFile
 

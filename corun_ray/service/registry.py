@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corun_ray.core.checkpoints import NETWORK_FILE
+from corun_ray.core.training.checkpoints import NETWORK_FILE
 from corun_ray.service import model_format, usercode
 from corun_ray.service.errors import first_line
 from corun_ray.service.model_format import ABOUT

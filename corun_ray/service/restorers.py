@@ -9,7 +9,7 @@ import torch
 from ray.data import ActorPoolStrategy, Dataset
 from ray.exceptions import RayTaskError
 
-from corun_ray.core.bounded import MIB
+from corun_ray.core.inference.memory import MIB
 from corun_ray.service.errors import root_cause
 from corun_ray.service.models import Model
 from corun_ray.service.storage import StorageError

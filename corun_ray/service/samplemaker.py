@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
-from corun_ray.core import samples, scattering
-from corun_ray.core.augment import Cuttable
-from corun_ray.core.depth import DepthMap, procedural_depth
-from corun_ray.core.images import BadImage, decode_depth, decode_image
-from corun_ray.core.phases import phase
+from corun_ray.core.data import haze as scattering
+from corun_ray.core.data import samples
+from corun_ray.core.data.augment import Cuttable
+from corun_ray.core.data.depth import DepthMap, procedural_depth
+from corun_ray.core.data.images import BadImage, decode_depth, decode_image
+from corun_ray.core.timing import phase
 from corun_ray.service.decoded import Decoded
 from corun_ray.service.jpeg_region import cuttable_sides, decode_region
 from corun_ray.service.manifest import Manifest

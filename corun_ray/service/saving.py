@@ -18,9 +18,9 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import barrier
 
-from corun_ray.core import checkpoints
-from corun_ray.core.networks import NetworkSpec
-from corun_ray.core.state import TrainState
+from corun_ray.core.networks.build import NetworkSpec
+from corun_ray.core.training import checkpoints
+from corun_ray.core.training.state import TrainState
 from corun_ray.service import snapshots
 from corun_ray.service.logs import Log
 from corun_ray.service.pool import PoolClient

@@ -12,12 +12,12 @@ from corun_ray.config.jobs import ColabatorJob, EvaluateJob, Job, TrainingJob
 from corun_ray.config.training import Coherence as CoherenceSection
 from corun_ray.config.training import ColabatorLoss
 from corun_ray.core.choices import QUALITY_NAMES
-from corun_ray.core.coherence import Coherence, Scorer
-from corun_ray.core.daclip import DACLIP_FILE, load_daclip
-from corun_ray.core.iqa import load_quality, probe
-from corun_ray.core.losses import Losses, LossWeights
-from corun_ray.core.measures import load_measure
-from corun_ray.core.vgg import VGG_FILE, load_vgg19
+from corun_ray.core.metrics.measure import load_measure
+from corun_ray.core.scoring.coherence import Coherence, Scorer
+from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
+from corun_ray.core.scoring.quality import load_quality, probe
+from corun_ray.core.training.losses import Losses, LossWeights
+from corun_ray.core.training.vgg import VGG_FILE, load_vgg19
 from corun_ray.core.weights import WeightsError, WeightsSource, no_weights
 from corun_ray.service.weights import Recorder, WeightsFolder
 

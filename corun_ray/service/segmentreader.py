@@ -4,7 +4,7 @@ import functools
 
 import pyarrow.parquet as pq
 
-from corun_ray.core.labels import Label
+from corun_ray.core.training.labels import Label
 from corun_ray.service import segments
 from corun_ray.service.storage import locate
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from corun_ray.core.labels import Label, Scores
+from corun_ray.core.training.labels import Label, Scores
 from corun_ray.service.poolrecords import Head
 from corun_ray.service.storage import Location, StorageError
 

@@ -17,7 +17,7 @@ from ray.serve.schema import ApplicationStatus
 
 from corun_ray.config.jobs import ServeJob
 from corun_ray.config.jobserve import Serve
-from corun_ray.core.restore import MIN_SIDE_PX
+from corun_ray.core.inference.restore import MIN_SIDE_PX
 from corun_ray.service.errors import JobFailed, first_line, root_cause
 from corun_ray.service.models import Model
 from corun_ray.service.serve_app import Door

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from ray import serve
 
-from corun_ray.core.bounded import images_at_once, within
-from corun_ray.core.images import BadImage
-from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.core.data.images import BadImage
+from corun_ray.core.inference.memory import images_at_once, within
+from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.service.batches import groups
 from corun_ray.service.photos import Pixels, read_photo, write_photo
 from corun_ray.service.restorers import Restorers

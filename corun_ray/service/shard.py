@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from corun_ray.core.labels import Label
+from corun_ray.core.training.labels import Label
 from corun_ray.service import segments, snapshots
 from corun_ray.service.logs import Log
 from corun_ray.service.pool_telemetry import PoolTelemetry

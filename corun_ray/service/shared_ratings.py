@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from corun_ray.core.coherence import Coherence
+from corun_ray.core.scoring.coherence import Coherence
 
 
 class SharedCoherence(Coherence):

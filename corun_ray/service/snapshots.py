@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from corun_ray.core.labels import Label
+from corun_ray.core.training.labels import Label
 from corun_ray.service import segments
 from corun_ray.service.poolrecords import Head, Place, PoolCounters, Segment
 from corun_ray.service.storage import Location, StorageError

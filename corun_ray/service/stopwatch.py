@@ -6,7 +6,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from corun_ray.core.coherence import BlockScores, Coherence, GlobalScores
+from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores
 
 
 class Stopwatch:

@@ -12,11 +12,11 @@ import ray
 
 from corun_ray.config.jobs import TrainingJob
 from corun_ray.config.loading import dump_job
-from corun_ray.core.checkpoints import load_network
-from corun_ray.core.images import decode_image, encode_png
-from corun_ray.core.iqanames import all_metrics
-from corun_ray.core.pictures import grid, stage_rows, thumbnail
-from corun_ray.core.restore import stages, to_tensor
+from corun_ray.core.data.images import decode_image, encode_png
+from corun_ray.core.inference.pictures import grid, stage_rows, thumbnail
+from corun_ray.core.inference.restore import stages, to_tensor
+from corun_ray.core.metrics.catalog import all_metrics
+from corun_ray.core.training.checkpoints import load_network
 from corun_ray.service.charts import Points, line_chart
 from corun_ray.service.comparison import interval_of
 from corun_ray.service.examples import Example, example, pictured_steps, shown_throughout

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from corun_ray.config.jobs import TuneJob
 from corun_ray.config.loading import dump_job
 from corun_ray.config.trials import trial_job
-from corun_ray.core.networks import build
+from corun_ray.core.networks.build import build
 from corun_ray.service.errors import JobFailed, root_cause
 from corun_ray.service.models import spec_of
 from corun_ray.service.report import Listing, Pictures, Section, Table, render

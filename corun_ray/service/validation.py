@@ -9,15 +9,15 @@ import torch.distributed as dist
 from torch import nn
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
-from corun_ray.core.coherence import BlockScores
-from corun_ray.core.fade import fade
-from corun_ray.core.images import BadImage, decode_image, encode_png
-from corun_ray.core.labels import Label, decode
-from corun_ray.core.metrics import psnr, ssim
-from corun_ray.core.pictures import ImageU8, colour_map, grid
-from corun_ray.core.restore import restore, to_image, to_tensor
-from corun_ray.core.samples import real_views
-from corun_ray.core.steps import Colabator
+from corun_ray.core.data.images import BadImage, decode_image, encode_png
+from corun_ray.core.data.samples import real_views
+from corun_ray.core.inference.pictures import ImageU8, colour_map, grid
+from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.metrics.fade import fade
+from corun_ray.core.metrics.metrics import psnr, ssim
+from corun_ray.core.scoring.coherence import BlockScores
+from corun_ray.core.training.labels import Label, decode
+from corun_ray.core.training.steps import Colabator
 from corun_ray.service.gallery import Gallery, Measured
 from corun_ray.service.manifest import HeldOutSet, Manifest, held_out_sets
 from corun_ray.service.samplemaker import SampleMaker

@@ -11,9 +11,9 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
-from corun_ray.core import iqa
-from corun_ray.core.daclip import DACLIP_FILE
-from corun_ray.core.iqanames import no_reference_metrics
+from corun_ray.core.metrics.catalog import no_reference_metrics
+from corun_ray.core.scoring import quality as iqa
+from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.weights import INDEX, Content, file_content, read_index, write_index
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from corun_ray.config.jobs import ColabatorJob
 from corun_ray.config.training import Optim
-from corun_ray.core import checkpoints
-from corun_ray.core.allocation import keep_freed_memory
-from corun_ray.core.corun import CORUN
-from corun_ray.core.schedule import Cycle, learning_rate
-from corun_ray.core.state import TrainState
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.training import checkpoints
+from corun_ray.core.training.acceleration import keep_freed_memory
+from corun_ray.core.training.schedule import Cycle, learning_rate
+from corun_ray.core.training.state import TrainState
 from corun_ray.service.board import Attempt
 from corun_ray.service.learner import Learner
 from corun_ray.service.logs import Log

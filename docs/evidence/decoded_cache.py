@@ -23,7 +23,7 @@ import numpy as np
 import ray
 
 from corun_ray.config.jobs import Cluster, TrainingJob
-from corun_ray.core.phases import PHASES, PhaseTimes
+from corun_ray.core.timing import PHASES, PhaseTimes
 from corun_ray.service import cluster
 from corun_ray.service.board import start_board
 from corun_ray.service.decoded import Decoded, start_cache

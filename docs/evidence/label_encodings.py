@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from corun_ray.core.choices import Encoding
-from corun_ray.core.corun import CORUN
-from corun_ray.core.images import decode_image
-from corun_ray.core.labels import Label, Scores, decode, encode
-from corun_ray.core.samples import real_views
+from corun_ray.core.data.images import decode_image
+from corun_ray.core.data.samples import real_views
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.training.labels import Label, Scores, decode, encode
 from corun_ray.service import segments
 from corun_ray.service.storage import locate
 

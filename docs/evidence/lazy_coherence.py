@@ -29,20 +29,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.coherence import BlockScores, Coherence
-from corun_ray.core.compiling import compiled
-from corun_ray.core.corun import CORUN, Restoration
-from corun_ray.core.daclip import DACLIP_FILE, load_daclip
-from corun_ray.core.depth import DepthMap
-from corun_ray.core.images import decode_image
-from corun_ray.core.iqa import load_quality
-from corun_ray.core.labels import Label, LocalPool, Scores, decode, encode
-from corun_ray.core.losses import COLABATOR_WEIGHTS, Losses, contrastive, perceptual
-from corun_ray.core.samples import real_views, synthetic_sample
-from corun_ray.core.scattering import HazeRange
-from corun_ray.core.state import TrainState
-from corun_ray.core.steps import Colabator, RealBatch, SyntheticBatch
-from corun_ray.core.vgg import VGG_FILE, Vgg19Features, load_vgg19
+from corun_ray.core.data.depth import DepthMap
+from corun_ray.core.data.haze import HazeRange
+from corun_ray.core.data.images import decode_image
+from corun_ray.core.data.samples import real_views, synthetic_sample
+from corun_ray.core.networks.corun import CORUN, Restoration
+from corun_ray.core.scoring.coherence import BlockScores, Coherence
+from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
+from corun_ray.core.scoring.quality import load_quality
+from corun_ray.core.training.compiling import compiled
+from corun_ray.core.training.labels import Label, LocalPool, Scores, decode, encode
+from corun_ray.core.training.losses import COLABATOR_WEIGHTS, Losses, contrastive, perceptual
+from corun_ray.core.training.state import TrainState
+from corun_ray.core.training.steps import Colabator, RealBatch, SyntheticBatch
+from corun_ray.core.training.vgg import VGG_FILE, Vgg19Features, load_vgg19
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.core.plain_corun import PlainCORUN

@@ -14,7 +14,7 @@ import torch
 from rating import to_tensor
 from restorations import match_pairs, paired_scene, quantise, read, synthetic_scene
 
-from corun_ray.core.corun import CORUN
+from corun_ray.core.networks.corun import CORUN
 
 SIZES_PX = (64, 96)
 RECORD_EVERY = 10

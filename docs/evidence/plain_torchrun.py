@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from corun_ray.config.jobs import TrainingJob
 from corun_ray.config.loading import load_jobs
-from corun_ray.core.corun import CORUN
-from corun_ray.core.labels import LocalPool
-from corun_ray.core.schedule import learning_rate
-from corun_ray.core.state import TrainState
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.training.labels import LocalPool
+from corun_ray.core.training.schedule import learning_rate
+from corun_ray.core.training.state import TrainState
 from corun_ray.service.learner import Learner
 from corun_ray.service.manifest import build_manifest
 from corun_ray.service.phases import remaining_phases

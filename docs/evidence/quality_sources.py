@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from corun_ray.core.images import decode_image
-from corun_ray.core.iqa import load_quality
-from corun_ray.core.restore import to_tensor
+from corun_ray.core.data.images import decode_image
+from corun_ray.core.inference.restore import to_tensor
+from corun_ray.core.scoring.quality import load_quality
 from corun_ray.service.manifest import images_below
 from corun_ray.service.weights import WeightsFolder
 

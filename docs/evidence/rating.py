@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from restorations import Image
 from tried_scorers import SCORERS
 
-from corun_ray.core.coherence import CLARITY, QUALITY, Coherence
+from corun_ray.core.scoring.coherence import CLARITY, QUALITY, Coherence
 
 Floats = NDArray[np.float64]
 Pair = tuple[str, str]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from corun_ray.core.corun import scene_step, transmission_step
-from corun_ray.core.depth import procedural_depth
-from corun_ray.core.images import decode_image
-from corun_ray.core.scattering import Haze, add_haze, transmission
+from corun_ray.core.data.depth import procedural_depth
+from corun_ray.core.data.haze import Haze, add_haze, transmission
+from corun_ray.core.data.images import decode_image
+from corun_ray.core.networks.corun import scene_step, transmission_step
 
 Image = NDArray[np.floating]
 SIZES_PX = (64, 96, 288)

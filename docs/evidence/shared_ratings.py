@@ -22,8 +22,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from lazy_coherence import write_weights
 
-from corun_ray.core.coherence import Coherence
-from corun_ray.core.daclip import DACLIP_FILE, load_daclip
+from corun_ray.core.scoring.coherence import Coherence
+from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
 from corun_ray.service.shared_ratings import SharedCoherence
 
 ROOT = Path(__file__).parents[2]

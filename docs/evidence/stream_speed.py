@@ -24,10 +24,10 @@ import cv2
 import numpy as np
 
 from corun_ray.config.jobs import ColabatorJob, PretrainJob, TrainingJob
-from corun_ray.core.depth import DepthMap, procedural_depth
-from corun_ray.core.images import decode_depth, decode_image
-from corun_ray.core.phases import PHASES, PhaseTimes, phase
-from corun_ray.core.scattering import HazeRange
+from corun_ray.core.data.depth import DepthMap, procedural_depth
+from corun_ray.core.data.haze import HazeRange
+from corun_ray.core.data.images import decode_depth, decode_image
+from corun_ray.core.timing import PHASES, PhaseTimes, phase
 from corun_ray.demo.dataset import DemoSize, write_demo
 from corun_ray.service.manifest import Manifest, build_manifest
 from corun_ray.service.packing import pack_here

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corun_ray.core.fade import fade_distances
-from corun_ray.core.scorers import CLARITY, CONTRAST_PATCH_PX, QUALITY, Scorer
+from corun_ray.core.metrics.fade import fade_distances
+from corun_ray.core.scoring.scorers import CLARITY, CONTRAST_PATCH_PX, QUALITY, Scorer
 
 
 def entropy(images: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ What is drawn at random is drawn as the stream does, in the same order, so that 
 import cv2
 import numpy as np
 
-from corun_ray.core import augment
-from corun_ray.core.phases import phase
-from corun_ray.core.samples import Pair, RealViews
-from corun_ray.core.scattering import HazeRange, sample_haze
+from corun_ray.core.data import augment
+from corun_ray.core.data.haze import HazeRange, sample_haze
+from corun_ray.core.data.samples import Pair, RealViews
+from corun_ray.core.timing import phase
 
 
 def plain_pair(

@@ -3,7 +3,7 @@ import sys
 
 STEPS = """
 import resource, torch
-from corun_ray.core.allocation import keep_freed_memory
+from corun_ray.core.training.acceleration import keep_freed_memory
 {}
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(14):  # the first ones find room to stay in

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from corun_ray.core import augment
-from corun_ray.core.augment import Crop, jpeg_round_trip, resize, sample_crop, sample_noise
+from corun_ray.core.data import augment
+from corun_ray.core.data.augment import Crop, jpeg_round_trip, resize, sample_crop, sample_noise
 
 
 def textured(height_px: int, width_px: int, sigma_px: float = 1.5) -> np.ndarray:

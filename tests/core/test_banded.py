@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from corun_ray.core.banded import HALO_PX, banded
-from corun_ray.core.cpmm import Block
-from corun_ray.core.restore import restore
+from corun_ray.core.inference.banded import HALO_PX, banded
+from corun_ray.core.inference.restore import restore
+from corun_ray.core.networks.cpmm import Block
 from tests.core.test_tiled import network, photograph
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import conv2d
 from corun_ray.bench.machine import Machine, Work, count_work
 from corun_ray.bench.run import main
 from corun_ray.bench.step import StepSettings, _WarmPool
-from corun_ray.core.labels import Scores, supersedes
+from corun_ray.core.training.labels import Scores, supersedes
 
 PARTS = ["pool", "teacher", "global scores", "local scores", "student", "losses", "backward", "optimizer", "ema"]
 ABSENT = (

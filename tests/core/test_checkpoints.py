@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from corun_ray.core.checkpoints import (
+from corun_ray.core.networks.build import NetworkSpec, build
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.training.checkpoints import (
     NETWORK_FILE,
     SPEC_FILE,
     CheckpointError,
@@ -21,9 +23,7 @@ from corun_ray.core.checkpoints import (
     save_network,
     save_run,
 )
-from corun_ray.core.corun import CORUN
-from corun_ray.core.networks import NetworkSpec, build
-from corun_ray.core.state import TrainState
+from corun_ray.core.training.state import TrainState
 from tests.core.golden import golden_shapes, golden_state_dict
 
 NAFNET = NetworkSpec("NAFNet", {"width": 8, "middle_blk_num": 1, "enc_blk_nums": [1], "dec_blk_nums": [1]})

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corun_ray.core.coherence import (
+from corun_ray.core.scoring.coherence import (
     CLARITY,
     DEFAULT_CLARITY,
     DEFAULT_QUALITY,

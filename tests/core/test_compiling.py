@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from corun_ray.core.compiling import compiled
-from corun_ray.core.corun import CORUN
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.training.compiling import compiled
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from corun_ray.core import corun
-from corun_ray.core.checkpoints import load_network
-from corun_ray.core.corun import CORUN, Restoration, transmission_step
-from corun_ray.core.cpmm import CPMM
+from corun_ray.core.networks.build import corun
+from corun_ray.core.networks.corun import CORUN, Restoration, transmission_step
+from corun_ray.core.networks.cpmm import CPMM
+from corun_ray.core.training.checkpoints import load_network
 from tests.core.golden import golden_outputs, golden_shapes, golden_state_dict
 
 

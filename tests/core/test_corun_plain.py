@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corun_ray.core.corun import CORUN
+from corun_ray.core.networks.corun import CORUN
 from tests.core.golden import golden_outputs, golden_shapes, golden_state_dict
 from tests.core.plain_corun import PlainCORUN
 

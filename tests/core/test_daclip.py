@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from corun_ray.core.choices import DEGRADATIONS
-from corun_ray.core.coherence import Coherence
-from corun_ray.core.daclip import DACLIP_FILE, DaClip, load_daclip, middle_square
+from corun_ray.core.scoring.coherence import Coherence
+from corun_ray.core.scoring.daclip import DACLIP_FILE, DaClip, load_daclip, middle_square
 from corun_ray.core.weights import WeightsError
 
 from .golden import golden_state_dict

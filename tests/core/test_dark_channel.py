@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from corun_ray.core.dark_channel import dehaze
+from corun_ray.core.inference.dark_channel import dehaze
 
 
 def scene(rng: np.random.Generator) -> np.ndarray:

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from corun_ray.core.augment import resize
-from corun_ray.core.depth import DepthMap, procedural_depth
-from corun_ray.core.images import BadImage
-from corun_ray.core.scattering import transmission
+from corun_ray.core.data.augment import resize
+from corun_ray.core.data.depth import DepthMap, procedural_depth
+from corun_ray.core.data.haze import transmission
+from corun_ray.core.data.images import BadImage
 
 
 def whole(depth_map: DepthMap) -> np.ndarray:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corun_ray.core.fade import fade, fade_density
+from corun_ray.core.metrics.fade import fade, fade_density
 
 DATA = Path(__file__).parents[1] / "data" / "fade"
 ALL_IMAGES = os.environ.get("CORUN_FADE_IMAGES")

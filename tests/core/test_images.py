@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from corun_ray.core.augment import resize
-from corun_ray.core.images import BadImage, decode_depth, decode_image, encode_png
+from corun_ray.core.data.augment import resize
+from corun_ray.core.data.images import BadImage, decode_depth, decode_image, encode_png
 
 
 def photograph(height_px: int = 120, width_px: int = 160) -> np.ndarray:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from corun_ray.core import iqanames
-from corun_ray.core.iqanames import IqaFacts, no_reference_metrics
+from corun_ray.core.metrics.catalog import IqaFacts, no_reference_metrics
+from corun_ray.core.metrics.metrics import catalog as iqanames
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_ranges_that_pyiqa_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_neither_pyiqa_nor_torch_is_imported() -> None:
-    code = "import sys; from corun_ray.core.iqanames import no_reference_metrics as f; f(); print(*sys.modules)"
+    code = "import sys; from corun_ray.core.metrics.catalog import no_reference_metrics as f; f(); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "corun_ray.core.iqanames" in modules
+    assert "corun_ray.core.metrics.catalog" in modules
     assert not {"pyiqa", "torch", "numpy"} & set(modules)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from corun_ray.core.choices import Encoding
-from corun_ray.core.labels import Label, LocalPool, Scores, decode, encode, supersedes
+from corun_ray.core.training.labels import Label, LocalPool, Scores, decode, encode, supersedes
 
 
 def label(key: str, clarity: float, quality: float, step: int = 0) -> Label:

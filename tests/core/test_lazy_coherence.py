@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.coherence import Coherence
-from corun_ray.core.corun import CORUN
-from corun_ray.core.labels import LocalPool
-from corun_ray.core.losses import COLABATOR_WEIGHTS, Losses
-from corun_ray.core.state import TrainState
-from corun_ray.core.steps import Colabator, RealBatch, SyntheticBatch
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.scoring.coherence import Coherence
+from corun_ray.core.training.labels import LocalPool
+from corun_ray.core.training.losses import COLABATOR_WEIGHTS, Losses
+from corun_ray.core.training.state import TrainState
+from corun_ray.core.training.steps import Colabator, RealBatch, SyntheticBatch
 from tests.core.test_steps import trust_of
 
 SIDE_PX, BLOCK_PX = 32, 16

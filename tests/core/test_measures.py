@@ -7,11 +7,11 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from corun_ray.core.images import decode_image
-from corun_ray.core.iqa import build_metric
-from corun_ray.core.iqanames import all_metrics, no_reference_metrics
-from corun_ray.core.measures import Unmeasured, load_measure
-from corun_ray.core.restore import to_tensor
+from corun_ray.core.data.images import decode_image
+from corun_ray.core.inference.restore import to_tensor
+from corun_ray.core.metrics.catalog import all_metrics, no_reference_metrics
+from corun_ray.core.metrics.measure import Unmeasured, load_measure
+from corun_ray.core.scoring.quality import build_metric
 from corun_ray.core.weights import WeightsError, no_weights
 from tests.core.test_fade import DATA, read_scores
 from tests.core.test_iqa import real

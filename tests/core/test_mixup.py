@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core.mixup import mixup
-from corun_ray.core.steps import SyntheticBatch
+from corun_ray.core.training.mixup import mixup
+from corun_ray.core.training.steps import SyntheticBatch
 
 COUNT = 6
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from torch import nn
 
-from corun_ray.core.network_spec import NetworkError, NetworkSpec
+from corun_ray.core.networks.spec import NetworkError, NetworkSpec
 
 
 def test_a_description_survives_json_and_compares_by_value() -> None:

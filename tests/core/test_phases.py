@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from corun_ray.core.phases import PHASES, PhaseTimes, phase
+from corun_ray.core.timing import PHASES, PhaseTimes, phase
 
 
 def test_a_listener_adds_up_the_phases_of_its_thread_also_those_that_fail():

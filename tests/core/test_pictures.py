@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core.corun import Restoration
-from corun_ray.core.pictures import BACKGROUND, ERROR_GAIN, GAP_PX, HEADING_PX, colour_map, grid, stage_rows
+from corun_ray.core.inference.pictures import BACKGROUND, ERROR_GAIN, GAP_PX, HEADING_PX, colour_map, grid, stage_rows
+from corun_ray.core.networks.corun import Restoration
 
 
 def plain(height_px: int, width_px: int, colour: tuple[int, int, int]) -> np.ndarray:

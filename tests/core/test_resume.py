@@ -13,18 +13,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from corun_ray.core import checkpoints
-from corun_ray.core.checkpoints import (
+from corun_ray.core.networks.build import NetworkSpec
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.tensorfile import RECORD_KEY
+from corun_ray.core.training import checkpoints
+from corun_ray.core.training.checkpoints import (
     NETWORK_FILE,
     TRAINING_FILE,
     load_run,
     read_record,
     save_run,
 )
-from corun_ray.core.corun import CORUN
-from corun_ray.core.networks import NetworkSpec
-from corun_ray.core.state import TrainState
-from corun_ray.core.tensorfile import RECORD_KEY
+from corun_ray.core.training.state import TrainState
 from tests.core.test_checkpoints import Intruder, corun_spec, random_network, train
 
 EXTRA = {"pool_snapshot": "step-3", "seed": 7}

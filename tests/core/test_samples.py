@@ -4,11 +4,11 @@ import cv2
 import numpy as np
 import pytest
 
-from corun_ray.core import augment
-from corun_ray.core.depth import DepthMap, procedural_depth
-from corun_ray.core.images import BadImage, decode_image
-from corun_ray.core.samples import paired_sample, real_side_px, real_views, synthetic_sample
-from corun_ray.core.scattering import HazeRange
+from corun_ray.core.data import augment
+from corun_ray.core.data.depth import DepthMap, procedural_depth
+from corun_ray.core.data.haze import HazeRange
+from corun_ray.core.data.images import BadImage, decode_image
+from corun_ray.core.data.samples import paired_sample, real_side_px, real_views, synthetic_sample
 
 HAZE = HazeRange()
 

@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
-from corun_ray.core.augment import resize
-from corun_ray.core.depth import procedural_depth
-from corun_ray.core.images import decode_image
-from corun_ray.core.samples import Pair, real_side_px, real_views, synthetic_sample
-from corun_ray.core.scattering import HazeRange
+from corun_ray.core.data.augment import resize
+from corun_ray.core.data.depth import procedural_depth
+from corun_ray.core.data.haze import HazeRange
+from corun_ray.core.data.images import decode_image
+from corun_ray.core.data.samples import Pair, real_side_px, real_views, synthetic_sample
 from tests.core.plain_samples import plain_pair, plain_views
 
 PATCH_PX, SEEDS = 64, range(400)

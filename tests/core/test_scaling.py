@@ -16,7 +16,7 @@ from corun_ray.bench.scaling_model import (
     scaled,
     stream_cores,
 )
-from corun_ray.core.labels import Label, Scores, encode
+from corun_ray.core.training.labels import Label, Scores, encode
 
 ALONE = WorkerStep(step_s=0.3, backward_s=0.12, before_labels_s=0.06, rating_s=0.2)
 BUCKETS = [2**20, 25 * 2**20, 19 * 2**20]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from corun_ray.core.scattering import (
+from corun_ray.core.data.haze import (
     Haze,
     HazeRange,
     add_haze,

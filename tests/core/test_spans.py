@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from corun_ray.core.phases import PhaseTimes
 from corun_ray.core.spans import SpanTimes, span
+from corun_ray.core.timing import PhaseTimes
 
 CPU = torch.device("cpu")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from corun_ray.core.corun import CORUN
-from corun_ray.core.state import TrainState, ema_step
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.training.state import TrainState, ema_step
 
 
 def test_moving_average() -> None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.choices import Encoding
-from corun_ray.core.coherence import BlockScores, Coherence, GlobalScores
-from corun_ray.core.corun import Restoration
-from corun_ray.core.labels import Label, LocalPool, ReadyLabels, Scores, decode, encode
-from corun_ray.core.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
-from corun_ray.core.steps import Colabator, PseudoLabels, RealBatch, SyntheticBatch, pretraining_step
+from corun_ray.core.networks.corun import Restoration
+from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores
+from corun_ray.core.training.labels import Label, LocalPool, ReadyLabels, Scores, decode, encode
+from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
+from corun_ray.core.training.steps import Colabator, PseudoLabels, RealBatch, SyntheticBatch, pretraining_step
 
 SIDE_PX, BLOCK_PX = 32, 16
 LOSSES = Losses(COLABATOR_WEIGHTS)

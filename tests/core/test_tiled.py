@@ -4,12 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from corun_ray.core.banded import BandedCPMM
-from corun_ray.core.bounded import CPU_BAND_PX, TooLarge, banded_mib, images_at_once, tile_side_px, whole_mib, within
-from corun_ray.core.corun import CORUN
-from corun_ray.core.cpmm import CPMM
-from corun_ray.core.restore import restore
-from corun_ray.core.tiled import HALO_PX, TiledCPMM, tiled, tiles
+from corun_ray.core.inference.banded import BandedCPMM
+from corun_ray.core.inference.memory import (
+    CPU_BAND_PX,
+    TooLarge,
+    banded_mib,
+    images_at_once,
+    tile_side_px,
+    whole_mib,
+    within,
+)
+from corun_ray.core.inference.restore import restore
+from corun_ray.core.inference.tiled import HALO_PX, TiledCPMM, tiled, tiles
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.networks.cpmm import CPMM
 
 
 def network(stages: int = 2, width: int = 4) -> CORUN:

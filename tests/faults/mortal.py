@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from corun_ray.core.corun import CORUN
+from corun_ray.core.networks.corun import CORUN
 
 PATIENCE_S = 60.0
 

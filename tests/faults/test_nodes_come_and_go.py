@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from corun_ray.core.checkpoints import read_record
+from corun_ray.core.training.checkpoints import read_record
 from corun_ray.service.recovery import STATE_FILE
 from corun_ray.service.runs import folder_name, steps_saved
 from corun_ray.service.storage import locate

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from corun_ray.core.checkpoints import read_record
+from corun_ray.core.training.checkpoints import read_record
 from corun_ray.service import snapshots
 from corun_ray.service.console import Console
 from corun_ray.service.runs import folder_name, last_run, steps_saved

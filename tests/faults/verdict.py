@@ -5,8 +5,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from corun_ray.core.checkpoints import load_network, read_record
-from corun_ray.core.labels import supersedes
+from corun_ray.core.training.checkpoints import load_network, read_record
+from corun_ray.core.training.labels import supersedes
 from corun_ray.service import snapshots
 from corun_ray.service.poolrecords import Head
 from corun_ray.service.recovery import STATE_FILE

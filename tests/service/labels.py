@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from corun_ray.core.labels import Label, Scores, encode
+from corun_ray.core.training.labels import Label, Scores, encode
 
 
 def label(key: str, clarity: float = 0.5, quality: float = 0.5, step: int = 0) -> Label:

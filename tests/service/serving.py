@@ -16,10 +16,10 @@ import torch
 
 from corun_ray.config.jobs import ServeJob
 from corun_ray.config.loading import job_of
-from corun_ray.core.corun import CORUN
-from corun_ray.core.images import decode_pixels
-from corun_ray.core.networks import NetworkSpec
-from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.core.data.images import decode_pixels
+from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.networks.build import NetworkSpec
+from corun_ray.core.networks.corun import CORUN
 from corun_ray.service.models import Model
 from corun_ray.service.photos import Photo, write_photo
 from corun_ray.service.serve_deployment import Deployment

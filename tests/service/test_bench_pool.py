@@ -16,7 +16,7 @@ from corun_ray.bench.label_pool.figures import STEP_S, Save, Settings, Tick, job
 from corun_ray.bench.label_pool.load import Crew, LabelMaker
 from corun_ray.bench.label_pool.report import as_json, float32_bytes, number, plot, table
 from corun_ray.bench.label_pool.trial import bench_pool
-from corun_ray.core.labels import supersedes
+from corun_ray.core.training.labels import supersedes
 from corun_ray.service.pool import start_pool
 from corun_ray.service.poolkeeper import PoolKeeper
 from corun_ray.service.poollink import PoolError

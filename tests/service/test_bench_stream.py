@@ -9,7 +9,7 @@ import boto3
 import pytest
 
 from corun_ray.bench.stream import Settings, as_json, bench_stream, job_of, table
-from corun_ray.core.phases import PHASES
+from corun_ray.core.timing import PHASES
 from corun_ray.service.samplemaker import TooManyBadFiles
 
 SETTINGS = Settings(patch_px=32, samples=3, repeats=2)

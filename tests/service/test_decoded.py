@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import ray
 
-from corun_ray.core.depth import DepthMap
+from corun_ray.core.data.depth import DepthMap
 from corun_ray.service.board import start_board
 from corun_ray.service.decoded import MIB, Decoded, NodeCache, start_cache
 from corun_ray.service.manifest import build_manifest

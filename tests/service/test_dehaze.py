@@ -12,10 +12,10 @@ import torch
 
 from corun_ray.config.jobdehaze import Dehaze
 from corun_ray.config.loading import job_of
-from corun_ray.core.corun import CORUN
-from corun_ray.core.images import decode_image
-from corun_ray.core.networks import NetworkSpec
-from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.core.data.images import decode_image
+from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.networks.build import NetworkSpec
+from corun_ray.core.networks.corun import CORUN
 from corun_ray.service.console import Console
 from corun_ray.service.dehaze import dehaze
 from corun_ray.service.jobs import run_jobs

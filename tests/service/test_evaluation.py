@@ -12,13 +12,13 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from corun_ray.config.loading import job_of
-from corun_ray.core import dark_channel
-from corun_ray.core.checkpoints import save_network
-from corun_ray.core.corun import CORUN
-from corun_ray.core.fade import fade
-from corun_ray.core.images import decode_image
-from corun_ray.core.metrics import ssim
-from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.core.data.images import decode_image
+from corun_ray.core.inference import dark_channel
+from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.metrics.fade import fade
+from corun_ray.core.metrics.metrics import ssim
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.training.checkpoints import save_network
 from corun_ray.service.console import Console
 from corun_ray.service.evaluation import run_evaluation
 from corun_ray.service.jobs import run_jobs

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corun_ray.core.images import BadImage, decode_image, encode_png
+from corun_ray.core.data.images import BadImage, decode_image, encode_png
 from corun_ray.service.jpeg_region import cuttable_sides, decode_region
 from tests.core.test_images import encode, photograph, with_exif
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core.coherence import Coherence
-from corun_ray.core.corun import CORUN
-from corun_ray.core.labels import LocalPool
-from corun_ray.core.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
-from corun_ray.core.state import TrainState
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.scoring.coherence import Coherence
+from corun_ray.core.training.labels import LocalPool
+from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
+from corun_ray.core.training.state import TrainState
 from corun_ray.service.learner import Learner
 from corun_ray.service.manifest import build_manifest
 from corun_ray.service.samplemaker import SampleMaker

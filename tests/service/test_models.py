@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from corun_ray.core.networks import NetworkSpec, build
+from corun_ray.core.networks.build import NetworkSpec, build
 from corun_ray.service.models import ModelSourceError, fetch_model, starting_model
 from tests.service.jobs import small_job
 

@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from corun_ray.config.jobdehaze import Dehaze
-from corun_ray.core.checkpoints import TRAINING_FILE, read_record
-from corun_ray.core.networks import NetworkSpec
+from corun_ray.core.networks.build import NetworkSpec
+from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service import snapshots
 from corun_ray.service.console import Console
 from corun_ray.service.dehaze import dehaze

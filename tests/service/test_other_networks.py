@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core.checkpoints import load_network
-from corun_ray.core.restore import restore
+from corun_ray.core.inference.restore import restore
+from corun_ray.core.training.checkpoints import load_network
 from corun_ray.service.console import Console
 from corun_ray.service.models import fetch_model
 from corun_ray.service.train import run_training
@@ -94,7 +94,7 @@ def test_a_published_checkpoint_of_three_stages_is_fine_tuned_and_exported_under
     local_ray, dataset, tmp_path
 ):
     """`network.init` of a `.pth` in the format in circulation; what comes out has its names, shapes and format."""
-    from corun_ray.core.corun import CORUN
+    from corun_ray.core.networks.corun import CORUN
 
     torch.manual_seed(5)
     params = {name: value + 0.01 * torch.randn_like(value) for name, value in CORUN(3, 4).state_dict().items()}

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from corun_ray.core.images import decode_depth
+from corun_ray.core.data.images import decode_depth
 from corun_ray.service import snapshots
 from corun_ray.service.check import check_job
 from corun_ray.service.console import Console

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import ray
 
-from corun_ray.core.labels import Label, LocalPool, Scores
+from corun_ray.core.training.labels import Label, LocalPool, Scores
 from corun_ray.service import snapshots
 from corun_ray.service.pool import PoolClient, count, nodes_in_turn, start_pool
 from corun_ray.service.poolkeeper import PoolKeeper

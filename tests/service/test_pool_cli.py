@@ -12,7 +12,7 @@ import pytest
 
 from corun_ray.cli.app import app as cli
 from corun_ray.config.loading import dump_job
-from corun_ray.core.images import encode_png
+from corun_ray.core.data.images import encode_png
 from corun_ray.service.storage import locate
 from tests.service.jobs import small_job
 from tests.service.labels import photo_label

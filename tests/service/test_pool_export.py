@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from corun_ray.core.images import encode_png
-from corun_ray.core.labels import decode
+from corun_ray.core.data.images import encode_png
+from corun_ray.core.training.labels import decode
 from corun_ray.service.pool_export import export, hazy_image, picture, plan, trust_map, why_unsafe, write_below
 from corun_ray.service.pool_source import find
 from corun_ray.service.storage import StorageError, locate

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from corun_ray.core import tensorfile
-from corun_ray.core.checkpoints import TRAINING_FILE
-from corun_ray.core.labels import Scores
+from corun_ray.core.training.checkpoints import TRAINING_FILE
+from corun_ray.core.training.labels import Scores
 from corun_ray.service import segments, snapshots
 from corun_ray.service.pool_source import find
 from corun_ray.service.pool_view import (

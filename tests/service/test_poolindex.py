@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from corun_ray.core.labels import Scores, supersedes
+from corun_ray.core.training.labels import Scores, supersedes
 from corun_ray.service import poolindex
 from corun_ray.service.poolindex import PoolIndex
 from corun_ray.service.poolrecords import Head, Place

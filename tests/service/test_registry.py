@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core.checkpoints import load_network
-from corun_ray.core.images import decode_image
-from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.core.data.images import decode_image
+from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.training.checkpoints import load_network
 from corun_ray.service.console import Console
 from corun_ray.service.models import ModelSourceError, fetch_model, starting_model
 from corun_ray.service.promotion import promote

@@ -10,10 +10,10 @@ import pytest
 import torch
 from playwright.sync_api import Page, sync_playwright
 
-from corun_ray.core.checkpoints import SPEC_FILE, save_network
-from corun_ray.core.corun import CORUN
-from corun_ray.core.networks import NetworkSpec
-from corun_ray.core.pictures import thumbnail
+from corun_ray.core.inference.pictures import thumbnail
+from corun_ray.core.networks.build import NetworkSpec
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.training.checkpoints import SPEC_FILE, save_network
 from corun_ray.service.charts import line_chart
 from corun_ray.service.examples import EXAMPLES, HAZY_PICTURE, picture_name
 from corun_ray.service.gallery import Measured

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from corun_ray.core import tensorfile
-from corun_ray.core.checkpoints import TRAINING_FILE, read_record
+from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service import snapshots
 from corun_ray.service.console import Console
 from corun_ray.service.runs import folder_name, last_run, steps_saved

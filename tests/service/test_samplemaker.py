@@ -4,8 +4,8 @@ import shutil
 import numpy as np
 import pytest
 
-from corun_ray.core import augment
-from corun_ray.core.images import decode_image
+from corun_ray.core.data import augment
+from corun_ray.core.data.images import decode_image
 from corun_ray.service import samplemaker
 from corun_ray.service.jpeg_region import decode_region
 from corun_ray.service.manifest import Manifest, build_manifest

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core.daclip import DACLIP_FILE
-from corun_ray.core.vgg import VGG_FILE
+from corun_ray.core.scoring.daclip import DACLIP_FILE
+from corun_ray.core.training.vgg import VGG_FILE
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.check import check_job
 from corun_ray.service.console import Console

@@ -4,9 +4,9 @@ import numpy as np
 import ray
 import torch
 
-from corun_ray.core.corun import CORUN
-from corun_ray.core.networks import NetworkSpec
-from corun_ray.core.restore import restore, to_image, to_tensor
+from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.networks.build import NetworkSpec
+from corun_ray.core.networks.corun import CORUN
 from corun_ray.service.models import Model
 from corun_ray.service.serve_replica import Restorer
 from corun_ray.service.uploads import Refused

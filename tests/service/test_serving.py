@@ -17,8 +17,8 @@ import torch
 from playwright.sync_api import Page, sync_playwright
 from ray import serve
 
-from corun_ray.core.corun import CORUN
-from corun_ray.core.images import decode_pixels
+from corun_ray.core.data.images import decode_pixels
+from corun_ray.core.networks.corun import CORUN
 from corun_ray.service.photos import Photo, read_photo, write_photo
 from corun_ray.service.serve_messages import Served
 from corun_ray.service.serving import identify

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from corun_ray.core.coherence import BlockScores, Coherence
+from corun_ray.core.scoring.coherence import BlockScores, Coherence
 from corun_ray.service.shared_ratings import SharedCoherence, shares
 from corun_ray.service.worker import Worker
 from tests.service.jobs import small_job

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core.coherence import Coherence
+from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.service import telemetry
 from corun_ray.service.pool import ReadWaits
 from corun_ray.service.pool_telemetry import PoolTelemetry

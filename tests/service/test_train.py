@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core.checkpoints import TRAINING_FILE, read_record
+from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service import snapshots
 from corun_ray.service.console import Console
 from corun_ray.service.examples import pictured_steps

@@ -14,8 +14,8 @@ import pytest
 
 from corun_ray.config.jobs import TuneJob
 from corun_ray.config.loading import dump_job
-from corun_ray.core.corun import CORUN
-from corun_ray.core.images import decode_image
+from corun_ray.core.data.images import decode_image
+from corun_ray.core.networks.corun import CORUN
 from corun_ray.service.console import Console
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.runs import last_run, read_record

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from corun_ray.core.coherence import Coherence
-from corun_ray.core.corun import Restoration
-from corun_ray.core.images import decode_image
-from corun_ray.core.labels import LocalPool
-from corun_ray.core.losses import COLABATOR_WEIGHTS, Losses
-from corun_ray.core.metrics import psnr
-from corun_ray.core.pictures import GAP_PX, HEADING_PX
-from corun_ray.core.restore import to_tensor
-from corun_ray.core.steps import Colabator
+from corun_ray.core.data.images import decode_image
+from corun_ray.core.inference.pictures import GAP_PX, HEADING_PX
+from corun_ray.core.inference.restore import to_tensor
+from corun_ray.core.metrics.metrics import psnr
+from corun_ray.core.networks.corun import Restoration
+from corun_ray.core.scoring.coherence import Coherence
+from corun_ray.core.training.labels import LocalPool
+from corun_ray.core.training.losses import COLABATOR_WEIGHTS, Losses
+from corun_ray.core.training.steps import Colabator
 from corun_ray.service.manifest import build_manifest
 from corun_ray.service.validation import Validator, load_image
 from tests.service.jobs import small_job

@@ -9,8 +9,8 @@ import torch
 from huggingface_hub import constants
 from torchvision.models import VGG19_Weights
 
-from corun_ray.core import iqa
-from corun_ray.core.iqa_offline import offline
+from corun_ray.core.metrics.pyiqa import offline
+from corun_ray.core.scoring import quality as iqa
 from corun_ray.core.weights import WeightsError, read_weights
 from corun_ray.service import weights_fetch
 from corun_ray.service.weights import WeightsFolder, read_index

@@ -6,7 +6,7 @@ import os
 import torch
 from torch import Tensor
 
-from corun_ray.core.corun import CORUN
+from corun_ray.core.networks.corun import CORUN
 
 
 class Traced(CORUN):

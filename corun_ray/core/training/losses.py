@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corun_ray.core.corun import Restoration
-from corun_ray.core.vgg import LAYER_WEIGHTS, Vgg19Features
+from corun_ray.core.networks.corun import Restoration
+from corun_ray.core.training.vgg import LAYER_WEIGHTS, Vgg19Features
 
 FEATURE_WEIGHT = 0.2  # of both feature distances, within their formulas
 RATIO_EPSILON = 1e-7  # only keeps the contrastive ratio finite where the input itself was restored

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corun_ray.core.steps import SyntheticBatch
+from corun_ray.core.training.steps import SyntheticBatch
 
 
 def mixup(batch: SyntheticBatch, alpha: float, generator_seed: Sequence[int]) -> SyntheticBatch:

@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from corun_ray.core.augment import resize
 from corun_ray.core.choices import DepthKind
-from corun_ray.core.images import BadImage
+from corun_ray.core.data.augment import resize
+from corun_ray.core.data.images import BadImage
 
 _MAX_ASPECT_ERROR = 0.02  # a map of another size may be off by rounding, not show another frame
 _SKETCH_PX = 96  # long side at which a procedural depth is drawn

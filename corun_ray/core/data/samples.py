@@ -10,10 +10,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from corun_ray.core import augment, scattering
-from corun_ray.core.depth import DepthMap
-from corun_ray.core.images import BadImage
-from corun_ray.core.phases import phase
+from corun_ray.core.data import augment
+from corun_ray.core.data import haze as scattering
+from corun_ray.core.data.depth import DepthMap
+from corun_ray.core.data.images import BadImage
+from corun_ray.core.timing import phase
 
 ImageU8 = NDArray[np.uint8]
 

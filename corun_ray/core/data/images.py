@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from corun_ray.core import jpeg
+from corun_ray.core.data import jpeg
 
 MIN_SIDE_PX = 8
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from corun_ray.core import tensorfile
 from corun_ray.core.errors import UserError
-from corun_ray.core.network_spec import CORUN_TYPE, NetworkError, NetworkSpec
-from corun_ray.core.networks import build
-from corun_ray.core.spandrel_networks import recognise
-from corun_ray.core.state import TrainState
+from corun_ray.core.networks.build import build
+from corun_ray.core.networks.spandrel import recognise
+from corun_ray.core.networks.spec import CORUN_TYPE, NetworkError, NetworkSpec
+from corun_ray.core.training.state import TrainState
 from corun_ray.core.weights import WeightsError, read_weights
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from corun_ray.core.cpmm import CPMM
+from corun_ray.core.networks.cpmm import CPMM
 
 TRANSMISSION_MIN, TRANSMISSION_MAX = 0.05, 0.999
 DENOMINATOR_MIN = 1e-7

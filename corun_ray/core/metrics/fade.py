@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corun_ray.core.fade_model import NUM_FEATURES, PatchModel, load_patch_models
+from corun_ray.core.metrics.fade_model import NUM_FEATURES, PatchModel, load_patch_models
 
 PATCH_PX = 8
 MIN_SIDE_PX = 16  # the contrast filter extends an image by ten of its own rows

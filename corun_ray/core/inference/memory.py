@@ -5,11 +5,11 @@ On a CPU, bands come first: they need less memory and less time.
 
 from torch import Tensor, nn
 
-from corun_ray.core.banded import MIN_ROWS, banded
-from corun_ray.core.corun import CORUN
-from corun_ray.core.cpmm import SIZE_MULTIPLE_PX
-from corun_ray.core.restore import padded_size
-from corun_ray.core.tiled import HALO_PX, tiled
+from corun_ray.core.inference.banded import MIN_ROWS, banded
+from corun_ray.core.inference.restore import padded_size
+from corun_ray.core.inference.tiled import HALO_PX, tiled
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.networks.cpmm import SIZE_MULTIPLE_PX
 
 MIB = 2**20
 BYTES_PER_PX_AND_CHANNEL = 100

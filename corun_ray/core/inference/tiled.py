@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.corun import CORUN
-from corun_ray.core.cpmm import CPMM, SIZE_MULTIPLE_PX, SpectralAttention
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.networks.cpmm import CPMM, SIZE_MULTIPLE_PX, SpectralAttention
 
 HALO_PX = 96
 """How far a CPMM's convolutions see: 3 px a block and 1 a resampling, at 1 to 8 times the size, there and back, and up

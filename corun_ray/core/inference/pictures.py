@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from corun_ray.core.augment import resize
-from corun_ray.core.corun import Restoration
-from corun_ray.core.restore import to_image
+from corun_ray.core.data.augment import resize
+from corun_ray.core.inference.restore import to_image
+from corun_ray.core.networks.corun import Restoration
 
 ImageU8 = NDArray[np.uint8]
 

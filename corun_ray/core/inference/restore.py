@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.corun import Restoration, as_restoration
+from corun_ray.core.networks.corun import Restoration, as_restoration
 
 PAD_MULTIPLE_PX = 16
 """The published recipe pads to 16, though 8 would do."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corun_ray.core.fade import fade
+from corun_ray.core.metrics.fade import fade
 
 Scorer = Callable[[Tensor], Tensor]
 

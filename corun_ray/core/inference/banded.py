@@ -13,8 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.corun import CORUN
-from corun_ray.core.cpmm import CPMM, Block, SpectralAttention
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.networks.cpmm import CPMM, Block, SpectralAttention
 
 MIN_ROWS = 8
 """Of a band: more than the margins of its neighbours reach into it."""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.choices import Encoding
-from corun_ray.core.coherence import BlockScores, Coherence
-from corun_ray.core.corun import Restoration, as_restoration
-from corun_ray.core.labels import Label, LabelPool, Scores, decode, encode, supersedes
-from corun_ray.core.losses import Losses
+from corun_ray.core.networks.corun import Restoration, as_restoration
+from corun_ray.core.scoring.coherence import BlockScores, Coherence
 from corun_ray.core.spans import span
+from corun_ray.core.training.labels import Label, LabelPool, Scores, decode, encode, supersedes
+from corun_ray.core.training.losses import Losses
 
 
 class SyntheticBatch(NamedTuple):

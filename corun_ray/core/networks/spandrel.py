@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from corun_ray.core.errors import one_line
-from corun_ray.core.network_spec import NetworkError, NetworkSpec, construct
-from corun_ray.core.restore import PAD_MULTIPLE_PX
+from corun_ray.core.inference.restore import PAD_MULTIPLE_PX
+from corun_ray.core.networks.spec import NetworkError, NetworkSpec, construct
 
 EXTRA_PACKAGE = "spandrel_extra_arches"
 OWN_CLASS = "a network of your own needs its type (module.path:ClassName) and args"
@@ -100,7 +100,7 @@ def _class(name: str) -> type[nn.Module]:
     hint = f" (did you mean {close[0]}?)" if close else ""
     extra = "" if _has_extra() else f"; {EXTRA_PACKAGE}, which has more, is not installed"
     raise NetworkError(
-        f"{name} is no network of spandrel{hint}; corun_ray.core.networks.architectures() lists them{extra}"
+        f"{name} is no network of spandrel{hint}; corun_ray.core.networks.build.architectures() lists them{extra}"
     )
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corun_ray.core.choices import Combine
-from corun_ray.core.scorers import CLARITY, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY, Scorer
+from corun_ray.core.scoring.scorers import CLARITY, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY, Scorer
 
 __all__ = [
     "CLARITY",

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from corun_ray.core.errors import one_line
-from corun_ray.core.fade import fade
-from corun_ray.core.iqa import build_metric, file_name
-from corun_ray.core.iqanames import OWN, all_metrics
-from corun_ray.core.metrics import psnr, ssim
+from corun_ray.core.metrics.catalog import OWN, all_metrics
+from corun_ray.core.metrics.fade import fade
+from corun_ray.core.metrics.metrics import psnr, ssim
+from corun_ray.core.scoring.quality import build_metric, file_name
 from corun_ray.core.weights import WeightsSource
 
 Measure = Callable[[Tensor, Tensor | None], float]

@@ -10,9 +10,9 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.iqa_offline import Find, offline
-from corun_ray.core.iqanames import no_reference_metrics
-from corun_ray.core.scorers import Scorer
+from corun_ray.core.metrics.catalog import no_reference_metrics
+from corun_ray.core.metrics.pyiqa import Find, offline
+from corun_ray.core.scoring.scorers import Scorer
 from corun_ray.core.weights import WeightsError, WeightsSource
 
 _BUILDING = threading.Lock()  # what is replaced belongs to the whole process

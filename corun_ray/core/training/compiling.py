@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from corun_ray.core.corun import CORUN
+from corun_ray.core.networks.corun import CORUN
 
 
 def compiled(network: nn.Module) -> nn.Module:

@@ -19,6 +19,6 @@ class PatchModel:
 @cache
 def load_patch_models() -> tuple[PatchModel, PatchModel]:
     """The model of fog-free and that of foggy photographs (Choi, You, Bovik, IEEE TIP 2015)."""
-    text = resources.files("corun_ray.core").joinpath("data/fade_models.json").read_text()
+    text = resources.files("corun_ray.core.metrics").joinpath("fade_models.json").read_text()
     models = json.loads(text)
     return PatchModel(**models["fogfree"]), PatchModel(**models["foggy"])

@@ -1,0 +1,1 @@
+"""Restoring photographs of any size, and pictures of the result."""

@@ -1,0 +1,1 @@
+"""Metrics of restored images: PSNR, SSIM, FADE, and those of pyiqa."""

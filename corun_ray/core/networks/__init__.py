@@ -1,0 +1,1 @@
+"""The networks: CORUN, its transformer CPMM, and building any restoration network from a description."""

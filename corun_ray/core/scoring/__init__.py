@@ -1,0 +1,1 @@
+"""Scores of pseudo labels: clarity, quality and the trust maps made of both."""
