@@ -101,7 +101,7 @@ def local_ray(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     environment = pytest.MonkeyPatch()
     environment.setenv("CORUN_WEIGHTS_CACHE", str(tmp_path_factory.mktemp("weights_cache")))
 
-    from corun_ray.service import cluster
+    from corun_ray.service.cluster import connect as cluster
 
     cluster.connect(Cluster(workers=3, data_cpus=1))
     yield

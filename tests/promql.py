@@ -3,12 +3,13 @@
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-CLUSTER = Path(__file__).parents[1] / "cluster"
+from tests import ROOT
+
+CLUSTER = ROOT / "cluster"
 DASHBOARD = json.loads((CLUSTER / "grafana" / "corun.json").read_text())
 RULES = [rule for group in yaml.safe_load((CLUSTER / "alerts.yaml").read_text())["groups"] for rule in group["rules"]]
 

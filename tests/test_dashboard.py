@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from corun_ray.service.telemetry import DECLARED
+from corun_ray.service.telemetry.prometheus import DECLARED
 from tests.promql import CLUSTER, DASHBOARD, RULES, Use, grouped_by, panels, queries, uses
 
 RAY_GPU = {"ray_node_gpus_utilization", "ray_node_gram_used"}

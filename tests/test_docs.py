@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from corun_ray.cli.app import parser
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "cluster").glob("*.md"))]
 COMMAND = re.compile(r"(corun-ray|make|ray|python3?|mlflow|docker|kubectl|curl|aws|pip|\.|export) ")
 MARK = re.compile(r"<!-- (run|run, may say no|file: \S+|tested: .+|needs: .+) -->")

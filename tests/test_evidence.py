@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from corun_ray.core.data.images import encode_png
-from corun_ray.service.weights import index_folder
+from corun_ray.service.weights.folder import index_folder
+from tests import DATA, ROOT
 from tests.conftest import photograph
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
-DATA = ROOT / "tests" / "data"
 TIMEOUT_S = 600
 
 

@@ -60,7 +60,7 @@ def test_the_reading_of_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(imports_of(path)) == [
         ("a", False),
         ("b.c", False),
-        ("corun_ray.service.pool", False),
+        ("corun_ray.service.pool.client", False),
         ("corun_ray.core.y", False),
         ("d.e", False),
         ("g.h", True),

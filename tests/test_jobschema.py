@@ -12,9 +12,10 @@ from corun_ray.config.jobs import KINDS
 from corun_ray.config.json_schema import job_schema, schema_text
 from corun_ray.config.loading import dump_job
 from corun_ray.config.yaml_reader import Loader
+from tests import ROOT
 from tests.jobtexts import COLABATOR, DEHAZE, EVALUATE, PRETRAIN, TUNE, load
 
-JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.yaml"))
+JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 MODELINE = "# yaml-language-server: $schema=schema.json"
 
 

@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
 def _weights_of_jobs(args: argparse.Namespace) -> list[tuple[str | None, Wanted]]:
     from corun_ray.config.loading import load_jobs
     from corun_ray.config.trials import example
-    from corun_ray.service.scoring import needed_files
+    from corun_ray.service.weights.needed import needed_files
 
     jobs = map(example, load_jobs(Path(args.where), args.set))
     return [folder for job in jobs for folder in needed_files(job).items()]
@@ -147,8 +147,8 @@ def _run(args: argparse.Namespace) -> int:
     from corun_ray.config.loading import load_jobs
 
     jobs = load_jobs(args.job, args.set)
-    from corun_ray.service.console import Console
     from corun_ray.service.jobs import run_jobs
+    from corun_ray.service.telemetry.console import Console
 
     with using_ray():
         run_jobs(jobs, Console(), args.job.parent.absolute(), args.resume)
@@ -157,7 +157,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     from corun_ray.demo.dataset import write_demo
-    from corun_ray.service.console import Console
+    from corun_ray.service.telemetry.console import Console
 
     console = Console()
     try:

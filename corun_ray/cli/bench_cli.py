@@ -130,11 +130,11 @@ def _mistakes(args: argparse.Namespace, settings: "Settings") -> Iterator[str]:
 def _measure(args: argparse.Namespace, settings: "Settings") -> None:
     from corun_ray.bench.label_pool.report import as_json, plot, table
     from corun_ray.bench.label_pool.trial import bench_pool
-    from corun_ray.service import cluster
-    from corun_ray.service.console import Console
+    from corun_ray.service.cluster import connect as cluster
     from corun_ray.service.errors import JobFailed
-    from corun_ray.service.poollink import PoolError
+    from corun_ray.service.pool.poollink import PoolError
     from corun_ray.service.storage import locate
+    from corun_ray.service.telemetry.console import Console
 
     console, total = Console(), settings.labels * len(settings.shards)
     with _scratch(locate(args.storage)) as folder:

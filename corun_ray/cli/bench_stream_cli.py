@@ -79,9 +79,9 @@ def _mistakes(args: argparse.Namespace) -> Iterator[str]:
 
 def _measure(args: argparse.Namespace) -> None:
     from corun_ray.bench.stream import Settings, as_json, bench_stream, render_photographs, table
-    from corun_ray.service.console import Console
+    from corun_ray.service.data.sample_maker import TooManyBadFiles
     from corun_ray.service.errors import JobFailed
-    from corun_ray.service.samplemaker import TooManyBadFiles
+    from corun_ray.service.telemetry.console import Console
 
     console = Console()
     settings = Settings(args.patch, args.samples, args.repeats)

@@ -61,7 +61,7 @@ def inventory(folder_uri: str | None, wanted: Wanted) -> list[FileState]:
 
     Raises `WeightsError` for a folder that cannot be read. None is the folder of a job that names none.
     """
-    from corun_ray.service.weights import look_into
+    from corun_ray.service.weights.folder import look_into
 
     there, indexed = look_into(folder_uri) if folder_uri is not None else ({}, {})
 
@@ -101,7 +101,7 @@ def lacking(folder_uri: str | None, wanted: Wanted) -> list[str]:
 
 def _fetch(args: argparse.Namespace) -> int:
     from corun_ray.core.weights import WeightsError
-    from corun_ray.service.weights_fetch import PUBLISHED, fetch
+    from corun_ray.service.weights.fetch import PUBLISHED, fetch
 
     if "://" in args.folder:
         raise WeightsError(f"{args.folder}: fetch fills a local folder; copy it to the bucket afterwards")
@@ -110,7 +110,7 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from corun_ray.service.weights import index_folder
+    from corun_ray.service.weights.folder import index_folder
 
     index_folder(args.folder)
     print("\n".join(listing(args.folder, {})))

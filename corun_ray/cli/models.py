@@ -162,8 +162,8 @@ def _dehaze(args: argparse.Namespace) -> int:
 def run_described(tree: dict[str, Any], tracking: str, resume: bool = False) -> int:
     """Runs a job that the command line describes."""
     from corun_ray.config.loading import job_of
-    from corun_ray.service.console import Console
     from corun_ray.service.jobs import run_jobs
+    from corun_ray.service.telemetry.console import Console
 
     with using_ray():
         run_jobs([job_of(tree | {"tracking": {"uri": tracking}})], Console(), resume=resume)
@@ -191,8 +191,8 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _promote(args: argparse.Namespace) -> int:
-    from corun_ray.service.promotion import promote
-    from corun_ray.service.registry import Registry
+    from corun_ray.service.models.promotion import promote
+    from corun_ray.service.models.registry import Registry
 
     decision = promote(Registry(args.tracking), args.name, args.version, args.if_better)
     is_now = "is now the champion" if decision.moves else "not promoted"
@@ -201,7 +201,7 @@ def _promote(args: argparse.Namespace) -> int:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from corun_ray.service.pull import pull
+    from corun_ray.service.models.pull import pull
 
     for path in pull(args.source, args.folder, args.tracking):
         print(path)

@@ -7,7 +7,7 @@ from corun_ray.cli.bench import at_least
 from corun_ray.cli.common import DONE, using_ray
 
 if TYPE_CHECKING:
-    from corun_ray.service.console import Console
+    from corun_ray.service.telemetry.console import Console
 
 NAMED_LEFT_OUT = 20
 
@@ -59,10 +59,10 @@ def _pack(args: argparse.Namespace) -> int:
 def _plan_and_pack(args: argparse.Namespace) -> None:
     import time
 
-    from corun_ray.service import cluster
-    from corun_ray.service.console import Console, duration
-    from corun_ray.service.packing import pack, shards_there
-    from corun_ray.service.packplan import plan_pack
+    from corun_ray.service.cluster import connect as cluster
+    from corun_ray.service.data.packing import pack, shards_there
+    from corun_ray.service.data.packplan import plan_pack
+    from corun_ray.service.telemetry.console import Console, duration
 
     console, started_s = Console(), time.monotonic()
     plan = plan_pack(args.images, args.output, args.depth, args.shard_mib, args.keep_png)

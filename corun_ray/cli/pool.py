@@ -13,7 +13,7 @@ from corun_ray.cli.common import DONE, FAILED
 if TYPE_CHECKING:
     from corun_ray.config.jobs import ColabatorJob
     from corun_ray.core.inference.pictures import ImageU8
-    from corun_ray.service.pool_source import Source
+    from corun_ray.service.pool.source import Source
 
 SOURCE_HELP = "a run, checkpoint, pool folder or snapshot: see corun-ray pool --help"
 CLOSEST_KEYS = 3
@@ -73,8 +73,8 @@ def add_pool_commands(commands: "argparse._SubParsersAction") -> None:
 
 
 def _ls(args: argparse.Namespace) -> int:
-    from corun_ray.service.pool_source import find
-    from corun_ray.service.pool_view import describe, summarise
+    from corun_ray.service.pool.source import find
+    from corun_ray.service.pool.summary import describe, summarise
     from corun_ray.service.storage import locate
 
     source = find(args.source)
@@ -86,9 +86,9 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from corun_ray.service.pool_export import picture
-    from corun_ray.service.pool_source import find
-    from corun_ray.service.pool_view import printable
+    from corun_ray.service.pool.export import picture
+    from corun_ray.service.pool.source import find
+    from corun_ray.service.pool.summary import printable
     from corun_ray.service.storage import StorageError, locate
 
     source = find(args.source)
@@ -108,11 +108,11 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from corun_ray.service.console import Console
-    from corun_ray.service.pool_export import export
-    from corun_ray.service.pool_source import find
-    from corun_ray.service.pool_view import printable
+    from corun_ray.service.pool.export import export
+    from corun_ray.service.pool.source import find
+    from corun_ray.service.pool.summary import printable
     from corun_ray.service.storage import StorageError
+    from corun_ray.service.telemetry.console import Console
 
     if "://" in args.folder:
         raise StorageError(f"{args.folder}: export fills a local folder; copy it to the bucket afterwards")
@@ -137,8 +137,8 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from corun_ray.service.pool_source import find
-    from corun_ray.service.pool_view import change_lines, changes, diff_summary
+    from corun_ray.service.pool.source import find
+    from corun_ray.service.pool.summary import change_lines, changes, diff_summary
 
     a, b = find(args.a), find(args.b)
     before, after = ({key: head for key, (head, _) in source.index().items()} for source in (a, b))
@@ -160,8 +160,8 @@ def _job_of(source: "Source") -> "tuple[ColabatorJob | None, str]":
 def _hazy_image(
     args: argparse.Namespace, job: "ColabatorJob | None", unknown: str, height_px: int, width_px: int
 ) -> "ImageU8":
-    from corun_ray.service.pool_export import hazy_image
-    from corun_ray.service.pool_view import printable
+    from corun_ray.service.pool.export import hazy_image
+    from corun_ray.service.pool.summary import printable
     from corun_ray.service.storage import StorageError
 
     try:
@@ -181,7 +181,7 @@ def _file_name(key: str) -> str:
 
 
 def _closest(key: str, keys: Collection[str]) -> str:
-    from corun_ray.service.pool_view import printable
+    from corun_ray.service.pool.summary import printable
 
     closest = difflib.get_close_matches(key, keys, CLOSEST_KEYS, CLOSEST_LIKENESS)
     return f" (the closest: {', '.join(map(printable, closest))})" if closest else ""

@@ -38,8 +38,8 @@ def add_doctor_command(commands: "argparse._SubParsersAction") -> None:
 
 def _doctor(args: argparse.Namespace) -> int:
     from corun_ray.config.loading import load_jobs
-    from corun_ray.service.doctor import Doctor, Needs, needs_of
-    from corun_ray.service.doctor_places import hurry
+    from corun_ray.service.doctor.doctor import Doctor, Needs, needs_of
+    from corun_ray.service.doctor.places import hurry
 
     hurry()
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"

@@ -13,8 +13,8 @@ from corun_ray.cli.common import DONE, FAILED, WRONG_REQUEST
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
 
-    from corun_ray.service.jobsapi import Jobs
-    from corun_ray.service.submission import Submission
+    from corun_ray.service.cluster.jobs_api import Jobs
+    from corun_ray.service.cluster.submission import Submission
 
 LAST_LINES = 5
 ADDRESS_HELP = "of the cluster's dashboard, http://HOST:8265 (default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS)"
@@ -104,7 +104,7 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from corun_ray.service.submission import submission_of
+    from corun_ray.service.cluster.submission import submission_of
 
     submission = submission_of(args.job, args.set, args.resume, args.name, more_env=args.env)
     if args.dry_run:
@@ -140,7 +140,7 @@ def _ways_on(name: str) -> str:
 
 def _followed(jobs: "Jobs", submission_id: str, name: str) -> int:
     """Copies the log to the job's end, or until a person wants no more of it; returns the exit code."""
-    from corun_ray.service.jobsapi import LogCopy
+    from corun_ray.service.cluster.jobs_api import LogCopy
 
     copy = LogCopy(lambda text: print(text, end="", flush=True))
     while True:
@@ -176,7 +176,7 @@ def _code_of(job: "JobDetails") -> int:
 
 
 def _with_jobs(action: "Callable[[Jobs, argparse.Namespace], int]", args: argparse.Namespace) -> int:
-    from corun_ray.service.jobsapi import Jobs
+    from corun_ray.service.cluster.jobs_api import Jobs
 
     return action(Jobs(args.address), args)
 
@@ -203,7 +203,7 @@ def _follow(jobs: "Jobs", args: argparse.Namespace) -> int:
 
 
 def _stop(jobs: "Jobs", args: argparse.Namespace) -> int:
-    from corun_ray.service.jobsapi import RUNNING, LogCopy
+    from corun_ray.service.cluster.jobs_api import RUNNING, LogCopy
 
     job = jobs.find(args.name)
     if job.status in RUNNING:
@@ -215,7 +215,7 @@ def _stop(jobs: "Jobs", args: argparse.Namespace) -> int:
 
 def _times(job: "JobDetails") -> tuple[str, str]:
     """When it was started, and how long it has taken."""
-    from corun_ray.service.console import duration
+    from corun_ray.service.telemetry.console import duration
 
     if not job.start_time:
         return "-", "-"

@@ -8,8 +8,8 @@ from corun_ray.config.trials import example
 from corun_ray.core.choices import QUALITY_NAMES
 from corun_ray.core.errors import UserError
 from corun_ray.core.metrics.catalog import OWN
-from corun_ray.service.gpus import gpus_of_driver
-from corun_ray.service.manifest import Manifest, build_manifest, held_out, held_out_sets, images_below
+from corun_ray.service.cluster.gpus import gpus_of_driver
+from corun_ray.service.data.manifest import Manifest, build_manifest, held_out, held_out_sets, images_below
 from corun_ray.service.storage import locate
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")
@@ -98,7 +98,7 @@ def _needs_weights(job: Job) -> bool:
 def _weights(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
     if not _needs_weights(job):
         return
-    from corun_ray.service.scoring import missing_weights, needed_files
+    from corun_ray.service.weights.needed import missing_weights, needed_files
 
     needed = needed_files(job)
     for folder, wanted in needed.items():

@@ -6,14 +6,14 @@ from pathlib import Path
 from corun_ray.config.jobs import DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
 from corun_ray.config.trials import example
 from corun_ray.core.weights import WeightsError
-from corun_ray.service import cluster
-from corun_ray.service.console import Console
-from corun_ray.service.dehaze import run_dehazing
-from corun_ray.service.evaluation import run_evaluation
-from corun_ray.service.folders import with_absolute_paths
-from corun_ray.service.manifest import build_manifest
-from corun_ray.service.scoring import missing_weights, needed_files
-from corun_ray.service.train import run_training
+from corun_ray.service.cluster import connect as cluster
+from corun_ray.service.cluster.paths import with_absolute_paths
+from corun_ray.service.data.manifest import build_manifest
+from corun_ray.service.inference.dehaze import run_dehazing
+from corun_ray.service.inference.evaluation import run_evaluation
+from corun_ray.service.telemetry.console import Console
+from corun_ray.service.train.driver import run_training
+from corun_ray.service.weights.needed import missing_weights, needed_files
 
 
 def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resume: bool = False) -> None:
@@ -35,7 +35,7 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
         cluster.connect(*(job.whole_cluster for job in jobs))
     for job in jobs:
         if isinstance(job, TuneJob):
-            from corun_ray.service.tune import run_search  # Tune takes seconds to import
+            from corun_ray.service.tune.search import run_search  # Tune takes seconds to import
 
             run_search(job, console, folder, resume)
         elif isinstance(job, TrainingJob):
@@ -45,6 +45,6 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
         elif isinstance(job, DehazeJob):
             run_dehazing(job, console, resume)
         elif isinstance(job, ServeJob):
-            from corun_ray.service.serving import run_serving  # Ray Serve takes seconds to import
+            from corun_ray.service.serve.serving import run_serving  # Ray Serve takes seconds to import
 
             run_serving(job, console)

@@ -24,13 +24,13 @@ import ray
 
 from corun_ray.config.jobs import Cluster, TrainingJob
 from corun_ray.core.timing import PHASES, PhaseTimes
-from corun_ray.service import cluster
-from corun_ray.service.board import start_board
-from corun_ray.service.decoded import Decoded, start_cache
-from corun_ray.service.manifest import build_manifest
-from corun_ray.service.phases import remaining_phases
-from corun_ray.service.samplemaker import SampleMaker
-from corun_ray.service.streams import batches, split_stream
+from corun_ray.service.cluster import connect as cluster
+from corun_ray.service.data.cache import Decoded, start_cache
+from corun_ray.service.data.manifest import build_manifest
+from corun_ray.service.data.phases import remaining_phases
+from corun_ray.service.data.sample_maker import SampleMaker
+from corun_ray.service.data.stream import batches, split_stream
+from corun_ray.service.train.board import start_board
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from docs.evidence.stream_speed import PATCH_PX, QUALITY, fail, job_of, render

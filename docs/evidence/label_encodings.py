@@ -16,7 +16,7 @@ from corun_ray.core.data.images import decode_image
 from corun_ray.core.data.samples import real_views
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training.labels import Label, Scores, decode, encode
-from corun_ray.service import segments
+from corun_ray.service.pool import segments
 from corun_ray.service.storage import locate
 
 PATCH_PX = 288

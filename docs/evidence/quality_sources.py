@@ -14,8 +14,8 @@ import torch
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.restore import to_tensor
 from corun_ray.core.scoring.quality import load_quality
-from corun_ray.service.manifest import images_below
-from corun_ray.service.weights import WeightsFolder
+from corun_ray.service.data.manifest import images_below
+from corun_ray.service.weights.folder import WeightsFolder
 
 
 def main() -> int:

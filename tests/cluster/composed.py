@@ -3,12 +3,12 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 COMPOSE = ROOT / "cluster" / "compose.yaml"
 EXAMPLE = ROOT / "cluster" / "compose.env.example"
 # ${NAME}, ${NAME:-default}, ${NAME:?message}; $$ is a dollar.

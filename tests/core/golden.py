@@ -7,13 +7,14 @@ a scale `1 + 0.1 w`, a bias `0.01 w`, and any other weight `w` over the root of 
 import json
 import math
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parents[1] / "data" / "golden"
+from tests import DATA
+
+FOLDER = DATA / "golden"
 
 
 def golden_shapes(stages: int) -> dict[str, tuple[int, ...]]:

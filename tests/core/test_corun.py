@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corun_ray.core.networks.build import corun
+from corun_ray.core.networks import corun
 from corun_ray.core.networks.corun import CORUN, Restoration, transmission_step
 from corun_ray.core.networks.cpmm import CPMM
 from corun_ray.core.training.checkpoints import load_network

@@ -13,10 +13,9 @@ from corun_ray.core.choices import DEGRADATIONS
 from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.scoring.daclip import DACLIP_FILE, DaClip, load_daclip, middle_square
 from corun_ray.core.weights import WeightsError
+from tests import DATA
 
 from .golden import golden_state_dict
-
-DATA = Path(__file__).parents[1] / "data" / "daclip"
 
 WRAPPINGS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
     "plain": lambda tensors: tensors,
@@ -259,7 +258,9 @@ def test_half_precision_on_cuda_rates_as_the_cpu_does(file: Path, images: Tensor
 
 def golden_daclip() -> Tensors:
     """The published names at full size: golden weights where the scorer reads, zeros of no size on disk elsewhere."""
-    shapes = {name: tuple(shape) for name, shape in json.loads((DATA / "daclip_keys.json").read_text()).items()}
+    shapes = {
+        name: tuple(shape) for name, shape in json.loads((DATA / "daclip" / "daclip_keys.json").read_text()).items()
+    }
     read = {
         name: shape
         for name, shape in shapes.items()
@@ -274,7 +275,7 @@ def golden_daclip() -> Tensors:
 
 @pytest.mark.slow
 def test_the_full_size_gives_the_golden_cosines_in_each_wrapping(tmp_path: Path) -> None:
-    with np.load(DATA / "daclip_vitb32.npz") as golden:
+    with np.load(DATA / "daclip" / "daclip_vitb32.npz") as golden:
         images, cosine, probs = (torch.from_numpy(golden[name]) for name in ("input", "cosine", "probs"))
     tensors = golden_daclip()
     assert len(tensors) == 631

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from corun_ray.core.metrics.fade import fade, fade_density
+from tests import DATA
 
-DATA = Path(__file__).parents[1] / "data" / "fade"
 ALL_IMAGES = os.environ.get("CORUN_FADE_IMAGES")
 
 
@@ -23,9 +23,9 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(pixels[..., ::-1].copy()).permute(2, 0, 1)[None] / 255
 
 
-@pytest.mark.parametrize(("name", "official"), read_scores(DATA / "official.tsv").items())
+@pytest.mark.parametrize(("name", "official"), read_scores(DATA / "fade" / "official.tsv").items())
 def test_agrees_with_the_authors_program(name: str, official: float) -> None:
-    assert fade(read_image(DATA / name)).item() == pytest.approx(official, rel=0.01)
+    assert fade(read_image(DATA / "fade" / name)).item() == pytest.approx(official, rel=0.01)
 
 
 @pytest.mark.skipif(ALL_IMAGES is None, reason="CORUN_FADE_IMAGES names no folder with fade_official.tsv")
@@ -41,7 +41,7 @@ def test_agrees_with_the_authors_program_on_every_image() -> None:
 
 @pytest.fixture
 def photo() -> Tensor:
-    return read_image(DATA / "gfn_marble.png")[..., 200:264, 100:196]
+    return read_image(DATA / "fade" / "gfn_marble.png")[..., 200:264, 100:196]
 
 
 def test_batch_equals_single_images(photo: Tensor) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from corun_ray.core.metrics.pyiqa import offline
 from corun_ray.core.scoring.quality import Iqa, build_metric, load_quality, probe
 from corun_ray.core.weights import WeightsError, WeightsSource
+from tests import DATA
 
-DATA = Path(__file__).parents[1] / "data"
 BRISQUE_FILE = "brisque_svm_weights.pth"
 NIQE_FILE = "niqe_modelparameters.mat"
 MUSIQ_FILE = "musiq_koniq_ckpt-e95806b9.pth"

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from corun_ray.core.metrics import catalog as iqanames
 from corun_ray.core.metrics.catalog import IqaFacts, no_reference_metrics
-from corun_ray.core.metrics.metrics import catalog as iqanames
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from corun_ray.core.training.checkpoints import read_record
-from corun_ray.service.recovery import STATE_FILE
-from corun_ray.service.runs import folder_name, steps_saved
+from corun_ray.service.runs.record import folder_name, steps_saved
 from corun_ray.service.storage import locate
+from corun_ray.service.train.recovery import STATE_FILE
 from tests.faults.matrix import stage
 from tests.faults.rig import Driver, write_job
 from tests.faults.verdict import run_folder

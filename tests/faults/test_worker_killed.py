@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 from corun_ray.core.training.checkpoints import read_record
-from corun_ray.service import snapshots
-from corun_ray.service.console import Console
-from corun_ray.service.runs import folder_name, last_run, steps_saved
-from corun_ray.service.train import run_training
+from corun_ray.service.pool import snapshots
+from corun_ray.service.runs.record import folder_name, last_run, steps_saved
+from corun_ray.service.telemetry.console import Console
+from corun_ray.service.train.driver import run_training
 from tests.service.jobs import small_job
 
 HERE = Path(__file__).parent

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import pytest
 
 from corun_ray.config.jobs import TrainingJob
-from corun_ray.service.console import Console
-from corun_ray.service.train import run_training
+from corun_ray.service.telemetry.console import Console
+from corun_ray.service.train.driver import run_training
 from tests.service.jobs import small_job
 from tests.service.scraping import Scraper
 

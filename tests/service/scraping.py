@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
-from corun_ray.service.logs import FILE_PREFIX, log_folder
+from corun_ray.service.telemetry.logs import FILE_PREFIX, log_folder
 
 EVERY_S = 0.4
 REPORTED_S = 2.5

@@ -20,10 +20,10 @@ from corun_ray.core.data.images import decode_pixels
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.service.models import Model
-from corun_ray.service.photos import Photo, write_photo
-from corun_ray.service.serve_deployment import Deployment
-from corun_ray.service.serve_messages import Served
+from corun_ray.service.inference.photos import Photo, write_photo
+from corun_ray.service.models.sources import Model
+from corun_ray.service.serve.deployment import Deployment
+from corun_ray.service.serve.messages import Served
 from tests.conftest import free_port, heeding_ctrl_c
 from tests.service.serve_requests import Answer
 

@@ -10,7 +10,7 @@ import pytest
 
 from corun_ray.bench.stream import Settings, as_json, bench_stream, job_of, table
 from corun_ray.core.timing import PHASES
-from corun_ray.service.samplemaker import TooManyBadFiles
+from corun_ray.service.data.sample_maker import TooManyBadFiles
 
 SETTINGS = Settings(patch_px=32, samples=3, repeats=2)
 

@@ -6,7 +6,7 @@ import sys
 
 DRIVER = """
 import signal, time
-from corun_ray.service import cluster
+from corun_ray.service.cluster import connect as cluster
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 cluster.connect()
 try:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from corun_ray.service.comparison import compare, interval_of
+from corun_ray.service.report.statistics import compare, interval_of
 
 
 def test_an_interval_is_as_wide_as_theory_says():

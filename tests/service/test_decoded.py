@@ -8,12 +8,12 @@ import pytest
 import ray
 
 from corun_ray.core.data.depth import DepthMap
-from corun_ray.service.board import start_board
-from corun_ray.service.decoded import MIB, Decoded, NodeCache, start_cache
-from corun_ray.service.manifest import build_manifest
-from corun_ray.service.phases import remaining_phases
-from corun_ray.service.samplemaker import SampleMaker
-from corun_ray.service.streams import batches, split_stream
+from corun_ray.service.data.cache import MIB, Decoded, NodeCache, start_cache
+from corun_ray.service.data.manifest import build_manifest
+from corun_ray.service.data.phases import remaining_phases
+from corun_ray.service.data.sample_maker import SampleMaker
+from corun_ray.service.data.stream import batches, split_stream
+from corun_ray.service.train.board import start_board
 from tests.service.jobs import small_job
 
 INDICES = {"id": np.arange(12)}
@@ -62,8 +62,8 @@ def without_files(monkeypatch):
     def read(*arguments):
         raise AssertionError(f"read {arguments[1:]}")
 
-    monkeypatch.setattr("corun_ray.service.manifest.Manifest.read_image", read)
-    monkeypatch.setattr("corun_ray.service.manifest.Manifest.read_depth", read)
+    monkeypatch.setattr("corun_ray.service.data.manifest.Manifest.read_image", read)
+    monkeypatch.setattr("corun_ray.service.data.manifest.Manifest.read_depth", read)
 
 
 def assert_same(some, others):

@@ -16,12 +16,12 @@ from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.service.console import Console
-from corun_ray.service.dehaze import dehaze
+from corun_ray.service.inference.dehaze import dehaze
+from corun_ray.service.inference.photos import Photo, write_photo
 from corun_ray.service.jobs import run_jobs
-from corun_ray.service.models import Model, ModelSourceError
-from corun_ray.service.photos import Photo, write_photo
+from corun_ray.service.models.sources import Model, ModelSourceError
 from corun_ray.service.storage import StorageError
+from corun_ray.service.telemetry.console import Console
 from tests.conftest import photograph, write_image
 
 

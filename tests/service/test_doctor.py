@@ -10,9 +10,9 @@ import boto3
 import pytest
 
 from corun_ray.config.jobs import Cluster
-from corun_ray.service import doctor_places
-from corun_ray.service.doctor import Doctor, Finding, Needs, needs_of
-from corun_ray.service.doctor_places import TRIAL_MIB, clocks_of_servers, try_storage
+from corun_ray.service.doctor import places as doctor_places
+from corun_ray.service.doctor.doctor import Doctor, Finding, Needs, needs_of
+from corun_ray.service.doctor.places import TRIAL_MIB, clocks_of_servers, try_storage
 from corun_ray.service.storage import Location, StorageError, locate
 from tests.conftest import free_port
 from tests.jobtexts import COLABATOR, PRETRAIN, load
@@ -92,11 +92,11 @@ def test_five_broken_things_are_named_each_with_what_to_do(needs, tmp_path, monk
 
 def test_a_cluster_that_is_not_there_is_named_and_the_rest_is_looked_at(needs, monkeypatch):
     def no_cluster(*sizes: Cluster) -> str:
-        from corun_ray.service.cluster import ClusterError
+        from corun_ray.service.cluster.connect import ClusterError
 
         raise ClusterError("RAY_ADDRESS: no Ray cluster at 127.0.0.1:1")
 
-    monkeypatch.setattr("corun_ray.service.cluster.connect", no_cluster)
+    monkeypatch.setattr("corun_ray.service.cluster.connect.connect", no_cluster)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         assert "does it know your token" in examined(needs)["ray"].advice

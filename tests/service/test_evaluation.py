@@ -19,10 +19,10 @@ from corun_ray.core.metrics.fade import fade
 from corun_ray.core.metrics.metrics import ssim
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training.checkpoints import save_network
-from corun_ray.service.console import Console
-from corun_ray.service.evaluation import run_evaluation
+from corun_ray.service.inference.evaluation import run_evaluation
 from corun_ray.service.jobs import run_jobs
 from corun_ray.service.storage import StorageError
+from corun_ray.service.telemetry.console import Console
 from tests.conftest import write_image
 
 

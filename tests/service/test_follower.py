@@ -1,5 +1,5 @@
-from corun_ray.service.console import Rate, duration
 from corun_ray.service.errors import root_cause
+from corun_ray.service.telemetry.console import Rate, duration
 
 CHAIN = """Traceback (most recent call last):
   File "a.py", line 1, in f

@@ -17,11 +17,11 @@ import psutil
 import pytest
 import yaml
 
-from corun_ray.service.jobsapi import LogCopy
+from corun_ray.service.cluster.jobs_api import LogCopy
+from tests import ROOT
 from tests.conftest import free_port, heeding_ctrl_c, wait_for
 
 JOBS_TIMEOUT_S = 120
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.training.labels import LocalPool
 from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
 from corun_ray.core.training.state import TrainState
-from corun_ray.service.learner import Learner
-from corun_ray.service.manifest import build_manifest
-from corun_ray.service.samplemaker import SampleMaker
+from corun_ray.service.data.manifest import build_manifest
+from corun_ray.service.data.sample_maker import SampleMaker
+from corun_ray.service.train.learner import Learner
 from tests.service.jobs import small_job
 
 STEP_IMAGES = 8

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from corun_ray.service import logs
-from corun_ray.service.logs import Log, redacted
+from corun_ray.service.telemetry import logs
+from corun_ray.service.telemetry.logs import Log, redacted
 
 
 @pytest.fixture

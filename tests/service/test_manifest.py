@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from corun_ray.service.manifest import ManifestError, build_manifest, held_out, held_out_sets
+from corun_ray.service.data.manifest import ManifestError, build_manifest, held_out, held_out_sets
 from tests.service.jobs import small_job
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from corun_ray.core.networks.build import NetworkSpec, build
-from corun_ray.service.models import ModelSourceError, fetch_model, starting_model
+from corun_ray.service.models.sources import ModelSourceError, fetch_model, starting_model
 from tests.service.jobs import small_job
 
 NAFNET = NetworkSpec("NAFNet", {"width": 8, "enc_blk_nums": [1, 1], "dec_blk_nums": [1, 1]})

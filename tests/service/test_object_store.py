@@ -11,14 +11,14 @@ import ray
 from corun_ray.config.jobdehaze import Dehaze
 from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
-from corun_ray.service import snapshots
-from corun_ray.service.console import Console
-from corun_ray.service.dehaze import dehaze
-from corun_ray.service.models import Model, fetch_model
-from corun_ray.service.pool import PoolClient, start_pool
-from corun_ray.service.poolkeeper import PoolKeeper
+from corun_ray.service.inference.dehaze import dehaze
+from corun_ray.service.models.sources import Model, fetch_model
+from corun_ray.service.pool import snapshots
+from corun_ray.service.pool.client import PoolClient, start_pool
+from corun_ray.service.pool.keeper import PoolKeeper
 from corun_ray.service.storage import StorageError, locate
-from corun_ray.service.train import run_training
+from corun_ray.service.telemetry.console import Console
+from corun_ray.service.train.driver import run_training
 from tests.conftest import PLANTED
 from tests.service.jobs import small_job
 from tests.service.labels import label

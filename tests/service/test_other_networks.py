@@ -7,9 +7,9 @@ import torch
 
 from corun_ray.core.inference.restore import restore
 from corun_ray.core.training.checkpoints import load_network
-from corun_ray.service.console import Console
-from corun_ray.service.models import fetch_model
-from corun_ray.service.train import run_training
+from corun_ray.service.models.sources import fetch_model
+from corun_ray.service.telemetry.console import Console
+from corun_ray.service.train.driver import run_training
 from tests.conftest import photograph, write_image
 from tests.service.jobs import assert_plain_pyfunc_runs, small_job
 

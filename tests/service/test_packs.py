@@ -10,18 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from corun_ray.core.data.images import decode_depth
-from corun_ray.service import snapshots
 from corun_ray.service.check import check_job
-from corun_ray.service.console import Console
-from corun_ray.service.folders import with_absolute_paths
-from corun_ray.service.manifest import ManifestError, build_manifest, images_below
-from corun_ray.service.packing import pack, shards_there, write_index, write_shard
-from corun_ray.service.packplan import plan_pack
-from corun_ray.service.packs import INDEX, open_pack
-from corun_ray.service.pool_export import hazy_image
-from corun_ray.service.samplemaker import SampleMaker
+from corun_ray.service.cluster.paths import with_absolute_paths
+from corun_ray.service.data.manifest import ManifestError, build_manifest, images_below
+from corun_ray.service.data.packing import pack, shards_there, write_index, write_shard
+from corun_ray.service.data.packplan import plan_pack
+from corun_ray.service.data.packs import INDEX, open_pack
+from corun_ray.service.data.sample_maker import SampleMaker
+from corun_ray.service.pool import snapshots
+from corun_ray.service.pool.export import hazy_image
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
-from corun_ray.service.train import run_training
+from corun_ray.service.telemetry.console import Console
+from corun_ray.service.train.driver import run_training
 from tests.conftest import write_image
 from tests.service.jobs import small_job
 from tests.service.scraping import log_lines

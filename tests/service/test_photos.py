@@ -8,7 +8,7 @@ import tifffile
 from PIL import Image, ImageCms
 
 from corun_ray.core.data.images import BadImage, decode_image
-from corun_ray.service.photos import ORIENTATION_TAG, Photo, read_photo, write_photo
+from corun_ray.service.inference.photos import ORIENTATION_TAG, Photo, read_photo, write_photo
 from tests.conftest import photograph
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()

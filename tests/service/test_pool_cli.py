@@ -10,15 +10,14 @@ import cv2
 import numpy as np
 import pytest
 
-from corun_ray.cli.app import app as cli
+from corun_ray.cli import app as cli
 from corun_ray.config.loading import dump_job
 from corun_ray.core.data.images import encode_png
 from corun_ray.service.storage import locate
+from tests import ROOT
 from tests.service.jobs import small_job
 from tests.service.labels import photo_label
 from tests.service.test_pool_view import save_pool
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def test_a_process_reads_a_pool_and_starts_no_ray(run):
     for args, without in ((["ls", pool], ["ray", "mlflow", "torch"]), (["export", pool, "out"], ["ray", "mlflow"])):
         code = f"import sys; sys.modules |= dict.fromkeys({without}); from corun_ray.cli.app import main; main()"
         command = [sys.executable, "-c", code, "pool", *map(str, args)]
-        env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
         result = subprocess.run(command, capture_output=True, text=True, env=env)
         assert (result.returncode, result.stderr) == (0, ""), args
     assert "label 2/2" in result.stdout and "2 labels written, 0 left out" in result.stdout

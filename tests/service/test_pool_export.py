@@ -8,8 +8,8 @@ import pytest
 
 from corun_ray.core.data.images import encode_png
 from corun_ray.core.training.labels import decode
-from corun_ray.service.pool_export import export, hazy_image, picture, plan, trust_map, why_unsafe, write_below
-from corun_ray.service.pool_source import find
+from corun_ray.service.pool.export import export, hazy_image, picture, plan, trust_map, why_unsafe, write_below
+from corun_ray.service.pool.source import find
 from corun_ray.service.storage import StorageError, locate
 from tests.service.labels import label, photo_label
 from tests.service.test_pool_view import save_pool

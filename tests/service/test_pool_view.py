@@ -12,9 +12,10 @@ import torch
 from corun_ray.core import tensorfile
 from corun_ray.core.training.checkpoints import TRAINING_FILE
 from corun_ray.core.training.labels import Scores
-from corun_ray.service import segments, snapshots
-from corun_ray.service.pool_source import find
-from corun_ray.service.pool_view import (
+from corun_ray.service.pool import segments, snapshots
+from corun_ray.service.pool.poolrecords import Head, PoolCounters, Segment
+from corun_ray.service.pool.source import find
+from corun_ray.service.pool.summary import (
     Change,
     bar_table,
     change_lines,
@@ -25,7 +26,6 @@ from corun_ray.service.pool_view import (
     step_table,
     summarise,
 )
-from corun_ray.service.poolrecords import Head, PoolCounters, Segment
 from corun_ray.service.storage import StorageError, locate
 from tests.service.labels import label, photo_label
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from corun_ray.core.training.labels import Scores, supersedes
-from corun_ray.service import poolindex
-from corun_ray.service.poolindex import PoolIndex
-from corun_ray.service.poolrecords import Head, Place
+from corun_ray.service.pool import index as poolindex
+from corun_ray.service.pool.index import PoolIndex
+from corun_ray.service.pool.poolrecords import Head, Place
 
 SIZE = 100
 

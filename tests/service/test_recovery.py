@@ -9,9 +9,9 @@ from torch import nn
 from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.training.checkpoints import TRAINING_FILE, save_run
 from corun_ray.core.training.state import TrainState
-from corun_ray.service.recovery import STATE_FILE, last_step, start_from
-from corun_ray.service.runs import folder_name
+from corun_ray.service.runs.record import folder_name
 from corun_ray.service.storage import locate
+from corun_ray.service.train.recovery import STATE_FILE, last_step, start_from
 
 
 @pytest.fixture

@@ -14,15 +14,15 @@ import torch
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.training.checkpoints import load_network
-from corun_ray.service.console import Console
-from corun_ray.service.models import ModelSourceError, fetch_model, starting_model
-from corun_ray.service.promotion import promote
-from corun_ray.service.pull import pull
-from corun_ray.service.registry import Registry
-from corun_ray.service.serve_messages import Served
-from corun_ray.service.serving import identify
-from corun_ray.service.tracking import TrackingError
-from corun_ray.service.train import run_training
+from corun_ray.service.models.promotion import promote
+from corun_ray.service.models.pull import pull
+from corun_ray.service.models.registry import Registry
+from corun_ray.service.models.sources import ModelSourceError, fetch_model, starting_model
+from corun_ray.service.models.tracking import TrackingError
+from corun_ray.service.serve.messages import Served
+from corun_ray.service.serve.serving import identify
+from corun_ray.service.telemetry.console import Console
+from corun_ray.service.train.driver import run_training
 from tests.conftest import free_port, wait_for
 from tests.service.jobs import small_job
 

@@ -14,13 +14,13 @@ from corun_ray.core.inference.pictures import thumbnail
 from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training.checkpoints import SPEC_FILE, save_network
-from corun_ray.service.charts import line_chart
-from corun_ray.service.examples import EXAMPLES, HAZY_PICTURE, picture_name
-from corun_ray.service.gallery import Measured
-from corun_ray.service.report import Listing, Section, Table, render
+from corun_ray.service.report.charts import line_chart
+from corun_ray.service.report.page import Listing, Section, Table, render
+from corun_ray.service.runs.examples import EXAMPLES, HAZY_PICTURE, picture_name
+from corun_ray.service.runs.held_out import ValidationLog
 from corun_ray.service.storage import locate
-from corun_ray.service.training_report import training_report
-from corun_ray.service.validation_log import ValidationLog
+from corun_ray.service.train.gallery import Measured
+from corun_ray.service.train.report import training_report
 from tests.conftest import photograph
 from tests.service.jobs import small_job
 

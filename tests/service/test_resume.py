@@ -8,10 +8,10 @@ import torch
 
 from corun_ray.core import tensorfile
 from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
-from corun_ray.service import snapshots
-from corun_ray.service.console import Console
-from corun_ray.service.runs import folder_name, last_run, steps_saved
-from corun_ray.service.train import run_training
+from corun_ray.service.pool import snapshots
+from corun_ray.service.runs.record import folder_name, last_run, steps_saved
+from corun_ray.service.telemetry.console import Console
+from corun_ray.service.train.driver import run_training
 from tests.service.jobs import small_job
 
 HERE = Path(__file__).parent

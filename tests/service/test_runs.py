@@ -3,7 +3,7 @@
 import pytest
 
 from corun_ray.config.loading import dump_job
-from corun_ray.service.runs import (
+from corun_ray.service.runs.record import (
     JOB_FILE,
     ResumeError,
     RunRecord,

@@ -1,7 +1,6 @@
 """Pretrained scorers and loss networks in whole jobs: from a folder, from a bucket, and what is refused at once."""
 
 import shutil
-from pathlib import Path
 
 import boto3
 import mlflow
@@ -13,16 +12,15 @@ from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.training.vgg import VGG_FILE
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.check import check_job
-from corun_ray.service.console import Console
-from corun_ray.service.scoring import build_coherence, needed_files, weights_source
-from corun_ray.service.train import prepare, run_training
-from corun_ray.service.weights import index_folder
+from corun_ray.service.telemetry.console import Console
+from corun_ray.service.train.driver import prepare, run_training
+from corun_ray.service.weights.folder import index_folder
+from corun_ray.service.weights.needed import build_coherence, needed_files, weights_source
+from tests import DATA
 from tests.core.test_daclip import published
 from tests.core.test_iqa import BRISQUE_FILE, NIQE_FILE, add_noise, blur, photographs
 from tests.core.test_vgg import random_weights
 from tests.service.jobs import small_job
-
-DATA = Path(__file__).parents[1] / "data" / "iqa"
 
 
 def tiny_clip():
@@ -39,9 +37,9 @@ def tiny_clip():
 def folder(tmp_path_factory):
     """A weights folder: the real parameters of BRISQUE and NIQE, VGG-19 and a small DA-CLIP with random ones."""
     root = tmp_path_factory.mktemp("weights")
-    with np.load(DATA / "brisque_svm.npz") as svm:
+    with np.load(DATA / "iqa" / "brisque_svm.npz") as svm:
         torch.save((torch.from_numpy(svm["sv_coef"]), torch.from_numpy(svm["sv"])), root / BRISQUE_FILE)
-    shutil.copy(DATA / NIQE_FILE, root)
+    shutil.copy(DATA / "iqa" / NIQE_FILE, root)
     torch.save(random_weights(), root / VGG_FILE)
     torch.save(published(tiny_clip()), root / DACLIP_FILE)
     index_folder(str(root))

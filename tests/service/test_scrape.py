@@ -5,12 +5,12 @@ import shutil
 import pytest
 
 from corun_ray.config.jobdehaze import Dehaze
-from corun_ray.service.dehaze import dehaze
-from corun_ray.service.models import fetch_model
-from corun_ray.service.runs import steps_saved
+from corun_ray.service.inference.dehaze import dehaze
+from corun_ray.service.models.sources import fetch_model
+from corun_ray.service.models.tracking import tracking_uri
+from corun_ray.service.runs.record import steps_saved
 from corun_ray.service.storage import locate
-from corun_ray.service.telemetry import DECLARED
-from corun_ray.service.tracking import tracking_uri
+from corun_ray.service.telemetry.prometheus import DECLARED
 from tests.promql import queries, uses
 from tests.service.scraping import Scraper, log_lines
 from tests.test_dashboard import OURS, RAY_GPU

@@ -6,9 +6,9 @@ import pytest
 from ray.exceptions import RayActorError
 from starlette.testclient import TestClient
 
-from corun_ray.service.serve_app import Door
-from corun_ray.service.serve_messages import Alive, Dehazed, Served
-from corun_ray.service.uploads import Limits, Refused
+from corun_ray.service.serve.app import Door
+from corun_ray.service.serve.messages import Alive, Dehazed, Served
+from corun_ray.service.serve.uploads import Limits, Refused
 from tests.service.bad_uploads import encoded
 
 JPEG = {"Content-Type": "image/jpeg"}

@@ -7,9 +7,9 @@ import torch
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.service.models import Model
-from corun_ray.service.serve_replica import Restorer
-from corun_ray.service.uploads import Refused
+from corun_ray.service.models.sources import Model
+from corun_ray.service.serve.replica import Restorer
+from corun_ray.service.serve.uploads import Refused
 from tests.conftest import photograph
 
 

@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray import serve
 
-from corun_ray.service.photos import Photo, write_photo
+from corun_ray.service.inference.photos import Photo, write_photo
 from tests.conftest import photograph
 from tests.service.bad_uploads import bad_uploads
 from tests.service.serve_requests import Answer, ask

@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from corun_ray.core.scoring.coherence import BlockScores, Coherence
-from corun_ray.service.shared_ratings import SharedCoherence, shares
-from corun_ray.service.worker import Worker
+from corun_ray.service.train.shared_ratings import SharedCoherence, shares
+from corun_ray.service.train.worker import Worker
 from tests.service.jobs import small_job
 
 WINNERS = [(2, 0, 1), (0, 0, 0), (0, 5, 0), (1, 0, 0)]

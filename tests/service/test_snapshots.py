@@ -3,8 +3,8 @@ from collections import Counter
 
 import pytest
 
-from corun_ray.service import segments, snapshots
-from corun_ray.service.poolrecords import PoolCounters, Segment
+from corun_ray.service.pool import segments, snapshots
+from corun_ray.service.pool.poolrecords import PoolCounters, Segment
 from corun_ray.service.storage import StorageError, locate
 from tests.service.labels import label
 

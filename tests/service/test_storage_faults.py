@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from pyarrow import fs
 
-from corun_ray.service.manifest import build_manifest
-from corun_ray.service.samplemaker import SampleMaker
+from corun_ray.service.data.manifest import build_manifest
+from corun_ray.service.data.sample_maker import SampleMaker
 from corun_ray.service.storage import PATIENCE_VARIABLE, Location, MissingFile, StorageError, locate
 from tests.faulty_s3 import FaultyS3
 from tests.service.jobs import small_job

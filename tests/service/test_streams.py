@@ -6,10 +6,10 @@ import psutil
 import pytest
 import ray
 
-from corun_ray.service.board import start_board
-from corun_ray.service.manifest import build_manifest
-from corun_ray.service.phases import Layout, remaining_phases
-from corun_ray.service.streams import batches, split_stream
+from corun_ray.service.data.manifest import build_manifest
+from corun_ray.service.data.phases import Layout, remaining_phases
+from corun_ray.service.data.stream import batches, split_stream
+from corun_ray.service.train.board import start_board
 from tests.service.jobs import small_job
 
 

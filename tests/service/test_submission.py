@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from corun_ray.config.loading import JobFileError
-from corun_ray.service.submission import submission_of
+from corun_ray.service.cluster.submission import submission_of
+from tests import ROOT
 from tests.jobtexts import COLABATOR, DEHAZE, EVALUATE, TUNE
 
-JOBS = Path(__file__).parents[2] / "jobs"
+JOBS = ROOT / "jobs"
 ABSOLUTE = (
     "kind: pretrain\nname: p\nstorage: /runs\ndata: {clear: 's3://haze/clear'}\ntracking: {uri: 'http://m:5000'}\n"
 )

@@ -1,6 +1,6 @@
 import pytest
 
-from corun_ray.service.tracking import TrackingError, connect
+from corun_ray.service.models.tracking import TrackingError, connect
 
 
 def test_credentials_in_an_address_are_refused_and_not_repeated():

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
-from corun_ray.service import snapshots
-from corun_ray.service.console import Console
-from corun_ray.service.examples import pictured_steps
-from corun_ray.service.models import ModelSourceError, fetch_model
+from corun_ray.service.models.sources import ModelSourceError, fetch_model
+from corun_ray.service.pool import snapshots
+from corun_ray.service.runs.examples import pictured_steps
+from corun_ray.service.runs.held_out import ValidationLog
 from corun_ray.service.storage import locate
-from corun_ray.service.train import JobFailed, prepare, run_training
-from corun_ray.service.validation_log import ValidationLog
+from corun_ray.service.telemetry.console import Console
+from corun_ray.service.train.driver import JobFailed, prepare, run_training
 from tests.conftest import write_image
 from tests.service.jobs import assert_plain_pyfunc_runs, small_job
 

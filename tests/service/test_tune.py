@@ -16,12 +16,12 @@ from corun_ray.config.jobs import TuneJob
 from corun_ray.config.loading import dump_job
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.service.console import Console
 from corun_ray.service.errors import JobFailed
-from corun_ray.service.runs import last_run, read_record
-from corun_ray.service.tracking import tracking_uri
-from corun_ray.service.tune import run_search
-from corun_ray.service.tune_report import Trial, cost_of, ranked, summary
+from corun_ray.service.models.tracking import tracking_uri
+from corun_ray.service.runs.record import last_run, read_record
+from corun_ray.service.telemetry.console import Console
+from corun_ray.service.tune.report import Trial, cost_of, ranked, summary
+from corun_ray.service.tune.search import run_search
 from tests.service.jobs import small_job
 
 

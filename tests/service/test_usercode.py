@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from corun_ray.service import usercode
+from corun_ray.service.models import user_code as usercode
 
 
 def test_a_module_or_package_beside_the_job_file_is_collected(tmp_path):

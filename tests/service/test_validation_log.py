@@ -2,8 +2,8 @@
 
 import pytest
 
-from corun_ray.service.gallery import Measured
-from corun_ray.service.validation_log import ValidationLog
+from corun_ray.service.runs.held_out import ValidationLog
+from corun_ray.service.train.gallery import Measured
 
 
 def test_values_come_back_from_the_file_and_a_repeated_step_replaces_itself():

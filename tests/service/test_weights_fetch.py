@@ -12,9 +12,9 @@ from torchvision.models import VGG19_Weights
 from corun_ray.core.metrics.pyiqa import offline
 from corun_ray.core.scoring import quality as iqa
 from corun_ray.core.weights import WeightsError, read_weights
-from corun_ray.service import weights_fetch
-from corun_ray.service.weights import WeightsFolder, read_index
-from corun_ray.service.weights_fetch import DACLIP_FILE, fetch
+from corun_ray.service.weights import fetch as weights_fetch
+from corun_ray.service.weights.fetch import DACLIP_FILE, fetch
+from corun_ray.service.weights.folder import WeightsFolder, read_index
 from tests.service.test_weights import Server, server  # noqa: F401  (a fixture)
 
 VGG = b"the tensors of VGG-19"

@@ -14,8 +14,8 @@ from ray.exceptions import RayTaskError
 from corun_ray.bench.label_pool.figures import STEP_S, Reads, Tick, latency
 from corun_ray.core.choices import Encoding
 from corun_ray.core.training.labels import Label, Scores, decode, encode
-from corun_ray.service.pool import PoolClient
-from corun_ray.service.poollink import PoolError
+from corun_ray.service.pool.client import PoolClient
+from corun_ray.service.pool.poollink import PoolError
 
 PROCESSES = 4
 """That share the workers of a simulated job."""

@@ -28,9 +28,9 @@ from corun_ray.bench.label_pool.figures import (
     levels_to,
 )
 from corun_ray.bench.label_pool.load import Crew, LabelMaker
-from corun_ray.service import snapshots
-from corun_ray.service.pool import MIB, count, start_pool
-from corun_ray.service.poolkeeper import PoolKeeper
+from corun_ray.service.pool import snapshots
+from corun_ray.service.pool.client import MIB, count, start_pool
+from corun_ray.service.pool.keeper import PoolKeeper
 from corun_ray.service.storage import Location
 
 ROUND_LABELS = 5000

@@ -1,0 +1,1 @@
+"""Connecting to a Ray cluster and submitting jobs to one."""

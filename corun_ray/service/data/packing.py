@@ -1,0 +1,206 @@
+"""Packing: a folder or URI of images, and perhaps their depth, into a pack (see `packs`), by tasks on the cluster.
+
+Beside each shard stands its part of the index, written after it. A shard's name follows from what goes into it: so
+packing that was stopped goes on with the shards that are missing, packing again writes only those that changed, and
+until the new index takes the place of the old one, the old pack is whole.
+"""
+
+import io
+import json
+import posixpath
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from pyarrow.fs import FileInfo
+from ray.data import DataContext
+
+from corun_ray.core.data.images import BadImage, decode_depth
+from corun_ray.service.data.manifest import stem
+from corun_ray.service.data.packplan import Plan, Source
+from corun_ray.service.data.packs import INDEX, INDEX_SCHEMA, SCHEMA, SHARD_FILE, SHARDS
+from corun_ray.service.inference.restorers import rows_of
+from corun_ray.service.storage import Location, MissingFile, StorageError, locate
+
+READS_AT_ONCE = 8
+"""Files that a task asks a store for at once: it waits for answers more than it works."""
+_LEFT_OUT = b"corun_ray.left_out"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What became of the images."""
+
+    images: int
+    shards: int
+    num_bytes: int
+    """Of all shards."""
+    left_out: dict[str, str]
+    """URI → reason."""
+
+
+def shards_there(plan: Plan) -> set[int]:
+    """Which shards an earlier packing has written whole, with all files that the plan has for them.
+
+    Raises `StorageError` where the output holds other things.
+    """
+    output = locate(plan.output)
+    files = output.listing() if output.exists() else {}
+    for file in files:
+        if file != INDEX and not SHARD_FILE.fullmatch(file):
+            raise StorageError(f"{plan.output} holds {file}, which is no part of a pack: choose an empty place")
+    return {shard for shard in range(len(plan.shards)) if _is_there(plan.shard_name(shard), output, files)}
+
+
+def _is_there(name: str, output: Location, files: Mapping[str, FileInfo]) -> bool:
+    if not {_images(name), _part(name)} <= files.keys():
+        return False
+    try:
+        metadata = pq.read_schema(pa.BufferReader(output.child(_part(name)).read())).metadata or {}
+    except pa.ArrowException:
+        return False
+    # What could not be read then may be readable now.
+    whole = {SHARDS: json.dumps({_images(name): files[_images(name)].size}), _LEFT_OUT: json.dumps({})}
+    return all(metadata.get(key) == text.encode() for key, text in whole.items())
+
+
+def pack(plan: Plan, there: set[int], progress: Callable[[int, int], None]) -> Packed:
+    """Writes the shards that are not `there`, then the index; `progress` is told images done and their number.
+
+    Files that cannot be read are left out, with the reason. Raises `StorageError`.
+    """
+    done = sum(len(plan.shards[shard]) for shard in there)
+    progress(done, plan.num_images)
+    missing = [shard for shard in range(len(plan.shards)) if shard not in there]
+    if missing:
+        DataContext.get_current().enable_progress_bars = False
+        items = ray.data.from_items(missing, override_num_blocks=len(missing))
+        written = rows_of(items.map(_write_shard, fn_args=(ray.put(plan),)))  # type: ignore[arg-type]  # as in streams
+        for row in written:
+            done += len(plan.shards[row["item"]])
+            progress(done, plan.num_images)
+    return write_index(plan)
+
+
+def pack_here(plan: Plan) -> Packed:
+    """Writes everything in this process, without Ray. Raises `StorageError`."""
+    for shard in range(len(plan.shards)):
+        write_shard(plan, shard)
+    return write_index(plan)
+
+
+def _write_shard(row: dict[str, int], plan: "ray.ObjectRef[Plan]") -> dict[str, int]:
+    write_shard(ray.get(plan), row["item"])
+    return row
+
+
+def write_shard(plan: Plan, shard: int) -> None:
+    """Writes one shard, then its part of the index; raises `StorageError`."""
+    output, name, buffer = locate(plan.output), plan.shard_name(shard), io.BytesIO()
+    entries, left_out = [], {}
+    # Images are compressed already; and uncompressed, a file's bytes are a range of the shard's.
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    with ThreadPoolExecutor(READS_AT_ONCE) as readers, pq.ParquetWriter(buffer, SCHEMA, **options) as writer:
+        for source, row in zip(plan.shards[shard], readers.map(partial(_row, plan), plan.shards[shard]), strict=True):
+            if isinstance(row, str):
+                left_out[posixpath.join(plan.images, source.key)] = row
+                continue
+            writer.write_batch(pa.RecordBatch.from_pylist([row], schema=SCHEMA))
+            entries.append({"shard": shard} | _entry(row))
+    content = buffer.getvalue()
+    _add_offsets(entries, content)
+    output.child(_images(name)).write(content)
+    metadata = {SHARDS: json.dumps({_images(name): len(content)}), _LEFT_OUT: json.dumps(left_out)}
+    _write_table(entries, metadata, output.child(_part(name)))
+
+
+def _row(plan: Plan, source: Source) -> dict[str, str | bytes] | str:
+    """A row of a shard, or the reason why there is none."""
+    try:
+        row: dict[str, str | bytes] = {"key": source.key, "image": locate(plan.images).child(source.key).read()}
+        return row if source.depth_key is None else row | _depth_of(plan, source.depth_key)
+    except (BadImage, MissingFile) as error:
+        return str(error)
+
+
+def _depth_of(plan: Plan, key: str) -> dict[str, str | bytes]:
+    assert plan.depth is not None
+    content, suffix = locate(plan.depth).child(key).read(), posixpath.splitext(key)[1].lower()
+    if suffix != ".png" or plan.keep_png:
+        return {"depth_key": key, "depth": content}
+    try:
+        return {"depth_key": f"{stem(key)}.npy", "depth": _as_npy(decode_depth(content, suffix))}
+    except BadImage as error:
+        raise BadImage(f"its depth map {posixpath.join(plan.depth, key)}: {error}") from None
+
+
+def _as_npy(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(pixels))
+    return buffer.getvalue()
+
+
+def _entry(row: dict) -> dict:
+    """Of the index; all but the offsets, which are known when the shard is closed."""
+    entry = {"key": row["key"], "depth_key": row.get("depth_key")}
+    for column in ("image", "depth"):
+        if column in row:
+            entry |= {f"{column}_bytes": len(row[column])}
+    return entry
+
+
+def _add_offsets(entries: list[dict], content: bytes) -> None:
+    """A value is the end of its column's chunk, which holds nothing else; its length, before it, shows that it is so.
+
+    Source: Apache Parquet, encodings, PLAIN of a byte array.
+    """
+    metadata = pq.read_metadata(pa.BufferReader(content))
+    for number, entry in enumerate(entries):
+        for column in ("image", "depth"):
+            if f"{column}_bytes" not in entry:
+                continue
+            chunk = metadata.row_group(number).column(SCHEMA.get_field_index(column))
+            num_bytes = entry[f"{column}_bytes"]
+            offset = chunk.data_page_offset + chunk.total_compressed_size - num_bytes
+            if int.from_bytes(content[offset - 4 : offset], "little") != num_bytes:
+                raise RuntimeError(f"pyarrow {pa.__version__} lays out Parquet in another way than expected")
+            entry[f"{column}_offset"] = offset
+
+
+def write_index(plan: Plan) -> Packed:
+    """Joins the parts of the index, then deletes what other shards there are; raises `StorageError`."""
+    output, names = locate(plan.output), [plan.shard_name(shard) for shard in range(len(plan.shards))]
+    tables = [pq.read_table(pa.BufferReader(output.child(_part(name)).read())) for name in names]
+    left_out, shards = dict(plan.left_out), dict[str, int]()
+    for table in tables:
+        left_out |= json.loads(table.schema.metadata[_LEFT_OUT])
+        shards |= json.loads(table.schema.metadata[SHARDS])
+    entries = [entry for table in tables for entry in table.to_pylist()]
+    if not entries:
+        raise StorageError(f"not one of the images below {plan.images} can be packed")
+    _write_table(entries, {SHARDS: json.dumps(shards)}, output.child(INDEX))
+    ours = {INDEX, *map(_images, names), *map(_part, names)}
+    for file in output.listing().keys() - ours:
+        output.child(file).delete()
+    return Packed(len(entries), len(shards), sum(shards.values()), left_out)
+
+
+def _images(name: str) -> str:
+    return f"{name}.parquet"
+
+
+def _part(name: str) -> str:
+    return f"{name}.index.parquet"
+
+
+def _write_table(entries: list[dict], metadata: dict[bytes, str], place: Location) -> None:
+    buffer = io.BytesIO()
+    table = pa.Table.from_pylist(entries, schema=INDEX_SCHEMA.with_metadata(metadata))
+    pq.write_table(table, buffer, compression="zstd")
+    place.write(buffer.getvalue())

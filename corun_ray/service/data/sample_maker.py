@@ -1,0 +1,209 @@
+"""Training samples of a job, each by its index in the run's stream: which images it takes, and how it is made.
+
+Sample `i` is image `permutation(seed, epoch)[i % n]` of each kind, `epoch = i // n`, and everything random about it
+follows from `(seed, i)`.
+"""
+
+import posixpath
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+
+from corun_ray.config.jobs import ColabatorJob, TrainingJob
+from corun_ray.core.data import haze as scattering
+from corun_ray.core.data import samples
+from corun_ray.core.data.augment import Cuttable
+from corun_ray.core.data.depth import DepthMap, procedural_depth
+from corun_ray.core.data.images import BadImage, decode_depth, decode_image
+from corun_ray.core.timing import phase
+from corun_ray.service.data.cache import Decoded
+from corun_ray.service.data.jpeg_region import cuttable_sides, decode_region
+from corun_ray.service.data.manifest import Manifest
+from corun_ray.service.storage import MissingFile
+
+T = TypeVar("T")
+Kept = TypeVar("Kept", np.ndarray, DepthMap)
+Batch = dict[str, np.ndarray]
+
+CLEAR, HAZY = 0, 1
+"""Which permutation and which random numbers: each kind of image has its own."""
+
+
+class TooManyBadFiles(Exception):
+    """More unusable images than `data.max_bad_fraction` allows."""
+
+
+@lru_cache(maxsize=4)
+def permutation(seed: int, kind: int, epoch: int, length: int) -> np.ndarray:
+    """The order of an epoch, `length` int64."""
+    return np.random.default_rng([seed, kind, epoch]).permutation(length)
+
+
+def image_of_sample(seed: int, kind: int, index: int, length: int, attempt: int = 0) -> int:
+    """Which of `length` images sample `index` uses; `attempt` > 0 names its stand-ins, should that be unusable."""
+    epoch, position = divmod(index, length)
+    return int(permutation(seed, kind, epoch, length)[(position + attempt) % length])
+
+
+@dataclass(frozen=True)
+class SampleMaker:
+    """Makes the samples of one job: reads, decodes, synthesises. Pure but for the reading."""
+
+    job: TrainingJob
+    manifest: Manifest
+    patch_px: int
+    report_bad: Callable[[dict[str, str]], None]
+    cache: Decoded | None = None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Indices (`id`, b) → `index`, `hazy`, `clear` and, for Colabator, `weak`, `strong` (b p p 3 uint8), `key`."""
+        rows = [self.sample(int(index)) for index in batch["id"]]
+        columns: Batch = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "key"}
+        columns["index"] = batch["id"]
+        if "key" in rows[0]:
+            columns["key"] = np.array([row["key"] for row in rows], dtype=object)
+        return columns
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """One sample of the stream."""
+        pair = self._first_usable(CLEAR, index, len(self.manifest.clear), self._pair)
+        row: dict[str, Any] = {"hazy": pair.hazy, "clear": pair.clear}
+        if isinstance(self.job, ColabatorJob):
+            # The real image of a sample goes through JPEG exactly when the synthetic one does.
+            key, views = self._first_usable(
+                HAZY, index, len(self.manifest.hazy), lambda i, rng: self._real(i, rng, pair.jpeg_quality)
+            )
+            row |= {"weak": views.weak, "strong": views.strong, "key": key}
+        return row
+
+    def _first_usable(self, kind: int, index: int, length: int, make: Callable[[int, np.random.Generator], T]) -> T:
+        """The sample's own image or, where that is unusable, the next of its epoch's order."""
+        for attempt in range(length):
+            image = image_of_sample(self.job.seed, kind, index, length, attempt)
+            try:
+                return make(image, np.random.default_rng([self.job.seed, kind, index, attempt]))
+            except _Unusable as error:
+                self.report_bad({error.uri: error.reason})
+        raise TooManyBadFiles(f"not one of the {length} {'clear' if kind == CLEAR else 'hazy'} images can be used")
+
+    def _pair(self, image: int, rng: np.random.Generator) -> samples.Pair:
+        return self._synthetic(image, rng) if self.job.data.paired is None else self._paired(image, rng)
+
+    def _paired(self, image: int, rng: np.random.Generator) -> samples.Pair:
+        data = self.job.data
+        assert data.paired is not None and self.manifest.paired_hazy is not None
+        hazy_key = self.manifest.paired_hazy[image]
+        hazy = self._cuttable(data.paired.hazy, hazy_key)
+        clear = self._cuttable(data.paired.clear, self.manifest.clear[image])
+        with _naming(data.paired.hazy, hazy_key):
+            return samples.paired_sample(
+                hazy, clear, rng, patch_px=self.patch_px, random_resize=data.random_resize, rotation=data.rotation
+            )
+
+    def _synthetic(self, image: int, rng: np.random.Generator) -> samples.Pair:
+        data, haze = self.job.data, self.job.haze
+        assert data.clear is not None
+        clear_key = self.manifest.clear[image]
+        clear = self._cuttable(data.clear, clear_key)
+        if self.manifest.depth is None:
+            depth_root, depth_key = data.clear, clear_key
+            with phase("depth"):
+                depth_map = procedural_depth(rng, clear.shape[0], clear.shape[1])
+        else:
+            assert data.depth is not None
+            depth_root, depth_key = data.depth, self.manifest.depth[image]
+            depth_map = self._depth(depth_root, depth_key)
+        with _naming(depth_root, depth_key):
+            return samples.synthetic_sample(
+                clear,
+                depth_map,
+                rng,
+                patch_px=self.patch_px,
+                haze_range=scattering.HazeRange(haze.beta, haze.airlight, haze.airlight_tint),
+                random_resize=data.random_resize,
+                rotation=data.rotation,
+            )
+
+    def _real(self, image: int, rng: np.random.Generator, jpeg_quality: int | None) -> tuple[str, samples.RealViews]:
+        assert isinstance(self.job, ColabatorJob)
+        key = self.manifest.hazy[image]
+        least_px = samples.real_side_px(self.patch_px)
+        hazy = self._image(self.job.data.hazy, key, least_px)
+        return key, samples.real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=jpeg_quality)
+
+    def _cuttable(self, root: str, key: str) -> Cuttable:
+        """An image for those who take a region of it: decoded no further, unless the whole is to be kept."""
+        if self.cache is not None:
+            return self._image(root, key)
+        with _naming(root, key):
+            content = self._read(root, key)
+            with phase("decode"):
+                sides_px = cuttable_sides(content)
+                return decode_image(content) if sides_px is None else _ImageFile(root, key, content, (*sides_px, 3))
+
+    def _image(self, root: str, key: str, least_px: int | None = None) -> np.ndarray:
+        return self._kept((root, key, least_px), lambda: self._decoded_image(root, key, least_px))
+
+    def _depth(self, root: str, key: str) -> DepthMap:
+        return self._kept((root, key, "depth"), lambda: self._decoded_depth(root, key))
+
+    def _kept(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        return make() if self.cache is None else self.cache.get(key, make)
+
+    def _decoded_image(self, root: str, key: str, least_px: int | None) -> np.ndarray:
+        with _naming(root, key):
+            content = self._read(root, key)
+            with phase("decode"):
+                return decode_image(content, least_px)
+
+    def _read(self, root: str, key: str) -> bytes:
+        with phase("read"):
+            return self.manifest.read_image(root, key)
+
+    def _decoded_depth(self, root: str, key: str) -> DepthMap:
+        with _naming(root, key):
+            with phase("read"):
+                content = self.manifest.read_depth(root, key)
+            with phase("depth"):
+                raw = decode_depth(content, posixpath.splitext(key)[1].lower())
+                return DepthMap.of(raw, self.job.data.depth_kind)
+
+
+class _Unusable(Exception):
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(f"{uri}: {reason}")
+        self.uri, self.reason = uri, reason
+
+
+@dataclass(frozen=True)
+class _ImageFile:
+    """An image in its file, decoded when a region is cut out of it."""
+
+    root: str
+    key: str
+    content: bytes
+    shape: tuple[int, int, int]
+
+    def __getitem__(self, region: tuple[slice, slice]) -> np.ndarray:
+        with _naming(self.root, self.key), phase("decode"):
+            return decode_region(self.content, *region)
+
+
+class _naming:
+    """Gives a `BadImage` or `MissingFile` raised inside the name of the file that it is about.
+
+    Any other `StorageError` passes: a store that cannot be reached says nothing about its images.
+    """
+
+    def __init__(self, root: str, key: str) -> None:
+        self.uri = posixpath.join(root, key)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, BadImage | MissingFile):
+            raise _Unusable(self.uri, str(error)) from None

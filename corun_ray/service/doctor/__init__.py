@@ -1,0 +1,1 @@
+"""Trying everything that a job would use, before one runs."""

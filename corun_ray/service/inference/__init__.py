@@ -1,0 +1,1 @@
+"""Dehazing and evaluating folders of images by Ray Data."""

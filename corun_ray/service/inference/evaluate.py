@@ -1,0 +1,145 @@
+"""Measuring models and baselines on held-out images by Ray Data: a table, and a contact sheet to look at."""
+
+import posixpath
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.data import DataContext
+from torch import Tensor
+
+from corun_ray.config.jobevaluate import Evaluate
+from corun_ray.core.data.images import BadImage, decode_image, encode_png
+from corun_ray.core.inference import dark_channel
+from corun_ray.core.inference.memory import within
+from corun_ray.core.inference.pictures import grid
+from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.metrics.measure import Unmeasured, load_measure
+from corun_ray.service.inference.measurements import Measurements
+from corun_ray.service.inference.restorers import Restorers, actor_slots, rows_of
+from corun_ray.service.models.sources import Model
+from corun_ray.service.storage import MissingFile, StorageError
+from corun_ray.service.train.validation import Row, load_image
+from corun_ray.service.weights.needed import weights_source
+
+SHEET_ROWS = 6
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was measured."""
+
+    measurements: Measurements
+    bad_files: dict[str, str]
+    """URI → reason, of images that could not be used at all."""
+    unmeasured: list[str]
+    """`IMAGE MODEL METRIC: reason`, of values that are missing."""
+    contact_sheet: bytes
+    """PNG."""
+
+
+class MeasureFiles(Restorers):
+    """A Ray Data actor: restores images with every model and measures the results."""
+
+    def __init__(self, shared: dict[str, Any], threads: int, section: Evaluate) -> None:
+        super().__init__(shared, threads)
+        self.section = section
+        source = weights_source(section.weights)
+        self.measures = {name: load_measure(name, source, self.device) for name in section.metrics}
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One image's `key`, `truth` and whether it is `shown` → its `values` (models x metrics), and a `strip`."""
+        key, truth_key = batch["key"][0], batch["truth"][0]
+        values = np.full((len(self.section.names), len(self.measures)), np.nan)
+        unmeasured: list[str] = []
+        error, strip = "", b""
+        try:
+            hazy = to_tensor(load_image(self.section.hazy, key)).to(self.device)
+            truth = None
+            if self.section.clear is not None:
+                truth = to_tensor(load_image(self.section.clear, truth_key)).to(self.device)
+            pictures = self._pictures(hazy)
+            values, unmeasured = self._measured(key, pictures, truth)
+            if batch["shown"][0]:
+                strip = encode_png(np.concatenate([to_image(picture) for picture in pictures.values()], 1))
+        except (BadImage, MissingFile, ValueError) as reason:
+            error = str(reason)
+        cells = {"key": key, "error": error, "unmeasured": "\n".join(unmeasured), "strip": strip}
+        row = {name: np.array([cell], dtype=object) for name, cell in cells.items()}
+        return {**row, "values": values[None]}
+
+    def _pictures(self, hazy: Tensor) -> dict[str, Tensor]:
+        """What each baseline and model makes of an image: the pictures that a user gets, of 8 bits."""
+        pictures = {"hazy": hazy}
+        if "dark_channel" in self.section.baselines:
+            scene = dark_channel.dehaze(hazy[0].permute(1, 2, 0).cpu().numpy())
+            pictures["dark_channel"] = torch.from_numpy(scene).permute(2, 0, 1)[None].to(self.device)
+        for name in self.section.models:
+            pictures[name] = restore(within(self.networks[name], hazy, self.memory_mib), hazy).scene
+        return {name: (pictures[name] * 255).round() / 255 for name in self.section.names}
+
+    def _measured(self, key: str, pictures: Mapping[str, Tensor], truth: Tensor | None) -> tuple[np.ndarray, list[str]]:
+        values, unmeasured = np.full((len(pictures), len(self.measures)), np.nan), []
+        for row, (model, picture) in enumerate(pictures.items()):
+            for column, (metric, measure) in enumerate(self.measures.items()):
+                try:
+                    values[row, column] = measure(picture, truth)
+                except Unmeasured as reason:
+                    unmeasured.append(f"{key} {model} {metric}: {reason}")
+        return values, unmeasured
+
+
+def evaluate(
+    section: Evaluate,
+    pairs: list[tuple[str, str | None]],
+    models: dict[str, Model],
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measures every baseline and network; unusable images, and values that are missing, are named in the result.
+
+    `pairs` are what `held_out` found in the section's folders. Raises `StorageError`.
+    """
+    DataContext.get_current().enable_progress_bars = False
+    shared = {name: ray.put(model) for name, model in models.items()}
+    spacing = max(1, len(pairs) // SHEET_ROWS)
+    shown = {key for key, _ in pairs[::spacing][:SHEET_ROWS]}
+    items = [{"key": key, "truth": truth or "", "shown": key in shown} for key, truth in pairs]
+    slots, threads = actor_slots(len(items))
+    rows = rows_of(
+        ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
+            MeasureFiles, batch_size=1, fn_constructor_args=(shared, threads, section), **slots
+        )
+    )
+    values: dict[str, np.ndarray] = {}
+    bad_files, unmeasured, strips = {}, [], {}
+    for done, row in enumerate(rows, 1):
+        if row["error"]:
+            bad_files[posixpath.join(section.hazy, row["key"])] = row["error"]
+        else:
+            values[row["key"]] = row["values"]
+        unmeasured += row["unmeasured"].splitlines()
+        if row["strip"]:
+            strips[row["key"]] = row["strip"]
+        if progress:
+            progress(done, len(pairs))
+    if not values:
+        raise StorageError(f"evaluate.hazy: not one of the {len(pairs)} images could be used: {bad_files}")
+    images = sorted(values)
+    cube = np.stack([values[key] for key in images])
+    measurements = Measurements(images, list(section.names), list(section.metrics), cube)
+    return Evaluation(measurements, bad_files, sorted(unmeasured), _contact_sheet(section, dict(pairs), strips))
+
+
+def _contact_sheet(section: Evaluate, truths: dict[str, str | None], strips: dict[str, bytes]) -> bytes:
+    rows = []
+    for key, strip in sorted(strips.items()):
+        pictures = np.split(decode_image(strip), len(section.names), axis=1)
+        row: Row = dict(zip(section.names, pictures, strict=True))
+        truth = truths[key]
+        if section.clear is not None and truth is not None:
+            row["truth"] = load_image(section.clear, truth)
+        rows.append(row)
+    return encode_png(grid(rows, cell_px=240))

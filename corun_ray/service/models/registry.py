@@ -1,0 +1,160 @@
+"""MLflow's registry: models with what is known of them, their versions, and taking one out."""
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corun_ray.core.training.checkpoints import NETWORK_FILE
+from corun_ray.service.errors import first_line
+from corun_ray.service.models import flavor as model_format
+from corun_ray.service.models import user_code as usercode
+from corun_ray.service.models.flavor import ABOUT
+from corun_ray.service.models.tracking import TrackingError, connect
+from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog
+
+OURS = ("corun_ray.", "val/")
+"""What the names of our tags begin with."""
+SUMMARY_TAG = "corun_ray.summary"
+CANDIDATE, CHAMPION = "candidate", "champion"
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a trained model beside its weights; see `model_card`."""
+
+    tags: Mapping[str, str]
+    """Of the logged model, and of every version made of it."""
+    files: Mapping[str, bytes]
+    """Kept in the model's folder `about`; `README.md` is its card."""
+
+
+def log_model(uri: str, checkpoint: Path, code: usercode.Code, about: About) -> str:
+    """Logs the network of a checkpoint folder with the active run of the MLflow at `uri`; returns the model's URI."""
+    connect(uri)
+    from mlflow.models import Model
+
+    with contextlib.redirect_stderr(io.StringIO()):  # MLflow prints its own account; what goes wrong is raised
+        info = Model.log(
+            artifact_path=None,
+            name="model",
+            flavor=model_format,
+            tags=dict(about.tags),
+            checkpoint=checkpoint,
+            code=code,
+            about=about.files,
+        )
+    return info.model_uri
+
+
+def register(uri: str, model_uri: str, name: str) -> str:
+    """Makes a logged model a new version, with its tags and the alias `candidate`; a name's first is also `champion`.
+
+    Returns the version's URI.
+    """
+    mlflow = connect(uri)
+    client = mlflow.MlflowClient()
+    logged = client.get_logged_model(model_uri.removeprefix("models:/"))
+    tags = {name: value for name, value in logged.tags.items() if name.startswith(OURS)}
+    with contextlib.redirect_stderr(io.StringIO()):
+        version = str(mlflow.register_model(model_uri, name, tags=tags).version)
+    client.update_model_version(name, version, description=tags.get(SUMMARY_TAG, ""))
+    client.set_registered_model_alias(name, CANDIDATE, version)
+    if version == "1":
+        client.set_registered_model_alias(name, CHAMPION, version)
+    return f"models:/{name}/{version}"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a registered model."""
+
+    name: str
+    number: str
+    tags: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"version {self.number}"
+
+
+class Registry:
+    """The registered models of an MLflow."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._mlflow = connect(uri)
+        self._client = self._mlflow.MlflowClient()
+
+    def version(self, name: str, version_or_alias: str) -> Version:
+        """A version by its number or alias; raises `TrackingError`."""
+        found = self._found(name, version_or_alias)
+        if found is None:
+            raise TrackingError(f"{name}: no version or alias {version_or_alias} in {self.uri}{self._known(name)}")
+        return found
+
+    def champion(self, name: str) -> Version | None:
+        """The version that is used; None where none has been chosen. Raises `TrackingError`."""
+        return self._found(name, CHAMPION)
+
+    def crown(self, version: Version) -> None:
+        """Makes a version its name's champion."""
+        with self._told(f"{version.name}: {CHAMPION} not moved"):
+            self._client.set_registered_model_alias(version.name, CHAMPION, version.number)
+
+    def validation(self, version: Version) -> ValidationLog:
+        """Every held-out image's values, empty for a version that came without; raises `TrackingError`."""
+        about = f"models:/{version.name}/{version.number}/{ABOUT}"
+        with self._told(f"{about}: not to be had"), tempfile.TemporaryDirectory() as folder:
+            listed = self._mlflow.artifacts.list_artifacts(artifact_uri=about)
+            if not any(file.path.endswith(VALIDATION_FILE) for file in listed):
+                return ValidationLog()
+            path = self._mlflow.artifacts.download_artifacts(f"{about}/{VALIDATION_FILE}", dst_path=folder)
+            return ValidationLog.from_csv(Path(path).read_bytes())
+
+    def _found(self, name: str, version_or_alias: str) -> Version | None:
+        from mlflow.exceptions import MlflowException
+
+        is_number = version_or_alias.isdecimal()
+        get = self._client.get_model_version if is_number else self._client.get_model_version_by_alias
+        with self._told(f"{name}: not to be had"):
+            try:
+                found = get(name, version_or_alias)
+            except MlflowException as error:
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+        return Version(name, str(found.version), dict(found.tags))
+
+    def _known(self, name: str) -> str:
+        with self._told(f"{name}: not to be had"):
+            known = self._client.search_model_versions(f"name = '{name}'")
+        numbers = sorted((int(version.version) for version in known), reverse=True)
+        return f" (versions {', '.join(map(str, numbers[:10]))})" if numbers else ""
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Any:
+        try:
+            yield
+        except TrackingError:
+            raise
+        except Exception as error:
+            raise TrackingError(f"{what} in {self.uri}: {first_line(error)}") from None
+
+
+def download_model(uri: str, source: str, folder: Path) -> Path:
+    """Fetches a model (`models:/…`, `runs:/…`) from the MLflow at `uri`; returns its checkpoint folder.
+
+    Raises `TrackingError`.
+    """
+    mlflow = connect(uri)
+    try:
+        model = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder)))
+    except Exception as error:
+        raise TrackingError(f"{source}: not to be had from {uri}: {first_line(error)}") from None
+    found = sorted(model.rglob(NETWORK_FILE))
+    if not found:
+        raise TrackingError(f"{source}: a model without {NETWORK_FILE}; not one of corun_ray's")
+    return found[0].parent

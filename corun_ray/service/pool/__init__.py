@@ -1,0 +1,1 @@
+"""The label pool that all workers share: index, shards, client, keeper, snapshots."""

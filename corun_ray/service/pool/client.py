@@ -1,0 +1,171 @@
+"""The optimal label pool that all training workers share: its shards, and one worker's client to them.
+
+A shard that dies comes back and restores its labels from the last snapshot; what workers made since, they still hold
+and hand over again. Meanwhile training goes on: a label that cannot be had is taken from the teacher.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from corun_ray.core.training.labels import Label
+from corun_ray.service.pool.poollink import PING_S, READ_TIMEOUT_S, RETURN_TIMEOUT_S, ShardLink
+from corun_ray.service.pool.poolrecords import PoolCounters
+from corun_ray.service.pool.shard import PoolShard, shard_of
+from corun_ray.service.storage import Location
+from corun_ray.service.telemetry.prometheus import NO_JOB
+
+MIB = 2**20
+FETCHER = ThreadPoolExecutor(1, thread_name_prefix="label-pool")
+"""Reads for all clients of a process. With more threads than one, Ray (2.60) can forget where an object is
+while it fetches it: when another thread gives up the same object at that moment, the fetch never ends."""
+POOL_LABEL = ("corun-role", "pool")
+"""Of nodes that are kept for the label pool: `ray start --labels=corun-role=pool`."""
+ANY_NODE: list[dict[str, Any]] = [{"label_selector": {}}]
+
+
+@dataclass
+class ReadWaits:
+    """How the reads of a client went, as those who asked saw it."""
+
+    ready: int = 0
+    """Reads whose labels were there when they were asked for."""
+    late: int = 0
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class PendingRead:
+    """A read under way; a `core.labels.PendingLabels`."""
+
+    _future: Future[list[Label | None]]
+    _waits: ReadWaits
+
+    def result(self) -> list[Label | None]:
+        """See `PendingLabels`."""
+        is_ready, asked_s = self._future.done(), time.perf_counter()
+        found = self._future.result()
+        self._waits.waited_s += time.perf_counter() - asked_s
+        self._waits.ready += is_ready
+        self._waits.late += not is_ready
+        return found
+
+
+class PoolClient:
+    """One worker's view of the shared pool; a `core.labels.LabelPool`.
+
+    A step costs one round trip to each shard that it touches, and a thread makes it. What a worker has offered, it
+    reads back; what it offers while a read is under way, that read may see or not.
+    """
+
+    def __init__(self, shards: Sequence[Any], generation: int) -> None:
+        self._links = [ShardLink(actor, number, generation) for number, actor in enumerate(shards)]
+        self.waits = ReadWaits()
+
+    def prefetch(self, keys: Sequence[str]) -> PendingRead:
+        """Starts reading the labels of `keys`; arrays are read in place on the node that holds them."""
+        return PendingRead(FETCHER.submit(self._read, keys), self.waits)
+
+    def offer(self, labels: Sequence[Label]) -> None:
+        """Hands labels over without waiting; the shards compare each again."""
+        for link, some in self._by_link((label.key, label) for label in labels):
+            link.offer(some)
+
+    def settle(self) -> None:
+        """Waits until everything offered by this worker has been decided.
+
+        Raises `PoolError` if a shard is away for more than `RETURN_TIMEOUT_S`.
+        """
+        deadline_s = time.monotonic() + RETURN_TIMEOUT_S
+        for link in self._links:
+            link.settle(deadline_s)
+
+    def _read(self, keys: Sequence[str]) -> list[Label | None]:
+        """Asks all shards at once, then waits for the labels; None where there is none, or it cannot be had now."""
+        asked = [(link, some, link.read(some)) for link, some in self._by_link((key, key) for key in keys)]
+        refs = {
+            key: (link, ref)
+            for link, some, reply in asked
+            for key, ref in zip(some, link.reply(reply) or (), strict=False)
+            if ref is not None
+        }
+        try:
+            found = ray.get([ref for _, ref in refs.values()], timeout=READ_TIMEOUT_S)
+            labels = dict(zip(refs, found, strict=True))
+        except RayError:
+            labels = {key: label for key, (link, ref) in refs.items() if (label := _fetch_one(link, key, ref))}
+        return [labels.get(key) for key in keys]
+
+    def _by_link(self, items: Iterable[tuple[str, Any]]) -> list[tuple[ShardLink, list[Any]]]:
+        found = defaultdict(list)
+        for key, item in items:
+            found[shard_of(key, len(self._links))].append(item)
+        return [(self._links[number], some) for number, some in found.items()]
+
+
+def _fetch_one(link: ShardLink, key: str, ref: ray.ObjectRef) -> Label | None:
+    """One label where not all could be had: its shard may have died since, or its segment be out of reach."""
+    try:
+        return ray.get(ref, timeout=PING_S)
+    except GetTimeoutError:
+        return None  # still on its way
+    except RayError:
+        link.forget(key, ref)
+        return None
+
+
+def start_pool(
+    num_shards: int, pool: Location, memory_mib: int | None = None, labels: Mapping[str, str] = NO_JOB
+) -> list[Any]:
+    """The shards as actors, alive as long as the driver holds the handles, spread over the nodes meant for them.
+
+    `labels` are those of the job's metrics.
+    """
+    budget_bytes = math.inf if memory_mib is None else memory_mib * MIB / num_shards
+    nodes = nodes_in_turn(ray.nodes(), ray.get_runtime_context().get_node_id())
+    shards = []
+    for number in range(num_shards):
+        # Ray's own spreading goes by resources, of which a shard needs none. Once its node is gone, any will do.
+        node = {"ray.io/node-id": nodes[number % len(nodes)]}
+        shard = ray.remote(num_cpus=0, max_restarts=-1, label_selector=node, fallback_strategy=ANY_NODE)(PoolShard)
+        shards.append(shard.remote(number, num_shards, pool.uri, budget_bytes, labels))
+    return shards
+
+
+def nodes_in_turn(nodes: Iterable[Mapping[str, Any]], here: str) -> list[str]:
+    """The ids of the nodes for shards, of Ray's descriptions: those labelled `POOL_LABEL`, else all that are alive.
+
+    The driver's own, `here`, comes last: what is lost with it costs the run anyway.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    name, value = POOL_LABEL
+    meant = [node for node in alive if node.get("Labels", {}).get(name) == value]
+    return sorted((node["NodeID"] for node in meant or alive), key=lambda node: (node == here, node))
+
+
+def count(shards: Sequence[Any]) -> dict[str, float]:
+    """What there is to log: the totals of all shards that answer, and, where there are several, of each."""
+    asked = [shard.counters.remote() for shard in shards]
+    metrics: dict[str, float] = {}
+    total = PoolCounters()
+    for number, ref in enumerate(asked):
+        try:
+            counters = ray.get(ref, timeout=PING_S)
+        except (RayActorError, GetTimeoutError):
+            continue  # it is away: what it counts is missing from this line alone
+        total += counters
+        if len(shards) > 1:
+            metrics |= {f"shard_{number}/{name}": value for name, value in _plain(counters).items()}
+    return metrics | _plain(total)
+
+
+def _plain(counters: PoolCounters) -> dict[str, float]:
+    names = ("labels", "offers", "wins", "reads", "hits", "loads", "evictions")
+    return {name: getattr(counters, name) for name in names} | {"memory_mib": counters.resident_bytes / MIB}

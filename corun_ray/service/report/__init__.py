@@ -1,0 +1,1 @@
+"""The HTML page of a run: its template, charts and statistics."""

@@ -1,0 +1,1 @@
+"""The folder of a run: its record and the images of its validation sets."""

@@ -1,0 +1,1 @@
+"""What a run tells of itself: console, log files, and Prometheus metrics."""

@@ -1,0 +1,1 @@
+"""Training by Ray Train: the driver, and the loop of each worker."""

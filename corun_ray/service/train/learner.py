@@ -1,0 +1,107 @@
+"""From a batch of the stream to gradients: one rank's part of a step."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from corun_ray.config.jobs import ColabatorJob, TrainingJob
+from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.scoring.coherence import Coherence
+from corun_ray.core.training.compiling import compiled
+from corun_ray.core.training.labels import LabelPool
+from corun_ray.core.training.losses import Losses
+from corun_ray.core.training.mixup import mixup
+from corun_ray.core.training.state import TrainState
+from corun_ray.core.training.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, pretraining_step
+from corun_ray.service.data.sample_maker import Batch
+
+
+def step_seed(seed: int, step: int, place: int) -> int:
+    """What the random numbers of a batch, the `place`-th of all workers' at a step, start from.
+
+    Nothing of them has to be saved to go on as before.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{place}".encode(), digest_size=8).digest(), "big")
+
+
+class Learner:
+    """A student that learns by the job's method; with a `pool` by Colabator, else from synthetic pairs alone.
+
+    A step's batch is taken in `train.accumulate` parts, each of which counts as the batch of a worker of its own: so
+    many workers with one part each, or one with so many, have the same losses, random numbers and gradients.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        state: TrainState,
+        losses: Losses,
+        coherence: Coherence | None,
+        pool: LabelPool | None,
+        rank: int,
+        device: torch.device,
+    ) -> None:
+        self._job, self._state, self._losses = job, state, losses
+        self._rank, self._device = rank, device
+        self._student = self._prepared(state.student)
+        self.colabator: Colabator | None = None
+        if isinstance(job, ColabatorJob):
+            assert pool is not None and coherence is not None
+            teacher = compiled(state.teacher) if job.optim.compile else state.teacher
+            self.colabator = Colabator(teacher, coherence, pool, losses, job.pool.encoding)
+
+    def learn(self, batch: Batch) -> Iterator[StepOutput]:
+        """Adds a step's gradients to the state, averaged over the parts of `batch` and over all ranks."""
+        num_parts = self._job.train.accumulate
+        part_images = len(batch["index"]) // num_parts
+        for part in range(num_parts):
+            images = {name: column[part * part_images : (part + 1) * part_images] for name, column in batch.items()}
+            place = self._rank * num_parts + part
+            # Ranks wait for each other once, at the last part.
+            with contextlib.nullcontext() if part == num_parts - 1 else self._alone():
+                torch.manual_seed(step_seed(self._job.seed, self._state.step, place))
+                with self._autocast():
+                    output = self._forward(images, place)
+                self._state.backward(output.losses, 1 / num_parts)
+            yield output
+
+    def _forward(self, batch: Batch, place: int) -> StepOutput:
+        job = self._job
+        synthetic = SyntheticBatch(self._to_device(batch["hazy"]), self._to_device(batch["clear"]))
+        if job.data.mixup:
+            # Every part of every step draws its own, and a step that is repeated after a restart draws it again.
+            synthetic = mixup(synthetic, job.data.mixup, (job.seed, self._state.step, place))
+        if self.colabator is None:
+            return pretraining_step(self._student, synthetic, self._losses)
+        real = RealBatch(self._to_device(batch["weak"]), self._to_device(batch["strong"]), batch["key"].tolist())
+        return self.colabator.step(self._student, synthetic, real, self._state.step)
+
+    def _to_device(self, images: np.ndarray) -> Tensor:
+        """uint8 B H W 3 → float B 3 H W in [0, 1]; travels as bytes."""
+        return torch.from_numpy(images.copy()).to(self._device).permute(0, 3, 1, 2).float() / 255
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._job.optim.precision == "bf16")
+
+    def _prepared(self, student: nn.Module) -> nn.Module:
+        if self._job.optim.compile:
+            student = compiled(student)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return student
+        return nn.parallel.DistributedDataParallel(
+            student,
+            device_ids=[self._device.index] if self._device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            # A network that is not ours, or a user's class of it, may have parameters that take no part in restoring.
+            find_unused_parameters=type(self._state.student) is not CORUN,
+        )
+
+    def _alone(self) -> contextlib.AbstractContextManager:
+        if isinstance(self._student, nn.parallel.DistributedDataParallel):
+            return self._student.no_sync()
+        return contextlib.nullcontext()

@@ -1,0 +1,1 @@
+"""The search over hyperparameters by Ray Tune."""

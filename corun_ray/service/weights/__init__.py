@@ -1,0 +1,1 @@
+"""Pretrained weights: checked folders, fetching files, and what a job needs."""
