@@ -9,7 +9,7 @@ from corun_ray.bench.machine import Machine, Work, count_work, measure_machine, 
 from corun_ray.core.inference.memory import within
 from corun_ray.core.inference.restore import restore
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.core.training.compiling import compiled
+from corun_ray.core.training.acceleration import compiled
 
 COUNTED_PX = 256
 """Side of the image on which operations are counted: all grow as the number of pixels does."""

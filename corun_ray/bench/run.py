@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from corun_ray.bench.bench_scaling import ScalingReport, ScalingSettings, assumed_step, bench_scaling, measured_step
 from corun_ray.bench.dehaze import DehazeReport, DehazeSettings, bench_dehaze
 from corun_ray.bench.machine import MATRIX_SIDE
+from corun_ray.bench.scaling import ScalingReport, ScalingSettings, assumed_step, bench_scaling, measured_step
 from corun_ray.bench.step import StepReport, StepSettings, bench_step
 from corun_ray.bench.tables import dehaze_table, scaling_table, step_table
 from corun_ray.cli.bench import add_core_benches

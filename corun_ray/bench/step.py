@@ -13,14 +13,12 @@ from torch.profiler import profile
 from corun_ray.bench.machine import Machine, Work, count_work, measure_machine, peak_memory, seconds
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.scoring.coherence import Coherence
-from corun_ray.core.spans import SpanTimes, synchronize
-from corun_ray.core.training.acceleration import keep_freed_memory
-from corun_ray.core.training.compiling import compiled
+from corun_ray.core.timing import SpanTimes, synchronize
+from corun_ray.core.training.acceleration import compiled, keep_freed_memory
 from corun_ray.core.training.labels import Label, ReadyLabels, Scores
-from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
+from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses, Vgg19Features
 from corun_ray.core.training.state import TrainState
 from corun_ray.core.training.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, pretraining_step
-from corun_ray.core.training.vgg import Vgg19Features
 
 WARM_UP = 2
 LR, EMA = 5e-5, 0.999

@@ -17,8 +17,7 @@ from corun_ray.core.choices import DepthKind
 from corun_ray.core.timing import PHASES, PhaseTimes
 from corun_ray.demo.dataset import DemoSize, write_demo
 from corun_ray.service.data.manifest import build_manifest
-from corun_ray.service.data.packing import pack_here
-from corun_ray.service.data.packplan import plan_pack
+from corun_ray.service.data.packing import pack_here, plan_pack
 from corun_ray.service.data.sample_maker import SampleMaker
 
 RENDERED = DemoSize(clear_images=4, hazy_images=0, width_px=1920, height_px=1088)

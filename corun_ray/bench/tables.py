@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator
 
-from corun_ray.bench.bench_scaling import BYTES_PER_GBIT, ScalingReport
-from corun_ray.bench.collectives import MIB
 from corun_ray.bench.dehaze import DehazeReport
 from corun_ray.bench.machine import Machine, Work
-from corun_ray.bench.scaling import FIT_BYTES, BackwardReport, RingReport
-from corun_ray.bench.scaling_model import ManyWorkersStep, stream_cores
+from corun_ray.bench.scaling import BYTES_PER_GBIT, FIT_BYTES, BackwardReport, RingReport, ScalingReport
+from corun_ray.bench.scaling_model import MIB, ManyWorkersStep, stream_cores
 from corun_ray.bench.step import StepReport
 
 

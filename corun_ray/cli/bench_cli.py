@@ -132,7 +132,7 @@ def _measure(args: argparse.Namespace, settings: "Settings") -> None:
     from corun_ray.bench.label_pool.trial import bench_pool
     from corun_ray.service.cluster import connect as cluster
     from corun_ray.service.errors import JobFailed
-    from corun_ray.service.pool.poollink import PoolError
+    from corun_ray.service.pool.client import PoolError
     from corun_ray.service.storage import locate
     from corun_ray.service.telemetry.console import Console
 

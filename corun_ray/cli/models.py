@@ -191,8 +191,7 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _promote(args: argparse.Namespace) -> int:
-    from corun_ray.service.models.promotion import promote
-    from corun_ray.service.models.registry import Registry
+    from corun_ray.service.models.registry import Registry, promote
 
     decision = promote(Registry(args.tracking), args.name, args.version, args.if_better)
     is_now = "is now the champion" if decision.moves else "not promoted"
@@ -201,7 +200,7 @@ def _promote(args: argparse.Namespace) -> int:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from corun_ray.service.models.pull import pull
+    from corun_ray.service.models.sources import pull
 
     for path in pull(args.source, args.folder, args.tracking):
         print(path)

@@ -60,8 +60,7 @@ def _plan_and_pack(args: argparse.Namespace) -> None:
     import time
 
     from corun_ray.service.cluster import connect as cluster
-    from corun_ray.service.data.packing import pack, shards_there
-    from corun_ray.service.data.packplan import plan_pack
+    from corun_ray.service.data.packing import pack, plan_pack, shards_there
     from corun_ray.service.telemetry.console import Console, duration
 
     console, started_s = Console(), time.monotonic()

@@ -11,13 +11,22 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from corun_ray.config.credentials import REFUSED, holds_credentials, without_credentials
-from corun_ray.config.jobdata import ColabatorData, Haze, TrainingData
-from corun_ray.config.jobdehaze import Dehaze
-from corun_ray.config.jobevaluate import Evaluate
-from corun_ray.config.jobserve import Serve
-from corun_ray.config.jobtrain import ColabatorTrain, PretrainTrain, Train
-from corun_ray.config.tasks import Tune
-from corun_ray.config.training import Coherence, ColabatorLoss, ColabatorOptim, Loss, Network, Optim, Pool
+from corun_ray.config.tasks import Dehaze, Evaluate, Serve, Tune
+from corun_ray.config.training import (
+    Coherence,
+    ColabatorData,
+    ColabatorLoss,
+    ColabatorOptim,
+    ColabatorTrain,
+    Haze,
+    Loss,
+    Network,
+    Optim,
+    Pool,
+    PretrainTrain,
+    Train,
+    TrainingData,
+)
 from corun_ray.config.types import (
     Count,
     Mismatch,

@@ -1,4 +1,8 @@
-"""The sections of a job that say how the method runs: network, coherence, label pool, losses, optimiser."""
+"""The sections of a job that say how the method runs: network, coherence, label pool, losses, optimiser.
+
+The sections of a job that say which images it works on, and the haze that is laid on clear ones.
+
+The section of a job that says how long it trains, on how many images at a time, and what it shows and keeps."""
 
 import ast
 import difflib
@@ -11,19 +15,27 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from corun_ray.config.types import (
+    Batch,
     Count,
+    Fraction,
+    FractionRange,
     LearningRate,
     MinLearningRate,
     Mismatch,
+    Name,
     OneOrMore,
     OptionalCount,
     OptionalText,
+    PositiveRange,
+    RandomResize,
     ScheduleSteps,
     Section,
+    Steps,
+    Text,
     Whole,
     some_once,
 )
-from corun_ray.core.choices import QUALITY_NAMES, Clarity, Combine, Degradation, Encoding
+from corun_ray.core.choices import QUALITY_NAMES, Clarity, Combine, Degradation, DepthKind, Encoding
 from corun_ray.core.metrics.catalog import no_reference_metrics
 
 TermWeight = Annotated[float, Field(ge=0)]
@@ -200,3 +212,97 @@ class ColabatorOptim(Optim):
     lr: LearningRate = 5e-5
     min_lr: MinLearningRate = Field(default_factory=lambda earlier: min(1e-6, earlier["lr"]))
     schedule_steps: ScheduleSteps = 50_000
+
+
+class Validation(Section):
+    hazy: Text = Field(description="a folder or URI of hazy images")
+    clear: OptionalText = Field(None, description="a folder or URI of their clear truth, paired by stem")
+
+
+class Paired(Section):
+    hazy: Text = Field(description="a folder, pack or URI of degraded images")
+    clear: Text = Field(description="a folder, pack or URI of their clean truth, paired by stem")
+
+
+class TrainingData(Section):
+    clear: OptionalText = Field(None, description="a folder, pack or URI of clear images, on which haze is laid")
+    depth: OptionalText = Field(None, description="a folder, pack or URI of their depth; null: a procedural depth")
+    depth_kind: DepthKind = Field("inverse", description="metres: far is large and 0 is no reading")
+    paired: Paired | None = Field(None, description="degraded and clean images, instead of clear and depth")
+    validation: Validation | None = Field(None, description="held-out images")
+    validation_sets: dict[Name, Validation] = Field({}, description="more held-out images, by name: {hazy, clear}")
+    patch_px: Whole = Field(288, ge=32, multiple_of=16, description="side of a training patch, in pixels")
+    random_resize: RandomResize = False
+    rotation: bool = Field(False, description="turn synthetic or paired patches by a random multiple of 90 degrees")
+    mixup: float = Field(0.0, ge=0, description="alpha of the Beta(alpha, alpha) that mixes pairs; 0: no mixup")
+    cache_mib: Count = Field(
+        0, ge=0, description="decoded images kept in each node's object store, at most half of it; 0: none"
+    )
+    max_bad_fraction: Fraction = Field(0.01, description="fraction of unusable images tolerated")
+
+    @field_validator("paired")
+    @classmethod
+    def _one_source_of_pairs(cls, paired: Paired | None, info: ValidationInfo) -> Paired | None:
+        if "clear" not in info.data:
+            return paired  # what is wrong with it is told
+        if (info.data["clear"] is None) == (paired is None):
+            text = "missing (a folder or URI of clear images; or give data.paired)"
+            raise Mismatch("data.clear", text if paired is None else "not used together with data.paired")
+        if paired is not None and info.data.get("depth") is not None:
+            raise Mismatch("data.depth", "not used together with data.paired")
+        return paired
+
+
+class ColabatorData(TrainingData):
+    hazy: Text = Field(description="a folder, pack or URI of real hazy images")
+    random_resize: RandomResize = True
+
+
+class Haze(Section):
+    beta: PositiveRange = Field((0.2, 2.8), description="scattering coefficient, each more than 0")
+    airlight: FractionRange = Field((0.25, 1.0), description="brightness of the airlight, each in 0 to 1")
+    airlight_tint: float = Field(0.025, ge=0, description="largest deviation of a colour channel from it")
+
+
+class Train(Section):
+    steps: Steps = 30_000
+    batch_per_worker: Batch = 2
+    accumulate: OneOrMore = Field(1, description="batches of a worker in a step, in turn, as of so many workers")
+    log_every: OneOrMore = Field(50, description="steps between two lines of metrics")
+    checkpoint_every: OneOrMore = Field(500, description="steps between two checkpoints")
+    validate_every: OneOrMore = Field(500, description="steps between two validations")
+    keep_checkpoints: OneOrMore = Field(2, description="number of checkpoints kept")
+    validation_images: OneOrMore = Field(8, description="number of pictures in the validation grid")
+
+    @property
+    def images_per_worker(self) -> int:
+        """Of each kind, in a worker's step."""
+        return self.batch_per_worker * self.accumulate
+
+
+class Phase(Section):
+    from_step: Count = Field(ge=1, description="first step of the phase, counted from 0")
+    patch_px: Whole = Field(ge=32, multiple_of=16, description="side of a training patch, in pixels")
+    batch_per_worker: Batch
+
+
+class PretrainTrain(Train):
+    progressive: tuple[Phase, ...] = Field(
+        (), description="later patch and batch sizes: a list of {from_step, patch_px, batch_per_worker}"
+    )
+
+    @field_validator("progressive")
+    @classmethod
+    def _in_order(cls, phases: tuple[Phase, ...], info: ValidationInfo) -> tuple[Phase, ...]:
+        starts = [phase.from_step for phase in phases]
+        if starts != sorted(set(starts)):
+            raise ValueError("its from_step must rise from phase to phase")
+        steps = info.data.get("steps")
+        if steps and starts and starts[-1] >= steps:
+            raise ValueError(f"from_step {starts[-1]} is not before train.steps ({steps})")
+        return phases
+
+
+class ColabatorTrain(Train):
+    steps: Steps = 5_000
+    batch_per_worker: Batch = 1

@@ -10,7 +10,7 @@ from corun_ray.service.cluster import connect as cluster
 from corun_ray.service.cluster.paths import with_absolute_paths
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.inference.dehaze import run_dehazing
-from corun_ray.service.inference.evaluation import run_evaluation
+from corun_ray.service.inference.evaluate import run_evaluation
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
 from corun_ray.service.weights.needed import missing_weights, needed_files
@@ -45,6 +45,6 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
         elif isinstance(job, DehazeJob):
             run_dehazing(job, console, resume)
         elif isinstance(job, ServeJob):
-            from corun_ray.service.serve.serving import run_serving  # Ray Serve takes seconds to import
+            from corun_ray.service.serve.deployment import run_serving  # Ray Serve takes seconds to import
 
             run_serving(job, console)

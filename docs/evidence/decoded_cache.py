@@ -27,9 +27,8 @@ from corun_ray.core.timing import PHASES, PhaseTimes
 from corun_ray.service.cluster import connect as cluster
 from corun_ray.service.data.cache import Decoded, start_cache
 from corun_ray.service.data.manifest import build_manifest
-from corun_ray.service.data.phases import remaining_phases
 from corun_ray.service.data.sample_maker import SampleMaker
-from corun_ray.service.data.stream import batches, split_stream
+from corun_ray.service.data.stream import batches, remaining_phases, split_stream
 from corun_ray.service.train.board import start_board
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

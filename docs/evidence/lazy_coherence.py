@@ -37,12 +37,19 @@ from corun_ray.core.networks.corun import CORUN, Restoration
 from corun_ray.core.scoring.coherence import BlockScores, Coherence
 from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
 from corun_ray.core.scoring.quality import load_quality
-from corun_ray.core.training.compiling import compiled
+from corun_ray.core.training.acceleration import compiled
 from corun_ray.core.training.labels import Label, LocalPool, Scores, decode, encode
-from corun_ray.core.training.losses import COLABATOR_WEIGHTS, Losses, contrastive, perceptual
+from corun_ray.core.training.losses import (
+    COLABATOR_WEIGHTS,
+    VGG_FILE,
+    Losses,
+    Vgg19Features,
+    contrastive,
+    load_vgg19,
+    perceptual,
+)
 from corun_ray.core.training.state import TrainState
 from corun_ray.core.training.steps import Colabator, RealBatch, SyntheticBatch
-from corun_ray.core.training.vgg import VGG_FILE, Vgg19Features, load_vgg19
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.core.plain_corun import PlainCORUN

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.core.training.compiling import compiled
+from corun_ray.core.training.acceleration import compiled
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.core.plain_corun import PlainCORUN

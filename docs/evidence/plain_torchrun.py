@@ -27,11 +27,10 @@ from corun_ray.config.jobs import TrainingJob
 from corun_ray.config.loading import load_jobs
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training.labels import LocalPool
-from corun_ray.core.training.schedule import learning_rate
-from corun_ray.core.training.state import TrainState
+from corun_ray.core.training.state import TrainState, learning_rate
 from corun_ray.service.data.manifest import build_manifest
-from corun_ray.service.data.phases import remaining_phases
 from corun_ray.service.data.sample_maker import Batch, SampleMaker
+from corun_ray.service.data.stream import remaining_phases
 from corun_ray.service.train.learner import Learner
 from corun_ray.service.train.worker import learning_cycles
 from corun_ray.service.weights.needed import build_coherence, build_losses, weights_source

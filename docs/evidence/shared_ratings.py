@@ -24,7 +24,7 @@ from lazy_coherence import write_weights
 
 from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
-from corun_ray.service.train.shared_ratings import SharedCoherence
+from corun_ray.service.train.coherence import SharedCoherence
 
 ROOT = Path(__file__).parents[2]
 KEYS = ROOT / "tests/data/daclip/daclip_keys.json"

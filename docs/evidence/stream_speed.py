@@ -30,8 +30,7 @@ from corun_ray.core.data.images import decode_depth, decode_image
 from corun_ray.core.timing import PHASES, PhaseTimes, phase
 from corun_ray.demo.dataset import DemoSize, write_demo
 from corun_ray.service.data.manifest import Manifest, build_manifest
-from corun_ray.service.data.packing import pack_here
-from corun_ray.service.data.packplan import plan_pack
+from corun_ray.service.data.packing import pack_here, plan_pack
 from corun_ray.service.data.sample_maker import CLEAR, HAZY, SampleMaker, image_of_sample
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

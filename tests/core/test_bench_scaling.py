@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from corun_ray.bench.bench_scaling import measured_step
 from corun_ray.bench.run import main
+from corun_ray.bench.scaling import measured_step
 
 SMALL = ["--stages", "2", "--width", "4"]
 

@@ -4,9 +4,8 @@ import random
 
 import pytest
 
-from corun_ray.bench.bench_scaling import gradient_bytes
-from corun_ray.bench.collectives import MIB, Layout, Link, bucket_sizes, exposed_s, fitted_link, ready_times_s
-from corun_ray.bench.scaling import bench_backward
+from corun_ray.bench.scaling import bench_backward, gradient_bytes
+from corun_ray.bench.scaling_model import MIB, Layout, Link, bucket_sizes, exposed_s, fitted_link, ready_times_s
 from corun_ray.core.networks.corun import CORUN
 
 INSIDE, BETWEEN = Link(1e-6, 100e9), Link(10e-6, 10e9)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.core.training.compiling import compiled
+from corun_ray.core.training.acceleration import compiled
 
 
 @pytest.mark.slow

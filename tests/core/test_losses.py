@@ -8,8 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corun_ray.core.networks.corun import Restoration
-from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses, LossWeights, rehaze
-from corun_ray.core.training.vgg import Vgg19Features
+from corun_ray.core.training.losses import (
+    COLABATOR_WEIGHTS,
+    PRETRAIN_WEIGHTS,
+    Losses,
+    LossWeights,
+    Vgg19Features,
+    rehaze,
+)
 
 NO_WEIGHTS = LossWeights(0, 0, 0, 0)
 LAYER_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1)

@@ -7,7 +7,7 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from corun_ray.core.metrics.metrics import psnr, ssim
+from corun_ray.core.metrics.measure import psnr, ssim
 
 
 def photograph(height_px: int = 40, width_px: int = 56) -> Tensor:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core.training.mixup import mixup
-from corun_ray.core.training.steps import SyntheticBatch
+from corun_ray.core.training.steps import SyntheticBatch, mixup
 
 COUNT = 6
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.core.tensorfile import RECORD_KEY
 from corun_ray.core.training import checkpoints
 from corun_ray.core.training.checkpoints import (
     NETWORK_FILE,
@@ -25,6 +24,7 @@ from corun_ray.core.training.checkpoints import (
     save_run,
 )
 from corun_ray.core.training.state import TrainState
+from corun_ray.core.weights import RECORD_KEY
 from tests.core.test_checkpoints import Intruder, corun_spec, random_network, train
 
 EXTRA = {"pool_snapshot": "step-3", "seed": 7}

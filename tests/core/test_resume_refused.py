@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corun_ray.core.networks.build import NetworkSpec
-from corun_ray.core.tensorfile import RECORD_KEY
 from corun_ray.core.training.checkpoints import TRAINING_FILE, CheckpointError, load_run, read_record
 from corun_ray.core.training.state import TrainState
+from corun_ray.core.weights import RECORD_KEY
 from tests.core.test_checkpoints import Intruder, corun_spec, random_network
 from tests.core.test_resume import GAIN, assert_equal_states, rewrite, save_three_steps
 

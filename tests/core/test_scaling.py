@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from corun_ray.bench.collectives import Layout, Link
 from corun_ray.bench.scaling_model import (
     SHARD_S_PER_LABEL,
+    Layout,
+    Link,
     Pool,
     WorkerStep,
     fullest,

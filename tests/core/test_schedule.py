@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from corun_ray.core.training.schedule import Cycle, learning_rate
+from corun_ray.core.training.state import Cycle, learning_rate
 
 PUBLISHED = [Cycle(50_000, 5e-5, 1e-6)]
 RESTARTS = [Cycle(10, 1.0, 0.2), Cycle(20, 0.5, 0.1)]

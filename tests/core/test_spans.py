@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from corun_ray.core.spans import SpanTimes, span
-from corun_ray.core.timing import PhaseTimes
+from corun_ray.core.timing import PhaseTimes, SpanTimes, span
 
 CPU = torch.device("cpu")
 

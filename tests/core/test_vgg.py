@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corun_ray.core.training.vgg import LAYER_WEIGHTS, Vgg19Features, load_vgg19
+from corun_ray.core.training.losses import LAYER_WEIGHTS, Vgg19Features, load_vgg19
 from corun_ray.core.weights import WeightsError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from corun_ray.core.training.checkpoints import load_network, read_record
 from corun_ray.core.training.labels import supersedes
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.poolrecords import Head
+from corun_ray.service.pool.index import Head
 from corun_ray.service.runs.record import RUN_FILE
 from corun_ray.service.storage import Location
 from corun_ray.service.train.recovery import STATE_FILE

@@ -1,6 +1,6 @@
 """Which images of a batch go together."""
 
-from corun_ray.service.serve.batches import groups
+from corun_ray.service.serve.replica import groups
 
 
 def test_images_of_one_size_go_together_in_order():

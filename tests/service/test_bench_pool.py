@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import ray
 
-from corun_ray.bench.label_pool import bench_probe
 from corun_ray.bench.label_pool import load as bench_load
+from corun_ray.bench.label_pool import load as bench_probe
 from corun_ray.bench.label_pool.figures import STEP_S, Save, Settings, Tick, job_of, latency, levels_to
 from corun_ray.bench.label_pool.load import Crew, LabelMaker
 from corun_ray.bench.label_pool.report import as_json, float32_bytes, number, plot, table
 from corun_ray.bench.label_pool.trial import bench_pool
 from corun_ray.core.training.labels import supersedes
-from corun_ray.service.pool.client import start_pool
+from corun_ray.service.pool.client import PoolError, start_pool
 from corun_ray.service.pool.keeper import PoolKeeper
-from corun_ray.service.pool.poollink import PoolError
 from corun_ray.service.storage import locate
 
 MAY_BE_ZERO = {"late_share_of_steps", "object_store_bytes_per_label", "index_bytes_per_label"}

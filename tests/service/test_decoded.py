@@ -10,9 +10,8 @@ import ray
 from corun_ray.core.data.depth import DepthMap
 from corun_ray.service.data.cache import MIB, Decoded, NodeCache, start_cache
 from corun_ray.service.data.manifest import build_manifest
-from corun_ray.service.data.phases import remaining_phases
 from corun_ray.service.data.sample_maker import SampleMaker
-from corun_ray.service.data.stream import batches, split_stream
+from corun_ray.service.data.stream import batches, remaining_phases, split_stream
 from corun_ray.service.train.board import start_board
 from tests.service.jobs import small_job
 

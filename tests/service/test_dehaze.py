@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.config.jobdehaze import Dehaze
 from corun_ray.config.loading import job_of
+from corun_ray.config.tasks import Dehaze
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.networks.build import NetworkSpec

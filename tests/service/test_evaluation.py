@@ -16,10 +16,10 @@ from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference import dark_channel
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.metrics.fade import fade
-from corun_ray.core.metrics.metrics import ssim
+from corun_ray.core.metrics.measure import ssim
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training.checkpoints import save_network
-from corun_ray.service.inference.evaluation import run_evaluation
+from corun_ray.service.inference.evaluate import run_evaluation
 from corun_ray.service.jobs import run_jobs
 from corun_ray.service.storage import StorageError
 from corun_ray.service.telemetry.console import Console

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from corun_ray.core.data.images import BadImage, decode_image, encode_png
-from corun_ray.service.data.jpeg_region import cuttable_sides, decode_region
+from corun_ray.service.data.sample_maker import cuttable_sides, decode_region
 from tests.core.test_images import encode, photograph, with_exif
 
 HEIGHT_PX, WIDTH_PX = 203, 310

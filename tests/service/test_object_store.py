@@ -8,7 +8,7 @@ import boto3
 import pytest
 import ray
 
-from corun_ray.config.jobdehaze import Dehaze
+from corun_ray.config.tasks import Dehaze
 from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service.inference.dehaze import dehaze

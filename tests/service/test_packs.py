@@ -13,8 +13,7 @@ from corun_ray.core.data.images import decode_depth
 from corun_ray.service.check import check_job
 from corun_ray.service.cluster.paths import with_absolute_paths
 from corun_ray.service.data.manifest import ManifestError, build_manifest, images_below
-from corun_ray.service.data.packing import pack, shards_there, write_index, write_shard
-from corun_ray.service.data.packplan import plan_pack
+from corun_ray.service.data.packing import pack, plan_pack, shards_there, write_index, write_shard
 from corun_ray.service.data.packs import INDEX, open_pack
 from corun_ray.service.data.sample_maker import SampleMaker
 from corun_ray.service.pool import snapshots

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from corun_ray.service.data.phases import Layout, Phase, phases, remaining_phases
+from corun_ray.service.data.stream import Layout, Phase, phases, remaining_phases
 from tests.service.jobs import small_job
 
 PROGRESSIVE = [

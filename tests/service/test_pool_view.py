@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core import tensorfile
+from corun_ray.core import weights as tensorfile
 from corun_ray.core.training.checkpoints import TRAINING_FILE
 from corun_ray.core.training.labels import Scores
 from corun_ray.service.pool import segments, snapshots
-from corun_ray.service.pool.poolrecords import Head, PoolCounters, Segment
+from corun_ray.service.pool.index import Head, PoolCounters, Segment
 from corun_ray.service.pool.source import find
 from corun_ray.service.pool.summary import (
     Change,

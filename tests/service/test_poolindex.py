@@ -5,8 +5,7 @@ import pytest
 
 from corun_ray.core.training.labels import Scores, supersedes
 from corun_ray.service.pool import index as poolindex
-from corun_ray.service.pool.index import PoolIndex
-from corun_ray.service.pool.poolrecords import Head, Place
+from corun_ray.service.pool.index import Head, Place, PoolIndex
 
 SIZE = 100
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from corun_ray.service.models.promotion import Record, decide
+from corun_ray.service.models.registry import Record, decide
 
 IMAGES = [f"{i}.png" for i in range(12)]
 HELD_OUT = {"val": "abc"}

@@ -14,13 +14,11 @@ import torch
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.training.checkpoints import load_network
-from corun_ray.service.models.promotion import promote
-from corun_ray.service.models.pull import pull
-from corun_ray.service.models.registry import Registry
-from corun_ray.service.models.sources import ModelSourceError, fetch_model, starting_model
+from corun_ray.service.models.registry import Registry, promote
+from corun_ray.service.models.sources import ModelSourceError, fetch_model, pull, starting_model
 from corun_ray.service.models.tracking import TrackingError
+from corun_ray.service.serve.deployment import identify
 from corun_ray.service.serve.messages import Served
-from corun_ray.service.serve.serving import identify
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
 from tests.conftest import free_port, wait_for

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from corun_ray.core import tensorfile
+from corun_ray.core import weights as tensorfile
 from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service.pool import snapshots
 from corun_ray.service.runs.record import folder_name, last_run, steps_saved

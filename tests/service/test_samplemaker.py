@@ -7,9 +7,15 @@ import pytest
 from corun_ray.core.data import augment
 from corun_ray.core.data.images import decode_image
 from corun_ray.service.data import sample_maker as samplemaker
-from corun_ray.service.data.jpeg_region import decode_region
 from corun_ray.service.data.manifest import Manifest, build_manifest
-from corun_ray.service.data.sample_maker import CLEAR, HAZY, SampleMaker, TooManyBadFiles, image_of_sample
+from corun_ray.service.data.sample_maker import (
+    CLEAR,
+    HAZY,
+    SampleMaker,
+    TooManyBadFiles,
+    decode_region,
+    image_of_sample,
+)
 from tests.conftest import write_image
 from tests.service.jobs import small_job
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from corun_ray.core.scoring.daclip import DACLIP_FILE
-from corun_ray.core.training.vgg import VGG_FILE
+from corun_ray.core.training.losses import VGG_FILE
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.check import check_job
 from corun_ray.service.telemetry.console import Console

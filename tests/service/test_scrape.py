@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from corun_ray.config.jobdehaze import Dehaze
+from corun_ray.config.tasks import Dehaze
 from corun_ray.service.inference.dehaze import dehaze
 from corun_ray.service.models.sources import fetch_model
 from corun_ray.service.models.tracking import tracking_uri

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from corun_ray.service.pool import segments
-from corun_ray.service.pool.poolrecords import Head
+from corun_ray.service.pool.index import Head
 from corun_ray.service.storage import StorageError, locate
 from tests.service.labels import assert_equal, photo_label
 

@@ -20,8 +20,8 @@ from ray import serve
 from corun_ray.core.data.images import decode_pixels
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.service.inference.photos import Photo, read_photo, write_photo
+from corun_ray.service.serve.deployment import identify
 from corun_ray.service.serve.messages import Served
-from corun_ray.service.serve.serving import identify
 from tests.conftest import photograph, write_image
 from tests.service.bad_uploads import bad_uploads
 from tests.service.serve_requests import ask

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from corun_ray.core.scoring.coherence import BlockScores, Coherence
-from corun_ray.service.train.shared_ratings import SharedCoherence, shares
+from corun_ray.service.train.coherence import SharedCoherence, shares
 from corun_ray.service.train.worker import Worker
 from tests.service.jobs import small_job
 

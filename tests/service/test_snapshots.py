@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from corun_ray.service.pool import segments, snapshots
-from corun_ray.service.pool.poolrecords import PoolCounters, Segment
+from corun_ray.service.pool.index import PoolCounters, Segment
 from corun_ray.service.storage import StorageError, locate
 from tests.service.labels import label
 

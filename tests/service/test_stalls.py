@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from corun_ray.service.train.stalls import NodeWatch, Stalls
+from corun_ray.service.train.follower import NodeWatch, Stalls
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import pytest
 import ray
 
 from corun_ray.service.data.manifest import build_manifest
-from corun_ray.service.data.phases import Layout, remaining_phases
-from corun_ray.service.data.stream import batches, split_stream
+from corun_ray.service.data.stream import Layout, batches, remaining_phases, split_stream
 from corun_ray.service.train.board import start_board
 from tests.service.jobs import small_job
 

@@ -9,13 +9,13 @@ import torch
 
 from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.service.pool.client import ReadWaits
-from corun_ray.service.pool.pool_telemetry import PoolTelemetry
-from corun_ray.service.pool.poolrecords import PoolCounters
+from corun_ray.service.pool.index import PoolCounters
+from corun_ray.service.pool.shard import PoolTelemetry
 from corun_ray.service.telemetry import prometheus as telemetry
 from corun_ray.service.telemetry.prometheus import DECLARED, Metric, Recorder
 from corun_ray.service.train.coherence import Stopwatch, TimedCoherence
+from corun_ray.service.train.follower import RunTelemetry
 from corun_ray.service.train.meter import WorkerTelemetry
-from corun_ray.service.train.run_telemetry import RunTelemetry
 
 LABELS = {"job_name": "j", "kind": "colabator", "run": "j-1"}
 

@@ -11,8 +11,7 @@ import torch
 from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service.models.sources import ModelSourceError, fetch_model
 from corun_ray.service.pool import snapshots
-from corun_ray.service.runs.examples import pictured_steps
-from corun_ray.service.runs.held_out import ValidationLog
+from corun_ray.service.runs.held_out import ValidationLog, pictured_steps
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import JobFailed, prepare, run_training

@@ -7,8 +7,16 @@ import cv2
 import numpy as np
 import pytest
 
-from corun_ray.service.serve.image_headers import ImageHeader, read_header
-from corun_ray.service.serve.uploads import Limits, Refused, check_headers, check_image, read_body, wanted_suffix
+from corun_ray.service.serve.uploads import (
+    ImageHeader,
+    Limits,
+    Refused,
+    check_headers,
+    check_image,
+    read_body,
+    read_header,
+    wanted_suffix,
+)
 from tests.service.bad_uploads import bad_uploads, encoded, png, tiff, webp_of_size
 
 LIMITS = Limits(max_upload_mib=1, max_megapixels=25, min_side_px=16)

@@ -11,7 +11,7 @@ from torch import nn
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.pictures import GAP_PX, HEADING_PX
 from corun_ray.core.inference.restore import to_tensor
-from corun_ray.core.metrics.metrics import psnr
+from corun_ray.core.metrics.measure import psnr
 from corun_ray.core.networks.corun import Restoration
 from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.training.labels import LocalPool

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from corun_ray.bench.label_pool import bench_probe
+from corun_ray.bench.label_pool import load as bench_probe
 from corun_ray.bench.label_pool.figures import (
     STEP_S,
     Job,

@@ -3,16 +3,38 @@
 Twelve statistics of every 8 x 8 patch are compared with two Gaussian models, one of fog-free and one of
 foggy photographs (`fade_model`). The further from the fog-free one and the nearer to the foggy one, the
 higher the score. 0.3 is a clear day, 1 a haze, 5 a dense fog.
-"""
 
+
+The two patch models of FADE as its authors published them (notice in `NOTICE`)."""
+
+import json
 import math
+from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corun_ray.core.metrics.fade_model import NUM_FEATURES, PatchModel, load_patch_models
+NUM_FEATURES = 12
+
+
+@dataclass(frozen=True)
+class PatchModel:
+    """A Gaussian over the log features of 8 x 8 patches: mean of 12, covariance 12 x 12."""
+
+    mean: list[float]
+    covariance: list[list[float]]
+
+
+@cache
+def load_patch_models() -> tuple[PatchModel, PatchModel]:
+    """The model of fog-free and that of foggy photographs (Choi, You, Bovik, IEEE TIP 2015)."""
+    text = resources.files("corun_ray.core.metrics").joinpath("fade_models.json").read_text()
+    models = json.loads(text)
+    return PatchModel(**models["fogfree"]), PatchModel(**models["foggy"])
+
 
 PATCH_PX = 8
 MIN_SIDE_PX = 16  # the contrast filter extends an image by ten of its own rows

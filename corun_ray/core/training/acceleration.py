@@ -1,7 +1,15 @@
-"""Memory that a process keeps, for steps that ask for the same amounts again and again."""
+"""Memory that a process keeps, for steps that ask for the same amounts again and again.
+
+torch.compile as this project uses it."""
 
 import ctypes
 import sys
+from typing import cast
+
+import torch
+from torch import nn
+
+from corun_ray.core.networks.corun import CORUN
 
 # What `mallopt` can set, as malloc.h numbers it.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -19,3 +27,13 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_MAX, 0)
         libc.mallopt(_TRIM_THRESHOLD, _NEVER)
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """The same network, compiled at its first call and again for other sizes; CORUN as one graph without a break.
+
+    Raises torch's own errors at the first call where the network cannot be compiled.
+    """
+    # Left to itself, torch 2.14 turns what enters the backward pass of a depthwise convolution into another layout.
+    layout = {"force_layout_optimization": True}
+    return cast(nn.Module, torch.compile(network, fullgraph=isinstance(network, CORUN), options={**layout}))

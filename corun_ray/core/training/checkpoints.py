@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core import tensorfile
+from corun_ray.core import weights as tensorfile
 from corun_ray.core.errors import UserError
 from corun_ray.core.networks.build import build
 from corun_ray.core.networks.spandrel import recognise

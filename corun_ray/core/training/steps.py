@@ -2,7 +2,9 @@
 
 Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, sections 3.2 and 3.3. What follows a loss (backward,
 optimizer, EMA) is the same for both and lives in `state`.
-"""
+
+
+Mixup of synthetic or paired batches (Zhang et al., ICLR 2018)."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from corun_ray.core.choices import Encoding
 from corun_ray.core.networks.corun import Restoration, as_restoration
 from corun_ray.core.scoring.coherence import BlockScores, Coherence
-from corun_ray.core.spans import span
+from corun_ray.core.timing import span
 from corun_ray.core.training.labels import Label, LabelPool, Scores, decode, encode, supersedes
 from corun_ray.core.training.losses import Losses
 
@@ -175,3 +177,21 @@ def _split(restoration: Restoration, count: int) -> tuple[Restoration, Restorati
     if transmission is None:
         return Restoration(scene[:count], None), Restoration(scene[count:], None)
     return Restoration(scene[:count], transmission[:count]), Restoration(scene[count:], transmission[count:])
+
+
+def mixup(batch: SyntheticBatch, alpha: float, generator_seed: Sequence[int]) -> SyntheticBatch:
+    """Every image and its truth, mixed alike with another pair of the batch (or, by chance, with themselves).
+
+    Each image draws its own share of itself from Beta(`alpha`, `alpha`), `alpha` above 0. `generator_seed` is numbers
+    of 0 and above (the run's seed, the step, the rank); equal ones mix equally.
+    """
+    generator = np.random.default_rng(generator_seed)
+    count = len(batch.hazy)
+    share = torch.from_numpy(generator.beta(alpha, alpha, count).astype(np.float32)).view(-1, 1, 1, 1)
+    partner = torch.from_numpy(generator.permutation(count))
+    share, partner = share.to(batch.hazy.device), partner.to(batch.hazy.device)
+
+    def mix(images: Tensor) -> Tensor:
+        return share * images + (1 - share) * images[partner]
+
+    return SyntheticBatch(mix(batch.hazy), mix(batch.clear))

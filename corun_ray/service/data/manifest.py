@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from pyarrow.fs import FileInfo
 
-from corun_ray.config.jobdata import Paired
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
+from corun_ray.config.training import Paired
 from corun_ray.core.errors import UserError
 from corun_ray.service.data.packs import Pack, is_pack, open_pack
 from corun_ray.service.storage import locate

@@ -25,8 +25,7 @@ from corun_ray.service.cluster.gpus import gpus_of_driver
 from corun_ray.service.doctor.places import Outcome, hurry, try_storage
 from corun_ray.service.errors import root_cause
 from corun_ray.service.storage import Location, StorageError
-from corun_ray.service.train.launch import reasons, scaling
-from corun_ray.service.train.process_group import NodeTorchConfig
+from corun_ray.service.train.launch import NodeTorchConfig, reasons, scaling
 
 T = TypeVar("T")
 ANSWER_S = 60.0

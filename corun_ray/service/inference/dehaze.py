@@ -13,8 +13,8 @@ import torch
 from ray.data import DataContext
 from torch import Tensor
 
-from corun_ray.config.jobdehaze import Dehaze
 from corun_ray.config.jobs import DehazeJob
+from corun_ray.config.tasks import Dehaze
 from corun_ray.core.data.images import BadImage, encode_png
 from corun_ray.core.inference.memory import within
 from corun_ray.core.inference.pictures import grid, stage_rows

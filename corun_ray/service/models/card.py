@@ -14,11 +14,9 @@ from corun_ray.core.inference.pictures import grid, thumbnail
 from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.service.data.manifest import HeldOutSet, held_out_sets
 from corun_ray.service.models.flavor import CARD_FILE
-from corun_ray.service.models.promotion import HELD_OUT_TAG
-from corun_ray.service.models.registry import SUMMARY_TAG, About
+from corun_ray.service.models.registry import HELD_OUT_TAG, SUMMARY_TAG, About
 from corun_ray.service.report.statistics import interval_of
-from corun_ray.service.runs.examples import examples_at
-from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog
+from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog, examples_at
 from corun_ray.service.runs.record import JOB_FILE
 from corun_ray.service.storage import Location
 

@@ -1,6 +1,9 @@
-"""Models: what a job starts from, and what a source names (an MLflow URI, a checkpoint folder or URI, a file)."""
+"""Models: what a job starts from, and what a source names (an MLflow URI, a checkpoint folder or URI, a file).
+
+A model as plain files: weights, configuration, and its card."""
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +15,16 @@ from torch import Tensor, nn
 from corun_ray.config.jobs import TrainingJob
 from corun_ray.core.errors import UserError
 from corun_ray.core.networks.build import NetworkError, NetworkSpec, build, probe
-from corun_ray.core.training.checkpoints import CheckpointError, LoadedNetwork, load_network, load_params, read_spec
+from corun_ray.core.training.checkpoints import (
+    CheckpointError,
+    LoadedNetwork,
+    load_network,
+    load_params,
+    read_spec,
+    save_model,
+)
 from corun_ray.service.models import user_code as usercode
+from corun_ray.service.models.flavor import ABOUT
 from corun_ray.service.models.registry import download_model
 from corun_ray.service.models.tracking import TrackingError, tracking_uri
 from corun_ray.service.models.user_code import Code
@@ -140,3 +151,21 @@ def fetched(source: str, tracking: str) -> Iterator[Path]:
         except (TrackingError, StorageError) as error:
             raise ModelSourceError(str(error)) from None
         yield path
+
+
+def pull(source: str, folder: Path, tracking: str) -> list[Path]:
+    """Writes the model that `source` names into a new or empty folder; returns the files.
+
+    The code of a class of a user's own comes along. Raises `ModelSourceError`.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelSourceError(f"{folder}: exists and is not empty (a new or empty folder was expected)")
+    with fetched(source, tracking) as path:
+        loaded, code = load(source, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(folder, loaded)
+        usercode.write(code, folder)
+        about = path.parent.parent / ABOUT
+        if about.is_dir():
+            shutil.copytree(about, folder, dirs_exist_ok=True)
+    return sorted(path for path in folder.rglob("*") if path.is_file())

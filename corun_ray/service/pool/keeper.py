@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.poollink import RETURN_TIMEOUT_S, Call, PoolError, insist
+from corun_ray.service.pool.client import RETURN_TIMEOUT_S, Call, PoolError, insist
 from corun_ray.service.pool.shard import PartOfSave
 from corun_ray.service.storage import Location
 

@@ -3,8 +3,11 @@
 A segment `NAME.parquet` holds whole labels, a row each; `NAME.index.parquet` the same rows without images, so that a
 pool's index is read without its images. Images are raw little-endian bytes, C order, in rows of their own `height_px`,
 `width_px` and `dtype`. Nothing in them is ever executed, and sizes are checked before use.
-"""
 
+
+Reads single labels back from segments: an actor beside its shard, so that a read costs no start of a process."""
+
+import functools
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corun_ray.core.training.labels import Label, Scores
-from corun_ray.service.pool.poolrecords import Head
-from corun_ray.service.storage import Location, StorageError
+from corun_ray.service.pool import segments
+from corun_ray.service.pool.index import Head
+from corun_ray.service.storage import Location, StorageError, locate
 
 ROWS_PER_GROUP = 4
 """Labels that have to be read to read one."""
@@ -163,3 +167,23 @@ def _array(row: dict, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarr
     if len(row[name]) != expected:
         raise ValueError(f"{row['key']}: {name} of {len(row[name])} bytes, expected {expected}")
     return np.frombuffer(row[name], dtype).reshape(shape)
+
+
+READS_AT_ONCE = 8
+"""Of one reader; enough to have several requests to an object store under way."""
+FOOTERS = 256
+"""Segments whose footers are remembered: of 131,072 labels, and 360 MB at most."""
+
+
+class SegmentReader:
+    """Labels of the segments in one folder. No file stays open, so that a deleted segment takes no room on a disk."""
+
+    def __init__(self, folder_uri: str) -> None:
+        self._folder = locate(folder_uri)
+        self._footer = functools.lru_cache(FOOTERS)(functools.partial(segments.read_footer, self._folder))
+
+    def read(self, segment: str, row: int) -> Label:
+        """One label; raises `StorageError`."""
+        footer: pq.FileMetaData = self._footer(segment)
+        (label,) = segments.read_labels(self._folder, segment, [row], footer)
+        return label

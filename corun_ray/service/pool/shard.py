@@ -3,7 +3,9 @@
 The actor puts each label into the object store itself and so owns it: labels outlive the worker that made them, are
 read in place on a node, pulled between nodes, and spilled to disk by Ray where memory runs out. Segments are written by
 tasks, labels read back from them by an actor of its own; the shard only answers.
-"""
+
+
+The metrics of one shard of the label pool, from the counters that it keeps anyway."""
 
 import functools
 import hashlib
@@ -18,13 +20,43 @@ import ray
 
 from corun_ray.core.training.labels import Label
 from corun_ray.service.pool import segments, snapshots
-from corun_ray.service.pool.index import PoolIndex
-from corun_ray.service.pool.pool_telemetry import PoolTelemetry
-from corun_ray.service.pool.poolrecords import Entry, Frozen, Head, Part, Place, PoolCounters, Segment
-from corun_ray.service.pool.segmentreader import READS_AT_ONCE, SegmentReader
+from corun_ray.service.pool.index import Entry, Frozen, Head, Part, Place, PoolCounters, PoolIndex, Segment
+from corun_ray.service.pool.segments import READS_AT_ONCE, SegmentReader
 from corun_ray.service.storage import Location, StorageError, locate
+from corun_ray.service.telemetry import prometheus as telemetry
 from corun_ray.service.telemetry.logs import Log
-from corun_ray.service.telemetry.prometheus import NO_JOB
+from corun_ray.service.telemetry.prometheus import NO_JOB, Metric, Recorder
+
+
+class PoolTelemetry:
+    """Tells what a shard counts."""
+
+    def __init__(self, labels: Mapping[str, str], number: int) -> None:
+        self._recorder = Recorder(labels, shard=str(number))
+
+    def tell(self, counters: PoolCounters) -> None:
+        """The shard as of now."""
+        self._recorder.set(telemetry.POOL_LABELS, counters.labels)
+        self._recorder.set(telemetry.POOL_BYTES, counters.resident_bytes)
+        for metric, total in _totals(counters).items():
+            self._recorder.advance(metric, total)
+
+    def restored(self, counters: PoolCounters) -> None:
+        """The shard goes on counting from here; what was counted before has been told by others."""
+        for metric, total in _totals(counters).items():
+            self._recorder.skip(metric, total)
+        self._recorder.add(telemetry.POOL_RESTORES)
+        self.tell(counters)
+
+
+def _totals(counters: PoolCounters) -> dict[Metric, int]:
+    return {
+        telemetry.POOL_OFFERS: counters.offers,
+        telemetry.POOL_WINS: counters.wins,
+        telemetry.POOL_READS: counters.reads,
+        telemetry.POOL_HITS: counters.hits,
+    }
+
 
 LABELS_AT_ONCE = 32
 """Labels that a writing task has in memory beside the segment that it makes."""

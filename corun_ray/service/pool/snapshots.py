@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from corun_ray.core.training.labels import Label
 from corun_ray.service.pool import segments
-from corun_ray.service.pool.poolrecords import Head, Place, PoolCounters, Segment
+from corun_ray.service.pool.index import Head, Place, PoolCounters, Segment
 from corun_ray.service.storage import Location, StorageError
 
 CURRENT_FILE = "current.json"

@@ -13,7 +13,7 @@ from corun_ray.config.jobs import ColabatorJob
 from corun_ray.config.loading import JobFileError, load_jobs
 from corun_ray.core.training.labels import Label
 from corun_ray.service.pool import segments, snapshots
-from corun_ray.service.pool.poolrecords import Head, Place
+from corun_ray.service.pool.index import Head, Place
 from corun_ray.service.pool.snapshots import Snapshot
 from corun_ray.service.runs.record import JOB_FILE, POOL_FOLDER, folder_name, step_of_folder, steps_saved
 from corun_ray.service.storage import Location, StorageError, locate

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.poolrecords import Head
+from corun_ray.service.pool.index import Head
 from corun_ray.service.pool.source import ImageKind, Index, Source, snapshots_in
 
 SCORE_BINS = 10

@@ -1,12 +1,14 @@
-"""A replica of the served model: decodes, restores in batches, encodes; its event loop is never kept busy."""
+"""A replica of the served model: decodes, restores in batches, encodes; its event loop is never kept busy.
+
+Which images of a batch are restored together."""
 
 import asyncio
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from ray import serve
@@ -16,9 +18,23 @@ from corun_ray.core.inference.memory import images_at_once, within
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.service.inference.photos import Pixels, read_photo, write_photo
 from corun_ray.service.inference.restorers import Restorers
-from corun_ray.service.serve.batches import groups
 from corun_ray.service.serve.messages import Alive, Dehazed
 from corun_ray.service.serve.uploads import Refused
+
+Size = TypeVar("Size", bound=Hashable)
+
+
+def groups(sizes: Sequence[Size], at_once: Callable[[Size], int]) -> list[list[int]]:
+    """Positions of images of one size, in order, at most `at_once` of them in a group; the first come first."""
+    by_size: dict[Size, list[int]] = {}
+    for position, size in enumerate(sizes):
+        by_size.setdefault(size, []).append(position)
+    found = []
+    for size, positions in by_size.items():
+        most = at_once(size)
+        found += [positions[start : start + most] for start in range(0, len(positions), most)]
+    return sorted(found)
+
 
 log = logging.getLogger(__name__)
 Outcome = Dehazed | Refused

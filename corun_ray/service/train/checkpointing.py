@@ -3,7 +3,9 @@
 The pool's content and a copy of the state are fixed while all ranks stand still; segments, snapshot and checkpoint are
 then written in the background, in this order, and Ray Train takes note of the checkpoint last. A crash on the way
 leaves the last good one.
-"""
+
+
+Notices that nodes are about to be taken away, as all ranks of a training learn of them."""
 
 import contextlib
 import tempfile
@@ -22,9 +24,8 @@ from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.training import checkpoints
 from corun_ray.core.training.state import TrainState
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.client import PoolClient
+from corun_ray.service.pool.client import PoolClient, PoolError
 from corun_ray.service.pool.keeper import PoolKeeper
-from corun_ray.service.pool.poollink import PoolError
 from corun_ray.service.pool.shard import PartOfSave
 from corun_ray.service.runs.record import folder_name, step_of_folder, steps_saved
 from corun_ray.service.storage import Location, StorageError
@@ -112,3 +113,29 @@ class Saver:
         self._log.info("checkpoint saved", step=step, seconds=round(time.monotonic() - started_s, 3))
         self._board.post_saved.remote(step)
         return persisted
+
+
+PREEMPTION_EVERY = 5
+"""Steps between two looks for notices; each is a round trip of all ranks."""
+
+
+class PreemptionWatch:
+    """One rank's part in looking; rank 0 passes news on to the driver."""
+
+    def __init__(self, rank: int, board: Any, log: Log) -> None:
+        self._rank, self._board, self._log = rank, board, log
+        self._nodes: list[str] = []
+
+    def is_due(self, step: int) -> bool:
+        """Whether a preemption has been announced since the last look; all ranks learn the same."""
+        if step % PREEMPTION_EVERY:
+            return False
+        info = ray.train.get_preemption_info()
+        is_news = info is not None and info.preempted_node_ids != self._nodes
+        if info is not None:
+            self._nodes = info.preempted_node_ids
+        if is_news and self._rank == 0:
+            self._log.warning("preemption announced", step=step, nodes=self._nodes)
+            text = f"{len(self._nodes)} of the workers' nodes will be taken away: saving step {step}"
+            self._board.post_note.remote(text)
+        return is_news

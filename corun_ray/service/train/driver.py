@@ -1,24 +1,32 @@
-"""A pre-training or Colabator job, seen from the driver: prepare, train on Ray, register."""
+"""A pre-training or Colabator job, seen from the driver: prepare, train on Ray, register.
 
+What a training leaves when its last step is done: a report, a model, and a version in the registry."""
+
+import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.train import Result
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.loading import dump_job
 from corun_ray.service.cluster import connect as cluster
 from corun_ray.service.data.cache import start_cache
 from corun_ray.service.data.manifest import Manifest, build_manifest, held_out_sets
-from corun_ray.service.data.phases import phases
+from corun_ray.service.data.stream import phases
 from corun_ray.service.errors import JobFailed
+from corun_ray.service.models.card import about_model
+from corun_ray.service.models.registry import log_model, register
 from corun_ray.service.models.sources import Model, starting_model
 from corun_ray.service.models.tracking import Tracker
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.client import start_pool
-from corun_ray.service.pool.poollink import PoolError
+from corun_ray.service.pool.client import PoolError, start_pool
 from corun_ray.service.report.page import REPORT_FILE
+from corun_ray.service.runs.held_out import ValidationLog
 from corun_ray.service.runs.record import (
     JOB_FILE,
     POOL_FOLDER,
@@ -28,16 +36,51 @@ from corun_ray.service.runs.record import (
     steps_saved,
     write_record,
 )
-from corun_ray.service.storage import Location, StorageError
+from corun_ray.service.storage import Location, StorageError, locate
 from corun_ray.service.telemetry.console import Console, duration
 from corun_ray.service.telemetry.prometheus import labels_of
 from corun_ray.service.train.board import start_board
 from corun_ray.service.train.follower import Follower, Listener
 from corun_ray.service.train.launch import fit
-from corun_ray.service.train.outcome import Session, keep_outcome
 from corun_ray.service.train.plan import WorkerPlan
 from corun_ray.service.train.recovery import last_step
+from corun_ray.service.train.report import training_report
 from corun_ray.service.weights.needed import check_scoring
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a training job has in hand once all that it needs is there."""
+
+    job: TrainingJob
+    manifest: Manifest
+    model: Model
+    """What it starts from."""
+    run: Location
+    record: RunRecord
+    tracker: Tracker
+    facts: Mapping[str, str]
+    """What it tells at its begin."""
+
+
+def keep_outcome(session: Session, result: Result, log: ValidationLog) -> str:
+    """Writes the report, logs the model and registers it where the job gives a name; returns its URI.
+
+    Raises `StorageError`, and `JobFailed` for a training without a checkpoint.
+    """
+    job, run, tracker = session.job, session.run, session.tracker
+    if result.checkpoint is None:
+        raise JobFailed("training ended without a checkpoint")
+    saved = Location(result.checkpoint.path, locate(job.storage).filesystem, result.checkpoint.path)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = saved.download(Path(folder))
+        report = training_report(job, run, checkpoint, session.facts, tracker.curves(), log)
+        run.child(REPORT_FILE).write(report)
+        tracker.file(REPORT_FILE, report)
+        about = about_model(job, session.model.spec, session.record.data, run, log)
+        model_uri = log_model(tracker.uri, checkpoint, session.model.code, about)
+    return model_uri if job.tracking.register is None else register(tracker.uri, model_uri, job.tracking.register)
+
 
 NAMED_BAD_FILES = 10
 

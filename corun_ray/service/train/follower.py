@@ -1,4 +1,11 @@
-"""Following a training job from the driver: the board's news, passed on to the console, MLflow and the run's folder."""
+"""Following a training job from the driver: the board's news, passed on to the console, MLflow and the run's folder.
+
+Steps that stay away: when the person who watches is told, and what the cluster knows of its nodes then.
+
+A worker, a link, the data or the storage may be slow or gone for a while, and a run that waits for them looks like one
+that hangs.
+
+The metrics of a run as its driver knows them: the values that go to MLflow, and what went wrong."""
 
 import threading
 import time
@@ -10,16 +17,112 @@ import ray
 from corun_ray.config.jobs import TrainingJob
 from corun_ray.service.errors import root_cause
 from corun_ray.service.models.tracking import Tracker
-from corun_ray.service.runs.examples import EXAMPLES, HAZY_PICTURE, picture_name
-from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog
+from corun_ray.service.runs.held_out import EXAMPLES, HAZY_PICTURE, VALIDATION_FILE, ValidationLog, picture_name
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry import prometheus as telemetry
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.telemetry.logs import Log
+from corun_ray.service.telemetry.prometheus import Metric, Recorder
 from corun_ray.service.train.board import Attempt, News
-from corun_ray.service.train.gallery import Measured
-from corun_ray.service.train.run_telemetry import RunTelemetry
-from corun_ray.service.train.stalls import NodeWatch, Stalls
+from corun_ray.service.train.validation import Measured
+
+FIRST_PATIENCE_S = 15.0
+PATIENCE_GROWS = 2.0
+Clock = Callable[[], float]
+
+
+class NodeWatch:
+    """The cluster's nodes, by what Ray says of them, against those that it had at first."""
+
+    def __init__(self) -> None:
+        self._at_first = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    def __call__(self) -> str:
+        """How many there are, and which are lost."""
+        nodes = ray.nodes()
+        alive = [node["NodeManagerAddress"] for node in nodes if node["Alive"]]
+        dead = (node["NodeManagerAddress"] for node in nodes if not node["Alive"] and node["NodeID"] in self._at_first)
+        lost = sorted(address for address in dead if address not in alive)
+        text = f"{len(alive)} node{'s' * (len(alive) != 1)} in the cluster"
+        return f"{text}, lost: {', '.join(lost)}" if lost else text
+
+
+class Stalls:
+    """Pauses between two steps. Told of are those twice as long as any before, from `FIRST_PATIENCE_S` on: a job whose
+    steps or validations take long says so once. While one lasts, it is told of again when it is twice as long, and
+    when there is news of the nodes.
+    """
+
+    def __init__(self, nodes: Callable[[], str], clock: Clock = time.monotonic) -> None:
+        self._nodes, self._clock = nodes, clock
+        self._step, self._since_s = 0, clock()
+        self._patience_s = FIRST_PATIENCE_S
+        self._next_s = FIRST_PATIENCE_S
+        self._told: str | None = None
+        """What was said of the nodes last, in this pause."""
+
+    def look(self, step: int) -> str | None:
+        """What there is to say now that so many steps are done; before the first one, nothing."""
+        paused_s = self._clock() - self._since_s
+        if step != self._step:
+            text = f"steps go on after {paused_s:.0f} s" if self._told else None
+            if self._step:
+                self._patience_s = max(self._patience_s, PATIENCE_GROWS * paused_s)
+            self._step, self._since_s = step, self._clock()
+            self._next_s, self._told = self._patience_s, None
+            return text
+        is_due = paused_s >= self._next_s
+        if step == 0 or not (is_due or self._told):
+            return None
+        nodes = self._nodes()
+        if not is_due and nodes == self._told:
+            return None
+        if is_due:
+            self._next_s = PATIENCE_GROWS * paused_s
+        self._told = nodes
+        return f"no step for {paused_s:.0f} s after step {step} ({nodes})"
+
+
+Held = dict[tuple[Metric, tuple[tuple[str, str], ...]], float]
+"""Values by metric and labels."""
+OF_METRICS = {
+    "optim/lr": telemetry.LEARNING_RATE,
+    "pool/win_rate": telemetry.WIN_RATIO,
+    "pool/trust": telemetry.TRUST_RATIO,
+}
+"""MLflow's names of metrics that are gauges of their own here."""
+
+
+class RunTelemetry:
+    """Gauges that keep their last value as long as `refresh` is called now and then."""
+
+    def __init__(self, labels: Mapping[str, str], steps: int) -> None:
+        self._recorder = Recorder(labels)
+        self._held: Held = {}
+        self.hold(telemetry.STEPS_PLANNED, steps)
+        for metric in (telemetry.RESTARTS, telemetry.FAILED_WRITES):
+            self.hold(metric, 0)
+
+    def hold(self, metric: Metric, value: float, /, **labels: str) -> None:
+        """The value of a gauge from now on."""
+        self._held[metric, tuple(labels.items())] = value
+
+    def hold_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Those of metrics under MLflow's names that have gauges."""
+        for name, value in metrics.items():
+            first, _, last = name.rpartition("/")
+            if name in OF_METRICS:
+                self.hold(OF_METRICS[name], value)
+            elif first == "loss":
+                self.hold(telemetry.LOSS, value, term=last)
+            elif first == "val" or first.startswith("val/"):
+                self.hold(telemetry.VALIDATION, value, set=first, metric=last)
+
+    def refresh(self) -> None:
+        """Sets all gauges again."""
+        for (metric, labels), value in self._held.items():
+            self._recorder.set(metric, value, **dict(labels))
+
 
 POLL_S = 0.5
 Listener = Callable[[int, Mapping[str, float]], None]

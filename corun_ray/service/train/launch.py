@@ -1,11 +1,21 @@
-"""Ray Train around the worker loop: how many workers, what is retried, and what a failure means for a person."""
+"""Ray Train around the worker loop: how many workers, what is retried, and what a failure means for a person.
+
+torch.distributed between workers on several machines: over the network by which Ray's nodes know each other.
+
+gloo, which carries gradients where there are no GPUs, asks for the address of its machine's own name. On many machines
+that is a loopback (Debian's `/etc/hosts` says 127.0.1.1), where no other machine can reach it: workers would wait for
+each other until they time out. NCCL looks for interfaces by itself and needs no help."""
 
 import functools
-from dataclasses import replace
+import os
+from dataclasses import dataclass, replace
 
+import psutil
+import ray.util
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
@@ -14,9 +24,39 @@ from corun_ray.service.errors import JobFailed, root_cause
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.plan import WorkerPlan
-from corun_ray.service.train.process_group import NodeTorchConfig
 from corun_ray.service.train.recovery import start_from
 from corun_ray.service.train.worker import train_worker
+
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+
+
+@dataclass
+class NodeTorchConfig(TorchConfig):
+    """Ray Train's own set-up of the process group, after each worker has been told its interface."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _NodeBackend
+
+
+class _NodeBackend(_TorchBackend):
+    def on_start(self, worker_group, backend_config) -> None:  # type: ignore[no-untyped-def]  # as in Ray
+        worker_group.execute(use_interface_of_node)
+        super().on_start(worker_group, backend_config)
+
+
+def use_interface_of_node() -> None:
+    """Names gloo, in this process, the interface of the address by which Ray knows the node.
+
+    What the node's environment says goes first; an address that is on none of its interfaces changes nothing.
+    """
+    if GLOO_INTERFACE in os.environ:
+        return
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in (one.address for one in addresses):
+            os.environ[GLOO_INTERFACE] = name
+            return
 
 
 def fit(plan: WorkerPlan, run: Location, console: Console) -> Result:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.scoring.coherence import Coherence
-from corun_ray.core.training.compiling import compiled
+from corun_ray.core.training.acceleration import compiled
 from corun_ray.core.training.labels import LabelPool
 from corun_ray.core.training.losses import Losses
-from corun_ray.core.training.mixup import mixup
 from corun_ray.core.training.state import TrainState
-from corun_ray.core.training.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, pretraining_step
+from corun_ray.core.training.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, mixup, pretraining_step
 from corun_ray.service.data.sample_maker import Batch
 
 

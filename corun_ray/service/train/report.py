@@ -21,8 +21,7 @@ from corun_ray.service.models.card import code_version
 from corun_ray.service.report.charts import Points, line_chart
 from corun_ray.service.report.page import Charts, Listing, Pictures, Section, Slider, Table, render
 from corun_ray.service.report.statistics import interval_of
-from corun_ray.service.runs.examples import Example, example, pictured_steps, shown_throughout
-from corun_ray.service.runs.held_out import ValidationLog
+from corun_ray.service.runs.held_out import Example, ValidationLog, example, pictured_steps, shown_throughout
 from corun_ray.service.storage import Location
 
 SLIDERS, STEPS_SHOWN, STAGE_IMAGES = 6, 6, 2

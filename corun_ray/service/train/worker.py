@@ -17,26 +17,21 @@ from corun_ray.config.training import Optim
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training import checkpoints
 from corun_ray.core.training.acceleration import keep_freed_memory
-from corun_ray.core.training.schedule import Cycle, learning_rate
-from corun_ray.core.training.state import TrainState
+from corun_ray.core.training.state import Cycle, TrainState, learning_rate
 from corun_ray.service.data.manifest import Manifest
-from corun_ray.service.data.phases import remaining_phases
 from corun_ray.service.data.sample_maker import Batch
-from corun_ray.service.data.stream import batches, split_stream
+from corun_ray.service.data.stream import batches, remaining_phases, split_stream
 from corun_ray.service.models.sources import Model
 from corun_ray.service.pool.client import PoolClient, count
 from corun_ray.service.pool.keeper import PoolKeeper
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.train.board import Attempt
-from corun_ray.service.train.checkpointing import Saver
-from corun_ray.service.train.coherence import TimedCoherence
+from corun_ray.service.train.checkpointing import PreemptionWatch, Saver
+from corun_ray.service.train.coherence import SharedCoherence, TimedCoherence
 from corun_ray.service.train.learner import Learner
-from corun_ray.service.train.meter import WorkerTelemetry
-from corun_ray.service.train.meter_joined import Meter
+from corun_ray.service.train.meter import Meter, WorkerTelemetry
 from corun_ray.service.train.plan import WorkerPlan
-from corun_ray.service.train.preemption import PreemptionWatch
-from corun_ray.service.train.shared_ratings import SharedCoherence
 from corun_ray.service.train.validation import Validator
 from corun_ray.service.weights.needed import build_coherence, build_losses, weights_source
 

@@ -1,4 +1,6 @@
-"""The job of kind `tune`: Ray Tune over keys of a Colabator job, each trial a whole Ray Train run of its own."""
+"""The job of kind `tune`: Ray Tune over keys of a Colabator job, each trial a whole Ray Train run of its own.
+
+What a person sees of a search while it runs."""
 
 import math
 import os
@@ -8,14 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Read by Tune at import: our own lines and MLflow tell of the trials, and a crash must not lose which have ended.
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
-os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-
 import ray
 from ray import tune
+from ray.tune import Callback
 
 from corun_ray.config.jobs import Cluster, TuneJob
 from corun_ray.config.loading import dump_job
@@ -34,7 +31,49 @@ from corun_ray.service.telemetry.console import Console, duration
 from corun_ray.service.train.driver import prepare
 from corun_ray.service.tune.report import Trial, ranked, summary
 from corun_ray.service.tune.trial import TrialPlan, own_values, run_trial
-from corun_ray.service.tune.tune_progress import TrialLines
+
+
+class TrialLines(Callback):
+    """One live line of progress over all trials, and a line for each trial that ends."""
+
+    def __init__(self, console: Console, metric: str, num_trials: int, steps: int) -> None:
+        self._console, self._metric, self._num_trials, self._steps = console, metric, num_trials, steps
+
+    def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        """A trial begins, or goes on with what it did before."""
+        self._console.say(f"  trial {trial} begins" if not trial.last_result else f"  trial {trial} goes on")
+
+    def on_trial_result(self, iteration: int, trials: Sequence[Any], trial: Any, result: dict, **info: Any) -> None:
+        """A trial has validated."""
+        self._progress(trials)
+
+    def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        """A trial has ended, by itself or because it fell behind."""
+        last = trial.last_result
+        how = "ended" if "model" in last else f"stopped at step {last.get('step', 0)}"
+        score = f", {self._metric} {last[self._metric]:.4g}" if self._metric in last else ""
+        self._console.say(f"  trial {trial} {how}{score}")
+        self._progress(trials)
+
+    def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        """A trial has failed; the others go on."""
+        self._console.say(f"  trial {trial} failed")
+        self._progress(trials)
+
+    def _progress(self, trials: Sequence[Any]) -> None:
+        over = [trial for trial in trials if trial.status in ("TERMINATED", "ERROR")]
+        running = [trial for trial in trials if trial.status == "RUNNING"]
+        done = len(over) * self._steps + sum(trial.last_result.get("step", 0) for trial in running if trial not in over)
+        details = [f"{len(over)} of {self._num_trials} trials over", f"{len(running)} running"]
+        self._console.progress(done, self._num_trials * self._steps, "step", details)
+
+
+# Read by Tune at import: our own lines and MLflow tell of the trials, and a crash must not lose which have ended.
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
+os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+
 
 MIB = 2**20
 SEARCH = "search"

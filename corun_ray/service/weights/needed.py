@@ -16,8 +16,7 @@ from corun_ray.core.metrics.measure import load_measure
 from corun_ray.core.scoring.coherence import Coherence, Scorer
 from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
 from corun_ray.core.scoring.quality import load_quality, probe
-from corun_ray.core.training.losses import Losses, LossWeights
-from corun_ray.core.training.vgg import VGG_FILE, load_vgg19
+from corun_ray.core.training.losses import VGG_FILE, Losses, LossWeights, load_vgg19
 from corun_ray.core.weights import WeightsError, WeightsSource, no_weights
 from corun_ray.service.weights.folder import Recorder, WeightsFolder
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from corun_ray.demo.canvas import Camera, Canvas, Paint
+from corun_ray.demo.dataset import KINDS, draw_scene
 from corun_ray.demo.film import nearest_z
 from corun_ray.demo.haze import Fog
 from corun_ray.demo.light import PALETTES, Light
 from corun_ray.demo.noise import Array, Noise
 from corun_ray.demo.plants import Herbarium
 from corun_ray.demo.scene import Scene
-from corun_ray.demo.scenes import KINDS, draw_scene
 from corun_ray.demo.terrain import cast
 
 CAMERA = Camera(width_px=80, height_px=60, focal_px=70.0, horizon_px=25.0, height_m=5.0)
