@@ -8,7 +8,7 @@ from pathlib import Path
 
 from corun_ray.cli.bench_cli import add_bench_commands
 from corun_ray.cli.common import DONE, FAILED, WRONG_REQUEST, using_ray
-from corun_ray.cli.data import Wanted, add_weights_commands
+from corun_ray.cli.data import add_weights_commands
 from corun_ray.cli.models import add_model_commands
 from corun_ray.cli.pack_cli import add_pack_command
 from corun_ray.cli.pool import add_pool_commands
@@ -17,6 +17,7 @@ from corun_ray.cli.serve_cli import add_serve_command
 from corun_ray.cli.submit import add_submit_commands
 from corun_ray.core.errors import UserError
 from corun_ray.service.errors import JobFailed
+from corun_ray.service.weights.folder import Wanted
 
 EPILOG = """\
 A job file says everything about a job; `corun-ray check --keys` lists what it may say.

@@ -1,27 +1,13 @@
 """`corun-ray weights fetch | index | ls`. Heavy imports happen in the command that needs them."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-Wanted = Mapping[str, str]
-"""File name → what needs it."""
+from corun_ray.service.weights.folder import Wanted, inventory, lacking
+
 JobNeeds = Callable[[argparse.Namespace], Sequence[tuple[str | None, Wanted]]]
 """The arguments of `ls` (`where`, a job file, and `set`) → its weights folders and the files wanted of each."""
-
-OK, MISSING, SIZE_DIFFERS, NOT_INDEXED = "ok", "missing", "size differs", "not indexed"
-
-
-@dataclass(frozen=True)
-class FileState:
-    """One line of `weights ls`; `size_bytes` and `sha256` are what the index says, None where it does not."""
-
-    name: str
-    size_bytes: int | None
-    sha256: str | None
-    state: str
-    needed_by: str
 
 
 def add_weights_commands(commands: "argparse._SubParsersAction", job_needs: JobNeeds) -> None:
@@ -56,30 +42,6 @@ def add_weights_commands(commands: "argparse._SubParsersAction", job_needs: JobN
     ls.set_defaults(command=lambda args: _ls(args, job_needs))
 
 
-def inventory(folder_uri: str | None, wanted: Wanted) -> list[FileState]:
-    """The files that a folder holds, its index lists or `wanted` names; sizes are looked at, contents are not read.
-
-    Raises `WeightsError` for a folder that cannot be read. None is the folder of a job that names none.
-    """
-    from corun_ray.service.weights.folder import look_into
-
-    there, indexed = look_into(folder_uri) if folder_uri is not None else ({}, {})
-
-    def state(name: str) -> str:
-        if name not in there:
-            return MISSING
-        if name not in indexed:
-            return NOT_INDEXED
-        return OK if there[name] == indexed[name].size_bytes else SIZE_DIFFERS
-
-    rows = []
-    for name in sorted({*there, *indexed, *wanted}):
-        content = indexed.get(name)
-        size, sha256 = (content.size_bytes, content.sha256) if content else (there.get(name), None)
-        rows.append(FileState(name, size, sha256, state(name), wanted.get(name, "")))
-    return rows
-
-
 def listing(folder_uri: str | None, wanted: Wanted) -> list[str]:
     """A table of `inventory`: file, size in MB, start of the SHA-256, state, needed by."""
     rows = inventory(folder_uri, wanted)
@@ -90,13 +52,6 @@ def listing(folder_uri: str | None, wanted: Wanted) -> list[str]:
         digest = (row.sha256 or "-")[:12]
         lines.append(f"{row.name:<{width}}  {size:>8}  {digest:<12}  {row.state:<12}  {row.needed_by}".rstrip())
     return lines
-
-
-def lacking(folder_uri: str | None, wanted: Wanted) -> list[str]:
-    """One line for each wanted file that cannot be used as it is; empty where all are there."""
-    where = "the job names no weights folder" if folder_uri is None else folder_uri
-    rows = [row for row in inventory(folder_uri, wanted) if row.name in wanted and row.state != OK]
-    return [f"{row.name} (for {row.needed_by}): {row.state} ({where})" for row in rows]
 
 
 def _fetch(args: argparse.Namespace) -> int:

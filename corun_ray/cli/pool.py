@@ -12,7 +12,7 @@ from corun_ray.cli.common import DONE, FAILED
 
 if TYPE_CHECKING:
     from corun_ray.config.jobs import ColabatorJob
-    from corun_ray.core.inference.pictures import ImageU8
+    from corun_ray.core.data.images import ImageU8
     from corun_ray.service.pool.source import Source
 
 SOURCE_HELP = "a run, checkpoint, pool folder or snapshot: see corun-ray pool --help"

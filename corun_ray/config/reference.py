@@ -1,7 +1,7 @@
 """The keys of a job file as a list: their order, their ranges, and the text that explains each of them."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -136,3 +136,11 @@ def _type(annotation: Any) -> str:
 
 def _range(field: FieldInfo) -> str:
     return "".join(f", {LIMIT_WORDS[word]} {limit:.10g}" for word, limit in limits(field).items())
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections → `section.key: value`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat

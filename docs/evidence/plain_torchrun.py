@@ -31,9 +31,10 @@ from corun_ray.core.training.state import TrainState, learning_rate
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.data.sample_maker import Batch, SampleMaker
 from corun_ray.service.data.stream import remaining_phases
+from corun_ray.service.train.coherence import build_coherence, build_losses
 from corun_ray.service.train.learner import Learner
 from corun_ray.service.train.worker import learning_cycles
-from corun_ray.service.weights.needed import build_coherence, build_losses, weights_source
+from corun_ray.service.weights.needed import weights_source
 
 
 class Samples(Dataset):

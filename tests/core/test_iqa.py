@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.metrics.pyiqa import offline
-from corun_ray.core.scoring.quality import Iqa, build_metric, load_quality, probe
+from corun_ray.core.metrics.pyiqa import build_metric, offline
+from corun_ray.core.scoring.quality import Iqa, load_quality, probe
 from corun_ray.core.weights import WeightsError, WeightsSource
 from tests import DATA
 

@@ -11,7 +11,7 @@ from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.restore import to_tensor
 from corun_ray.core.metrics.catalog import all_metrics, no_reference_metrics
 from corun_ray.core.metrics.measure import Unmeasured, load_measure
-from corun_ray.core.scoring.quality import build_metric
+from corun_ray.core.metrics.pyiqa import build_metric
 from corun_ray.core.weights import WeightsError, no_weights
 from tests.core.test_fade import DATA, read_scores
 from tests.core.test_iqa import real

@@ -10,10 +10,11 @@ import torch
 from spandrel import ImageModelDescriptor
 from torch import Tensor, nn
 
-from corun_ray.core.inference.restore import padded_size, restore
+from corun_ray.core.inference.restore import restore
 from corun_ray.core.networks import spandrel as spandrel_networks
 from corun_ray.core.networks.build import NetworkError, NetworkSpec, architectures, build, probe, requirements
 from corun_ray.core.networks.corun import CORUN, Restoration, as_restoration
+from corun_ray.core.networks.spec import padded_size
 
 SMALL: dict[str, dict[str, Any]] = {
     "NAFNet": {"width": 8, "middle_blk_num": 1, "enc_blk_nums": [1, 2], "dec_blk_nums": [1, 1]},

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.inference.restore import padded_size, restore, stages, to_image, to_tensor
+from corun_ray.core.inference.restore import restore, stages, to_image, to_tensor
 from corun_ray.core.networks.corun import CORUN, Restoration
+from corun_ray.core.networks.spec import padded_size
 
 
 class Recorder(nn.Module):

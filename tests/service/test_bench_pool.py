@@ -17,8 +17,8 @@ from corun_ray.bench.label_pool.load import Crew, LabelMaker
 from corun_ray.bench.label_pool.report import as_json, float32_bytes, number, plot, table
 from corun_ray.bench.label_pool.trial import bench_pool
 from corun_ray.core.training.labels import supersedes
-from corun_ray.service.pool.client import PoolError, start_pool
-from corun_ray.service.pool.keeper import PoolKeeper
+from corun_ray.service.pool.client import PoolError
+from corun_ray.service.pool.keeper import PoolKeeper, start_pool
 from corun_ray.service.storage import locate
 
 MAY_BE_ZERO = {"late_share_of_steps", "object_store_bytes_per_label", "index_bytes_per_label"}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from corun_ray.core.data.images import decode_image
-from corun_ray.service.train.validation import PICTURE_PX, Gallery, Measured
+from corun_ray.service.runs.held_out import Measured
+from corun_ray.service.train.validation import PICTURE_PX, Gallery
 
 VALUES = {"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0}
 

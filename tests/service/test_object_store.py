@@ -14,8 +14,8 @@ from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service.inference.dehaze import dehaze
 from corun_ray.service.models.sources import Model, fetch_model
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.client import PoolClient, start_pool
-from corun_ray.service.pool.keeper import PoolKeeper
+from corun_ray.service.pool.client import PoolClient
+from corun_ray.service.pool.keeper import PoolKeeper, start_pool
 from corun_ray.service.storage import StorageError, locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training

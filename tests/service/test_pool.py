@@ -11,8 +11,8 @@ import ray
 
 from corun_ray.core.training.labels import Label, LocalPool, Scores
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.client import PoolClient, PoolError, count, nodes_in_turn, start_pool
-from corun_ray.service.pool.keeper import PoolKeeper
+from corun_ray.service.pool.client import PoolClient, PoolError
+from corun_ray.service.pool.keeper import PoolKeeper, count, nodes_in_turn, start_pool
 from corun_ray.service.pool.shard import shard_of
 from corun_ray.service.storage import locate
 from tests.service.labels import assert_equal, label, photo_label

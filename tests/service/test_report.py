@@ -16,10 +16,9 @@ from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training.checkpoints import SPEC_FILE, save_network
 from corun_ray.service.report.charts import line_chart
 from corun_ray.service.report.page import Listing, Section, Table, render
-from corun_ray.service.runs.held_out import EXAMPLES, HAZY_PICTURE, ValidationLog, picture_name
+from corun_ray.service.runs.held_out import EXAMPLES, HAZY_PICTURE, Measured, ValidationLog, picture_name
 from corun_ray.service.storage import locate
 from corun_ray.service.train.report import training_report
-from corun_ray.service.train.validation import Measured
 from tests.conftest import photograph
 from tests.service.jobs import small_job
 

@@ -13,9 +13,10 @@ from corun_ray.core.training.losses import VGG_FILE
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.check import check_job
 from corun_ray.service.telemetry.console import Console
+from corun_ray.service.train.coherence import build_coherence
 from corun_ray.service.train.driver import prepare, run_training
 from corun_ray.service.weights.folder import index_folder
-from corun_ray.service.weights.needed import build_coherence, needed_files, weights_source
+from corun_ray.service.weights.needed import needed_files, weights_source
 from tests import DATA
 from tests.core.test_daclip import published
 from tests.core.test_iqa import BRISQUE_FILE, NIQE_FILE, add_noise, blur, photographs

@@ -17,8 +17,8 @@ from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.training.labels import LocalPool
 from corun_ray.core.training.losses import COLABATOR_WEIGHTS, Losses
 from corun_ray.core.training.steps import Colabator
-from corun_ray.service.data.manifest import build_manifest
-from corun_ray.service.train.validation import Validator, load_image
+from corun_ray.service.data.manifest import build_manifest, load_image
+from corun_ray.service.train.validation import Validator
 from tests.service.jobs import small_job
 
 CELL_PX = 192

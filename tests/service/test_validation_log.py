@@ -2,8 +2,7 @@
 
 import pytest
 
-from corun_ray.service.runs.held_out import ValidationLog
-from corun_ray.service.train.validation import Measured
+from corun_ray.service.runs.held_out import Measured, ValidationLog
 
 
 def test_values_come_back_from_the_file_and_a_repeated_step_replaces_itself():

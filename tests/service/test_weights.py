@@ -17,11 +17,19 @@ import boto3
 import numpy as np
 import pytest
 
-from corun_ray.cli.data import add_weights_commands, lacking, listing
+from corun_ray.cli.data import add_weights_commands, listing
 from corun_ray.core.errors import UserError
 from corun_ray.core.weights import WeightsError, no_weights
 from corun_ray.service.weights import folder as weights
-from corun_ray.service.weights.folder import CACHE_VARIABLE, INDEX, Recorder, WeightsFolder, index_folder, read_index
+from corun_ray.service.weights.folder import (
+    CACHE_VARIABLE,
+    INDEX,
+    Recorder,
+    WeightsFolder,
+    index_folder,
+    lacking,
+    read_index,
+)
 
 FILES = {
     # More than one chunk.

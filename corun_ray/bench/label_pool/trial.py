@@ -29,8 +29,8 @@ from corun_ray.bench.label_pool.figures import (
 )
 from corun_ray.bench.label_pool.load import Crew, LabelMaker
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.client import MIB, count, start_pool
-from corun_ray.service.pool.keeper import PoolKeeper
+from corun_ray.service.pool.client import MIB
+from corun_ray.service.pool.keeper import PoolKeeper, count, start_pool
 from corun_ray.service.storage import Location
 
 ROUND_LABELS = 5000

@@ -205,3 +205,6 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
     while match := _MARKER.search(data, position):
         yield match[1][0], match.end()
         position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+
+
+ImageU8 = NDArray[np.uint8]

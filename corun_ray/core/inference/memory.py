@@ -6,10 +6,10 @@ On a CPU, bands come first: they need less memory and less time.
 from torch import Tensor, nn
 
 from corun_ray.core.inference.banded import MIN_ROWS, banded
-from corun_ray.core.inference.restore import padded_size
 from corun_ray.core.inference.tiled import HALO_PX, tiled
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.cpmm import SIZE_MULTIPLE_PX
+from corun_ray.core.networks.spec import padded_size
 
 MIB = 2**20
 BYTES_PER_PX_AND_CHANNEL = 100

@@ -8,10 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from corun_ray.core.data.augment import resize
+from corun_ray.core.data.images import ImageU8
 from corun_ray.core.inference.restore import to_image
 from corun_ray.core.networks.corun import Restoration
-
-ImageU8 = NDArray[np.uint8]
 
 GAP_PX = 4
 HEADING_PX = 22
@@ -99,3 +98,6 @@ def _fit(picture: ImageU8 | None, cell_px: int) -> ImageU8 | None:
     scale = cell_px / max(picture.shape[:2])
     height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
     return resize(picture, height, width)
+
+
+Row = dict[str, ImageU8 | None]

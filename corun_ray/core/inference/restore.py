@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.networks.corun import Restoration, as_restoration
+from corun_ray.core.networks.spec import padded_size
 
-PAD_MULTIPLE_PX = 16
-"""The published recipe pads to 16, though 8 would do."""
 MIN_SIDE_PX = 16
 
 
@@ -47,14 +46,6 @@ class AnySize(nn.Module):
     def forward(self, hazy: Tensor) -> Tensor:
         """Raises ValueError for images with a side below 16 px."""
         return restore(self.network, hazy).scene
-
-
-def padded_size(network: nn.Module, height: int, width: int) -> tuple[int, int]:
-    """The least height and width in pixels, not below those of the image, that the network takes."""
-    multiple = getattr(network, "size_multiple_px", PAD_MULTIPLE_PX)
-    least = getattr(network, "size_min_px", 0)
-    height, width = (-(-max(side, least) // multiple) * multiple for side in (height, width))
-    return (max(height, width),) * 2 if getattr(network, "size_square", False) else (height, width)
 
 
 def _padded(network: nn.Module, hazy: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from corun_ray.core.errors import one_line
 from corun_ray.core.metrics.catalog import OWN, all_metrics
 from corun_ray.core.metrics.fade import fade
-from corun_ray.core.scoring.quality import build_metric, file_name
+from corun_ray.core.metrics.pyiqa import build_metric, file_name
 from corun_ray.core.weights import WeightsSource
 
 SSIM_SIGMA_PX = 1.5

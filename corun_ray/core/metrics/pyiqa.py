@@ -8,16 +8,21 @@ would have to follow every one of them.
 
 import contextlib
 import importlib.util
+import io
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from torch import nn
+
+from corun_ray.core.weights import WeightsError
 
 Find = Callable[[str], Path]
 """Address of a file on the internet → where it lies on this machine."""
@@ -121,3 +126,58 @@ def _pkg_resources() -> Iterator[None]:
         yield
     finally:
         del sys.modules["pkg_resources"]
+
+
+_BUILDING = threading.Lock()  # what is replaced belongs to the whole process
+
+
+def build_metric(name: str, find: Find) -> nn.Module:
+    """pyiqa's metric `name` on the CPU, frozen, with every file that it would download given by `find`.
+
+    Raises `WeightsError`.
+    """
+    from pyiqa import create_metric
+
+    files: list[str] = []
+
+    def found(url: str) -> Path:
+        files.append(file_name(url))
+        return find(url)
+
+    try:
+        with _BUILDING, offline(found) as backbones, contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            metric = create_metric(name, device="cpu", check_input_range=False)
+    except WeightsError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        last = f" with {files[-1]}" if files else ""
+        raise WeightsError(f"{name}: pyiqa cannot build it{last} ({reason})") from None
+    _check_numbers(name, metric, backbones)
+    for module in _networks(metric):
+        module.eval().requires_grad_(False)
+    return metric
+
+
+def file_name(url: str) -> str:
+    """The name under which a weights folder holds what pyiqa has at `url`."""
+    return Path(urlparse(url).path).name
+
+
+def _networks(root: nn.Module) -> Iterator[nn.Module]:
+    """The module itself and those that it hides from its parameters in plain lists, as pyiqa does with CLIP."""
+    yield root
+    for module in root.modules():
+        for value in vars(module).values():
+            if isinstance(value, list | tuple):
+                for item in value:
+                    if isinstance(item, nn.Module):
+                        yield from _networks(item)
+
+
+def _check_numbers(name: str, metric: nn.Module, backbones: list[str]) -> None:
+    for network in _networks(metric):
+        for key, tensor in [*network.named_parameters(), *network.named_buffers()]:
+            if tensor.isnan().any():
+                whose = f" of the backbone {', '.join(backbones)}" if backbones else ""
+                raise WeightsError(f"{name}: its files hold no values for {key}{whose}, or values that are NaN")

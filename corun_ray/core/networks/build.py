@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.errors import one_line
-from corun_ray.core.inference.restore import padded_size
 from corun_ray.core.networks import spandrel as spandrel_networks
 from corun_ray.core.networks.corun import CORUN, Restoration, as_restoration
-from corun_ray.core.networks.spec import CORUN_TYPE, NetworkError, NetworkSpec, construct
+from corun_ray.core.networks.spec import CORUN_TYPE, NetworkError, NetworkSpec, construct, padded_size
 
 __all__ = ["NetworkError", "NetworkSpec", "architectures", "as_restoration", "build", "probe", "requirements"]
 

@@ -16,8 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from corun_ray.core.errors import one_line
-from corun_ray.core.inference.restore import PAD_MULTIPLE_PX
-from corun_ray.core.networks.spec import NetworkError, NetworkSpec, construct
+from corun_ray.core.networks.spec import PAD_MULTIPLE_PX, NetworkError, NetworkSpec, construct
 
 EXTRA_PACKAGE = "spandrel_extra_arches"
 OWN_CLASS = "a network of your own needs its type (module.path:ClassName) and args"

@@ -62,3 +62,15 @@ def construct(network_class: type[nn.Module], spec: NetworkSpec) -> nn.Module:
     except Exception as error:
         accepted = ", ".join(inspect.signature(network_class).parameters) or "none"
         raise NetworkError(f"{spec.type} refuses its args ({one_line(error)}); it takes {accepted}") from None
+
+
+PAD_MULTIPLE_PX = 16
+"""The published recipe pads to 16, though 8 would do."""
+
+
+def padded_size(network: nn.Module, height: int, width: int) -> tuple[int, int]:
+    """The least height and width in pixels, not below those of the image, that the network takes."""
+    multiple = getattr(network, "size_multiple_px", PAD_MULTIPLE_PX)
+    least = getattr(network, "size_min_px", 0)
+    height, width = (-(-max(side, least) // multiple) * multiple for side in (height, width))
+    return (max(height, width),) * 2 if getattr(network, "size_square", False) else (height, width)

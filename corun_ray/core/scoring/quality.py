@@ -1,21 +1,12 @@
 """Image quality by the no-reference metrics of pyiqa, from weights on this machine and as data only."""
 
-import contextlib
-import io
-import threading
-from collections.abc import Iterator
-from pathlib import Path
-from urllib.parse import urlparse
-
 import torch
 from torch import Tensor, nn
 
 from corun_ray.core.metrics.catalog import no_reference_metrics
-from corun_ray.core.metrics.pyiqa import Find, offline
+from corun_ray.core.metrics.pyiqa import build_metric, file_name
 from corun_ray.core.scoring.scorers import Scorer
-from corun_ray.core.weights import WeightsError, WeightsSource
-
-_BUILDING = threading.Lock()  # what is replaced belongs to the whole process
+from corun_ray.core.weights import WeightsSource
 
 
 class Iqa(nn.Module):
@@ -76,34 +67,6 @@ def load_quality(
     return Iqa(name, build_metric(name, lambda url: weights(file_name(url))), worst, best, chunk_images)
 
 
-def build_metric(name: str, find: Find) -> nn.Module:
-    """pyiqa's metric `name` on the CPU, frozen, with every file that it would download given by `find`.
-
-    Raises `WeightsError`.
-    """
-    from pyiqa import create_metric
-
-    files: list[str] = []
-
-    def found(url: str) -> Path:
-        files.append(file_name(url))
-        return find(url)
-
-    try:
-        with _BUILDING, offline(found) as backbones, contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            metric = create_metric(name, device="cpu", check_input_range=False)
-    except WeightsError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        last = f" with {files[-1]}" if files else ""
-        raise WeightsError(f"{name}: pyiqa cannot build it{last} ({reason})") from None
-    _check_numbers(name, metric, backbones)
-    for module in _networks(metric):
-        module.eval().requires_grad_(False)
-    return metric
-
-
 def probe(scorer: Scorer, *sides_px: int) -> None:
     """Tries a scorer on two random images of each side.
 
@@ -127,27 +90,3 @@ def _own_range(name: str) -> tuple[float, float]:
     if facts.low is None or facts.high is None:
         raise ValueError(f"score_range: missing (pyiqa gives {name} no range)")
     return (facts.high, facts.low) if facts.lower_better else (facts.low, facts.high)
-
-
-def file_name(url: str) -> str:
-    """The name under which a weights folder holds what pyiqa has at `url`."""
-    return Path(urlparse(url).path).name
-
-
-def _networks(root: nn.Module) -> Iterator[nn.Module]:
-    """The module itself and those that it hides from its parameters in plain lists, as pyiqa does with CLIP."""
-    yield root
-    for module in root.modules():
-        for value in vars(module).values():
-            if isinstance(value, list | tuple):
-                for item in value:
-                    if isinstance(item, nn.Module):
-                        yield from _networks(item)
-
-
-def _check_numbers(name: str, metric: nn.Module, backbones: list[str]) -> None:
-    for network in _networks(metric):
-        for key, tensor in [*network.named_parameters(), *network.named_buffers()]:
-            if tensor.isnan().any():
-                whose = f" of the backbone {', '.join(backbones)}" if backbones else ""
-                raise WeightsError(f"{name}: its files hold no values for {key}{whose}, or values that are NaN")

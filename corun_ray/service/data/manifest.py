@@ -10,7 +10,9 @@ from pyarrow.fs import FileInfo
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.training import Paired
+from corun_ray.core.data.images import decode_image
 from corun_ray.core.errors import UserError
+from corun_ray.core.inference.pictures import ImageU8
 from corun_ray.service.data.packs import Pack, is_pack, open_pack
 from corun_ray.service.storage import locate
 
@@ -210,3 +212,8 @@ def held_out_sets(job: TrainingJob) -> list[HeldOutSet]:
         HeldOutSet(prefix, section.hazy, section.clear, held_out(section.hazy, section.clear, key))
         for (prefix, key), section in sections.items()
     ]
+
+
+def load_image(root: str, key: str) -> ImageU8:
+    """Reads and decodes one image; raises `StorageError` and `BadImage`."""
+    return decode_image(locate(root).child(key).read())

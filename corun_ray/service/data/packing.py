@@ -25,9 +25,9 @@ from pyarrow.fs import FileInfo
 from ray.data import DataContext
 
 from corun_ray.core.data.images import BadImage, decode_depth
+from corun_ray.service.data.actors import rows_of
 from corun_ray.service.data.manifest import DEPTH_SUFFIXES, ManifestError, image_files, pair_by_stem, stem, with_suffix
 from corun_ray.service.data.packs import INDEX, INDEX_SCHEMA, SCHEMA, SHARD_FILE, SHARDS
-from corun_ray.service.inference.restorers import rows_of
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 
 FORMAT = 1

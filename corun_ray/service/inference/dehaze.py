@@ -21,9 +21,10 @@ from corun_ray.core.inference.pictures import grid, stage_rows
 from corun_ray.core.inference.restore import restore, stages, to_image, to_tensor
 from corun_ray.core.networks.corun import Restoration
 from corun_ray.service.cluster import connect as cluster
+from corun_ray.service.data.actors import actor_slots, rows_of
 from corun_ray.service.data.manifest import images_below, stem
 from corun_ray.service.inference.photos import read_photo, write_photo
-from corun_ray.service.inference.restorers import Restorers, actor_slots, rows_of
+from corun_ray.service.inference.restorers import Restorers
 from corun_ray.service.models.sources import Model, ModelSourceError, fetch_model
 from corun_ray.service.models.tracking import tracking_uri
 from corun_ray.service.storage import MissingFile, StorageError, locate

@@ -20,11 +20,12 @@ from corun_ray.config.tasks import Evaluate
 from corun_ray.core.data.images import BadImage, decode_image, encode_png
 from corun_ray.core.inference import dark_channel
 from corun_ray.core.inference.memory import within
-from corun_ray.core.inference.pictures import grid
+from corun_ray.core.inference.pictures import Row, grid
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.metrics.measure import Unmeasured, load_measure
 from corun_ray.service.cluster import connect as cluster
-from corun_ray.service.data.manifest import held_out
+from corun_ray.service.data.actors import actor_slots, rows_of
+from corun_ray.service.data.manifest import held_out, load_image
 from corun_ray.service.inference.measurements import (
     Measurements,
     aligned,
@@ -35,14 +36,13 @@ from corun_ray.service.inference.measurements import (
     summary_cells,
     summary_table,
 )
-from corun_ray.service.inference.restorers import Restorers, actor_slots, rows_of
+from corun_ray.service.inference.restorers import Restorers
 from corun_ray.service.models.sources import Model, fetch_model
 from corun_ray.service.models.tracking import Tracker, tracking_uri
 from corun_ray.service.report.page import REPORT_FILE, Listing, Pictures, Section, Table, render
 from corun_ray.service.runs.record import JOB_FILE
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 from corun_ray.service.telemetry.console import Console, duration
-from corun_ray.service.train.validation import Row, load_image
 from corun_ray.service.weights.needed import weights_source
 
 SHEET_ROWS = 6

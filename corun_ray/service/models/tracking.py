@@ -10,9 +10,9 @@ from typing import Any
 
 from corun_ray.config.credentials import REFUSED, holds_credentials, without_credentials
 from corun_ray.config.jobs import Job
+from corun_ray.config.reference import flatten
 from corun_ray.core.errors import UserError
 from corun_ray.service.errors import first_line
-from corun_ray.service.runs.record import flatten
 
 SQLITE = "sqlite:///"
 

@@ -6,11 +6,10 @@ and hand over again. Meanwhile training goes on: a label that cannot be had is t
 
 One process's line to one shard of the label pool: what it does while the shard is away, and when it is back."""
 
-import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +18,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from corun_ray.core.training.labels import Label
-from corun_ray.service.pool.index import PoolCounters
-from corun_ray.service.pool.shard import PoolShard, Reply, shard_of
-from corun_ray.service.storage import Location
-from corun_ray.service.telemetry.prometheus import NO_JOB
+from corun_ray.service.pool.shard import Reply, shard_of
 
 READ_TIMEOUT_S = 20.0
 """A shard that does not answer for so long counts as away, and its labels as missing, until it answers again."""
@@ -151,9 +147,6 @@ MIB = 2**20
 FETCHER = ThreadPoolExecutor(1, thread_name_prefix="label-pool")
 """Reads for all clients of a process. With more threads than one, Ray (2.60) can forget where an object is
 while it fetches it: when another thread gives up the same object at that moment, the fetch never ends."""
-POOL_LABEL = ("corun-role", "pool")
-"""Of nodes that are kept for the label pool: `ray start --labels=corun-role=pool`."""
-ANY_NODE: list[dict[str, Any]] = [{"label_selector": {}}]
 
 
 @dataclass
@@ -244,53 +237,3 @@ def _fetch_one(link: ShardLink, key: str, ref: ray.ObjectRef) -> Label | None:
     except RayError:
         link.forget(key, ref)
         return None
-
-
-def start_pool(
-    num_shards: int, pool: Location, memory_mib: int | None = None, labels: Mapping[str, str] = NO_JOB
-) -> list[Any]:
-    """The shards as actors, alive as long as the driver holds the handles, spread over the nodes meant for them.
-
-    `labels` are those of the job's metrics.
-    """
-    budget_bytes = math.inf if memory_mib is None else memory_mib * MIB / num_shards
-    nodes = nodes_in_turn(ray.nodes(), ray.get_runtime_context().get_node_id())
-    shards = []
-    for number in range(num_shards):
-        # Ray's own spreading goes by resources, of which a shard needs none. Once its node is gone, any will do.
-        node = {"ray.io/node-id": nodes[number % len(nodes)]}
-        shard = ray.remote(num_cpus=0, max_restarts=-1, label_selector=node, fallback_strategy=ANY_NODE)(PoolShard)
-        shards.append(shard.remote(number, num_shards, pool.uri, budget_bytes, labels))
-    return shards
-
-
-def nodes_in_turn(nodes: Iterable[Mapping[str, Any]], here: str) -> list[str]:
-    """The ids of the nodes for shards, of Ray's descriptions: those labelled `POOL_LABEL`, else all that are alive.
-
-    The driver's own, `here`, comes last: what is lost with it costs the run anyway.
-    """
-    alive = [node for node in nodes if node["Alive"]]
-    name, value = POOL_LABEL
-    meant = [node for node in alive if node.get("Labels", {}).get(name) == value]
-    return sorted((node["NodeID"] for node in meant or alive), key=lambda node: (node == here, node))
-
-
-def count(shards: Sequence[Any]) -> dict[str, float]:
-    """What there is to log: the totals of all shards that answer, and, where there are several, of each."""
-    asked = [shard.counters.remote() for shard in shards]
-    metrics: dict[str, float] = {}
-    total = PoolCounters()
-    for number, ref in enumerate(asked):
-        try:
-            counters = ray.get(ref, timeout=PING_S)
-        except (RayActorError, GetTimeoutError):
-            continue  # it is away: what it counts is missing from this line alone
-        total += counters
-        if len(shards) > 1:
-            metrics |= {f"shard_{number}/{name}": value for name, value in _plain(counters).items()}
-    return metrics | _plain(total)
-
-
-def _plain(counters: PoolCounters) -> dict[str, float]:
-    names = ("labels", "offers", "wins", "reads", "hits", "loads", "evictions")
-    return {name: getattr(counters, name) for name in names} | {"memory_mib": counters.resident_bytes / MIB}

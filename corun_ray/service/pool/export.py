@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from corun_ray.core.choices import Combine
 from corun_ray.core.data.augment import resize
-from corun_ray.core.data.images import BadImage, decode_image, encode_png
-from corun_ray.core.inference.pictures import ImageU8, colour_map, grid
+from corun_ray.core.data.images import BadImage, ImageU8, decode_image, encode_png
+from corun_ray.core.inference.pictures import colour_map, grid
 from corun_ray.core.scoring.coherence import BlockScores, Coherence
 from corun_ray.core.training.labels import Label, decode, encode
 from corun_ray.service.data.packs import INDEX, open_pack

@@ -1,16 +1,19 @@
 """What one worker, of rank 0, does with the whole label pool: restore it, save it, sweep up."""
 
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.client import RETURN_TIMEOUT_S, Call, PoolError, insist
-from corun_ray.service.pool.shard import PartOfSave
+from corun_ray.service.pool.client import MIB, PING_S, RETURN_TIMEOUT_S, Call, PoolError, insist
+from corun_ray.service.pool.index import PoolCounters
+from corun_ray.service.pool.shard import PartOfSave, PoolShard
 from corun_ray.service.storage import Location
+from corun_ray.service.telemetry.prometheus import NO_JOB
 
 
 class PoolKeeper:
@@ -87,3 +90,60 @@ class PoolKeeper:
             insist(shard, call, number, deadline_s, first=ref)
             for number, (shard, ref) in enumerate(zip(self._shards, asked, strict=True))
         ]
+
+
+POOL_LABEL = ("corun-role", "pool")
+"""Of nodes that are kept for the label pool: `ray start --labels=corun-role=pool`."""
+
+
+ANY_NODE: list[dict[str, Any]] = [{"label_selector": {}}]
+
+
+def start_pool(
+    num_shards: int, pool: Location, memory_mib: int | None = None, labels: Mapping[str, str] = NO_JOB
+) -> list[Any]:
+    """The shards as actors, alive as long as the driver holds the handles, spread over the nodes meant for them.
+
+    `labels` are those of the job's metrics.
+    """
+    budget_bytes = math.inf if memory_mib is None else memory_mib * MIB / num_shards
+    nodes = nodes_in_turn(ray.nodes(), ray.get_runtime_context().get_node_id())
+    shards = []
+    for number in range(num_shards):
+        # Ray's own spreading goes by resources, of which a shard needs none. Once its node is gone, any will do.
+        node = {"ray.io/node-id": nodes[number % len(nodes)]}
+        shard = ray.remote(num_cpus=0, max_restarts=-1, label_selector=node, fallback_strategy=ANY_NODE)(PoolShard)
+        shards.append(shard.remote(number, num_shards, pool.uri, budget_bytes, labels))
+    return shards
+
+
+def nodes_in_turn(nodes: Iterable[Mapping[str, Any]], here: str) -> list[str]:
+    """The ids of the nodes for shards, of Ray's descriptions: those labelled `POOL_LABEL`, else all that are alive.
+
+    The driver's own, `here`, comes last: what is lost with it costs the run anyway.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    name, value = POOL_LABEL
+    meant = [node for node in alive if node.get("Labels", {}).get(name) == value]
+    return sorted((node["NodeID"] for node in meant or alive), key=lambda node: (node == here, node))
+
+
+def count(shards: Sequence[Any]) -> dict[str, float]:
+    """What there is to log: the totals of all shards that answer, and, where there are several, of each."""
+    asked = [shard.counters.remote() for shard in shards]
+    metrics: dict[str, float] = {}
+    total = PoolCounters()
+    for number, ref in enumerate(asked):
+        try:
+            counters = ray.get(ref, timeout=PING_S)
+        except (RayActorError, GetTimeoutError):
+            continue  # it is away: what it counts is missing from this line alone
+        total += counters
+        if len(shards) > 1:
+            metrics |= {f"shard_{number}/{name}": value for name, value in _plain(counters).items()}
+    return metrics | _plain(total)
+
+
+def _plain(counters: PoolCounters) -> dict[str, float]:
+    names = ("labels", "offers", "wins", "reads", "hits", "loads", "evictions")
+    return {name: getattr(counters, name) for name in names} | {"memory_mib": counters.resident_bytes / MIB}

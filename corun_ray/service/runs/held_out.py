@@ -9,13 +9,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from corun_ray.service.storage import Location
-from corun_ray.service.train.validation import Measured
 
 VALIDATION_FILE = "validation.csv"
 HEAD = ["step", "set", "image", "metric", "value"]
 
 Key = tuple[int, str, str, str]
 """Step, set, image and metric."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What went into the network and what came out, as small JPEGs of the same size."""
+
+    hazy: bytes
+    output: bytes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One held-out image at one validation."""
+
+    prefix: str
+    """Its set: `val`, or `val/NAME`."""
+    image: str
+    values: dict[str, float]
+    """By metric."""
+    pictures: Pictures | None = None
+    """None for most images."""
 
 
 class ValidationLog:

@@ -3,14 +3,14 @@
 import re
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from corun_ray.config.jobs import TrainingJob
 from corun_ray.config.loading import JobFileError, load_jobs
+from corun_ray.config.reference import flatten
 from corun_ray.core.errors import UserError
 from corun_ray.service.storage import Location, StorageError, locate
 
@@ -60,14 +60,6 @@ def step_of_folder(name: str) -> int | None:
 def steps_saved(run: Location) -> list[int]:
     """The steps after which the run has a checkpoint's folder, in order; raises `StorageError`."""
     return sorted(step for name in run.folders() if (step := step_of_folder(name)) is not None)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections → `section.key: value`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def new_run(job: TrainingJob) -> Location:

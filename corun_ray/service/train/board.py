@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 if TYPE_CHECKING:  # it brings torch, which would triple the time that the board's process takes to start
-    from corun_ray.service.train.validation import Measured
+    from corun_ray.service.runs.held_out import Measured
 
 
 @dataclass

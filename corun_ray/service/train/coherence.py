@@ -14,8 +14,18 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch import device as Device
 
-from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores
+from corun_ray.config.jobs import ColabatorJob, TrainingJob
+from corun_ray.config.training import Coherence as CoherenceSection
+from corun_ray.config.training import ColabatorLoss
+from corun_ray.core.choices import QUALITY_NAMES
+from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores, Scorer
+from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
+from corun_ray.core.scoring.quality import load_quality, probe
+from corun_ray.core.training.losses import VGG_FILE, Losses, LossWeights, load_vgg19
+from corun_ray.core.weights import WeightsError, WeightsSource
+from corun_ray.service.weights.needed import weights_source
 
 
 class Stopwatch:
@@ -116,3 +126,47 @@ def _exchanged(rows: Tensor, gives: list[int], takes: list[int]) -> Tensor:
     taken = rows.new_empty(sum(takes), *rows.shape[1:])
     dist.all_to_all_single(taken, rows.contiguous(), takes, gives)
     return taken
+
+
+def build_coherence(section: CoherenceSection, source: WeightsSource, device: Device | str = "cpu") -> Coherence:
+    """The job's two scorers; raises `WeightsError`."""
+    clarity: str | Scorer = section.clarity
+    if section.clarity == "daclip":
+        clarity = load_daclip(source(DACLIP_FILE), section.degradations, section.chunk_images).to(device)
+    quality: str | Scorer = section.quality
+    if section.quality not in QUALITY_NAMES:
+        quality = load_quality(section.quality, source, section.quality_range, section.chunk_images).to(device)
+    return Coherence(clarity, quality, section.block_px, section.combine)
+
+
+def build_losses(
+    job: TrainingJob, source: WeightsSource, coherence: Coherence | None, device: Device | str = "cpu"
+) -> Losses:
+    """The job's losses; raises `WeightsError`."""
+    loss = job.loss
+    features = load_vgg19(source(VGG_FILE)).to(device) if loss.perceptual == "vgg19" else None
+    density_weight = 0.0
+    if isinstance(loss, ColabatorLoss) and coherence is not None:
+        clarity, density_weight = coherence.clarity, loss.haze_density_weight
+
+        def density(images: Tensor) -> Tensor:
+            return 1 - clarity(images)
+
+    terms = (loss.pixel_weight, loss.scattering_weight, loss.perceptual_weight, loss.contrastive_weight)
+    return Losses(LossWeights(*terms, density_weight), features, density if density_weight else None)
+
+
+def check_scoring(job: TrainingJob) -> None:
+    """Builds everything once and tries the scorers on the sizes that they will see, so that no worker starts in vain.
+
+    Raises `WeightsError`, also for a scorer that cannot rate such images.
+    """
+    coherence = None
+    if isinstance(job, ColabatorJob):
+        coherence = build_coherence(job.coherence, weights_source(job.coherence.weights))
+        if job.coherence.quality not in QUALITY_NAMES:
+            try:
+                probe(coherence.quality, job.coherence.block_px, job.data.patch_px)
+            except ValueError as error:
+                raise WeightsError(f"coherence.quality: {error}") from None
+    build_losses(job, weights_source(job.loss.weights), coherence)

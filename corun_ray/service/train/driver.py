@@ -24,7 +24,8 @@ from corun_ray.service.models.registry import log_model, register
 from corun_ray.service.models.sources import Model, starting_model
 from corun_ray.service.models.tracking import Tracker
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.client import PoolError, start_pool
+from corun_ray.service.pool.client import PoolError
+from corun_ray.service.pool.keeper import start_pool
 from corun_ray.service.report.page import REPORT_FILE
 from corun_ray.service.runs.held_out import ValidationLog
 from corun_ray.service.runs.record import (
@@ -40,12 +41,12 @@ from corun_ray.service.storage import Location, StorageError, locate
 from corun_ray.service.telemetry.console import Console, duration
 from corun_ray.service.telemetry.prometheus import labels_of
 from corun_ray.service.train.board import start_board
+from corun_ray.service.train.coherence import check_scoring
 from corun_ray.service.train.follower import Follower, Listener
 from corun_ray.service.train.launch import fit
 from corun_ray.service.train.plan import WorkerPlan
 from corun_ray.service.train.recovery import last_step
 from corun_ray.service.train.report import training_report
-from corun_ray.service.weights.needed import check_scoring
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,20 @@ import ray
 from corun_ray.config.jobs import TrainingJob
 from corun_ray.service.errors import root_cause
 from corun_ray.service.models.tracking import Tracker
-from corun_ray.service.runs.held_out import EXAMPLES, HAZY_PICTURE, VALIDATION_FILE, ValidationLog, picture_name
+from corun_ray.service.runs.held_out import (
+    EXAMPLES,
+    HAZY_PICTURE,
+    VALIDATION_FILE,
+    Measured,
+    ValidationLog,
+    picture_name,
+)
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry import prometheus as telemetry
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.telemetry.prometheus import Metric, Recorder
 from corun_ray.service.train.board import Attempt, News
-from corun_ray.service.train.validation import Measured
 
 FIRST_PATIENCE_S = 15.0
 PATIENCE_GROWS = 2.0

@@ -5,7 +5,7 @@ Held-out images measured one by one, and which of them are kept as pictures."""
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,41 +13,21 @@ import torch.distributed as dist
 from torch import nn
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
-from corun_ray.core.data.images import BadImage, decode_image, encode_png
+from corun_ray.core.data.images import BadImage, ImageU8, decode_image, encode_png
 from corun_ray.core.data.samples import real_views
-from corun_ray.core.inference.pictures import ImageU8, colour_map, grid, thumbnail
+from corun_ray.core.inference.pictures import Row, colour_map, grid, thumbnail
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.metrics.fade import fade
 from corun_ray.core.metrics.measure import psnr, ssim
 from corun_ray.core.scoring.coherence import BlockScores
 from corun_ray.core.training.labels import Label, decode
 from corun_ray.core.training.steps import Colabator
-from corun_ray.service.data.manifest import HeldOutSet, Manifest, held_out_sets
+from corun_ray.service.data.manifest import HeldOutSet, Manifest, held_out_sets, load_image
 from corun_ray.service.data.sample_maker import SampleMaker
-from corun_ray.service.storage import MissingFile, locate
+from corun_ray.service.runs.held_out import Measured, Pictures
+from corun_ray.service.storage import MissingFile
 
 PICTURE_PX = 640
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What went into the network and what came out, as small JPEGs of the same size."""
-
-    hazy: bytes
-    output: bytes
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One held-out image at one validation."""
-
-    prefix: str
-    """Its set: `val`, or `val/NAME`."""
-    image: str
-    values: dict[str, float]
-    """By metric."""
-    pictures: Pictures | None = None
-    """None for most images."""
 
 
 class Gallery:
@@ -75,14 +55,6 @@ class Gallery:
     def measured(self) -> list[Measured]:
         """All of them, with the pictures that were kept."""
         return [replace(one, pictures=self._kept.get(one.image)) for one in self._measured]
-
-
-Row = dict[str, ImageU8 | None]
-
-
-def load_image(root: str, key: str) -> ImageU8:
-    """Reads and decodes one image; raises `StorageError` and `BadImage`."""
-    return decode_image(locate(root).child(key).read())
 
 
 class Validator:

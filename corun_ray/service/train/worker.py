@@ -22,18 +22,18 @@ from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.data.sample_maker import Batch
 from corun_ray.service.data.stream import batches, remaining_phases, split_stream
 from corun_ray.service.models.sources import Model
-from corun_ray.service.pool.client import PoolClient, count
-from corun_ray.service.pool.keeper import PoolKeeper
+from corun_ray.service.pool.client import PoolClient
+from corun_ray.service.pool.keeper import PoolKeeper, count
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.train.board import Attempt
 from corun_ray.service.train.checkpointing import PreemptionWatch, Saver
-from corun_ray.service.train.coherence import SharedCoherence, TimedCoherence
+from corun_ray.service.train.coherence import SharedCoherence, TimedCoherence, build_coherence, build_losses
 from corun_ray.service.train.learner import Learner
 from corun_ray.service.train.meter import Meter, WorkerTelemetry
 from corun_ray.service.train.plan import WorkerPlan
 from corun_ray.service.train.validation import Validator
-from corun_ray.service.weights.needed import build_coherence, build_losses, weights_source
+from corun_ray.service.weights.needed import weights_source
 
 
 def learning_cycles(optim: Optim) -> list[Cycle]:

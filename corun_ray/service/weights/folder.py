@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -235,3 +235,52 @@ def _weights_errors() -> Iterator[None]:
         yield
     except (OSError, StorageError) as error:
         raise WeightsError(" ".join(str(error).split())[:300]) from None
+
+
+Wanted = Mapping[str, str]
+"""File name → what needs it."""
+
+
+OK, MISSING, SIZE_DIFFERS, NOT_INDEXED = "ok", "missing", "size differs", "not indexed"
+
+
+@dataclass(frozen=True)
+class FileState:
+    """One line of `weights ls`; `size_bytes` and `sha256` are what the index says, None where it does not."""
+
+    name: str
+    size_bytes: int | None
+    sha256: str | None
+    state: str
+    needed_by: str
+
+
+def inventory(folder_uri: str | None, wanted: Wanted) -> list[FileState]:
+    """The files that a folder holds, its index lists or `wanted` names; sizes are looked at, contents are not read.
+
+    Raises `WeightsError` for a folder that cannot be read. None is the folder of a job that names none.
+    """
+    from corun_ray.service.weights.folder import look_into
+
+    there, indexed = look_into(folder_uri) if folder_uri is not None else ({}, {})
+
+    def state(name: str) -> str:
+        if name not in there:
+            return MISSING
+        if name not in indexed:
+            return NOT_INDEXED
+        return OK if there[name] == indexed[name].size_bytes else SIZE_DIFFERS
+
+    rows = []
+    for name in sorted({*there, *indexed, *wanted}):
+        content = indexed.get(name)
+        size, sha256 = (content.size_bytes, content.sha256) if content else (there.get(name), None)
+        rows.append(FileState(name, size, sha256, state(name), wanted.get(name, "")))
+    return rows
+
+
+def lacking(folder_uri: str | None, wanted: Wanted) -> list[str]:
+    """One line for each wanted file that cannot be used as it is; empty where all are there."""
+    where = "the job names no weights folder" if folder_uri is None else folder_uri
+    rows = [row for row in inventory(folder_uri, wanted) if row.name in wanted and row.state != OK]
+    return [f"{row.name} (for {row.needed_by}): {row.state} ({where})" for row in rows]

@@ -4,21 +4,14 @@ import contextlib
 import functools
 from collections.abc import Callable
 
-from torch import Tensor
-from torch import device as Device
-
-from corun_ray.cli.data import lacking
 from corun_ray.config.jobs import ColabatorJob, EvaluateJob, Job, TrainingJob
-from corun_ray.config.training import Coherence as CoherenceSection
-from corun_ray.config.training import ColabatorLoss
 from corun_ray.core.choices import QUALITY_NAMES
 from corun_ray.core.metrics.measure import load_measure
-from corun_ray.core.scoring.coherence import Coherence, Scorer
-from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
-from corun_ray.core.scoring.quality import load_quality, probe
-from corun_ray.core.training.losses import VGG_FILE, Losses, LossWeights, load_vgg19
+from corun_ray.core.scoring.daclip import DACLIP_FILE
+from corun_ray.core.scoring.quality import load_quality
+from corun_ray.core.training.losses import VGG_FILE
 from corun_ray.core.weights import WeightsError, WeightsSource, no_weights
-from corun_ray.service.weights.folder import Recorder, WeightsFolder
+from corun_ray.service.weights.folder import Recorder, WeightsFolder, lacking
 
 NeededFiles = dict[str | None, dict[str, str]]
 """Folder or URI of weights (None: the job names none) → file → the key of the job file that needs it."""
@@ -27,50 +20,6 @@ NeededFiles = dict[str | None, dict[str, str]]
 def weights_source(uri: str | None) -> WeightsSource:
     """The weights below a folder or URI of the job file, checked and kept on this node."""
     return no_weights if uri is None else WeightsFolder(uri)
-
-
-def build_coherence(section: CoherenceSection, source: WeightsSource, device: Device | str = "cpu") -> Coherence:
-    """The job's two scorers; raises `WeightsError`."""
-    clarity: str | Scorer = section.clarity
-    if section.clarity == "daclip":
-        clarity = load_daclip(source(DACLIP_FILE), section.degradations, section.chunk_images).to(device)
-    quality: str | Scorer = section.quality
-    if section.quality not in QUALITY_NAMES:
-        quality = load_quality(section.quality, source, section.quality_range, section.chunk_images).to(device)
-    return Coherence(clarity, quality, section.block_px, section.combine)
-
-
-def build_losses(
-    job: TrainingJob, source: WeightsSource, coherence: Coherence | None, device: Device | str = "cpu"
-) -> Losses:
-    """The job's losses; raises `WeightsError`."""
-    loss = job.loss
-    features = load_vgg19(source(VGG_FILE)).to(device) if loss.perceptual == "vgg19" else None
-    density_weight = 0.0
-    if isinstance(loss, ColabatorLoss) and coherence is not None:
-        clarity, density_weight = coherence.clarity, loss.haze_density_weight
-
-        def density(images: Tensor) -> Tensor:
-            return 1 - clarity(images)
-
-    terms = (loss.pixel_weight, loss.scattering_weight, loss.perceptual_weight, loss.contrastive_weight)
-    return Losses(LossWeights(*terms, density_weight), features, density if density_weight else None)
-
-
-def check_scoring(job: TrainingJob) -> None:
-    """Builds everything once and tries the scorers on the sizes that they will see, so that no worker starts in vain.
-
-    Raises `WeightsError`, also for a scorer that cannot rate such images.
-    """
-    coherence = None
-    if isinstance(job, ColabatorJob):
-        coherence = build_coherence(job.coherence, weights_source(job.coherence.weights))
-        if job.coherence.quality not in QUALITY_NAMES:
-            try:
-                probe(coherence.quality, job.coherence.block_px, job.data.patch_px)
-            except ValueError as error:
-                raise WeightsError(f"coherence.quality: {error}") from None
-    build_losses(job, weights_source(job.loss.weights), coherence)
 
 
 def missing_weights(needed: NeededFiles) -> list[str]:
