@@ -1,13 +1,12 @@
-"""`python -m corun_ray.bench.run`: times the training step and the restoration of photographs, and scales the step.
+"""Times the training step and the restoration of photographs, and scales the step to many GPUs.
 
-Torch and numpy are enough: it runs on a bare GPU machine.
+Torch and numpy are enough: `python -m corun_ray bench step` runs on a bare GPU machine.
 """
 
 import argparse
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from corun_ray.bench.machine import MATRIX_SIDE
 from corun_ray.bench.scaling import ScalingReport, ScalingSettings, assumed_step, bench_scaling, measured_step
 from corun_ray.bench.step import StepReport, StepSettings, bench_step
 from corun_ray.bench.tables import dehaze_table, scaling_table, step_table
-from corun_ray.cli.bench import add_core_benches
 
 
 def run(args: argparse.Namespace) -> None:
@@ -88,20 +86,3 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name} cannot be used ({str(error).splitlines()[0]})") from None
     return device
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command of this module."""
-    command = "python -m corun_ray.bench.run"
-    parser = argparse.ArgumentParser(prog=command, description=__doc__)
-    add_core_benches(parser.add_subparsers(title="commands", metavar="COMMAND", required=True), command)
-    args = parser.parse_args(arguments)
-    try:
-        run(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

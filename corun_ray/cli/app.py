@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from corun_ray.cli.bench_cli import add_bench_commands
 from corun_ray.cli.common import DONE, FAILED, WRONG_REQUEST, using_ray
@@ -17,7 +18,10 @@ from corun_ray.cli.serve_cli import add_serve_command
 from corun_ray.cli.submit import add_submit_commands
 from corun_ray.core.errors import UserError
 from corun_ray.service.errors import JobFailed
-from corun_ray.service.weights.folder import Wanted
+
+if TYPE_CHECKING:
+    from corun_ray.service.weights.folder import Wanted
+
 
 EPILOG = """\
 A job file says everything about a job; `corun-ray check --keys` lists what it may say.
@@ -111,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _weights_of_jobs(args: argparse.Namespace) -> list[tuple[str | None, Wanted]]:
+def _weights_of_jobs(args: argparse.Namespace) -> "list[tuple[str | None, Wanted]]":
     from corun_ray.config.loading import load_jobs
     from corun_ray.config.trials import example
     from corun_ray.service.weights.needed import needed_files

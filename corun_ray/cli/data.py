@@ -3,10 +3,12 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from corun_ray.service.weights.folder import Wanted, inventory, lacking
+if TYPE_CHECKING:
+    from corun_ray.service.weights.folder import Wanted
 
-JobNeeds = Callable[[argparse.Namespace], Sequence[tuple[str | None, Wanted]]]
+JobNeeds = Callable[[argparse.Namespace], "Sequence[tuple[str | None, Wanted]]"]
 """The arguments of `ls` (`where`, a job file, and `set`) → its weights folders and the files wanted of each."""
 
 
@@ -42,8 +44,10 @@ def add_weights_commands(commands: "argparse._SubParsersAction", job_needs: JobN
     ls.set_defaults(command=lambda args: _ls(args, job_needs))
 
 
-def listing(folder_uri: str | None, wanted: Wanted) -> list[str]:
+def listing(folder_uri: str | None, wanted: "Wanted") -> list[str]:
     """A table of `inventory`: file, size in MB, start of the SHA-256, state, needed by."""
+    from corun_ray.service.weights.folder import inventory
+
     rows = inventory(folder_uri, wanted)
     width = max([len(row.name) for row in rows] + [4])
     lines = [f"{'file':<{width}}  {'MB':>8}  {'sha256':<12}  {'state':<12}  needed by"]
@@ -74,6 +78,8 @@ def _index(args: argparse.Namespace) -> int:
 
 def _ls(args: argparse.Namespace, job_needs: JobNeeds) -> int:
     """Exits with 1 where a wanted file cannot be used."""
+    from corun_ray.service.weights.folder import lacking
+
     is_job = args.where.endswith((".yaml", ".yml"))
     folders: Sequence[tuple[str | None, Wanted]] = job_needs(args) if is_job else [(args.where, {})]
     if not folders:

@@ -52,7 +52,7 @@ from corun_ray.core.training.state import TrainState
 from corun_ray.core.training.steps import Colabator, RealBatch, SyntheticBatch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.core.plain_corun import PlainCORUN
+from tests.core.networks.plain_corun import PlainCORUN
 
 ROOT = Path(__file__).parents[2]
 KEY = "photograph"

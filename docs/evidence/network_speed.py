@@ -5,7 +5,7 @@ largest difference of the outputs. Compiling takes some minutes at first:
 
     python docs/evidence/network_speed.py --size 288 --batch 1 --stages 2
 
-The plain form is `tests/core/plain_corun.py`: the network as the paper writes it, eager, in float32.
+The plain form is `tests/core/networks/plain_corun.py`: the network as the paper writes it, eager, in float32.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training.acceleration import compiled
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.core.plain_corun import PlainCORUN
+from tests.core.networks.plain_corun import PlainCORUN
 
 Way = Callable[[Tensor], tuple[Tensor, Tensor]]
 

@@ -3,7 +3,7 @@
 Both orders make the same samples by turns from the same files, JPEG photographs of 2 megapixels with depth as 16-bit
 PNG, as .npy and procedural; and from those with PNG once more, ours then reading a pack of them (`corun-ray pack`).
 The straightforward one decodes, synthesises and compresses the whole image and crops last
-(tests/core/plain_samples.py). Prints a Markdown table for each, times in ms:
+(tests/core/data/plain_samples.py). Prints a Markdown table for each, times in ms:
 
     python docs/evidence/stream_speed.py --samples 60
 
@@ -34,7 +34,7 @@ from corun_ray.service.data.packing import pack_here, plan_pack
 from corun_ray.service.data.sample_maker import CLEAR, HAZY, SampleMaker, image_of_sample
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.core.plain_samples import plain_pair, plain_views
+from tests.core.data.plain_samples import plain_pair, plain_views
 
 LEAST_PX, QUALITY, PATCH_PX = 2_000_000, 92, 288
 
