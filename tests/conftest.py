@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
-from corun_ray.config.jobs import Cluster
+from corun_ray.config.jobs import ClusterSection
 
 # Ray reads it where it is imported: metrics are served after 1 s, not 10, and gauges that nobody sets go after 2.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
@@ -103,7 +103,7 @@ def local_ray(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
     from corun_ray.service.cluster import connect as cluster
 
-    cluster.connect(Cluster(workers=3, data_cpus=1))
+    cluster.connect(ClusterSection(workers=3, data_cpus=1))
     yield
     ray.shutdown()
     environment.undo()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from corun_ray.bench.machine import Machine, Work, count_work, measure_machine, peak_memory, seconds
-from corun_ray.core.inference.memory import within
+from corun_ray.core.inference.memory import fit_in_memory
 from corun_ray.core.inference.restore import restore
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training.acceleration import compiled
@@ -66,7 +66,7 @@ def bench_dehaze(settings: DehazeSettings) -> DehazeReport:
         counted = count_work(lambda: network(small))
         whole = compiled(network) if settings.compile else network
         hazy = torch.rand(1, 3, settings.height_px, settings.width_px, device=device)
-        runs = whole if settings.memory_mib is None else within(network, hazy, settings.memory_mib)
+        runs = whole if settings.memory_mib is None else fit_in_memory(network, hazy, settings.memory_mib)
         restore(runs, hazy)
         with peak_memory(device) as peak:
             times = [seconds(lambda: restore(runs, hazy), device) for _ in range(settings.repeats)]

@@ -22,10 +22,10 @@ from torch import nn
 
 from corun_ray.bench.scaling_model import (
     MIB,
-    Layout,
     Link,
     ManyWorkersStep,
-    Pool,
+    PoolModel,
+    Topology,
     WorkerStep,
     bucket_sizes,
     exposed_s,
@@ -56,7 +56,7 @@ class RingReport:
 
     def formula_s(self, num_bytes: int) -> float:
         """What a ring of such links takes."""
-        return Layout(self.processes, self.processes, self.link, self.link).ring_s(num_bytes)
+        return Topology(self.processes, self.processes, self.link, self.link).ring_s(num_bytes)
 
 
 @dataclass(frozen=True)
@@ -183,17 +183,17 @@ class ScalingSettings:
     check_size_px: int = 96
     repeats: int = 10
 
-    def layout(self, gpus: int, link_gbit: float) -> Layout:
+    def layout(self, gpus: int, link_gbit: float) -> Topology:
         """Of so many GPUs."""
         inside = Link(self.node_latency_us / 1e6, self.node_gbit * BYTES_PER_GBIT)
         between = Link(self.link_latency_us / 1e6, link_gbit * BYTES_PER_GBIT)
-        return Layout(gpus, self.gpus_per_node, inside, between)
+        return Topology(gpus, self.gpus_per_node, inside, between)
 
-    def pool(self) -> Pool | None:
+    def pool(self) -> PoolModel | None:
         """None in pre-training."""
         if self.method == "pretrain":
             return None
-        return Pool(label_bytes(self.size_px, self.encoding), self.shards, self.win_rate, self.share_blocks)
+        return PoolModel(label_bytes(self.size_px, self.encoding), self.shards, self.win_rate, self.share_blocks)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Link(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class Topology:
     """Equal workers on nodes of `per_node` each; fewer share one node."""
 
     workers: int
@@ -175,7 +175,7 @@ class WorkerStep:
 
 
 @dataclass(frozen=True)
-class Pool:
+class PoolModel:
     """The label pool as a job sets it up."""
 
     label_bytes: int
@@ -185,7 +185,7 @@ class Pool:
     shares_blocks: bool = False
     """All workers rate the winners' blocks together; what that sends is left out."""
 
-    def answers_s(self, layout: Layout, images: int, shards: int | None = None) -> float:
+    def answers_s(self, layout: Topology, images: int, shards: int | None = None) -> float:
         """Until the last label is there, when all workers ask at once: the busiest shard's work, or node's sending.
 
         Shards are on nodes of their own while there are enough. On one node labels are read in place.
@@ -197,11 +197,11 @@ class Pool:
         sent = fullest(labels, min(shards, layout.nodes)) * self.label_bytes
         return max(work_s, sent / layout.between.bytes_per_s)
 
-    def bytes_per_s(self, layout: Layout, images: int, step_s: float) -> float:
+    def bytes_per_s(self, layout: Topology, images: int, step_s: float) -> float:
         """Labels read and written by all workers."""
         return layout.workers * images * (1 + self.win_rate) * self.label_bytes / step_s
 
-    def shards_needed(self, layout: Layout, images: int, within_s: float) -> int | None:
+    def shards_needed(self, layout: Topology, images: int, within_s: float) -> int | None:
         """The fewest that answer in time; None if none do."""
         most = layout.workers * images
         return next((n for n in range(1, most + 1) if self.answers_s(layout, images, n) <= within_s), None)
@@ -237,7 +237,7 @@ class ManyWorkersStep:
         return sorted(grave, key=lambda name: -losses[name])
 
 
-def scaled(alone: WorkerStep, pool: Pool | None, layout: Layout, buckets: Sequence[int]) -> ManyWorkersStep:
+def scaled(alone: WorkerStep, pool: PoolModel | None, layout: Topology, buckets: Sequence[int]) -> ManyWorkersStep:
     """The step of the layout's workers, DDP's buckets being of so many bytes; `pool` is None in pre-training."""
     outlasts_s = exposed_s(buckets, ready_times_s(buckets, alone.backward_s), layout.all_reduce_s)
     answers_s = rating_s = mean_rating_s = 0.0

@@ -26,7 +26,7 @@ Tell = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class StreamSettings:
     """What is asked for."""
 
     patch_px: int
@@ -35,7 +35,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Measured:
+class StreamResult:
     """One kind of sample: medians over the repeats."""
 
     data: dict[str, str | None]
@@ -51,12 +51,12 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Report:
+class StreamReport:
     """Everything that was found out."""
 
-    settings: Settings
+    settings: StreamSettings
     machine: dict[str, str | int]
-    kinds: dict[str, Measured]
+    kinds: dict[str, StreamResult]
 
 
 def render_photographs(folder: Path, progress: Callable[[int, int], None]) -> None:
@@ -82,21 +82,21 @@ def job_of(clear: str, depth: str | None, depth_kind: DepthKind, hazy: str | Non
     )
 
 
-def bench_stream(jobs: Mapping[str, TrainingJob], settings: Settings, tell: Tell) -> Report:
+def bench_stream(jobs: Mapping[str, TrainingJob], settings: StreamSettings, tell: Tell) -> StreamReport:
     """Makes samples of each job; raises `StorageError`, `ManifestError` and `TooManyBadFiles`."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
-        kinds: dict[str, Measured] = {}
+        kinds: dict[str, StreamResult] = {}
         for name, job in jobs.items():
             before = len(kinds) * settings.samples * settings.repeats
             kinds[name] = _measure(job, settings, lambda done, name=name, before=before: tell(before + done, name))  # type: ignore[misc]
     finally:
         cv2.setNumThreads(threads)
-    return Report(settings, _machine(), kinds)
+    return StreamReport(settings, _machine(), kinds)
 
 
-def _measure(job: TrainingJob, settings: Settings, tell: Callable[[int], None]) -> Measured:
+def _measure(job: TrainingJob, settings: StreamSettings, tell: Callable[[int], None]) -> StreamResult:
     manifest = build_manifest(job)
     bad_files: dict[str, str] = {}
     make = SampleMaker(job, manifest, settings.patch_px, bad_files.update)
@@ -113,7 +113,7 @@ def _measure(job: TrainingJob, settings: Settings, tell: Callable[[int], None]) 
     medians = dict(zip(PHASES, map(statistics.median, zip(*phases_s, strict=True)), strict=True))
     images = 2 if isinstance(job, ColabatorJob) else 1
     sample_s = statistics.median(whole_s)
-    return Measured(
+    return StreamResult(
         data={key: getattr(job.data, key, None) for key in ("clear", "depth", "hazy")},
         num_files=manifest.num_images,
         images_per_s=images / sample_s,
@@ -124,7 +124,7 @@ def _measure(job: TrainingJob, settings: Settings, tell: Callable[[int], None]) 
     )
 
 
-def table(report: Report) -> str:
+def table(report: StreamReport) -> str:
     """A column for each kind of sample."""
     kinds = report.kinds
     rows = {
@@ -145,7 +145,7 @@ def table(report: Report) -> str:
     return "\n".join([" " * 28 + "".join(f"{name:>22}" for name in kinds), *lines, *notes])
 
 
-def as_json(report: Report) -> str:
+def as_json(report: StreamReport) -> str:
     """Every figure, and the machine that it comes from."""
     return json.dumps(asdict(report), indent=1) + "\n"
 

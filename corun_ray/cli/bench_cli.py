@@ -16,7 +16,7 @@ from corun_ray.cli.common import DONE, using_ray
 from corun_ray.core.errors import UserError
 
 if TYPE_CHECKING:
-    from corun_ray.bench.label_pool.figures import Settings
+    from corun_ray.bench.label_pool.figures import PoolSettings
     from corun_ray.service.storage import Location
 
 MIN_LABELS, MIN_SIDE_PX = 60, 8
@@ -100,9 +100,9 @@ def _core(args: argparse.Namespace) -> int:
 
 
 def _pool(args: argparse.Namespace) -> int:
-    from corun_ray.bench.label_pool.figures import Settings
+    from corun_ray.bench.label_pool.figures import PoolSettings
 
-    settings = Settings(args.labels, args.side, tuple(args.shards), args.encoding, args.memory_mib, args.workers)
+    settings = PoolSettings(args.labels, args.side, tuple(args.shards), args.encoding, args.memory_mib, args.workers)
     if mistakes := [*_mistakes(args, settings)]:
         raise UserError("\n".join(mistakes))
     with using_ray():
@@ -110,7 +110,7 @@ def _pool(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _mistakes(args: argparse.Namespace, settings: "Settings") -> Iterator[str]:
+def _mistakes(args: argparse.Namespace, settings: "PoolSettings") -> Iterator[str]:
     least_mib = math.ceil(MIN_IN_MEMORY * settings.label_bytes / 2**20)
     if settings.memory_mib < least_mib:
         yield f"--memory-mib: {settings.memory_mib} is too few for such labels (at least {least_mib})"
@@ -127,7 +127,7 @@ def _mistakes(args: argparse.Namespace, settings: "Settings") -> Iterator[str]:
         yield f"--storage: {args.storage} has {free / 1e9:.1f} GB free, the labels may take {needed / 1e9:.1f} GB"
 
 
-def _measure(args: argparse.Namespace, settings: "Settings") -> None:
+def _measure(args: argparse.Namespace, settings: "PoolSettings") -> None:
     from corun_ray.bench.label_pool.report import as_json, plot, table
     from corun_ray.bench.label_pool.trial import bench_pool
     from corun_ray.service.cluster import connect as cluster

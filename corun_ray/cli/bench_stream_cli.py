@@ -78,13 +78,13 @@ def _mistakes(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    from corun_ray.bench.stream import Settings, as_json, bench_stream, render_photographs, table
+    from corun_ray.bench.stream import StreamSettings, as_json, bench_stream, render_photographs, table
     from corun_ray.service.data.sample_maker import TooManyBadFiles
     from corun_ray.service.errors import JobFailed
     from corun_ray.service.telemetry.console import Console
 
     console = Console()
-    settings = Settings(args.patch, args.samples, args.repeats)
+    settings = StreamSettings(args.patch, args.samples, args.repeats)
     with tempfile.TemporaryDirectory(prefix="corun-bench-") as name:
         console.header(
             "bench stream", {"samples": f"{args.samples}, {args.repeats} times", "patch": f"{args.patch} px"}

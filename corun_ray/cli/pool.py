@@ -13,7 +13,7 @@ from corun_ray.cli.common import DONE, FAILED
 if TYPE_CHECKING:
     from corun_ray.config.jobs import ColabatorJob
     from corun_ray.core.data.images import ImageU8
-    from corun_ray.service.pool.source import Source
+    from corun_ray.service.pool.source import SavedPool
 
 SOURCE_HELP = "a run, checkpoint, pool folder or snapshot: see corun-ray pool --help"
 CLOSEST_KEYS = 3
@@ -147,7 +147,7 @@ def _diff(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _job_of(source: "Source") -> "tuple[ColabatorJob | None, str]":
+def _job_of(source: "SavedPool") -> "tuple[ColabatorJob | None, str]":
     """The job of the pool's run, or None and why it is not known."""
     from corun_ray.service.storage import StorageError
 

@@ -11,21 +11,21 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from corun_ray.config.credentials import REFUSED, holds_credentials, without_credentials
-from corun_ray.config.tasks import Dehaze, Evaluate, Serve, Tune
+from corun_ray.config.tasks import DehazeSection, EvaluateSection, ServeSection, TuneSection
 from corun_ray.config.training import (
-    Coherence,
-    ColabatorData,
-    ColabatorLoss,
-    ColabatorOptim,
-    ColabatorTrain,
-    Haze,
-    Loss,
-    Network,
-    Optim,
-    Pool,
-    PretrainTrain,
-    Train,
-    TrainingData,
+    CoherenceSection,
+    ColabatorDataSection,
+    ColabatorLossSection,
+    ColabatorOptimSection,
+    ColabatorTrainSection,
+    HazeSection,
+    LossSection,
+    NetworkSection,
+    OptimSection,
+    PoolSection,
+    PretrainTrainSection,
+    TrainingDataSection,
+    TrainSection,
 )
 from corun_ray.config.types import (
     Count,
@@ -42,7 +42,7 @@ from corun_ray.config.types import (
 )
 
 
-class Cluster(Section):
+class ClusterSection(Section):
     workers: Workers = Field((1, 1), description="training workers; [low, high]: as many as there is room for")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of a worker; 0 runs on the CPU")
     cpus_per_worker: Positive = Field(1.0, description="CPUs of a worker")
@@ -75,7 +75,7 @@ with warnings.catch_warnings():
     # pydantic warns that `register` hides ABCMeta.register, which nothing calls on a job's section.
     warnings.filterwarnings("ignore", 'Field name "register"')
 
-    class Tracking(Section):
+    class TrackingSection(Section):
         uri: str = Field("", description="MLflow server; empty: mlflow.db in the storage folder")
         experiment: Text = Field("corun", description="MLflow experiment")
         register: OptionalText = Field(None, description="registered model's name; null: not registered")
@@ -103,12 +103,12 @@ class Job(Strict):
     name: Name = Field(description="lower-case letters, digits, . _ - and no . _ - in front")
     seed: Whole = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
     storage: Text = Field("runs", description="a folder or URI for checkpoints, label pool and reports")
-    cluster: Cluster = _section("where it runs")
-    tracking: Tracking = _section("what MLflow records")
+    cluster: ClusterSection = _section("where it runs")
+    tracking: TrackingSection = _section("what MLflow records")
 
     @field_validator("tracking")
     @classmethod
-    def _somewhere_to_track(cls, tracking: Tracking, info: ValidationInfo) -> Tracking:
+    def _somewhere_to_track(cls, tracking: TrackingSection, info: ValidationInfo) -> TrackingSection:
         storage = info.data.get("storage", "")
         if not tracking.uri and "://" in storage:
             raise Mismatch("tracking.uri", f"needed because storage {storage} is not a folder")
@@ -122,7 +122,7 @@ class Job(Strict):
         return self
 
     @property
-    def whole_cluster(self) -> Cluster:
+    def whole_cluster(self) -> ClusterSection:
         """What it takes at any one time."""
         return self.cluster
 
@@ -130,16 +130,16 @@ class Job(Strict):
 class TrainingJob(Job):
     """What pre-training and Colabator have in common."""
 
-    data: TrainingData = _section("images")
-    haze: Haze = _section("the haze that is synthesised")
-    network: Network = _section("the network")
-    loss: Loss = _section("the losses")
-    optim: Optim = _section("the optimiser, AdamW")
-    train: Train = _section("the training loop")
+    data: TrainingDataSection = _section("images")
+    haze: HazeSection = _section("the haze that is synthesised")
+    network: NetworkSection = _section("the network")
+    loss: LossSection = _section("the losses")
+    optim: OptimSection = _section("the optimiser, AdamW")
+    train: TrainSection = _section("the training loop")
 
     @model_validator(mode="after")
     def _mixup_needs_a_batch(self) -> "TrainingJob":
-        later = self.train.progressive if isinstance(self.train, PretrainTrain) else ()
+        later = self.train.progressive if isinstance(self.train, PretrainTrainSection) else ()
         if self.data.mixup and min([self.train.batch_per_worker, *(phase.batch_per_worker for phase in later)]) < 2:
             raise Mismatch("data.mixup", "mixes the images of a batch, and batch_per_worker is 1")
         return self
@@ -147,22 +147,22 @@ class TrainingJob(Job):
 
 class PretrainJob(TrainingJob):
     kind: Literal["pretrain"]
-    train: PretrainTrain = _section("the training loop")
+    train: PretrainTrainSection = _section("the training loop")
 
 
 class ColabatorKeys(TrainingJob):
     """The keys of a Colabator job, and of a search over such jobs."""
 
-    data: ColabatorData = _section("images")
-    optim: ColabatorOptim = _section("the optimiser, AdamW")
-    train: ColabatorTrain = _section("the training loop")
-    loss: ColabatorLoss = _section("the losses")
-    coherence: Coherence = _section("how a pseudo label is scored")
-    pool: Pool = _section("the optimal label pool")
+    data: ColabatorDataSection = _section("images")
+    optim: ColabatorOptimSection = _section("the optimiser, AdamW")
+    train: ColabatorTrainSection = _section("the training loop")
+    loss: ColabatorLossSection = _section("the losses")
+    coherence: CoherenceSection = _section("how a pseudo label is scored")
+    pool: PoolSection = _section("the optimal label pool")
 
     @field_validator("coherence")
     @classmethod
-    def _whole_blocks(cls, coherence: Coherence, info: ValidationInfo) -> Coherence:
+    def _whole_blocks(cls, coherence: CoherenceSection, info: ValidationInfo) -> CoherenceSection:
         data = info.data.get("data")
         if data and data.patch_px % coherence.block_px:
             text = f"{data.patch_px} is not a multiple of coherence.block_px ({coherence.block_px})"
@@ -179,10 +179,10 @@ class ColabatorJob(ColabatorKeys):
 
 class TuneJob(ColabatorKeys):
     kind: Literal["tune"]
-    tune: Tune = _section("the search: which keys vary, and how trials are judged")
+    tune: TuneSection = _section("the search: which keys vary, and how trials are judged")
 
     @property
-    def whole_cluster(self) -> Cluster:
+    def whole_cluster(self) -> ClusterSection:
         """What all trials that run at once take."""
         one, trials = self.cluster, self.tune.trials_at_once or 1
         sizes = {"workers": tuple(n * trials for n in one.workers), "data_cpus": one.data_cpus * trials}
@@ -191,23 +191,23 @@ class TuneJob(ColabatorKeys):
 
 class EvaluateJob(Job):
     kind: Literal["evaluate"]
-    evaluate: Evaluate = _section("what is measured, and of which models")
+    evaluate: EvaluateSection = _section("what is measured, and of which models")
 
 
 class DehazeJob(Job):
     kind: Literal["dehaze"]
-    dehaze: Dehaze = _section("which images are dehazed, by which model")
+    dehaze: DehazeSection = _section("which images are dehazed, by which model")
 
 
 class ServeJob(Job):
     kind: Literal["serve"]
-    serve: Serve = _section("which model answers requests, where, and within which bounds")
+    serve: ServeSection = _section("which model answers requests, where, and within which bounds")
 
     @property
-    def whole_cluster(self) -> Cluster:
+    def whole_cluster(self) -> ClusterSection:
         """What all replicas take."""
         section = self.serve
-        return Cluster(
+        return ClusterSection(
             workers=section.replicas,
             gpus_per_worker=section.gpus_per_replica,
             cpus_per_worker=section.cpus_per_replica,

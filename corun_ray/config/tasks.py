@@ -39,7 +39,7 @@ from corun_ray.config.types import (
 from corun_ray.core.metrics.catalog import OWN, all_metrics
 
 
-class Range(Section):
+class RangeSection(Section):
     """Numbers between two ends; whole ones where both ends are."""
 
     low: int | float = Field(description="the smallest value")
@@ -47,7 +47,7 @@ class Range(Section):
     log: bool = Field(False, description="evenly spread in the logarithm")
 
     @model_validator(mode="after")
-    def _low_first(self) -> "Range":
+    def _low_first(self) -> "RangeSection":
         if self.low >= self.high:
             raise ValueError(f"low {self.low} is not less than high {self.high}")
         if self.log and self.low <= 0:
@@ -66,7 +66,7 @@ def _flat(search: Any, prefix: str = "") -> Any:
         return search
     flat: dict[Any, Any] = {}
     for key, choice in search.items():
-        is_section = isinstance(choice, dict) and not choice.keys() & Range.model_fields.keys()
+        is_section = isinstance(choice, dict) and not choice.keys() & RangeSection.model_fields.keys()
         flat |= _flat(choice, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": choice}
     return flat
 
@@ -79,15 +79,15 @@ def _not_empty(search: dict[str, Any]) -> dict[str, Any]:
     return search
 
 
-Choice = tuple[Any, ...] | Range
+Choice = tuple[Any, ...] | RangeSection
 _Choice = Annotated[
-    Annotated[tuple[Any, ...], Tag("[list]")] | Annotated[Range, Tag("[range]")],
-    Discriminator(lambda choice: "[range]" if isinstance(choice, dict | Range) else "[list]"),
+    Annotated[tuple[Any, ...], Tag("[list]")] | Annotated[RangeSection, Tag("[range]")],
+    Discriminator(lambda choice: "[range]" if isinstance(choice, dict | RangeSection) else "[list]"),
 ]
 Search = Annotated[dict[str, _Choice], BeforeValidator(_flat), AfterValidator(_not_empty)]
 
 
-class Tune(Section):
+class TuneSection(Section):
     search: Search = Field(description="key: [values], or key: {low, high, log}, for any key of a colabator job")
     metric: Text = Field("val/fade", description="validation metric by which trials are compared")
     mode: Literal["min", "max"] = Field("min", description="whether less or more of it is better")
@@ -121,7 +121,7 @@ def _some_once_if_any(items: tuple[str, ...]) -> tuple[str, ...]:
     return some_once(items) if items else items
 
 
-class Evaluate(Section):
+class EvaluateSection(Section):
     hazy: Text = Field(description="a folder or URI of hazy images")
     clear: OptionalText = Field(None, description="a folder or URI of their clear truth, paired by stem")
     models: dict[Name, Text] = Field({}, description="models by name; empty: the baselines alone are measured")
@@ -146,7 +146,7 @@ class Evaluate(Section):
         return metrics
 
     @model_validator(mode="after")
-    def _someone_to_measure(self) -> "Evaluate":
+    def _someone_to_measure(self) -> "EvaluateSection":
         if taken := [name for name in get_args(Baseline) if name in self.models]:
             raise Mismatch(f"evaluate.models.{taken[0]}", "the name of a baseline; a model needs another")
         if not self.names:
@@ -175,7 +175,7 @@ def _is_path(path: str) -> str:
     return path
 
 
-class Serve(Section):
+class ServeSection(Section):
     model: Text = Field(description="MLflow URI, checkpoint or plain model folder, or .pth")
     host: Text = Field("127.0.0.1", description="address to listen at; 0.0.0.0: every one, with no authentication")
     port: Whole = Field(8000, ge=1, le=65535, description="TCP port of HTTP")
@@ -203,7 +203,7 @@ class Serve(Section):
         return gpus
 
 
-class Dehaze(Section):
+class DehazeSection(Section):
     input: Text = Field(description="a folder or URI of hazy images")
     output: Text = Field(description="a folder or URI for the restored ones, which keep their names and folders")
     model: Text = Field(description="MLflow URI, checkpoint or plain model folder, or .pth")

@@ -76,7 +76,7 @@ def _network_type(name: str) -> str:
     return name
 
 
-class Network(Section):
+class NetworkSection(Section):
     type: Annotated[str, AfterValidator(_network_type)] = Field(
         "corun",
         description="corun, an architecture of spandrel (NAFNet, ...), module.path:ClassName, or spandrel: as in init",
@@ -100,7 +100,7 @@ class Network(Section):
     )
 
     @model_validator(mode="after")
-    def _arguments_of_its_type(self) -> "Network":
+    def _arguments_of_its_type(self) -> "NetworkSection":
         if self.type == "corun":
             if self.args:
                 raise Mismatch("network.args", "not used by corun, which has stages and width")
@@ -116,7 +116,7 @@ class Network(Section):
         return self
 
 
-class Coherence(Section):
+class CoherenceSection(Section):
     clarity: Clarity = Field("contrast", description="scorer of haze density; daclip needs weights")
     degradations: Annotated[tuple[Degradation, ...], AfterValidator(some_once)] = Field(
         ("hazy",), description="what counts as unclear; their probabilities add up; daclip only"
@@ -134,7 +134,7 @@ class Coherence(Section):
     share_blocks: bool = Field(False, description="workers rate each other's winners' blocks; pays for slow scorers")
 
     @model_validator(mode="after")
-    def _what_scorers_need(self) -> "Coherence":
+    def _what_scorers_need(self) -> "CoherenceSection":
         if self.clarity == "daclip" and self.weights is None:
             raise Mismatch("coherence.weights", "missing (clarity daclip needs its weights)")
         if self.clarity != "daclip" and self.degradations != ("hazy",):
@@ -151,7 +151,7 @@ class Coherence(Section):
         return self
 
 
-class Pool(Section):
+class PoolSection(Section):
     shards: Count = Field(1, ge=1, le=256, description="number of actors that the labels are spread over")
     encoding: Encoding = Field("uint8", description="number type in which a label is kept")
     memory_mib: OptionalCount = Field(
@@ -159,7 +159,7 @@ class Pool(Section):
     )
 
 
-class Loss(Section):
+class LossSection(Section):
     perceptual: Literal["none", "vgg19"] = Field(
         "none", description="network of the perceptual and contrastive terms; none leaves them out"
     )
@@ -170,25 +170,25 @@ class Loss(Section):
     contrastive_weight: TermWeight = Field(1.0, description="weight of near the truth, far from the input")
 
     @model_validator(mode="after")
-    def _weights_of_its_network(self) -> "Loss":
+    def _weights_of_its_network(self) -> "LossSection":
         if self.perceptual != "none" and self.weights is None:
             raise Mismatch("loss.weights", f"missing (perceptual {self.perceptual} needs its weights)")
         return self
 
 
-class ColabatorLoss(Loss):
+class ColabatorLossSection(LossSection):
     pixel_weight: TermWeight = Field(5.0, description="weight of the L1 distance to the truth or label")
     perceptual_weight: TermWeight = Field(0.2, description="weight of the feature distance to the truth")
     haze_density_weight: TermWeight = Field(0.0, description="weight of 1 - clarity of the restored real image")
 
 
-class Cycle(Section):
+class CycleSection(Section):
     steps: OneOrMore = Field(description="length of the cycle")
     lr: LearningRate
     min_lr: float = Field(ge=0, description="learning rate at the cycle's end")
 
 
-class Optim(Section):
+class OptimSection(Section):
     lr: LearningRate = 1e-4
     min_lr: MinLearningRate = Field(default_factory=lambda earlier: earlier["lr"])
     schedule_steps: ScheduleSteps = 30_000
@@ -196,7 +196,7 @@ class Optim(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the network")
     compile: bool = Field(False, description="compile the network with torch.compile")
     warmup_steps: Count = Field(0, ge=0, description="steps over which the learning rate first rises from near 0")
-    cycles: tuple[Cycle, ...] = Field(
+    cycles: tuple[CycleSection, ...] = Field(
         (), description="cosine cycles with restarts ({steps, lr, min_lr}), instead of lr, min_lr and schedule_steps"
     )
 
@@ -208,29 +208,31 @@ class Optim(Section):
         return min_lr
 
 
-class ColabatorOptim(Optim):
+class ColabatorOptimSection(OptimSection):
     lr: LearningRate = 5e-5
     min_lr: MinLearningRate = Field(default_factory=lambda earlier: min(1e-6, earlier["lr"]))
     schedule_steps: ScheduleSteps = 50_000
 
 
-class Validation(Section):
+class ValidationSection(Section):
     hazy: Text = Field(description="a folder or URI of hazy images")
     clear: OptionalText = Field(None, description="a folder or URI of their clear truth, paired by stem")
 
 
-class Paired(Section):
+class PairedSection(Section):
     hazy: Text = Field(description="a folder, pack or URI of degraded images")
     clear: Text = Field(description="a folder, pack or URI of their clean truth, paired by stem")
 
 
-class TrainingData(Section):
+class TrainingDataSection(Section):
     clear: OptionalText = Field(None, description="a folder, pack or URI of clear images, on which haze is laid")
     depth: OptionalText = Field(None, description="a folder, pack or URI of their depth; null: a procedural depth")
     depth_kind: DepthKind = Field("inverse", description="metres: far is large and 0 is no reading")
-    paired: Paired | None = Field(None, description="degraded and clean images, instead of clear and depth")
-    validation: Validation | None = Field(None, description="held-out images")
-    validation_sets: dict[Name, Validation] = Field({}, description="more held-out images, by name: {hazy, clear}")
+    paired: PairedSection | None = Field(None, description="degraded and clean images, instead of clear and depth")
+    validation: ValidationSection | None = Field(None, description="held-out images")
+    validation_sets: dict[Name, ValidationSection] = Field(
+        {}, description="more held-out images, by name: {hazy, clear}"
+    )
     patch_px: Whole = Field(288, ge=32, multiple_of=16, description="side of a training patch, in pixels")
     random_resize: RandomResize = False
     rotation: bool = Field(False, description="turn synthetic or paired patches by a random multiple of 90 degrees")
@@ -242,7 +244,7 @@ class TrainingData(Section):
 
     @field_validator("paired")
     @classmethod
-    def _one_source_of_pairs(cls, paired: Paired | None, info: ValidationInfo) -> Paired | None:
+    def _one_source_of_pairs(cls, paired: PairedSection | None, info: ValidationInfo) -> PairedSection | None:
         if "clear" not in info.data:
             return paired  # what is wrong with it is told
         if (info.data["clear"] is None) == (paired is None):
@@ -253,18 +255,18 @@ class TrainingData(Section):
         return paired
 
 
-class ColabatorData(TrainingData):
+class ColabatorDataSection(TrainingDataSection):
     hazy: Text = Field(description="a folder, pack or URI of real hazy images")
     random_resize: RandomResize = True
 
 
-class Haze(Section):
+class HazeSection(Section):
     beta: PositiveRange = Field((0.2, 2.8), description="scattering coefficient, each more than 0")
     airlight: FractionRange = Field((0.25, 1.0), description="brightness of the airlight, each in 0 to 1")
     airlight_tint: float = Field(0.025, ge=0, description="largest deviation of a colour channel from it")
 
 
-class Train(Section):
+class TrainSection(Section):
     steps: Steps = 30_000
     batch_per_worker: Batch = 2
     accumulate: OneOrMore = Field(1, description="batches of a worker in a step, in turn, as of so many workers")
@@ -280,20 +282,20 @@ class Train(Section):
         return self.batch_per_worker * self.accumulate
 
 
-class Phase(Section):
+class ProgressiveStep(Section):
     from_step: Count = Field(ge=1, description="first step of the phase, counted from 0")
     patch_px: Whole = Field(ge=32, multiple_of=16, description="side of a training patch, in pixels")
     batch_per_worker: Batch
 
 
-class PretrainTrain(Train):
-    progressive: tuple[Phase, ...] = Field(
+class PretrainTrainSection(TrainSection):
+    progressive: tuple[ProgressiveStep, ...] = Field(
         (), description="later patch and batch sizes: a list of {from_step, patch_px, batch_per_worker}"
     )
 
     @field_validator("progressive")
     @classmethod
-    def _in_order(cls, phases: tuple[Phase, ...], info: ValidationInfo) -> tuple[Phase, ...]:
+    def _in_order(cls, phases: tuple[ProgressiveStep, ...], info: ValidationInfo) -> tuple[ProgressiveStep, ...]:
         starts = [phase.from_step for phase in phases]
         if starts != sorted(set(starts)):
             raise ValueError("its from_step must rise from phase to phase")
@@ -303,6 +305,6 @@ class PretrainTrain(Train):
         return phases
 
 
-class ColabatorTrain(Train):
+class ColabatorTrainSection(TrainSection):
     steps: Steps = 5_000
     batch_per_worker: Batch = 1

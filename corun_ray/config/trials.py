@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from corun_ray.config.jobs import ColabatorJob, Job, PretrainJob, TuneJob
 from corun_ray.config.messages import not_a_key, plain_mistakes
 from corun_ray.config.reference import keys, section_of, takes
-from corun_ray.config.tasks import Choice, Range
+from corun_ray.config.tasks import Choice, RangeSection
 from corun_ray.config.yaml_reader import Loc
 
 OWN = ("kind", "name", "storage", "tracking", "cluster", "tune")
@@ -94,4 +94,4 @@ def _measured(job: TuneJob) -> list[str]:
 
 
 def _ends(choice: Choice) -> tuple[Any, ...]:
-    return (choice.low, choice.high) if isinstance(choice, Range) else choice
+    return (choice.low, choice.high) if isinstance(choice, RangeSection) else choice

@@ -16,7 +16,7 @@ Paint = Callable[[Array, Array, Array], Array]
 
 
 @dataclass(frozen=True)
-class Camera:
+class Viewpoint:
     """A level pinhole camera at (0, height_m, 0) that looks along +z; y is up, x to the right.
 
     The horizon may lie off the centre row (a shift lens), so that verticals stay vertical.
@@ -61,7 +61,7 @@ Cutout = Callable[[tuple[slice, slice]], tuple[Array, Array]]
 class Canvas:
     """Linear light `color` (`H W 3`) and distance along the optical axis `z` (`H W`, metres, sky = inf)."""
 
-    def __init__(self, camera: Camera, sky: Array) -> None:
+    def __init__(self, camera: Viewpoint, sky: Array) -> None:
         self.camera = camera
         self.color = sky
         self.z = np.full(sky.shape[:2], np.inf, np.float32)

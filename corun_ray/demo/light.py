@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from corun_ray.demo.canvas import Camera
+from corun_ray.demo.canvas import Viewpoint
 from corun_ray.demo.noise import Array, Noise
 
 
@@ -111,7 +111,7 @@ class Light:
         return light
 
 
-def render_sky(camera: Camera, palette: Palette, light: Light, noise: Noise, rng: np.random.Generator) -> Array:
+def render_sky(camera: Viewpoint, palette: Palette, light: Light, noise: Noise, rng: np.random.Generator) -> Array:
     """Gradient, glow of the sun and a layer of clouds; linear light `H W 3`, black below the horizon."""
     # Nothing in a sky is as fine as a pixel: half the resolution each way is enough.
     bottom_px = min(camera.height_px, int(camera.horizon_px) // 2 * 2 + 2)

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from corun_ray.demo.canvas import Camera, Canvas
+from corun_ray.demo.canvas import Canvas, Viewpoint
 from corun_ray.demo.light import Light, Palette, mix, render_sky, rgb
 from corun_ray.demo.noise import Array, Field, Noise, NoiseKind
 from corun_ray.demo.plants import Herbarium, Tree
@@ -17,7 +17,7 @@ OVERSAMPLING = 2
 
 @dataclass(frozen=True)
 class Scene:
-    camera: Camera
+    camera: Viewpoint
     palette: Palette
     light: Light
     noise: Noise
@@ -32,7 +32,7 @@ class Scene:
     ) -> "Scene":  # fmt: skip
         """An empty scene under its sky; `size_px` is (width, height), `horizon` its row as a share of it."""
         width, height = (side * OVERSAMPLING for side in size_px)
-        camera = Camera(width, height, zoom * width, horizon * height, eye_m)
+        camera = Viewpoint(width, height, zoom * width, horizon * height, eye_m)
         light = Light.of(palette, rng)
         canvas = Canvas(camera, render_sky(camera, palette, light, noise, rng))
         return cls(camera, palette, light, noise, herbarium, rng, canvas)

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from corun_ray.demo.canvas import Camera
+from corun_ray.demo.canvas import Viewpoint
 from corun_ray.demo.light import Light
 from corun_ray.demo.noise import Array
 
@@ -36,7 +36,7 @@ class Ground:
     growth: Array
 
 
-def cast(camera: Camera, light: Light, relief: Relief, near_m: float, far_m: float, steps: int = 400) -> Ground:
+def cast(camera: Viewpoint, light: Light, relief: Relief, near_m: float, far_m: float, steps: int = 400) -> Ground:
     """Marches all columns from near to far at once; between samples the ground is a straight line."""
     # Near ground is seen at a steep angle and needs few steps, far ridges need many.
     progress = np.linspace(0, 1, steps, dtype=np.float32)[:, None]
@@ -66,7 +66,7 @@ def cast(camera: Camera, light: Light, relief: Relief, near_m: float, far_m: flo
     return Ground(top_px, first < steps, camera.slope_x * z, height_m, z, *cv2.split(sampled))
 
 
-def _first_covering(camera: Camera, horizon_slope: Array) -> NDArray[np.int64]:
+def _first_covering(camera: Viewpoint, horizon_slope: Array) -> NDArray[np.int64]:
     """For every pixel the first step whose ground rises above its line of sight, `steps` where none does."""
     steps, width = horizon_slope.shape
     top = np.ceil(camera.horizon_px - camera.focal_px * horizon_slope - 0.5)

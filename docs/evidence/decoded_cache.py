@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 import ray
 
-from corun_ray.config.jobs import Cluster, TrainingJob
+from corun_ray.config.jobs import ClusterSection, TrainingJob
 from corun_ray.core.timing import PHASES, PhaseTimes
 from corun_ray.service.cluster import connect as cluster
 from corun_ray.service.data.cache import Decoded, start_cache
@@ -47,7 +47,7 @@ def main() -> None:
         render(folder, *arguments.size)
         for file in sorted((folder / "clear").iterdir()):
             shift(folder, file.stem)
-        cluster.connect(Cluster(workers=1, cpus_per_worker=1, data_cpus=1))
+        cluster.connect(ClusterSection(workers=1, cpus_per_worker=1, data_cpus=1))
         jobs = [job_of(kind, folder, depth) for kind in ("pretrain", "colabator") for depth in depths(folder)]
         for job in jobs:
             keeper = start_cache(4096, start_board())

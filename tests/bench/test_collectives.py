@@ -5,36 +5,36 @@ import random
 import pytest
 
 from corun_ray.bench.scaling import bench_backward, gradient_bytes
-from corun_ray.bench.scaling_model import MIB, Layout, Link, bucket_sizes, exposed_s, fitted_link, ready_times_s
+from corun_ray.bench.scaling_model import MIB, Link, Topology, bucket_sizes, exposed_s, fitted_link, ready_times_s
 from corun_ray.core.networks.corun import CORUN
 
 INSIDE, BETWEEN = Link(1e-6, 100e9), Link(10e-6, 10e9)
 
 
 def test_a_ring_within_a_node() -> None:
-    layout = Layout(4, 8, INSIDE, BETWEEN)
+    layout = Topology(4, 8, INSIDE, BETWEEN)
     # Reduce-scatter and all-gather: three messages each, of a quarter of the data.
     assert layout.nodes == 1 and layout.ring_s(1_000_000) == pytest.approx(6 * (1e-6 + 250_000 / 100e9))
 
 
 def test_a_ring_through_nodes_goes_at_the_pace_of_the_narrowest_link() -> None:
-    layout = Layout(16, 8, INSIDE, BETWEEN)
+    layout = Topology(16, 8, INSIDE, BETWEEN)
     assert layout.ring_s(0) == pytest.approx(28 * 1e-6 + 2 * 10e-6)
     assert layout.ring_s(16_000_000) - layout.ring_s(0) == pytest.approx(30 * 1_000_000 / 10e9)
 
 
 def test_a_tree_has_the_latency_of_its_depth() -> None:
-    layout = Layout(64, 8, INSIDE, BETWEEN)
+    layout = Topology(64, 8, INSIDE, BETWEEN)
     assert layout.tree_s(0) == pytest.approx(2 * (7 * 1e-6 + 3 * 10e-6))
     assert layout.tree_s(9_000_000) - layout.tree_s(0) == pytest.approx(2 * 9_000_000 / (0.9 * 10e9))
 
 
 def test_the_faster_of_both_is_taken() -> None:
-    many = Layout(512, 8, INSIDE, BETWEEN)
+    many = Topology(512, 8, INSIDE, BETWEEN)
     assert many.all_reduce_s(MIB) == many.tree_s(MIB) < many.ring_s(MIB)
-    few = Layout(16, 8, INSIDE, BETWEEN)
+    few = Topology(16, 8, INSIDE, BETWEEN)
     assert few.all_reduce_s(256 * MIB) == few.ring_s(256 * MIB) < few.tree_s(256 * MIB)
-    assert Layout(1, 8, INSIDE, BETWEEN).all_reduce_s(MIB) == 0
+    assert Topology(1, 8, INSIDE, BETWEEN).all_reduce_s(MIB) == 0
 
 
 def test_a_bucket_is_closed_by_the_gradient_that_fills_it() -> None:
@@ -62,7 +62,7 @@ def test_on_a_slow_link_buckets_queue() -> None:
 
 def test_a_link_is_found_again_from_the_times_of_its_rings() -> None:
     link, noise = Link(50e-6, 2e9), random.Random(0)
-    layout = Layout(4, 4, link, link)
+    layout = Topology(4, 4, link, link)
     times_s = {size: layout.ring_s(size) * noise.uniform(0.98, 1.02) for size in (4096, 65536, MIB, 16 * MIB)}
     found = fitted_link(4, times_s)
     assert found.latency_s == pytest.approx(50e-6, rel=0.05) and found.bytes_per_s == pytest.approx(2e9, rel=0.05)

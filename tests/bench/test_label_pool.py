@@ -12,7 +12,7 @@ import ray
 
 from corun_ray.bench.label_pool import load as bench_load
 from corun_ray.bench.label_pool import load as bench_probe
-from corun_ray.bench.label_pool.figures import STEP_S, Save, Settings, Tick, job_of, latency, levels_to
+from corun_ray.bench.label_pool.figures import STEP_S, PoolSettings, Save, Tick, job_of, latency, levels_to
 from corun_ray.bench.label_pool.load import Crew, LabelMaker
 from corun_ray.bench.label_pool.report import as_json, float32_bytes, number, plot, table
 from corun_ray.bench.label_pool.trial import bench_pool
@@ -38,7 +38,7 @@ def figures_of(node, path=()):
 def report(local_ray, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     told = []
-    settings = Settings(60, 32, (1, 2), "uint8", memory_mib=64, workers=4, job_s=0.6)
+    settings = PoolSettings(60, 32, (1, 2), "uint8", memory_mib=64, workers=4, job_s=0.6)
     with pytest.MonkeyPatch.context() as faster:
         faster.setattr(bench_load, "PROCESSES", 2)
         faster.setattr(bench_probe, "REPORT_S", 0.2)
@@ -136,7 +136,7 @@ def test_synthetic_labels_are_like_real_ones(encoding):
     one, again, other, later = (maker.label(*which) for which in ((3, 1), (3, 1), (11, 1), (3, 2)))
     assert one.key == "0000003.jpg" and one.scene.dtype == encoding and one.block_clarity.shape == (2, 2)
     assert one.scene.shape == (3, 64, 64) and one.transmission.shape == (1, 64, 64)
-    assert Settings(1, 64, (1,), encoding, 1, 1).label_bytes == one.scene.nbytes + one.transmission.nbytes
+    assert PoolSettings(1, 64, (1,), encoding, 1, 1).label_bytes == one.scene.nbytes + one.transmission.nbytes
     assert np.array_equal(one.scene, again.scene) and not np.array_equal(one.scene, other.scene)
     assert supersedes(later.scores, one.scores) and not supersedes(one.scores, later.scores)
 

@@ -7,9 +7,9 @@ import pytest
 
 from corun_ray.bench.scaling_model import (
     SHARD_S_PER_LABEL,
-    Layout,
     Link,
-    Pool,
+    PoolModel,
+    Topology,
     WorkerStep,
     fullest,
     label_bytes,
@@ -23,8 +23,8 @@ ALONE = WorkerStep(step_s=0.3, backward_s=0.12, before_labels_s=0.06, rating_s=0
 BUCKETS = [2**20, 25 * 2**20, 19 * 2**20]
 
 
-def layout(workers: int, link_gbit: float = 100) -> Layout:
-    return Layout(workers, 8, Link(4e-6, 235e9), Link(14e-6, link_gbit * 1e9 / 8))
+def layout(workers: int, link_gbit: float = 100) -> Topology:
+    return Topology(workers, 8, Link(4e-6, 235e9), Link(14e-6, link_gbit * 1e9 / 8))
 
 
 @pytest.mark.parametrize("encoding", ["uint8", "float16", "float32"])
@@ -51,7 +51,7 @@ def test_the_fullest_bin(items: int, bins: int) -> None:
 
 
 def test_a_shard_answers_one_after_the_other() -> None:
-    pool = Pool(label_bytes(288, "uint8"))
+    pool = PoolModel(label_bytes(288, "uint8"))
     assert pool.answers_s(layout(64), images=1) == pytest.approx(64 * SHARD_S_PER_LABEL)
     needed = pool.shards_needed(layout(512), 1, within_s=0.1)
     assert needed is not None and pool.answers_s(layout(512), 1, needed) <= 0.1 < pool.answers_s(
@@ -60,19 +60,19 @@ def test_a_shard_answers_one_after_the_other() -> None:
 
 
 def test_labels_go_at_the_pace_of_a_nodes_link() -> None:
-    pool, slow = Pool(1_000_000), layout(64, link_gbit=1)
+    pool, slow = PoolModel(1_000_000), layout(64, link_gbit=1)
     assert pool.answers_s(slow, images=1) == pytest.approx(64 * 1_000_000 / 125e6)
     assert pool.shards_needed(slow, 1, within_s=0.001) is None
     assert pool.answers_s(dataclasses.replace(slow, workers=8), 1) == pytest.approx(8 * SHARD_S_PER_LABEL)
 
 
 def test_one_worker_loses_nothing() -> None:
-    step = scaled(ALONE, Pool(332_424), layout(1), BUCKETS)
+    step = scaled(ALONE, PoolModel(332_424), layout(1), BUCKETS)
     assert step.efficiency == pytest.approx(1) and step.costs == [] and step.all_reduce_s == 0
 
 
 def test_each_wait_is_told_and_the_step_is_their_sum() -> None:
-    step = scaled(ALONE, Pool(332_424), layout(512), BUCKETS)
+    step = scaled(ALONE, PoolModel(332_424), layout(512), BUCKETS)
     assert step.costs[0] == "pool" and "rating" in step.costs
     mean_rating_s = ALONE.rating_s * 0.1
     waits_s = step.exposed_s + step.pool_wait_s + step.rating_wait_s
@@ -82,20 +82,20 @@ def test_each_wait_is_told_and_the_step_is_their_sum() -> None:
 
 
 def test_the_shards_that_are_needed_end_the_wait() -> None:
-    needed = scaled(ALONE, Pool(332_424), layout(512), BUCKETS).shards_needed
+    needed = scaled(ALONE, PoolModel(332_424), layout(512), BUCKETS).shards_needed
     assert needed is not None
-    assert scaled(ALONE, Pool(332_424, needed), layout(512), BUCKETS).pool_wait_s == 0
+    assert scaled(ALONE, PoolModel(332_424, needed), layout(512), BUCKETS).pool_wait_s == 0
 
 
 def test_more_images_a_worker_even_winners_out() -> None:
     many = dataclasses.replace(ALONE, step_s=8 * 0.3, backward_s=8 * 0.12, before_labels_s=8 * 0.06, images=8)
-    one, eight = (scaled(alone, Pool(332_424, shards=8), layout(64), BUCKETS) for alone in (ALONE, many))
+    one, eight = (scaled(alone, PoolModel(332_424, shards=8), layout(64), BUCKETS) for alone in (ALONE, many))
     assert one.costs[0] == eight.costs[0] == "rating" and eight.efficiency > one.efficiency + 0.1
 
 
 def test_workers_that_rate_together_wait_for_the_mean() -> None:
     alone, shared = (
-        scaled(ALONE, Pool(332_424, 8, shares_blocks=shares), layout(64), BUCKETS) for shares in (False, True)
+        scaled(ALONE, PoolModel(332_424, 8, shares_blocks=shares), layout(64), BUCKETS) for shares in (False, True)
     )
     assert alone.costs[0] == "rating" and "rating" not in shared.costs and shared.rating_wait_s == 0
     assert shared.step_s == pytest.approx(alone.step_s - alone.rating_wait_s)

@@ -8,11 +8,11 @@ import sys
 import boto3
 import pytest
 
-from corun_ray.bench.stream import Settings, as_json, bench_stream, job_of, table
+from corun_ray.bench.stream import StreamSettings, as_json, bench_stream, job_of, table
 from corun_ray.core.timing import PHASES
 from corun_ray.service.data.sample_maker import TooManyBadFiles
 
-SETTINGS = Settings(patch_px=32, samples=3, repeats=2)
+SETTINGS = StreamSettings(patch_px=32, samples=3, repeats=2)
 
 
 def bench(*args):

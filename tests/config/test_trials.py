@@ -6,7 +6,7 @@ import pytest
 
 from corun_ray.config.jobs import Job, TuneJob
 from corun_ray.config.loading import dump_job, load_jobs
-from corun_ray.config.tasks import Range
+from corun_ray.config.tasks import RangeSection
 from corun_ray.config.trials import corners, example, pretraining_of, trial_job
 from tests.jobtexts import COLABATOR, TUNE, load, mistakes
 
@@ -28,8 +28,8 @@ def test_lists_ranges_and_log_ranges(tmp_path: Path) -> None:
     job = tune_job(tmp_path, text)
     assert job.tune.search["network.stages"] == (2, 3)
     rate, seed = job.tune.search["optim.lr"], job.tune.search["seed"]
-    assert isinstance(rate, Range) and rate.log and not rate.is_whole
-    assert isinstance(seed, Range) and seed.is_whole and not seed.log
+    assert isinstance(rate, RangeSection) and rate.log and not rate.is_whole
+    assert isinstance(seed, RangeSection) and seed.is_whole and not seed.log
     assert job.tune.num_trials == 2
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from corun_ray.demo.canvas import Camera, Canvas, Paint
+from corun_ray.demo.canvas import Canvas, Paint, Viewpoint
 from corun_ray.demo.dataset import KINDS, draw_scene
 from corun_ray.demo.film import nearest_z
 from corun_ray.demo.haze import Fog
@@ -13,7 +13,7 @@ from corun_ray.demo.plants import Herbarium
 from corun_ray.demo.scene import Scene
 from corun_ray.demo.terrain import cast
 
-CAMERA = Camera(width_px=80, height_px=60, focal_px=70.0, horizon_px=25.0, height_m=5.0)
+CAMERA = Viewpoint(width_px=80, height_px=60, focal_px=70.0, horizon_px=25.0, height_m=5.0)
 RED, BLUE = np.array([1, 0, 0], np.float32), np.array([0, 0, 1], np.float32)
 
 
@@ -90,7 +90,7 @@ def test_a_ridge_casts_its_shadow_away_from_the_sun() -> None:
     def ridge(x: np.ndarray, z: np.ndarray) -> np.ndarray:
         return 12 * np.exp(-((x / 2) ** 2)).astype(np.float32)
 
-    high = Camera(80, 60, 70.0, -10.0, 30.0)
+    high = Viewpoint(80, 60, 70.0, -10.0, 30.0)
     ground = cast(high, light, lambda x, z: (ridge(x, z), np.zeros_like(x)), 20, 400)
     sunny, shady = (ground.sunlit[np.abs(ground.x - x) < 1] for x in (7, -7))
     assert len(shady) > 20 and sunny.min() > 0.5 and shady.mean() < 0.1

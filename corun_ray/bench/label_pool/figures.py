@@ -15,7 +15,7 @@ MIN_LEVEL = 20
 
 
 @dataclass(frozen=True)
-class Settings:
+class PoolSettings:
     """What is measured."""
 
     labels: int
@@ -113,7 +113,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerWaits:
     """Steps of a simulated job whose workers share the pool."""
 
     worker_steps: int
@@ -134,19 +134,19 @@ class Series:
 
     shards: int
     levels: tuple[Level, ...]
-    job: Job
+    job: WorkerWaits
     """Workers begin their steps at different times and read labels in memory."""
-    job_in_lockstep: Job
+    job_in_lockstep: WorkerWaits
     """All workers begin their steps at once."""
-    job_beyond_memory: Job | None
+    job_beyond_memory: WorkerWaits | None
     """Workers read any labels, at different times; None where all labels are in memory."""
 
 
 @dataclass(frozen=True)
-class Report:
+class PoolReport:
     """A whole run of `bench pool`."""
 
-    settings: Settings
+    settings: PoolSettings
     machine: Mapping[str, str | float]
     wall_s: float
     series: tuple[Series, ...]
@@ -178,11 +178,11 @@ def levels_to(labels: int) -> list[int]:
     return [*(level for level in known if max(MIN_LEVEL, labels / 100) <= level <= labels / 1.5), labels]
 
 
-def job_of(ticks: Sequence[Tick], steps: int, shard_cpu_s: float) -> Job:
+def job_of(ticks: Sequence[Tick], steps: int, shard_cpu_s: float) -> WorkerWaits:
     """Sums up the steps of all workers, `steps` of each; raises ValueError where there are none."""
     blocked = latency([tick.blocked_s for tick in ticks])
     late = sum(tick.late_s > LATE_SHARE_OF_STEP * STEP_S for tick in ticks) / len(ticks)
-    return Job(
+    return WorkerWaits(
         worker_steps=len(ticks),
         blocked=blocked,
         blocked_share_of_step=blocked.mean_ms / 1000 / STEP_S,

@@ -133,7 +133,7 @@ class LoadMaker:
         """One step as `core.steps` takes it, with sleep in place of the networks."""
         time.sleep(max(0.0, due_s - time.time()))
         late_s, start_s = max(0.0, time.time() - due_s), time.perf_counter()
-        watch = Stopwatch()
+        watch = WallAndCpuTimer()
         with watch:
             pending = client.prefetch([key_of(number)])
         time.sleep(max(0.0, start_s + TEACHER_S - time.perf_counter()))
@@ -146,7 +146,7 @@ class LoadMaker:
         return Tick(watch.wall_s, watch.cpu_s, late_s)
 
 
-class Stopwatch:
+class WallAndCpuTimer:
     """Sums up the time of `with` blocks, and how much of it their thread was at work."""
 
     wall_s = cpu_s = 0.0

@@ -9,12 +9,12 @@ from io import BytesIO
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from corun_ray.bench.label_pool.figures import STEP_S, Job, Level, Report, Series
+from corun_ray.bench.label_pool.figures import STEP_S, Level, PoolReport, Series, WorkerWaits
 
 KB, MB = 1e3, 1e6
 COLUMN = 12
 LevelFigure = Callable[[Level], float]
-JobFigure = Callable[[Job], float]
+JobFigure = Callable[[WorkerWaits], float]
 
 LEVEL_ROWS: dict[str, dict[str, LevelFigure]] = {
     "offers of new labels, 2 processes, 15 a call": {
@@ -63,7 +63,7 @@ JOB_ROWS: dict[str, JobFigure] = {
     "steps that began late, %": lambda job: 100 * job.late_share_of_steps,
     "processor time of all shards a step, s": lambda job: job.shard_cpu_s_per_step,
 }
-JOBS: dict[str, Callable[[Series], Job | None]] = {
+JOBS: dict[str, Callable[[Series], WorkerWaits | None]] = {
     "steps begin at different times, labels in memory": lambda series: series.job,
     "all steps begin at once, labels in memory": lambda series: series.job_in_lockstep,
     "steps begin at different times, any labels": lambda series: series.job_beyond_memory,
@@ -88,7 +88,7 @@ PANELS: dict[str, tuple[LevelFigure, ...]] = {
 LINES = ("-", "--")
 
 
-def table(report: Report) -> str:
+def table(report: PoolReport) -> str:
     """The figures of the full pools, a column for each number of shards, under a caption."""
     lines = []
 
@@ -115,12 +115,12 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.4f}"
 
 
-def as_json(report: Report) -> str:
+def as_json(report: PoolReport) -> str:
     """Every figure of every level, and the machine that it comes from."""
     return json.dumps(asdict(report), indent=1) + "\n"
 
 
-def plot(report: Report) -> bytes:
+def plot(report: PoolReport) -> bytes:
     """A PNG: how costs grow with the labels in the pool, a panel for each, a line for each number of shards."""
     figure = Figure(figsize=(14, 8), layout="constrained")
     panels = zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True)
@@ -137,7 +137,7 @@ def plot(report: Report) -> bytes:
     return file.getvalue()
 
 
-def _draw(axes: Axes, report: Report, figures: Sequence[LevelFigure]) -> None:
+def _draw(axes: Axes, report: PoolReport, figures: Sequence[LevelFigure]) -> None:
     drawn = []
     for turn, series in enumerate(report.series):
         for figure_of, line in zip(figures, LINES, strict=False):
@@ -166,7 +166,7 @@ def float32_bytes(side_px: int) -> int:
     return 5 * 4 * side_px**2
 
 
-def _caption(report: Report) -> list[str]:
+def _caption(report: PoolReport) -> list[str]:
     settings, machine = report.settings, report.machine
     return [
         f"Label pool with {settings.labels:,} labels of {settings.side_px} px in {settings.encoding}; memory for "

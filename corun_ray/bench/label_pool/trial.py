@@ -14,15 +14,15 @@ import ray
 from corun_ray.bench.label_pool import load as bench_probe
 from corun_ray.bench.label_pool.figures import (
     STEP_S,
-    Job,
     Level,
     Memory,
+    PoolReport,
+    PoolSettings,
     Reads,
-    Report,
     Restore,
     Save,
     Series,
-    Settings,
+    WorkerWaits,
     job_of,
     latency,
     levels_to,
@@ -45,7 +45,7 @@ Tell = Callable[[int, str], None]
 """Takes how many labels have been filled in, of all pools, and what is being done."""
 
 
-def bench_pool(settings: Settings, folder: Location, tell: Tell) -> Iterator[Report]:
+def bench_pool(settings: PoolSettings, folder: Location, tell: Tell) -> Iterator[PoolReport]:
     """Measures below `folder`; gives what is known after each pool. Needs a running Ray.
 
     Raises `PoolError` where labels are missing or a shard does not come back, and `StorageError`.
@@ -55,20 +55,22 @@ def bench_pool(settings: Settings, folder: Location, tell: Tell) -> Iterator[Rep
     series: list[Series] = []
     try:
         for shards in settings.shards:
-            trial = Trial(settings, shards, folder.child(f"pool_{shards}"), crew, tell, len(series) * settings.labels)
+            trial = PoolTrial(
+                settings, shards, folder.child(f"pool_{shards}"), crew, tell, len(series) * settings.labels
+            )
             try:
                 series.append(trial.run())
             finally:
                 trial.end()
-            yield Report(settings, bench_probe.machine(), time.monotonic() - start_s, tuple(series))
+            yield PoolReport(settings, bench_probe.machine(), time.monotonic() - start_s, tuple(series))
     finally:
         crew.end()
 
 
-class Trial:
+class PoolTrial:
     """One pool with its number of shards, filled and measured level by level."""
 
-    def __init__(self, settings: Settings, shards: int, place: Location, crew: Crew, tell: Tell, done: int) -> None:
+    def __init__(self, settings: PoolSettings, shards: int, place: Location, crew: Crew, tell: Tell, done: int) -> None:
         """`done`: labels of the pools before."""
         self._settings, self._place, self._crew, self._tell, self._done = settings, place, crew, tell, done
         self._label_bytes = LabelMaker(settings.side_px, settings.encoding).label(0, 0).size_bytes
@@ -190,7 +192,7 @@ class Trial:
         self._crew.join(self._shards, self._generation)
         return Restore(started_s - start_s, restored_s - started_s, num_first, first_read_s), reads
 
-    def _job(self, numbers: Sequence[int], is_lockstep: bool = False) -> Job:
+    def _job(self, numbers: Sequence[int], is_lockstep: bool = False) -> WorkerWaits:
         self._say(f"{self._settings.workers} workers with {len(numbers)} labels")
         self._crew.join(self._shards, self._generation, self._settings.workers)
         steps = max(1, round(self._settings.job_s / STEP_S))

@@ -22,7 +22,7 @@ HALO_PX = 3
 """How far the convolutions of a block see: two of the attention's, one of the feed-forward network's."""
 
 
-def banded(network: CORUN, band_px: int) -> CORUN:
+def in_bands(network: CORUN, band_px: int) -> CORUN:
     """A copy of the network whose CPMMs work on bands of about `band_px` of their pixels; for inference only."""
     return network.with_cpmms(lambda cpmm: BandedCPMM(cpmm, band_px))
 

@@ -5,8 +5,8 @@ On a CPU, bands come first: they need less memory and less time.
 
 from torch import Tensor, nn
 
-from corun_ray.core.inference.banded import MIN_ROWS, banded
-from corun_ray.core.inference.tiled import HALO_PX, tiled
+from corun_ray.core.inference.banded import MIN_ROWS, in_bands
+from corun_ray.core.inference.tiled import HALO_PX, in_tiles
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.cpmm import SIZE_MULTIPLE_PX
 from corun_ray.core.networks.spec import padded_size
@@ -27,7 +27,7 @@ class TooLarge(ValueError):
     """An image that cannot be restored within the memory; the message says what it would take."""
 
 
-def within(network: nn.Module, hazy: Tensor, memory_mib: int) -> nn.Module:
+def fit_in_memory(network: nn.Module, hazy: Tensor, memory_mib: int) -> nn.Module:
     """The network to restore `hazy` B 3 H W with, in about `memory_mib` beyond the network's and the image's own.
 
     Only CORUN's need is known: another network takes any image whole. A CORUN that computes in bands or in tiles
@@ -44,8 +44,8 @@ def within(network: nn.Module, hazy: Tensor, memory_mib: int) -> nn.Module:
     if whole_mib(network, height, width) <= memory_mib and not bands_are_faster:
         return network
     if banded_mib(network, height, width, band_px) <= memory_mib:
-        return banded(network, band_px)
-    return tiled(network, tile_side_px(network, height, width, memory_mib))
+        return in_bands(network, band_px)
+    return in_tiles(network, tile_side_px(network, height, width, memory_mib))
 
 
 def whole_mib(network: CORUN, height: int, width: int) -> int:

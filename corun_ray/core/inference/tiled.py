@@ -55,7 +55,7 @@ def _spans(length: int, step: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(max(0, start - HALO_PX), min(length, stop + HALO_PX))
 
 
-def tiled(network: CORUN, side_px: int) -> CORUN:
+def in_tiles(network: CORUN, side_px: int) -> CORUN:
     """A copy of the network that computes in tiles of at most `side_px`, margins of `HALO_PX` included."""
     return network.with_cpmms(lambda cpmm: TiledCPMM(cpmm, side_px))
 

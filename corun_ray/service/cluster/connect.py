@@ -16,7 +16,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
 
 import ray
 
-from corun_ray.config.jobs import Cluster
+from corun_ray.config.jobs import ClusterSection
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job, whose runtime environment then holds our code already."""
@@ -26,7 +26,7 @@ class ClusterError(UserError):
     """A cluster that cannot be reached, or has less than the job needs; the message is one line."""
 
 
-def connect(*needs: Cluster) -> str:
+def connect(*needs: ClusterSection) -> str:
     """Connects (once a process) and returns what to call the place; raises `ClusterError`.
 
     `needs` are the sizes of the jobs to come. A local Ray gets as many logical CPUs as the largest asks for, so that
@@ -42,7 +42,7 @@ def connect(*needs: Cluster) -> str:
     return f"{os.environ['RAY_ADDRESS']} ({nodes} node{'s' * (nodes != 1)})"
 
 
-def _cpus_needed(cluster: Cluster, workers: int) -> float:
+def _cpus_needed(cluster: ClusterSection, workers: int) -> float:
     return workers * cluster.cpus_per_worker + cluster.data_cpus
 
 
@@ -74,7 +74,7 @@ def _start_or_join(min_cpus: float) -> None:
         signal.signal(signal.SIGTERM, on_sigterm)
 
 
-def _check_size(cluster: Cluster) -> None:
+def _check_size(cluster: ClusterSection) -> None:
     total = ray.cluster_resources()
     workers = cluster.min_workers
     needed = {"CPU": _cpus_needed(cluster, workers), "GPU": workers * cluster.gpus_per_worker}

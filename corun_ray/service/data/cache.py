@@ -30,7 +30,7 @@ OFFERS_AT_ONCE = 2
 """That a process has under way; what it decodes meanwhile is offered in another epoch."""
 
 
-class News(NamedTuple):
+class CacheUpdate(NamedTuple):
     """What a node's cache has taken since the last look."""
 
     entries: list[tuple[Hashable, ray.ObjectRef]]
@@ -55,9 +55,9 @@ class NodeCache:
             self._left_bytes -= size_bytes
             self._entries[key] = ray.put(value)
 
-    def since(self, count: int) -> News:
+    def since(self, count: int) -> CacheUpdate:
         """All but the first `count` entries, in the order in which they came."""
-        return News([*self._entries.items()][count:], self._has_room)
+        return CacheUpdate([*self._entries.items()][count:], self._has_room)
 
 
 class CacheKeeper:
@@ -116,7 +116,7 @@ class Decoded:
         try:
             if self._cache is None:
                 self._cache = ray.get(self._keeper.on_node.remote(self._node_id, self._lost), timeout=ANSWER_TIMEOUT_S)
-            news: News = ray.get(self._cache.since.remote(self._num_heard), timeout=ANSWER_TIMEOUT_S)
+            news: CacheUpdate = ray.get(self._cache.since.remote(self._num_heard), timeout=ANSWER_TIMEOUT_S)
         except GetTimeoutError:
             return
         except RayActorError:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pyarrow.fs import FileInfo
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
-from corun_ray.config.training import Paired
+from corun_ray.config.training import PairedSection
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.errors import UserError
 from corun_ray.core.inference.pictures import ImageU8
@@ -161,7 +161,7 @@ def _pack_or_files(uri: str, packs: dict[str, Pack]) -> Pack | list[str]:
     return packs[place.uri]
 
 
-def _paired(paired: Paired, hazy: tuple[str, ...], packs: dict[str, Pack]) -> Manifest:
+def _paired(paired: PairedSection, hazy: tuple[str, ...], packs: dict[str, Pack]) -> Manifest:
     degraded = _images(paired.hazy, "data.paired.hazy", packs)
     clean = _images(paired.clear, "data.paired.clear", packs)
     pairs, unpaired, unused = pair_by_stem(degraded, clean, "clean image")

@@ -34,7 +34,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Source:
+class PackEntry:
     """One image to be packed."""
 
     key: str
@@ -53,7 +53,7 @@ class Plan:
     depth: str | None
     output: str
     keep_png: bool
-    shards: tuple[tuple[Source, ...], ...]
+    shards: tuple[tuple[PackEntry, ...], ...]
     left_out: dict[str, str] = field(default_factory=dict)
     """URI → reason, of images without a depth map and of depth maps without an image."""
 
@@ -91,13 +91,13 @@ def plan_pack(images: str, output: str, depth: str | None, shard_mib: int, keep_
     for key, depth_key in keys.items():
         infos = [files[key]] if depth_key is None else [files[key], maps[depth_key]]
         sources.append(
-            Source(key, depth_key, sum(info.size for info in infos), max(info.mtime_ns or 0 for info in infos))
+            PackEntry(key, depth_key, sum(info.size for info in infos), max(info.mtime_ns or 0 for info in infos))
         )
     return Plan(images, depth, output, keep_png, tuple(_cut(sources, shard_mib * 2**20)), left_out)
 
 
-def _cut(sources: list[Source], shard_bytes: int) -> Iterator[tuple[Source, ...]]:
-    shard: list[Source] = []
+def _cut(sources: list[PackEntry], shard_bytes: int) -> Iterator[tuple[PackEntry, ...]]:
+    shard: list[PackEntry] = []
     num_bytes = 0
     for source in sources:
         if shard and num_bytes + source.num_bytes > shard_bytes:
@@ -200,7 +200,7 @@ def write_shard(plan: Plan, shard: int) -> None:
     _write_table(entries, metadata, output.child(_part(name)))
 
 
-def _row(plan: Plan, source: Source) -> dict[str, str | bytes] | str:
+def _row(plan: Plan, source: PackEntry) -> dict[str, str | bytes] | str:
     """A row of a shard, or the reason why there is none."""
     try:
         row: dict[str, str | bytes] = {"key": source.key, "image": locate(plan.images).child(source.key).read()}

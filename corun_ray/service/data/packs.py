@@ -39,7 +39,7 @@ SHARDS = b"corun_ray.shards"
 """Metadata of an index: a JSON object of every shard's file and its bytes, in the order of the shards."""
 
 
-class Place(NamedTuple):
+class ByteRange(NamedTuple):
     """Where a file's bytes lie."""
 
     shard: int
@@ -54,12 +54,12 @@ class Pack:
     folder: Location
     shards: tuple[str, ...]
     """Their files."""
-    images: dict[str, Place]
+    images: dict[str, ByteRange]
     """By the image's key, its path below the folder that was packed; in that order."""
-    depths: dict[str, Place]
+    depths: dict[str, ByteRange]
     """By the depth map's path below its own folder."""
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: ByteRange) -> bytes:
         """A file; raises the errors of `Location`."""
         return self.folder.child(self.shards[place.shard]).read_range(place.offset, place.num_bytes)
 
@@ -93,6 +93,6 @@ def open_pack(folder: Location, files: Mapping[str, FileInfo]) -> Pack:
     return Pack(folder, tuple(shards), _places(columns, "key", "image"), _places(columns, "depth_key", "depth"))
 
 
-def _places(columns: dict[str, list], key: str, column: str) -> dict[str, Place]:
+def _places(columns: dict[str, list], key: str, column: str) -> dict[str, ByteRange]:
     parts = (columns[key], columns["shard"], *(columns[f"{column}_{name}"] for name, _ in _PLACE))
-    return {row[0]: Place(*row[1:]) for row in zip(*parts, strict=True) if row[0] is not None}
+    return {row[0]: ByteRange(*row[1:]) for row in zip(*parts, strict=True) if row[0] is not None}

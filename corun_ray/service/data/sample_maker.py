@@ -143,7 +143,7 @@ class SampleMaker:
         hazy_key = self.manifest.paired_hazy[image]
         hazy = self._cuttable(data.paired.hazy, hazy_key)
         clear = self._cuttable(data.paired.clear, self.manifest.clear[image])
-        with _naming(data.paired.hazy, hazy_key):
+        with BlameFile(data.paired.hazy, hazy_key):
             return samples.paired_sample(
                 hazy, clear, rng, patch_px=self.patch_px, random_resize=data.random_resize, rotation=data.rotation
             )
@@ -161,7 +161,7 @@ class SampleMaker:
             assert data.depth is not None
             depth_root, depth_key = data.depth, self.manifest.depth[image]
             depth_map = self._depth(depth_root, depth_key)
-        with _naming(depth_root, depth_key):
+        with BlameFile(depth_root, depth_key):
             return samples.synthetic_sample(
                 clear,
                 depth_map,
@@ -183,7 +183,7 @@ class SampleMaker:
         """An image for those who take a region of it: decoded no further, unless the whole is to be kept."""
         if self.cache is not None:
             return self._image(root, key)
-        with _naming(root, key):
+        with BlameFile(root, key):
             content = self._read(root, key)
             with phase("decode"):
                 sides_px = cuttable_sides(content)
@@ -199,7 +199,7 @@ class SampleMaker:
         return make() if self.cache is None else self.cache.get(key, make)
 
     def _decoded_image(self, root: str, key: str, least_px: int | None) -> np.ndarray:
-        with _naming(root, key):
+        with BlameFile(root, key):
             content = self._read(root, key)
             with phase("decode"):
                 return decode_image(content, least_px)
@@ -209,7 +209,7 @@ class SampleMaker:
             return self.manifest.read_image(root, key)
 
     def _decoded_depth(self, root: str, key: str) -> DepthMap:
-        with _naming(root, key):
+        with BlameFile(root, key):
             with phase("read"):
                 content = self.manifest.read_depth(root, key)
             with phase("depth"):
@@ -233,11 +233,11 @@ class _ImageFile:
     shape: tuple[int, int, int]
 
     def __getitem__(self, region: tuple[slice, slice]) -> np.ndarray:
-        with _naming(self.root, self.key), phase("decode"):
+        with BlameFile(self.root, self.key), phase("decode"):
             return decode_region(self.content, *region)
 
 
-class _naming:
+class BlameFile:
     """Gives a `BadImage` or `MissingFile` raised inside the name of the file that it is about.
 
     Any other `StorageError` passes: a store that cannot be reached says nothing about its images.

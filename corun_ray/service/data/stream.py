@@ -43,7 +43,7 @@ MAX_BLOCKS = 20_000
 
 
 @dataclass(frozen=True)
-class Phase:
+class StreamPhase:
     """The steps from `first_step` up to, not including, `end_step`: all of one patch and batch size."""
 
     first_step: int
@@ -53,19 +53,21 @@ class Phase:
     """Images of each kind in a worker's step."""
 
 
-def phases(job: TrainingJob) -> list[Phase]:
+def phases(job: TrainingJob) -> list[StreamPhase]:
     """The whole run's phases: one, unless `train.progressive` names later ones."""
     later = job.train.progressive if isinstance(job, PretrainJob) else ()
     sizes = [(0, job.data.patch_px, job.train.batch_per_worker)]
     sizes += [(phase.from_step, phase.patch_px, phase.batch_per_worker) for phase in later]
     sizes = [(first_step, patch_px, batch * job.train.accumulate) for first_step, patch_px, batch in sizes]
     ends = [first_step for first_step, _, _ in sizes[1:]] + [job.train.steps]
-    found = [Phase(first, min(end, job.train.steps), *size) for (first, *size), end in zip(sizes, ends, strict=True)]
+    found = [
+        StreamPhase(first, min(end, job.train.steps), *size) for (first, *size), end in zip(sizes, ends, strict=True)
+    ]
     return [phase for phase in found if phase.first_step < phase.end_step]
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """How the stream of (the rest of) a phase is cut into blocks, so that each rank gets its own samples in order.
 
     Each step takes the next `batch * num_workers` samples, its r-th `batch` of them on rank r. A block
@@ -108,7 +110,9 @@ class Layout:
         return self.first_sample + (step * self.num_workers + rank) * self.batch + place
 
 
-def remaining_phases(job: TrainingJob, step: int, num_images_seen: int, num_workers: int) -> list[tuple[Phase, Layout]]:
+def remaining_phases(
+    job: TrainingJob, step: int, num_images_seen: int, num_workers: int
+) -> list[tuple[StreamPhase, BlockLayout]]:
     """What is left of the run after `step` steps and `num_images_seen` samples: phases and how each is cut.
 
     Samples are counted on across phases, so a restart within one goes on where the run stopped. Empty at the end.
@@ -117,7 +121,7 @@ def remaining_phases(job: TrainingJob, step: int, num_images_seen: int, num_work
     for phase in phases(job):
         num_steps = phase.end_step - max(step, phase.first_step)
         if num_steps > 0:
-            layout = Layout(first_sample, num_steps, phase.batch, num_workers)
+            layout = BlockLayout(first_sample, num_steps, phase.batch, num_workers)
             remaining.append((phase, layout))
             first_sample += num_steps * phase.batch * num_workers
     return remaining
@@ -160,7 +164,7 @@ def _make_samples(
     job: TrainingJob,
     manifest: Any,
     board: Any,
-    layout: Layout,
+    layout: BlockLayout,
     patch_px: int,
     labels: Mapping[str, str],
     cache: Any,
@@ -169,7 +173,7 @@ def _make_samples(
 
     # Ray already runs one task a core; OpenCV's own threads would only fight over it.
     cv2.setNumThreads(1)
-    recorder, started_s = telemetry.Recorder(labels), time.perf_counter()
+    recorder, started_s = telemetry.GaugeRecorder(labels), time.perf_counter()
     decoded = None if cache is None else decoded_of(cache)
     if decoded is not None:
         decoded.refresh()
@@ -184,7 +188,7 @@ def split_stream(
     job: TrainingJob,
     manifest: Any,
     board: Any,
-    layout: Layout,
+    layout: BlockLayout,
     patch_px: int,
     labels: Mapping[str, str] = telemetry.NO_JOB,
     cache: Any = None,
@@ -216,7 +220,7 @@ def split_stream(
     return dataset.streaming_split(layout.num_workers, equal=True)
 
 
-def batches(shard: DataIterator, layout: Layout, rank: int) -> Iterator[Batch]:
+def batches(shard: DataIterator, layout: BlockLayout, rank: int) -> Iterator[Batch]:
     """One rank's batches of a phase, a step each; raises RuntimeError should the stream ever come out of order."""
     taken = shard.iter_batches(batch_size=layout.batch, batch_format="numpy", prefetch_batches=2)
     for step, batch in enumerate(itertools.islice(taken, layout.num_steps)):

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from corun_ray.config.jobs import Cluster, Job
+from corun_ray.config.jobs import ClusterSection, Job
 from corun_ray.config.trials import example
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster import connect as cluster
@@ -41,7 +41,7 @@ class Needs:
 
     storage: str
     tracking: str
-    size: Cluster = field(default_factory=lambda: Cluster(workers=(2, 2)))
+    size: ClusterSection = field(default_factory=lambda: ClusterSection(workers=(2, 2)))
     weights: NeededFiles = field(default_factory=dict)
 
     def at(self, storage: str | None, tracking: str | None) -> "Needs":

@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from corun_ray.config.jobs import Cluster
+from corun_ray.config.jobs import ClusterSection
 from corun_ray.service.cluster.gpus import gpus_of_driver
 from corun_ray.service.doctor.places import Outcome, hurry, try_storage
 from corun_ray.service.errors import root_cause
@@ -160,7 +160,7 @@ def _clock(actor: Any) -> float:
     return min(tries)[1]
 
 
-def all_reduce(size: Cluster, mib: int) -> str:
+def all_reduce(size: ClusterSection, mib: int) -> str:
     """Sums `mib` MiB over the job's workers as their gradients would be; says how fast.
 
     Raises RuntimeError where they cannot, in one line.

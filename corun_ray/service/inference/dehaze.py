@@ -14,9 +14,9 @@ from ray.data import DataContext
 from torch import Tensor
 
 from corun_ray.config.jobs import DehazeJob
-from corun_ray.config.tasks import Dehaze
+from corun_ray.config.tasks import DehazeSection
 from corun_ray.core.data.images import BadImage, encode_png
-from corun_ray.core.inference.memory import within
+from corun_ray.core.inference.memory import fit_in_memory
 from corun_ray.core.inference.pictures import grid, stage_rows
 from corun_ray.core.inference.restore import restore, stages, to_image, to_tensor
 from corun_ray.core.networks.corun import Restoration
@@ -24,7 +24,7 @@ from corun_ray.service.cluster import connect as cluster
 from corun_ray.service.data.actors import actor_slots, rows_of
 from corun_ray.service.data.manifest import images_below, stem
 from corun_ray.service.inference.photos import read_photo, write_photo
-from corun_ray.service.inference.restorers import Restorers
+from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, ModelSourceError, fetch_model
 from corun_ray.service.models.tracking import tracking_uri
 from corun_ray.service.storage import MissingFile, StorageError, locate
@@ -48,10 +48,10 @@ class DehazeResult:
     """URI → reason."""
 
 
-class DehazeFiles(Restorers):
+class DehazeFiles(RestorerActor):
     """A Ray Data actor: reads, dehazes and writes the images whose keys it is given."""
 
-    def __init__(self, shared: dict[str, Any], threads: int, section: Dehaze) -> None:
+    def __init__(self, shared: dict[str, Any], threads: int, section: DehazeSection) -> None:
         super().__init__(shared, threads, section.memory_mib)
         self.section = section
         self.source, self.target = locate(section.input), locate(section.output)
@@ -77,7 +77,7 @@ class DehazeFiles(Restorers):
         return "", pixels.shape[0] * pixels.shape[1]
 
     def _restored(self, key: str, hazy: Tensor) -> Restoration:
-        network = within(self.networks["model"], hazy, self.memory_mib)
+        network = fit_in_memory(self.networks["model"], hazy, self.memory_mib)
         if not self.section.stages:
             return restore(network, hazy)
         unfolded = stages(network, hazy)
@@ -97,7 +97,7 @@ def output_name(key: str, format: str) -> str:
 
 
 def dehaze(
-    section: Dehaze,
+    section: DehazeSection,
     model: Model,
     progress: Callable[[int, int], None] | None = None,
     resume: bool = False,
@@ -117,7 +117,7 @@ def dehaze(
     if not wanted:
         return result
     DataContext.get_current().enable_progress_bars = False
-    recorder = telemetry.Recorder({"job_name": job_name})
+    recorder = telemetry.GaugeRecorder({"job_name": job_name})
     slots, threads = actor_slots(len(wanted))
     rows = rows_of(
         ray.data.from_items(wanted, override_num_blocks=min(len(wanted), 1000)).map_batches(
@@ -136,7 +136,7 @@ def dehaze(
     return result
 
 
-def _not_yet_written(section: Dehaze, keys: list[str]) -> list[str]:
+def _not_yet_written(section: DehazeSection, keys: list[str]) -> list[str]:
     output = locate(section.output)
     there = set(output.files()) if output.exists() else set()
     return [key for key in keys if output_name(key, section.format) not in there]
@@ -165,7 +165,7 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Deha
     return result
 
 
-def _name_bad_files(section: Dehaze, bad_files: dict[str, str], console: Console) -> None:
+def _name_bad_files(section: DehazeSection, bad_files: dict[str, str], console: Console) -> None:
     """The first on the console; where there are more, all of them in a file of the output."""
     for uri, reason in list(bad_files.items())[:NAMED_BAD_FILES]:
         console.say(f"  left out: {uri}: {reason}")
@@ -176,7 +176,7 @@ def _name_bad_files(section: Dehaze, bad_files: dict[str, str], console: Console
         console.say(f"  left out: {len(bad_files) - NAMED_BAD_FILES} more, all in {place_of_all.uri}")
 
 
-def _refuse_what_the_network_has_not(section: Dehaze, model: Model) -> None:
+def _refuse_what_the_network_has_not(section: DehazeSection, model: Model) -> None:
     if section.stages and model.spec.type != "corun":
         raise ModelSourceError(f"stages: {model.spec.type} has no stages; only corun has")
     if section.transmission and model.spec.type != "corun":
@@ -185,7 +185,7 @@ def _refuse_what_the_network_has_not(section: Dehaze, model: Model) -> None:
             raise ModelSourceError(f"transmission: {model.spec.type} gives none")
 
 
-def _refuse_clashes(section: Dehaze, keys: list[str]) -> None:
+def _refuse_clashes(section: DehazeSection, keys: list[str]) -> None:
     """Images that differ by suffix alone cannot all have the same other one; nor can maps of theirs."""
     seen: dict[str, str] = {}
     for key in keys:

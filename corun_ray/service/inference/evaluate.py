@@ -16,10 +16,10 @@ from torch import Tensor
 
 from corun_ray.config.jobs import EvaluateJob
 from corun_ray.config.loading import dump_job
-from corun_ray.config.tasks import Evaluate
+from corun_ray.config.tasks import EvaluateSection
 from corun_ray.core.data.images import BadImage, decode_image, encode_png
 from corun_ray.core.inference import dark_channel
-from corun_ray.core.inference.memory import within
+from corun_ray.core.inference.memory import fit_in_memory
 from corun_ray.core.inference.pictures import Row, grid
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.metrics.measure import Unmeasured, load_measure
@@ -36,10 +36,10 @@ from corun_ray.service.inference.measurements import (
     summary_cells,
     summary_table,
 )
-from corun_ray.service.inference.restorers import Restorers
+from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, fetch_model
 from corun_ray.service.models.tracking import Tracker, tracking_uri
-from corun_ray.service.report.page import REPORT_FILE, Listing, Pictures, Section, Table, render
+from corun_ray.service.report.page import REPORT_FILE, Listing, PageSection, PictureItem, Table, render
 from corun_ray.service.runs.record import JOB_FILE
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 from corun_ray.service.telemetry.console import Console, duration
@@ -61,10 +61,10 @@ class Evaluation:
     """PNG."""
 
 
-class MeasureFiles(Restorers):
+class MeasureFiles(RestorerActor):
     """A Ray Data actor: restores images with every model and measures the results."""
 
-    def __init__(self, shared: dict[str, Any], threads: int, section: Evaluate) -> None:
+    def __init__(self, shared: dict[str, Any], threads: int, section: EvaluateSection) -> None:
         super().__init__(shared, threads)
         self.section = section
         source = weights_source(section.weights)
@@ -98,7 +98,7 @@ class MeasureFiles(Restorers):
             scene = dark_channel.dehaze(hazy[0].permute(1, 2, 0).cpu().numpy())
             pictures["dark_channel"] = torch.from_numpy(scene).permute(2, 0, 1)[None].to(self.device)
         for name in self.section.models:
-            pictures[name] = restore(within(self.networks[name], hazy, self.memory_mib), hazy).scene
+            pictures[name] = restore(fit_in_memory(self.networks[name], hazy, self.memory_mib), hazy).scene
         return {name: (pictures[name] * 255).round() / 255 for name in self.section.names}
 
     def _measured(self, key: str, pictures: Mapping[str, Tensor], truth: Tensor | None) -> tuple[np.ndarray, list[str]]:
@@ -113,7 +113,7 @@ class MeasureFiles(Restorers):
 
 
 def evaluate(
-    section: Evaluate,
+    section: EvaluateSection,
     pairs: list[tuple[str, str | None]],
     models: dict[str, Model],
     progress: Callable[[int, int], None] | None = None,
@@ -153,7 +153,7 @@ def evaluate(
     return Evaluation(measurements, bad_files, sorted(unmeasured), _contact_sheet(section, dict(pairs), strips))
 
 
-def _contact_sheet(section: Evaluate, truths: dict[str, str | None], strips: dict[str, bytes]) -> bytes:
+def _contact_sheet(section: EvaluateSection, truths: dict[str, str | None], strips: dict[str, bytes]) -> bytes:
     rows = []
     for key, strip in sorted(strips.items()):
         pictures = np.split(decode_image(strip), len(section.names), axis=1)
@@ -230,11 +230,15 @@ def _account(job: EvaluateJob, run: Location, found: Evaluation) -> tuple[dict[s
     about_means = f"means over {len(measurements.images)} images, with 95 % bootstrap intervals"
     about_differences = f"less {reference}, image by image (p: sign-flip test)"
     sections = [
-        Section("Result", about_means, [Table(means[0], means[1:])]),
-        Section("Differences", about_differences, [Table([""] * 6, differences)] if differences else []),
-        Section("Pictures", "Some of the images.", [Pictures([("contact sheet", found.contact_sheet)], is_wide=True)]),
-        Section("Missing", "Images and values not in the tables.", [Listing("\n".join(missing))] if missing else []),
-        Section("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),
+        PageSection("Result", about_means, [Table(means[0], means[1:])]),
+        PageSection("Differences", about_differences, [Table([""] * 6, differences)] if differences else []),
+        PageSection(
+            "Pictures", "Some of the images.", [PictureItem([("contact sheet", found.contact_sheet)], is_wide=True)]
+        ),
+        PageSection(
+            "Missing", "Images and values not in the tables.", [Listing("\n".join(missing))] if missing else []
+        ),
+        PageSection("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),
     ]
     files[REPORT_FILE] = render(run.name, f"{len(measurements.models)} models and baselines measured.", sections)
     lines = [about_means, *aligned(means)]

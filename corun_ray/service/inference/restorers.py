@@ -12,7 +12,7 @@ CPU_MEMORY_MIB = 2816
 GPU_SHARE = 0.75
 
 
-class Restorers:
+class RestorerActor:
     """The networks of an actor, by name."""
 
     def __init__(self, shared: dict[str, Any], threads: int, memory_mib: int | None = None) -> None:

@@ -22,7 +22,7 @@ from corun_ray.core.scoring.coherence import BlockScores, Coherence
 from corun_ray.core.training.labels import Label, decode, encode
 from corun_ray.service.data.packs import INDEX, open_pack
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.source import Source
+from corun_ray.service.pool.source import SavedPool
 from corun_ray.service.storage import Location, StorageError, locate
 
 CELL_PX = 192
@@ -135,7 +135,7 @@ def beside(file: str, kind: str) -> str:
 
 
 def export(
-    source: Source,
+    source: SavedPool,
     root: Path,
     with_transmission: bool = False,
     combine: Combine | None = None,

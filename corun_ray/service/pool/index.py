@@ -23,7 +23,7 @@ class Head(NamedTuple):
     size_bytes: int
 
 
-class Place(NamedTuple):
+class SegmentRow(NamedTuple):
     """Where storage holds a label."""
 
     segment: str
@@ -45,7 +45,7 @@ class Entry:
     head: Head
     version: int
     payload: Any = None
-    place: Place | None = None
+    place: SegmentRow | None = None
 
 
 @dataclass
@@ -116,7 +116,7 @@ class PoolIndex:
         self._segments: dict[str, Segment] = {}
         self._live: Counter[str] = Counter()
         """Labels in use by segment."""
-        self._pending: dict[int, dict[str, tuple[int, Place]]] = {}
+        self._pending: dict[int, dict[str, tuple[int, SegmentRow]]] = {}
         """Saves under way: key → version and place."""
         self._version = 0
         self._save = 0
@@ -197,14 +197,14 @@ class PoolIndex:
         order = 1 + max((segment.order for segment in self._segments.values()), default=0)
         self._save += 1
         parts: list[Part] = []
-        places: dict[str, tuple[int, Place]] = {}
+        places: dict[str, tuple[int, SegmentRow]] = {}
         for count, first in enumerate(range(0, len(moved), ROWS_PER_SEGMENT)):
             entries = moved[first : first + ROWS_PER_SEGMENT]
             name = f"{order:08d}-{self.writer}-{self._save:04d}-{count:04d}"
             segment = Segment(name, order, len(entries))
             self._segments[name] = segment
             parts.append(Part(segment, [e.place if e.payload is None else e.payload for e in entries]))
-            places |= {e.head.key: (e.version, Place(name, row)) for row, e in enumerate(entries)}
+            places |= {e.head.key: (e.version, SegmentRow(name, row)) for row, e in enumerate(entries)}
         self._pending[self._save] = places
         return Frozen(self._save, kept, parts)
 
@@ -224,7 +224,7 @@ class PoolIndex:
         return set(self._segments)
 
     def restore(
-        self, segments: Iterable[Segment], rows: Iterable[tuple[Head, Place]], counters: PoolCounters | None = None
+        self, segments: Iterable[Segment], rows: Iterable[tuple[Head, SegmentRow]], counters: PoolCounters | None = None
     ) -> None:
         """Makes the shard what a snapshot holds; labels that are in memory already stay there."""
         before = self._entries
@@ -265,7 +265,7 @@ class PoolIndex:
             if entry.place is not None:
                 self._live[entry.place.segment] -= 1
 
-    def _move(self, entry: Entry, place: Place) -> None:
+    def _move(self, entry: Entry, place: SegmentRow) -> None:
         if entry.place is not None:
             self._live[entry.place.segment] -= 1
         entry.place = place

@@ -20,19 +20,19 @@ import ray
 
 from corun_ray.core.training.labels import Label
 from corun_ray.service.pool import segments, snapshots
-from corun_ray.service.pool.index import Entry, Frozen, Head, Part, Place, PoolCounters, PoolIndex, Segment
+from corun_ray.service.pool.index import Entry, Frozen, Head, Part, PoolCounters, PoolIndex, Segment, SegmentRow
 from corun_ray.service.pool.segments import READS_AT_ONCE, SegmentReader
 from corun_ray.service.storage import Location, StorageError, locate
 from corun_ray.service.telemetry import prometheus as telemetry
 from corun_ray.service.telemetry.logs import Log
-from corun_ray.service.telemetry.prometheus import NO_JOB, Metric, Recorder
+from corun_ray.service.telemetry.prometheus import NO_JOB, GaugeRecorder, Metric
 
 
 class PoolTelemetry:
     """Tells what a shard counts."""
 
     def __init__(self, labels: Mapping[str, str], number: int) -> None:
-        self._recorder = Recorder(labels, shard=str(number))
+        self._recorder = GaugeRecorder(labels, shard=str(number))
 
     def tell(self, counters: PoolCounters) -> None:
         """The shard as of now."""
@@ -264,16 +264,16 @@ def _gathered(folder: Location, rows: Sequence[Any]) -> Iterator[Label]:
     """The labels of a part in its order, those that only storage has read back segment by segment."""
     by_segment: dict[str, list[int]] = defaultdict(list)
     for row in rows:
-        if isinstance(row, Place):
+        if isinstance(row, SegmentRow):
             by_segment[row.segment].append(row.row)
-    stored: dict[Place, Label] = {}
+    stored: dict[SegmentRow, Label] = {}
     for name, wanted in by_segment.items():
         wanted.sort()
         stored |= {
-            Place(name, row): label
+            SegmentRow(name, row): label
             for row, label in zip(wanted, segments.read_labels(folder, name, wanted), strict=True)
         }
     for first in range(0, len(rows), LABELS_AT_ONCE):
         some = rows[first : first + LABELS_AT_ONCE]
-        held = iter(ray.get([row for row in some if not isinstance(row, Place)]))
-        yield from (stored[row] if isinstance(row, Place) else next(held) for row in some)
+        held = iter(ray.get([row for row in some if not isinstance(row, SegmentRow)]))
+        yield from (stored[row] if isinstance(row, SegmentRow) else next(held) for row in some)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from corun_ray.core.training.labels import Label
 from corun_ray.service.pool import segments
-from corun_ray.service.pool.index import Head, Place, PoolCounters, Segment
+from corun_ray.service.pool.index import Head, PoolCounters, Segment, SegmentRow
 from corun_ray.service.storage import Location, StorageError
 
 CURRENT_FILE = "current.json"
@@ -120,15 +120,15 @@ def read_current(pool: Location) -> Current:
 
 def index(
     pool: Location, snapshot: Snapshot, some: Iterable[SegmentRecord] | None = None
-) -> dict[str, tuple[Head, Place]]:
+) -> dict[str, tuple[Head, SegmentRow]]:
     """Every label of a snapshot, or of some of its segments, without images, and where it is; raises `StorageError`."""
     among = snapshot.segments if some is None else some
     in_order = [one.name for one in sorted(among, key=lambda segment: segment.order)]
-    found: dict[str, tuple[Head, Place]] = {}
+    found: dict[str, tuple[Head, SegmentRow]] = {}
     with ThreadPoolExecutor(INDEXES_AT_ONCE) as threads:
         indexes = threads.map(functools.partial(segments.read_index, pool.child(SEGMENTS)), in_order)
         for name, heads in zip(in_order, indexes, strict=True):
-            found |= {head.key: (head, Place(name, row)) for row, head in enumerate(heads)}
+            found |= {head.key: (head, SegmentRow(name, row)) for row, head in enumerate(heads)}
     return found
 
 

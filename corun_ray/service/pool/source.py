@@ -13,7 +13,7 @@ from corun_ray.config.jobs import ColabatorJob
 from corun_ray.config.loading import JobFileError, load_jobs
 from corun_ray.core.training.labels import Label
 from corun_ray.service.pool import segments, snapshots
-from corun_ray.service.pool.index import Head, Place
+from corun_ray.service.pool.index import Head, SegmentRow
 from corun_ray.service.pool.snapshots import Snapshot
 from corun_ray.service.runs.record import JOB_FILE, POOL_FOLDER, folder_name, step_of_folder, steps_saved
 from corun_ray.service.storage import Location, StorageError, locate
@@ -24,7 +24,7 @@ MAX_KINDS = 8
 """Kinds of images that are told apart; a run makes only one."""
 EXPECTED = "a snapshot (step_00000500.json), a pool folder, a run's folder or a checkpoint's (checkpoint_00000500)"
 
-Index = dict[str, tuple[Head, Place]]
+Index = dict[str, tuple[Head, SegmentRow]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ImageKind:
 
 
 @dataclass(frozen=True)
-class Source:
+class SavedPool:
     """A saved pool: its folder, and the snapshot in it that is looked at."""
 
     pool: Location
@@ -56,7 +56,7 @@ class Source:
         """Every label without its images, by key; raises `StorageError`."""
         return snapshots.index(self.pool, self.snapshot)
 
-    def label(self, key: str, place: Place) -> Label:
+    def label(self, key: str, place: SegmentRow) -> Label:
         """One label of the index; raises `StorageError`."""
         folder = self.pool.child(snapshots.SEGMENTS)
         for label in segments.read_labels(folder, place.segment, [place.row]):
@@ -97,7 +97,7 @@ class Source:
         return jobs[0]
 
 
-def find(source: str) -> Source:
+def find(source: str) -> SavedPool:
     """The snapshot that a path or URI means: see `EXPECTED`; the newest of a pool, the last checkpoint's of a run.
 
     Raises `StorageError`.
@@ -131,8 +131,8 @@ def snapshots_in(pool: Location) -> list[str]:
     return sorted((n for n in names if snapshots.step_of(n) is not None), key=lambda n: snapshots.step_of(n) or 0)
 
 
-def _open(pool: Location, name: str) -> Source:
-    return Source(pool, name, snapshots.read(pool.child(name)))
+def _open(pool: Location, name: str) -> SavedPool:
+    return SavedPool(pool, name, snapshots.read(pool.child(name)))
 
 
 def _newest(pool: Location) -> str:
@@ -142,7 +142,7 @@ def _newest(pool: Location) -> str:
     return names[-1]
 
 
-def _of_run(run: Location) -> Source:
+def _of_run(run: Location) -> SavedPool:
     from corun_ray.core.training.checkpoints import TRAINING_FILE
 
     for step in reversed(steps_saved(run)):

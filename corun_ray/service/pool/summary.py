@@ -10,7 +10,7 @@ import numpy as np
 
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.index import Head
-from corun_ray.service.pool.source import ImageKind, Index, Source, snapshots_in
+from corun_ray.service.pool.source import ImageKind, Index, SavedPool, snapshots_in
 
 SCORE_BINS = 10
 STEP_RANGES, AGE_RANGES = 10, 6
@@ -43,7 +43,7 @@ class Ages:
 
 
 @dataclass(frozen=True)
-class Summary:
+class PoolSummary:
     """What `pool ls` shows; `dataclasses.asdict` of it is plain JSON."""
 
     snapshot: str
@@ -93,12 +93,12 @@ class Change:
         return new.clarity - old.clarity, new.quality - old.quality
 
 
-def summarise(source: Source, index: Index) -> Summary:
+def summarise(source: SavedPool, index: Index) -> PoolSummary:
     """What a snapshot holds; raises `StorageError`."""
     heads = [head for head, _ in index.values()]
     content, counters = source.snapshot, snapshots.total_counters(source.snapshot)
     ages = [content.step - head.step for head in heads]
-    return Summary(
+    return PoolSummary(
         snapshot=source.uri,
         step=content.step,
         labels=len(heads),
@@ -126,7 +126,7 @@ def _spread(scores: Sequence[float]) -> ScoreSpread:
     return ScoreSpread(statistics.fmean(scores), min(scores), max(scores), counts.tolist())
 
 
-def describe(summary: Summary) -> list[str]:
+def describe(summary: PoolSummary) -> list[str]:
     """The lines of `pool ls`."""
     lines = [summary.snapshot, *(f"  {name:<9} {text}" for name, text in _facts(summary).items())]
     spreads = {"clarity": summary.clarity, "quality": summary.quality}
@@ -137,7 +137,7 @@ def describe(summary: Summary) -> list[str]:
     return [*lines, "", *step_table("steps", STEP_RANGES, {"wins": summary.wins_by_step, "held": summary.held_by_step})]
 
 
-def _facts(summary: Summary) -> dict[str, str]:
+def _facts(summary: PoolSummary) -> dict[str, str]:
     noted = "" if summary.labels == summary.labels_noted else f" (but its file says {summary.labels_noted})"
     kinds = [
         f"{kind.width_px} x {kind.height_px} px, {kind.encoding}, "
@@ -205,7 +205,7 @@ def changes(before: Mapping[str, Head], after: Mapping[str, Head]) -> list[Chang
     return [Change(*pair) for pair in pairs if content(pair[1]) != content(pair[2])]
 
 
-def diff_summary(a: Source, b: Source, found: Sequence[Change], num_after: int) -> list[str]:
+def diff_summary(a: SavedPool, b: SavedPool, found: Sequence[Change], num_after: int) -> list[str]:
     """The lines of `pool diff`; `num_after` labels are in `b`."""
     kinds = Counter(change.kind for change in found)
     replaced = [change for change in found if change.kind == "replaced"]

@@ -41,7 +41,7 @@ class Slider:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class PictureItem:
     """PNGs or JPEGs with captions."""
 
     pictures: Sequence[tuple[str, bytes]]
@@ -59,15 +59,15 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A heading, a line about what is below it, and that."""
 
     heading: str
     note: str
-    items: Sequence[Table | Charts | Slider | Pictures | Listing]
+    items: Sequence[Table | Charts | Slider | PictureItem | Listing]
 
 
-def render(title: str, summary: str, sections: Sequence[Section]) -> bytes:
+def render(title: str, summary: str, sections: Sequence[PageSection]) -> bytes:
     """The page; sections without items are left out."""
     shown = [section for section in sections if section.items]
     return _template().render(title=title, summary=summary, sections=shown).encode()

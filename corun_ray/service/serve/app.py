@@ -46,7 +46,7 @@ PAGE_HEADERS = {
 }
 
 
-class Door:
+class HttpApp:
     """The endpoints; an ASGI app made by `__serve_build_asgi_app__`, which Ray Serve looks for."""
 
     def __init__(

@@ -20,7 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from corun_ray.config.jobs import ServeJob
-from corun_ray.config.tasks import Serve
+from corun_ray.config.tasks import ServeSection
 from corun_ray.core.inference.restore import MIN_SIDE_PX
 from corun_ray.service.cluster import connect as cluster
 from corun_ray.service.cluster.connect import ClusterError
@@ -28,9 +28,9 @@ from corun_ray.service.errors import JobFailed, first_line, root_cause
 from corun_ray.service.models.registry import Registry
 from corun_ray.service.models.sources import MLFLOW_SCHEMES, Model, fetch_model
 from corun_ray.service.models.tracking import tracking_uri
-from corun_ray.service.serve.app import Door
+from corun_ray.service.serve.app import HttpApp
 from corun_ray.service.serve.messages import Served
-from corun_ray.service.serve.replica import Restorer
+from corun_ray.service.serve.replica import Replica
 from corun_ray.service.serve.uploads import Limits
 from corun_ray.service.telemetry.console import Console
 
@@ -43,7 +43,7 @@ PINGS = 16
 EVERY_ADDRESS = ("0.0.0.0", "::")
 
 
-def application(section: Serve, model: Model, served: Served, owner: str) -> serve.Application:
+def application(section: ServeSection, model: Model, served: Served, owner: str) -> serve.Application:
     """The door and its replicas, to be run by Ray Serve; the door knows its `owner`."""
     low, high = section.replicas
     max_in_flight = section.max_queued + high * section.max_batch
@@ -62,14 +62,14 @@ def application(section: Serve, model: Model, served: Served, owner: str) -> ser
             "num_gpus": section.gpus_per_replica,
             "runtime_env": {"env_vars": _environment(section, limits)},
         },
-    )(Restorer)
+    )(Replica)
     door = serve.deployment(
         name="door",
         max_ongoing_requests=10 * max_in_flight,
         max_queued_requests=max_in_flight,
         **ENDING,
         ray_actor_options={"num_cpus": 0},
-    )(serve.ingress()(Door))
+    )(serve.ingress()(HttpApp))
     handle = restorer.bind(
         {"model": ray.put(model)},
         max(1, int(section.cpus_per_replica)),
@@ -81,7 +81,7 @@ def application(section: Serve, model: Model, served: Served, owner: str) -> ser
     return door.bind(handle, served, limits, max_in_flight, section.timeout_s, owner)
 
 
-def _environment(section: Serve, limits: Limits) -> dict[str, str]:
+def _environment(section: ServeSection, limits: Limits) -> dict[str, str]:
     # OpenCV holds to the limit of pixels as well, should a file deceive the reader of headers.
     environment = {"OPENCV_IO_MAX_IMAGE_PIXELS": str(limits.max_pixels)}
     return environment if section.gpus_per_replica else environment | {"CUDA_VISIBLE_DEVICES": ""}
@@ -200,14 +200,14 @@ def identify(source: str, tracking: str) -> tuple[str, Served]:
     return f"models:/{name}/{number}", Served(name, number)
 
 
-def _sizes(section: Serve) -> str:
+def _sizes(section: ServeSection) -> str:
     low, high = section.replicas
     count = str(low) if low == high else f"{low} to {high}"
     gpus = f", {section.gpus_per_replica:g} GPU" if section.gpus_per_replica else ""
     return f"{count} of {section.cpus_per_replica:g} CPU{gpus}"
 
 
-def _refuse_a_taken_port(section: Serve) -> None:
+def _refuse_a_taken_port(section: ServeSection) -> None:
     family = socket.AF_INET6 if ":" in section.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -14,17 +14,17 @@ import torch
 from ray import serve
 
 from corun_ray.core.data.images import BadImage
-from corun_ray.core.inference.memory import images_at_once, within
+from corun_ray.core.inference.memory import fit_in_memory, images_at_once
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.service.inference.photos import Pixels, read_photo, write_photo
-from corun_ray.service.inference.restorers import Restorers
+from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.serve.messages import Alive, Dehazed
 from corun_ray.service.serve.uploads import Refused
 
 Size = TypeVar("Size", bound=Hashable)
 
 
-def groups(sizes: Sequence[Size], at_once: Callable[[Size], int]) -> list[list[int]]:
+def group_by_size(sizes: Sequence[Size], at_once: Callable[[Size], int]) -> list[list[int]]:
     """Positions of images of one size, in order, at most `at_once` of them in a group; the first come first."""
     by_size: dict[Size, list[int]] = {}
     for position, size in enumerate(sizes):
@@ -42,7 +42,7 @@ Restored = tuple[Pixels, int, float]
 """Pixels, the number of images restored together, and the seconds that it took."""
 
 
-class Restorer(Restorers):
+class Replica(RestorerActor):
     """Answers with what became of an image; what the image is to blame for is an answer too, never an exception."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Restorer(Restorers):
         max_batch: int,
         batch_wait_s: float,
     ) -> None:
-        """`shared` as for `Restorers`; `gpu_share` is this replica's part of its GPU."""
+        """`shared` as for `RestorerActor`; `gpu_share` is this replica's part of its GPU."""
         super().__init__(shared, threads, memory_mib)
         if memory_mib is None and self.device.type == "cuda":
             self.memory_mib = int(self.memory_mib * min(1.0, gpu_share))
@@ -93,7 +93,7 @@ class Restorer(Restorers):
 
     def _restore_all(self, images: list[Pixels]) -> list[Restored | Refused]:
         found: dict[int, Restored | Refused] = {}
-        for group in groups([image.shape[:2] for image in images], self._at_once):
+        for group in group_by_size([image.shape[:2] for image in images], self._at_once):
             for position, outcome in zip(group, self._restore_group([images[n] for n in group]), strict=True):
                 found[position] = outcome
         return [found[position] for position in range(len(images))]
@@ -107,7 +107,7 @@ class Restorer(Restorers):
         started = time.monotonic()
         try:
             hazy = torch.cat([to_tensor(image) for image in images]).to(self.device)
-            scene = restore(within(self.networks["model"], hazy, self.memory_mib), hazy).scene
+            scene = restore(fit_in_memory(self.networks["model"], hazy, self.memory_mib), hazy).scene
             levels = [to_image(scene[n : n + 1], image.dtype.type) for n, image in enumerate(images)]
         except ValueError as error:  # too small, or too large even in tiles
             return [Refused(422, str(error))] * len(images)

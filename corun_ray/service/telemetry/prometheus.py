@@ -128,7 +128,7 @@ def labels_of(job: Job, run: str) -> dict[str, str]:
     return {"job_name": job.name, "kind": job.kind, "run": run}
 
 
-class Recorder:
+class GaugeRecorder:
     """Records metrics with the labels that all of them share here; a call costs some microseconds."""
 
     def __init__(self, labels: Mapping[str, str], **more: str) -> None:

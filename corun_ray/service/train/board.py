@@ -24,7 +24,7 @@ class Attempt:
 
 
 @dataclass
-class News:
+class Events:
     """What has come since the last look."""
 
     step: int = 0
@@ -51,7 +51,7 @@ class BoardState:
 
     def __init__(self) -> None:
         self.bad_files: dict[str, str] = {}
-        self._news = News()
+        self._news = Events()
 
     def report_bad(self, bad_files: dict[str, str]) -> None:
         """Adds unusable files (path → reason); one named before stays as it was."""
@@ -99,9 +99,9 @@ class BoardState:
         """Something that a person who watches should know."""
         self._news.notes.append(text)
 
-    def take_news(self) -> News:
+    def take_news(self) -> Events:
         """What has come since the last call."""
-        news, self._news = self._news, News(step=self._news.step)
+        news, self._news = self._news, Events(step=self._news.step)
         news.num_bad_files = len(self.bad_files)
         return news
 

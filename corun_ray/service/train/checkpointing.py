@@ -32,7 +32,7 @@ from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry.logs import Log
 
 
-class Saver:
+class Checkpointer:
     """Saves the state of a run on rank 0, with all ranks' labels; every rank calls `save` at the same steps."""
 
     def __init__(

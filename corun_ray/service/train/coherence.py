@@ -17,8 +17,7 @@ from torch import Tensor
 from torch import device as Device
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
-from corun_ray.config.training import Coherence as CoherenceSection
-from corun_ray.config.training import ColabatorLoss
+from corun_ray.config.training import CoherenceSection, ColabatorLossSection
 from corun_ray.core.choices import QUALITY_NAMES
 from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores, Scorer
 from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
@@ -28,7 +27,7 @@ from corun_ray.core.weights import WeightsError, WeightsSource
 from corun_ray.service.weights.needed import weights_source
 
 
-class Stopwatch:
+class DeviceTimer:
     """Adds up the seconds between entering and leaving it.
 
     On CUDA, kernels run later than they are called: the device notes both moments itself, in its own time.
@@ -68,7 +67,7 @@ class TimedCoherence(Coherence):
     def __init__(self, plain: Coherence, device: torch.device) -> None:
         super().__init__(plain.clarity, plain.quality, plain.block_px, plain.combine)
         self.plain = plain
-        self.watches = {"global": Stopwatch(device), "blocks": Stopwatch(device)}
+        self.watches = {"global": DeviceTimer(device), "blocks": DeviceTimer(device)}
 
     def global_scores(self, images: Tensor) -> GlobalScores:
         """See `Coherence`."""
@@ -146,7 +145,7 @@ def build_losses(
     loss = job.loss
     features = load_vgg19(source(VGG_FILE)).to(device) if loss.perceptual == "vgg19" else None
     density_weight = 0.0
-    if isinstance(loss, ColabatorLoss) and coherence is not None:
+    if isinstance(loss, ColabatorLossSection) and coherence is not None:
         clarity, density_weight = coherence.clarity, loss.haze_density_weight
 
         def density(images: Tensor) -> Tensor:

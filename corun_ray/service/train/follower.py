@@ -29,8 +29,8 @@ from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry import prometheus as telemetry
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.telemetry.logs import Log
-from corun_ray.service.telemetry.prometheus import Metric, Recorder
-from corun_ray.service.train.board import Attempt, News
+from corun_ray.service.telemetry.prometheus import GaugeRecorder, Metric
+from corun_ray.service.train.board import Attempt, Events
 
 FIRST_PATIENCE_S = 15.0
 PATIENCE_GROWS = 2.0
@@ -53,7 +53,7 @@ class NodeWatch:
         return f"{text}, lost: {', '.join(lost)}" if lost else text
 
 
-class Stalls:
+class StallDetector:
     """Pauses between two steps. Told of are those twice as long as any before, from `FIRST_PATIENCE_S` on: a job whose
     steps or validations take long says so once. While one lasts, it is told of again when it is twice as long, and
     when there is news of the nodes.
@@ -103,7 +103,7 @@ class RunTelemetry:
     """Gauges that keep their last value as long as `refresh` is called now and then."""
 
     def __init__(self, labels: Mapping[str, str], steps: int) -> None:
-        self._recorder = Recorder(labels)
+        self._recorder = GaugeRecorder(labels)
         self._held: Held = {}
         self.hold(telemetry.STEPS_PLANNED, steps)
         for metric in (telemetry.RESTARTS, telemetry.FAILED_WRITES):
@@ -163,7 +163,7 @@ class Follower:
         """Every held-out image's values, those of an earlier start of the run included."""
         self._num_attempts = 0
         self._errors = ""
-        self._stalls = Stalls(NodeWatch())
+        self._stalls = StallDetector(NodeWatch())
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._failure: Exception | None = None
@@ -211,7 +211,7 @@ class Follower:
         if step < self._job.train.steps and (text := self._stalls.look(step)):
             self._console.say(f"  {text}")
 
-    def _pass_on(self, news: News) -> None:
+    def _pass_on(self, news: Events) -> None:
         for rank, text in news.errors:
             self._console.say(f"  worker {rank} failed: {root_cause(text)}")
             self._log.warning("worker failed", rank=rank, error=root_cause(text))
@@ -277,7 +277,7 @@ class Follower:
             self._num_failed_writes += 1
             self._gauges.hold(telemetry.FAILED_WRITES, self._num_failed_writes)
 
-    def _details(self, news: News) -> list[str]:
+    def _details(self, news: Events) -> list[str]:
         details = []
         if "loss/total" in self._latest:
             details.append(f"loss {self._latest['loss/total']:.4f}")

@@ -19,7 +19,7 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from corun_ray.config.jobs import Cluster
+from corun_ray.config.jobs import ClusterSection
 from corun_ray.service.errors import JobFailed, root_cause
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console
@@ -104,7 +104,7 @@ def _trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
     )
 
 
-def scaling(cluster: Cluster) -> ScalingConfig:
+def scaling(cluster: ClusterSection) -> ScalingConfig:
     """As many workers as the section says, with what each asks for."""
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:

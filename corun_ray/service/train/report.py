@@ -19,7 +19,7 @@ from corun_ray.core.metrics.catalog import all_metrics
 from corun_ray.core.training.checkpoints import load_network
 from corun_ray.service.models.card import code_version
 from corun_ray.service.report.charts import Points, line_chart
-from corun_ray.service.report.page import Charts, Listing, Pictures, Section, Slider, Table, render
+from corun_ray.service.report.page import Charts, Listing, PageSection, PictureItem, Slider, Table, render
 from corun_ray.service.report.statistics import interval_of
 from corun_ray.service.runs.held_out import Example, ValidationLog, example, pictured_steps, shown_throughout
 from corun_ray.service.storage import Location
@@ -56,14 +56,16 @@ def training_report(
     shown = shown_throughout(pictured)[:SLIDERS]
     last = log.last_step
     sections = [
-        Section("Result", "Held-out images after the last step, with 95 % bootstrap intervals.", _result(log)),
-        Section("Before and after", "Drag over a picture, or the bar below it.", _sliders(run, pictured, shown)),
-        Section("Best and worst", "By each metric, after the last step.", _extremes(run, log, pictured)),
-        Section("Curves", "Every value that was logged.", _charts(curves, CHARTS) + _validation_charts(curves)),
-        Section("Label pool", "How it grew, and what share of the candidates won.", _charts(curves, POOL_CHARTS)),
-        Section("Stages", "What each stage of the network makes of an image.", _stages(run, checkpoint, shown, last)),
-        Section("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),
-        Section("Environment", "Where it ran, and with what.", [_environment(facts)]),
+        PageSection("Result", "Held-out images after the last step, with 95 % bootstrap intervals.", _result(log)),
+        PageSection("Before and after", "Drag over a picture, or the bar below it.", _sliders(run, pictured, shown)),
+        PageSection("Best and worst", "By each metric, after the last step.", _extremes(run, log, pictured)),
+        PageSection("Curves", "Every value that was logged.", _charts(curves, CHARTS) + _validation_charts(curves)),
+        PageSection("Label pool", "How it grew, and what share of the candidates won.", _charts(curves, POOL_CHARTS)),
+        PageSection(
+            "Stages", "What each stage of the network makes of an image.", _stages(run, checkpoint, shown, last)
+        ),
+        PageSection("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),
+        PageSection("Environment", "Where it ran, and with what.", [_environment(facts)]),
     ]
     summary = f"{job.kind}, {job.train.steps} steps, {facts['data']}."
     return render(run.name, summary, sections)
@@ -90,7 +92,7 @@ def _sliders(run: Location, pictured: Mapping[str, Sequence[int]], shown: Sequen
     return sliders
 
 
-def _extremes(run: Location, log: ValidationLog, pictured: Mapping[str, Sequence[int]]) -> list[Pictures]:
+def _extremes(run: Location, log: ValidationLog, pictured: Mapping[str, Sequence[int]]) -> list[PictureItem]:
     last = log.last_step
     if last is None:
         return []
@@ -103,7 +105,7 @@ def _extremes(run: Location, log: ValidationLog, pictured: Mapping[str, Sequence
             if last in pictured.get(name, ()):
                 both = _side_by_side(example(run, name, last))
                 found.append((f"{word} {prefix}/{metric} {images[image]:.4f}: {image}", both))
-    return [Pictures(found)] if found else []
+    return [PictureItem(found)] if found else []
 
 
 def _side_by_side(one: Example) -> bytes:
@@ -131,7 +133,7 @@ def _validation_charts(curves: Mapping[str, Points]) -> list[Charts]:
     return [Charts(svgs)] if svgs else []
 
 
-def _stages(run: Location, checkpoint: Path, shown: Sequence[str], last: int | None) -> list[Pictures]:
+def _stages(run: Location, checkpoint: Path, shown: Sequence[str], last: int | None) -> list[PictureItem]:
     network = load_network(checkpoint).network
     if last is None or not hasattr(network, "unfold"):
         return []
@@ -140,7 +142,7 @@ def _stages(run: Location, checkpoint: Path, shown: Sequence[str], last: int | N
         tensor = to_tensor(decode_image(thumbnail(decode_image(example(run, name, last).hazy), STAGE_IMAGE_PX)))
         rows = stage_rows(stages(network, tensor), tensor)
         pictures.append((name, encode_png(grid(list(rows.values()), STAGE_CELL_PX, list(rows)))))
-    return [Pictures(pictures, is_wide=True)] if pictures else []
+    return [PictureItem(pictures, is_wide=True)] if pictures else []
 
 
 def _environment(facts: Mapping[str, str]) -> Table:

@@ -13,7 +13,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from torch import nn
 
 from corun_ray.config.jobs import ColabatorJob
-from corun_ray.config.training import Optim
+from corun_ray.config.training import OptimSection
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training import checkpoints
 from corun_ray.core.training.acceleration import keep_freed_memory
@@ -27,7 +27,7 @@ from corun_ray.service.pool.keeper import PoolKeeper, count
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.train.board import Attempt
-from corun_ray.service.train.checkpointing import PreemptionWatch, Saver
+from corun_ray.service.train.checkpointing import Checkpointer, PreemptionWatch
 from corun_ray.service.train.coherence import SharedCoherence, TimedCoherence, build_coherence, build_losses
 from corun_ray.service.train.learner import Learner
 from corun_ray.service.train.meter import Meter, WorkerTelemetry
@@ -36,7 +36,7 @@ from corun_ray.service.train.validation import Validator
 from corun_ray.service.weights.needed import weights_source
 
 
-def learning_cycles(optim: Optim) -> list[Cycle]:
+def learning_cycles(optim: OptimSection) -> list[Cycle]:
     """The cosine cycles of a job: those it lists, else one."""
     if optim.cycles:
         return [Cycle(cycle.steps, cycle.lr, cycle.min_lr) for cycle in optim.cycles]
@@ -73,7 +73,7 @@ class Worker:
         self.keeper = PoolKeeper(plan.shards, locate(plan.pool_uri)) if plan.shards and self.rank == 0 else None
         self.pool = self._restored_pool(self._resume())
         run = locate(plan.run_uri)
-        self.saver = Saver(run, self.state, self.model.spec, self.job.seed, self.rank, plan.board, log)
+        self.saver = Checkpointer(run, self.state, self.model.spec, self.job.seed, self.rank, plan.board, log)
         if self.rank == 0:
             self.saver.discard_later()
         self.manifest: Manifest = ray.get(plan.manifest)

@@ -17,14 +17,14 @@ from corun_ray.config.trials import trial_job
 from corun_ray.core.networks.build import build
 from corun_ray.service.errors import JobFailed, root_cause
 from corun_ray.service.models.sources import spec_of
-from corun_ray.service.report.page import Listing, Pictures, Section, Table, render
+from corun_ray.service.report.page import Listing, PageSection, PictureItem, Table, render
 
 RATE = "rate/steps_per_s"
 VALIDATION = "val/"
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialResult:
     """One trial when all have ended."""
 
     name: str
@@ -37,7 +37,7 @@ class Trial:
     error: str | None = None
 
     @classmethod
-    def of(cls, result: Any) -> "Trial":
+    def of(cls, result: Any) -> "TrialResult":
         """From a result of Ray Tune."""
         last = result.metrics or {}
         numbers = {name: float(value) for name, value in last.items() if "/" in name and isinstance(value, int | float)}
@@ -72,7 +72,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Summary:
+class SearchSummary:
     """What is shown and kept of a search."""
 
     cells: list[list[str]]
@@ -90,21 +90,23 @@ class Summary:
         """The page about the search whose run is called `run`."""
         better = "less" if job.tune.mode == "min" else "more"
         sections = [
-            Section("Trials", "Best first; those that were stopped last.", [Table(self.cells[0], self.cells[1:])]),
-            Section("Plot", "What a trial came to, and what its network costs.", [Pictures([("", self.png)], True)]),
-            Section("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),
+            PageSection("Trials", "Best first; those that were stopped last.", [Table(self.cells[0], self.cells[1:])]),
+            PageSection(
+                "Plot", "What a trial came to, and what its network costs.", [PictureItem([("", self.png)], True)]
+            ),
+            PageSection("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),
         ]
         return render(run, f"{job.tune.num_trials} trials, {better} of {job.tune.metric} is better.", sections)
 
 
-def ranked(trials: Sequence[Trial], metric: str, mode: str) -> list[Trial]:
+def ranked(trials: Sequence[TrialResult], metric: str, mode: str) -> list[TrialResult]:
     """Best first; trials that were stopped come after those that ended, failed ones are left out."""
     sign = 1 if mode == "min" else -1
     measured = [trial for trial in trials if trial.error is None and metric in trial.metrics]
     return sorted(measured, key=lambda trial: (trial.model is None, sign * trial.metrics[metric]))
 
 
-def cost_of(job: TuneJob, trial: Trial) -> Cost:
+def cost_of(job: TuneJob, trial: TrialResult) -> Cost:
     """Counted on the network itself, with one patch of noise."""
     own = trial_job(job, trial.values)
     network = build(spec_of(own)).eval()
@@ -114,7 +116,7 @@ def cost_of(job: TuneJob, trial: Trial) -> Cost:
     return Cost(sum(p.numel() for p in network.parameters()), counter.get_total_flops() / 1e9)
 
 
-def summary(job: TuneJob, trials: Sequence[Trial]) -> Summary:
+def summary(job: TuneJob, trials: Sequence[TrialResult]) -> SearchSummary:
     """Of trials in their order, the best first."""
     costs = [cost_of(job, trial) for trial in trials]
     rows = [_row(job, trial, cost) for trial, cost in zip(trials, costs, strict=True)]
@@ -122,10 +124,10 @@ def summary(job: TuneJob, trials: Sequence[Trial]) -> Summary:
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
     writer.writerows(rows)
-    return Summary(_cells(rows), text.getvalue().encode(), _plot(job, trials, costs))
+    return SearchSummary(_cells(rows), text.getvalue().encode(), _plot(job, trials, costs))
 
 
-def _row(job: TuneJob, trial: Trial, cost: Cost) -> dict[str, Any]:
+def _row(job: TuneJob, trial: TrialResult, cost: Cost) -> dict[str, Any]:
     own = trial_job(job, trial.values)
     images_per_s = trial.metrics.get(RATE, 0.0) * own.train.images_per_worker * own.cluster.max_workers
     return {
@@ -144,7 +146,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [names, *([f"{row.get(name, '')}" for name in names] for row in rows)]
 
 
-def _plot(job: TuneJob, trials: Sequence[Trial], costs: Sequence[Cost]) -> bytes:
+def _plot(job: TuneJob, trials: Sequence[TrialResult], costs: Sequence[Cost]) -> bytes:
     """A PNG: the metric, and beside it the cost of the network, against the first searched key."""
     key, metric = next(iter(job.tune.search)), job.tune.metric
     places = [trial.values[key] for trial in trials]

@@ -14,9 +14,9 @@ import ray
 from ray import tune
 from ray.tune import Callback
 
-from corun_ray.config.jobs import Cluster, TuneJob
+from corun_ray.config.jobs import ClusterSection, TuneJob
 from corun_ray.config.loading import dump_job
-from corun_ray.config.tasks import Choice, Range
+from corun_ray.config.tasks import Choice, RangeSection
 from corun_ray.config.trials import corners, trial_job
 from corun_ray.service.cluster import connect as cluster
 from corun_ray.service.errors import JobFailed
@@ -29,7 +29,7 @@ from corun_ray.service.runs.record import JOB_FILE, RunRecord, last_run, new_run
 from corun_ray.service.storage import Location
 from corun_ray.service.telemetry.console import Console, duration
 from corun_ray.service.train.driver import prepare
-from corun_ray.service.tune.report import Trial, ranked, summary
+from corun_ray.service.tune.report import TrialResult, ranked, summary
 from corun_ray.service.tune.trial import TrialPlan, own_values, run_trial
 
 
@@ -134,7 +134,7 @@ def _look_at_all(job: TuneJob, folder: Path) -> str:
     return manifest.digest()
 
 
-def _fit(plan: TrialPlan, run: Location, at_once: int, console: Console) -> list[Trial]:
+def _fit(plan: TrialPlan, run: Location, at_once: int, console: Console) -> list[TrialResult]:
     """The trials when all have ended, those of an interrupted search included."""
     section, steps = plan.job.tune, plan.job.train.steps
     # A trial's own actor only waits for its workers, which ask for theirs; Tune must have something to ask for.
@@ -167,11 +167,11 @@ def _fit(plan: TrialPlan, run: Location, at_once: int, console: Console) -> list
             ),
         )
     results = tuner.fit()
-    return [Trial.of(results[number]) for number in range(len(results))]
+    return [TrialResult.of(results[number]) for number in range(len(results))]
 
 
 def _domain(choice: Choice) -> Any:
-    if not isinstance(choice, Range):
+    if not isinstance(choice, RangeSection):
         return tune.grid_search(list(choice))
     if choice.is_whole:
         return (tune.lograndint if choice.log else tune.randint)(int(choice.low), int(choice.high) + 1)
@@ -194,7 +194,7 @@ def _name(trial: Any) -> str:
     return re.sub(r"[^0-9A-Za-z._-]+", "-", f"{trial.trial_id.rpartition('_')[2]}_{values}")[:100]
 
 
-def _end_stopped(job: TuneJob, run: Location, trials: Sequence[Trial], tracker: Tracker) -> None:
+def _end_stopped(job: TuneJob, run: Location, trials: Sequence[TrialResult], tracker: Tracker) -> None:
     """Closes the MLflow runs of trials whose processes were ended from outside."""
     for trial in trials:
         if trial.model is None:
@@ -203,7 +203,7 @@ def _end_stopped(job: TuneJob, run: Location, trials: Sequence[Trial], tracker: 
                 tracker.end_other(read_record(own).mlflow_run)
 
 
-def _keep(job: TuneJob, trials: Sequence[Trial], run: Location, tracker: Tracker, console: Console) -> str:
+def _keep(job: TuneJob, trials: Sequence[TrialResult], run: Location, tracker: Tracker, console: Console) -> str:
     """Shows and keeps what the trials came to; returns the best one's model; raises `JobFailed` where none ended."""
     found = ranked(trials, job.tune.metric, job.tune.mode)
     for trial in trials:
@@ -242,12 +242,12 @@ def _facts(
 
 
 def _shown(choice: Choice) -> str:
-    if isinstance(choice, Range):
+    if isinstance(choice, RangeSection):
         return f"{choice.low:g} to {choice.high:g}{', log' if choice.log else ''}"
     return ", ".join(map(str, choice))
 
 
-def _room_for(one: Cluster) -> int:
+def _room_for(one: ClusterSection) -> int:
     """How many trials fit into the cluster, at least one."""
     total = ray.cluster_resources()
     needs = {

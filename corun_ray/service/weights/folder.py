@@ -70,7 +70,7 @@ class WeightsFolder:
             return target if _holds(target, content) else _fill(target, folder.child(name), content)
 
 
-class Recorder:
+class RecordingSource:
     """A source that remembers which files were asked for, and why some could not be had."""
 
     def __init__(self, source: WeightsSource) -> None:

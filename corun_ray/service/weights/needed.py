@@ -11,7 +11,7 @@ from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.scoring.quality import load_quality
 from corun_ray.core.training.losses import VGG_FILE
 from corun_ray.core.weights import WeightsError, WeightsSource, no_weights
-from corun_ray.service.weights.folder import Recorder, WeightsFolder, lacking
+from corun_ray.service.weights.folder import RecordingSource, WeightsFolder, lacking
 
 NeededFiles = dict[str | None, dict[str, str]]
 """Folder or URI of weights (None: the job names none) → file → the key of the job file that needs it."""
@@ -51,7 +51,7 @@ def needed_files(job: Job) -> NeededFiles:
 
 def _asked(folder: str | None, load: Callable[[WeightsSource], object]) -> list[str]:
     """The files that a metric asks for while it is built, as far as that gets."""
-    source = Recorder(weights_source(folder))
+    source = RecordingSource(weights_source(folder))
     with contextlib.suppress(WeightsError):  # of the file that is missing, or that the listing will show
         load(source)
     return source.asked

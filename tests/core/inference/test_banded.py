@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from corun_ray.core.inference.banded import HALO_PX, banded
+from corun_ray.core.inference.banded import HALO_PX, in_bands
 from corun_ray.core.inference.restore import restore
 from corun_ray.core.networks.cpmm import Block
 from tests.core.inference.test_tiled import network, photograph
@@ -12,7 +12,7 @@ from tests.core.inference.test_tiled import network, photograph
 @pytest.mark.parametrize(("height", "width"), [(208, 232), (100, 300), (163, 41)])
 def test_bands_give_what_the_whole_image_gives(height: int, width: int) -> None:
     net, hazy = network(), photograph(height, width)
-    whole, parts = restore(net, hazy), restore(banded(net, 12 * width), hazy)
+    whole, parts = restore(net, hazy), restore(in_bands(net, 12 * width), hazy)
     assert (whole.scene - hazy).abs().mean() > 0.01
     torch.testing.assert_close(parts.scene, whole.scene, rtol=0, atol=2e-5)
     torch.testing.assert_close(parts.transmission, whole.transmission, rtol=0, atol=2e-5)
@@ -21,7 +21,7 @@ def test_bands_give_what_the_whole_image_gives(height: int, width: int) -> None:
 def test_half_precision_takes_bands_too() -> None:
     net, hazy = network(), photograph(96, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        whole, parts = restore(net, hazy), restore(banded(net, 16 * 64), hazy)
+        whole, parts = restore(net, hazy), restore(in_bands(net, 16 * 64), hazy)
     assert (parts.scene - whole.scene).abs().mean() < 2e-3
 
 
@@ -42,5 +42,5 @@ def test_the_margin_is_what_a_block_sees() -> None:
 def test_the_network_itself_is_left_as_it_was() -> None:
     net, hazy = network(), photograph(64, 64)
     before = restore(net, hazy).scene
-    restore(banded(net, 8 * 64), hazy)
+    restore(in_bands(net, 8 * 64), hazy)
     assert torch.equal(restore(net, hazy).scene, before)

@@ -9,13 +9,13 @@ from corun_ray.core.inference.memory import (
     CPU_BAND_PX,
     TooLarge,
     banded_mib,
+    fit_in_memory,
     images_at_once,
     tile_side_px,
     whole_mib,
-    within,
 )
 from corun_ray.core.inference.restore import restore
-from corun_ray.core.inference.tiled import HALO_PX, TiledCPMM, tiled, tiles
+from corun_ray.core.inference.tiled import HALO_PX, TiledCPMM, in_tiles, tiles
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.cpmm import CPMM
 
@@ -43,7 +43,7 @@ def photograph(height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize(("height", "width"), [(208, 232), (100, 300), (163, 141)])
 def test_tiles_give_what_the_whole_image_gives(height: int, width: int) -> None:
     net, hazy = network(), photograph(height, width)
-    whole, parts = restore(net, hazy), restore(tiled(net, 2 * HALO_PX + 104), hazy)
+    whole, parts = restore(net, hazy), restore(in_tiles(net, 2 * HALO_PX + 104), hazy)
     assert (whole.scene - hazy).abs().mean() > 0.01
     torch.testing.assert_close(parts.scene, whole.scene, rtol=0, atol=2e-4)
     torch.testing.assert_close(parts.transmission, whole.transmission, rtol=0, atol=2e-4)
@@ -55,7 +55,7 @@ def test_the_attention_is_the_whole_images() -> None:
     whole = restore(net, hazy).scene
     apart = torch.cat([restore(net, half).scene for half in hazy.chunk(2, 3)], 3)
     assert (apart - whole)[..., :100].abs().max() > 3e-3
-    torch.testing.assert_close(restore(tiled(net, 2 * HALO_PX + 208), hazy).scene, whole, rtol=0, atol=2e-4)
+    torch.testing.assert_close(restore(in_tiles(net, 2 * HALO_PX + 208), hazy).scene, whole, rtol=0, atol=2e-4)
 
 
 def test_convolutions_see_no_further_than_the_margin() -> None:
@@ -81,7 +81,7 @@ def test_convolutions_see_no_further_than_the_margin() -> None:
 def test_the_network_itself_stays_as_it_was() -> None:
     net, hazy = network(), photograph(64, 96)
     before = restore(net, hazy).scene
-    restore(tiled(net, 2 * HALO_PX + 32), hazy)
+    restore(in_tiles(net, 2 * HALO_PX + 32), hazy)
     assert torch.equal(restore(net, hazy).scene, before)
 
 
@@ -97,7 +97,7 @@ def test_cores_cover_the_image_once(height: int, width: int, side: int) -> None:
 
 def test_memory_decides_between_whole_and_tiles() -> None:
     net = network(2, 16)
-    assert within(net, torch.rand(1, 3, 32, 32), 512) is net
+    assert fit_in_memory(net, torch.rand(1, 3, 32, 32), 512) is net
     side = tile_side_px(net, 4000, 6000, 2816)
     assert side % 8 == 0 and 600 < side < 1500
     with pytest.raises(TooLarge, match=r"6000 x 4000 px need \d+ MiB, even in tiles; 512 are allowed"):
@@ -113,16 +113,16 @@ def test_whole_comes_before_bands_and_bands_before_tiles() -> None:
     assert whole > 2 * bands
     # On a CPU, large images go in bands even where they would fit whole.
     for memory_mib, kind in ((whole, BandedCPMM), (bands, BandedCPMM), (bands - 1, TiledCPMM)):
-        assert type(within(net, hazy, memory_mib).first.dehaze_net) is kind
+        assert type(fit_in_memory(net, hazy, memory_mib).first.dehaze_net) is kind
     small = hazy[..., :200, :200]
     small_mib = whole_mib(net, 200, 200)
     for memory_mib, kind in ((small_mib, CPMM), (small_mib - 1, BandedCPMM)):
-        assert type(within(net, small, memory_mib).first.dehaze_net) is kind
+        assert type(fit_in_memory(net, small, memory_mib).first.dehaze_net) is kind
 
 
 def test_other_networks_take_images_whole() -> None:
     other = nn.Identity()
-    assert within(other, torch.rand(1, 3, 2000, 2000), 512) is other
+    assert fit_in_memory(other, torch.rand(1, 3, 2000, 2000), 512) is other
 
 
 def test_as_many_images_go_together_as_fit_whole() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from corun_ray.service.data.stream import Layout, Phase, phases, remaining_phases
+from corun_ray.service.data.stream import BlockLayout, StreamPhase, phases, remaining_phases
 from tests.service.jobs import small_job
 
 PROGRESSIVE = [
@@ -21,23 +21,25 @@ def progressive(dataset, tmp_path):
 @pytest.mark.parametrize("kind", ["pretrain", "colabator"])
 def test_without_later_sizes_a_run_is_one_phase(kind, dataset, tmp_path):
     job = small_job(kind, dataset, tmp_path, train={"steps": 40, "batch_per_worker": 2})
-    assert phases(job) == [Phase(0, 40, 32, 2)]
-    assert remaining_phases(job, 0, 0, 3) == [(Phase(0, 40, 32, 2), Layout(0, 40, 2, 3))]
-    assert remaining_phases(job, 30, 180, 3) == [(Phase(0, 40, 32, 2), Layout(180, 10, 2, 3))]
+    assert phases(job) == [StreamPhase(0, 40, 32, 2)]
+    assert remaining_phases(job, 0, 0, 3) == [(StreamPhase(0, 40, 32, 2), BlockLayout(0, 40, 2, 3))]
+    assert remaining_phases(job, 30, 180, 3) == [(StreamPhase(0, 40, 32, 2), BlockLayout(180, 10, 2, 3))]
     assert remaining_phases(job, 40, 240, 3) == []
 
 
 def test_each_phase_ends_where_the_next_starts(progressive):
-    assert phases(progressive) == [Phase(0, 4, 32, 3), Phase(4, 9, 48, 2), Phase(9, 12, 64, 1)]
+    assert phases(progressive) == [StreamPhase(0, 4, 32, 3), StreamPhase(4, 9, 48, 2), StreamPhase(9, 12, 64, 1)]
 
 
 def test_a_step_takes_all_its_batches_from_the_stream(dataset, tmp_path):
     train = {"steps": 12, "batch_per_worker": 3, "accumulate": 4, "progressive": PROGRESSIVE}
     job = small_job("pretrain", dataset, tmp_path, train=train)
-    assert phases(job) == [Phase(0, 4, 32, 12), Phase(4, 9, 48, 8), Phase(9, 12, 64, 4)]
+    assert phases(job) == [StreamPhase(0, 4, 32, 12), StreamPhase(4, 9, 48, 8), StreamPhase(9, 12, 64, 4)]
 
 
-@pytest.mark.parametrize("steps, last", [(9, Phase(4, 9, 48, 2)), (6, Phase(4, 6, 48, 2)), (4, Phase(0, 4, 32, 3))])
+@pytest.mark.parametrize(
+    "steps, last", [(9, StreamPhase(4, 9, 48, 2)), (6, StreamPhase(4, 6, 48, 2)), (4, StreamPhase(0, 4, 32, 3))]
+)
 def test_phases_stop_with_the_run(steps, last, dataset, tmp_path):
     """Whatever the job file may name beyond its last step."""
     train = {"steps": 12, "batch_per_worker": 3, "progressive": PROGRESSIVE}
@@ -69,7 +71,7 @@ def test_samples_are_counted_on_across_phases_and_restarts(progressive, workers)
 @pytest.mark.parametrize("num_steps, batch, workers", [(1, 1, 1), (16, 2, 3), (17, 1, 2), (100, 3, 4), (90_000, 1, 5)])
 def test_the_layout_gives_each_rank_its_batches_in_order(num_steps, batch, workers):
     """Whatever the cut, the r-th rank's blocks, read in turn, are the r-th batch of each step."""
-    layout = Layout(1000, num_steps, batch, workers)
+    layout = BlockLayout(1000, num_steps, batch, workers)
     assert layout.num_blocks <= 20_000 and layout.blocks_per_worker * layout.steps_per_block >= num_steps
     rows = np.arange(layout.num_blocks * layout.rows_per_block).reshape(-1, workers, layout.rows_per_block)
     samples = layout.samples(rows)

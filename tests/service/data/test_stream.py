@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from corun_ray.service.data.manifest import build_manifest
-from corun_ray.service.data.stream import Layout, batches, remaining_phases, split_stream
+from corun_ray.service.data.stream import BlockLayout, batches, remaining_phases, split_stream
 from corun_ray.service.train.board import start_board
 from tests.service.jobs import small_job
 
@@ -73,7 +73,7 @@ def test_a_stream_out_of_order_is_an_error():
             yield {"index": np.array([0])}
             yield {"index": np.array([2])}
 
-    taken = batches(Shard(), Layout(0, 2, 1, 1), 0)
+    taken = batches(Shard(), BlockLayout(0, 2, 1, 1), 0)
     next(taken)
     with pytest.raises(RuntimeError, match=r"given samples \[2\], expected 1"):
         next(taken)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import boto3
 import pytest
 
-from corun_ray.config.jobs import Cluster
+from corun_ray.config.jobs import ClusterSection
 from corun_ray.service.doctor import places as doctor_places
 from corun_ray.service.doctor.doctor import Doctor, Finding, Needs, needs_of
 from corun_ray.service.doctor.places import TRIAL_MIB, clocks_of_servers, try_storage
@@ -74,7 +74,7 @@ def test_five_broken_things_are_named_each_with_what_to_do(needs, tmp_path, monk
         broken = Needs(
             storage="s3://no-such-bucket/runs",
             tracking=wrong_clock,
-            size=Cluster(workers=(2, 2), gpus_per_worker=1),
+            size=ClusterSection(workers=(2, 2), gpus_per_worker=1),
             weights={str(tmp_path): {"vgg19-dcbb9e9d.pth": "loss.perceptual vgg19"}},
         )
         found = examined(broken)
@@ -91,7 +91,7 @@ def test_five_broken_things_are_named_each_with_what_to_do(needs, tmp_path, monk
 
 
 def test_a_cluster_that_is_not_there_is_named_and_the_rest_is_looked_at(needs, monkeypatch):
-    def no_cluster(*sizes: Cluster) -> str:
+    def no_cluster(*sizes: ClusterSection) -> str:
         from corun_ray.service.cluster.connect import ClusterError
 
         raise ClusterError("RAY_ADDRESS: no Ray cluster at 127.0.0.1:1")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from corun_ray.config.loading import job_of
-from corun_ray.config.tasks import Dehaze
+from corun_ray.config.tasks import DehazeSection
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.networks.build import NetworkSpec
@@ -35,7 +35,7 @@ def model():
 
 
 def run(source, target, model, resume=False, **options):
-    return dehaze(Dehaze(input=str(source), output=str(target), model="x", **options), model, resume=resume)
+    return dehaze(DehazeSection(input=str(source), output=str(target), model="x", **options), model, resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_resuming_passes_over_what_is_done(restored, model, dataset, tmp_path):
         kept[name].unlink()
     os.utime(kept["photo_0.png"], (1, 1))
     ticks = []
-    section = Dehaze(input=str(dataset / "hazy"), output=str(tmp_path), model="x")
+    section = DehazeSection(input=str(dataset / "hazy"), output=str(tmp_path), model="x")
     result = dehaze(section, model, lambda done, total: ticks.append((done, total)), resume=True)
     assert (result.written, result.passed_over, ticks) == (2, 4, [(1, 2), (2, 2)])
     assert kept["photo_0.png"].stat().st_mtime == 1 and len(below(tmp_path)) == 6

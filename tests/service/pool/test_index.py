@@ -5,7 +5,7 @@ import pytest
 
 from corun_ray.core.training.labels import Scores, supersedes
 from corun_ray.service.pool import index as poolindex
-from corun_ray.service.pool.index import Head, Place, PoolIndex
+from corun_ray.service.pool.index import Head, PoolIndex, SegmentRow
 
 SIZE = 100
 
@@ -22,7 +22,7 @@ def save(index: PoolIndex, storage: dict) -> list[str]:
     """Writes what a freeze asks for into a dict of segments; returns the names that make the snapshot."""
     frozen = index.freeze()
     for part in frozen.parts:
-        rows = [storage[row.segment][row.row] if isinstance(row, Place) else row[1] for row in part.rows]
+        rows = [storage[row.segment][row.row] if isinstance(row, SegmentRow) else row[1] for row in part.rows]
         storage[part.segment.name] = rows
     index.saved(frozen.save)
     return [segment.name for segment in (*frozen.kept, *(part.segment for part in frozen.parts))]

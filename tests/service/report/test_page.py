@@ -15,7 +15,7 @@ from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training.checkpoints import SPEC_FILE, save_network
 from corun_ray.service.report.charts import line_chart
-from corun_ray.service.report.page import Listing, Section, Table, render
+from corun_ray.service.report.page import Listing, PageSection, Table, render
 from corun_ray.service.runs.held_out import EXAMPLES, HAZY_PICTURE, Measured, ValidationLog, picture_name
 from corun_ray.service.storage import locate
 from corun_ray.service.train.report import training_report
@@ -91,7 +91,7 @@ def test_charts_are_plain_svg_of_the_pages_width():
 
 def test_sections_without_items_are_left_out_and_text_is_escaped():
     text = render(
-        "<b>", "s", [Section("Empty", "", []), Section("Full", "", [Table(["<i>"], [["x"]]), Listing("a<b")])]
+        "<b>", "s", [PageSection("Empty", "", []), PageSection("Full", "", [Table(["<i>"], [["x"]]), Listing("a<b")])]
     )
     page = text.decode()
     assert "Empty" not in page and "&lt;b&gt;" in page and "&lt;i&gt;" in page and "a&lt;b" in page

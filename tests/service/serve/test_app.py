@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import RayActorError
 from starlette.testclient import TestClient
 
-from corun_ray.service.serve.app import Door
+from corun_ray.service.serve.app import HttpApp
 from corun_ray.service.serve.messages import Alive, Dehazed, Served
 from corun_ray.service.serve.uploads import Limits, Refused
 from tests.service.serve.bad_uploads import encoded
@@ -35,7 +35,7 @@ class Replica:
 def door(behaviour, max_in_flight: int = 4, timeout_s: float = 5.0) -> tuple[TestClient, Replica]:
     replica = Replica(behaviour)
     limits = Limits(max_upload_mib=1, max_megapixels=1.5, min_side_px=16)
-    app = Door(replica, Served("haze<b>", "3"), limits, max_in_flight, timeout_s).__serve_build_asgi_app__()
+    app = HttpApp(replica, Served("haze<b>", "3"), limits, max_in_flight, timeout_s).__serve_build_asgi_app__()
     return TestClient(app, raise_server_exceptions=False), replica
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from corun_ray.config.tasks import Dehaze
+from corun_ray.config.tasks import DehazeSection
 from corun_ray.service.inference.dehaze import dehaze
 from corun_ray.service.models.sources import fetch_model
 from corun_ray.service.models.tracking import tracking_uri
@@ -23,7 +23,7 @@ def scraper(watched_colabator, dataset, tmp_path_factory) -> Scraper:
     photos = tmp_path_factory.mktemp("photos")
     shutil.copy(dataset / "hazy" / "photo_0.png", photos)
     (photos / "broken.png").write_text("no picture")
-    section = Dehaze(input=str(photos), output=str(photos / "out"), model=uri)
+    section = DehazeSection(input=str(photos), output=str(photos / "out"), model=uri)
     with Scraper() as dehazing:
         assert dehaze(section, fetch_model(uri, tracking_uri(job)), job_name="dehazing").written == 1
     scraper.samples |= {name: samples for name, samples in dehazing.samples.items() if "dehazed" in name}

@@ -8,7 +8,7 @@ import boto3
 import pytest
 import ray
 
-from corun_ray.config.tasks import Dehaze
+from corun_ray.config.tasks import DehazeSection
 from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service.inference.dehaze import dehaze
@@ -113,7 +113,7 @@ def test_an_error_of_a_store_that_refuses_names_no_key(bucket):
 
 def test_a_bucket_is_dehazed_into_a_bucket_and_what_is_there_is_passed_over(bucket):
     model = Model(NetworkSpec("corun", {"stages": 2, "width": 4}), None, {})
-    section = Dehaze(input=f"{bucket}/hazy", output=f"{bucket}/clean", model="x")
+    section = DehazeSection(input=f"{bucket}/hazy", output=f"{bucket}/clean", model="x")
     assert dehaze(section, model).written == 6
     locate(f"{bucket}/clean/photo_3.png").delete()
     again = dehaze(section, model, resume=True)

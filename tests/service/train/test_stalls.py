@@ -3,14 +3,14 @@
 import pytest
 import ray
 
-from corun_ray.service.train.follower import NodeWatch, Stalls
+from corun_ray.service.train.follower import NodeWatch, StallDetector
 
 
 @pytest.fixture
 def run():
     """A run that is at a step at a time, in a cluster of so many nodes; returns what is said."""
     now, there_are = 0.0, ""
-    stalls = Stalls(lambda: there_are, clock=lambda: now)
+    stalls = StallDetector(lambda: there_are, clock=lambda: now)
 
     def at(time_s, step, nodes="2 nodes"):
         nonlocal now, there_are

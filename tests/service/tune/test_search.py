@@ -20,7 +20,7 @@ from corun_ray.service.errors import JobFailed
 from corun_ray.service.models.tracking import tracking_uri
 from corun_ray.service.runs.record import last_run, read_record
 from corun_ray.service.telemetry.console import Console
-from corun_ray.service.tune.report import Trial, cost_of, ranked, summary
+from corun_ray.service.tune.report import TrialResult, cost_of, ranked, summary
 from corun_ray.service.tune.search import run_search
 from tests.service.jobs import small_job
 
@@ -91,15 +91,17 @@ def test_the_reason_of_a_failed_trial_is_told_whole():
         metrics={"val/fade": 0.5, "config/network.stages": 3, "step": 2},
         error="Traceback\n  x\ncorun_ray.service.fit.JobFailed: training failed\n  worker 0: KeyError: 3\nthe run: r\n",
     )
-    found = Trial.of(result)
+    found = TrialResult.of(result)
     assert (found.name, found.step, found.model, found.metrics) == ("00001_stages-3", 2, None, {"val/fade": 0.5})
     assert found.error == "training failed\n  worker 0: KeyError: 3\nthe run: r"
     result.error = "Traceback\n  x\nOSError: gone\n"
-    assert Trial.of(result).error == "OSError: gone"
+    assert TrialResult.of(result).error == "OSError: gone"
 
 
 def trial(name, stages, fade, model="m", **kwargs):
-    return Trial(name, {"network.stages": stages}, {"val/fade": fade, "rate/steps_per_s": 2.0}, 4, model, **kwargs)
+    return TrialResult(
+        name, {"network.stages": stages}, {"val/fade": fade, "rate/steps_per_s": 2.0}, 4, model, **kwargs
+    )
 
 
 def test_the_best_come_first_and_those_that_were_stopped_last():

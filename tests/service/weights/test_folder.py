@@ -24,7 +24,7 @@ from corun_ray.service.weights import folder as weights
 from corun_ray.service.weights.folder import (
     CACHE_VARIABLE,
     INDEX,
-    Recorder,
+    RecordingSource,
     WeightsFolder,
     index_folder,
     lacking,
@@ -280,14 +280,14 @@ def test_an_index_that_is_no_json_is_refused(folder):
 
 
 def test_the_recorder_knows_what_was_asked_for_and_what_was_missing(folder):
-    recorder = Recorder(WeightsFolder(str(folder)))
+    recorder = RecordingSource(WeightsFolder(str(folder)))
     assert recorder("brisque.mat") == recorder("brisque.mat") == folder / "brisque.mat"
     with pytest.raises(WeightsError):
         recorder("musiq.pth")
     assert recorder.asked == ["brisque.mat", "musiq.pth"]
     assert list(recorder.missing) == ["musiq.pth"] and "weights.json" in recorder.missing["musiq.pth"]
     with pytest.raises(WeightsError, match="names no weights folder"):
-        Recorder(no_weights)("musiq.pth")
+        RecordingSource(no_weights)("musiq.pth")
 
 
 def test_the_listing_says_what_is_there_and_what_is_lacking(folder, bucket):
