@@ -34,7 +34,7 @@ def job_schema() -> dict[str, Any]:
         name: _model(schema, tree["$defs"], is_job="kind" in schema["properties"])
         for name, schema in tree["$defs"].items()
     }
-    _tell_searchable_keys(definitions["Tune"])
+    _tell_searchable_keys(definitions["TuneSection"])
     is_kind = [
         {
             "if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]},
