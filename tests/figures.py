@@ -1,8 +1,9 @@
-"""Figures of how the code reads, measured on the package: `python -m tests.figures`."""
+"""Figures of how the code reads, measured on the package or on folders: `python -m tests.figures [FOLDER ...]`."""
 
 import ast
 import io
 import statistics
+import sys
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
@@ -99,7 +100,8 @@ def find_docstring_lines(tree: ast.AST) -> Iterator[int]:
 
 def main() -> None:
     """Print one line for each figure."""
-    files = sorted(PACKAGE.rglob("*.py"))
+    folders = [Path(folder) for folder in sys.argv[1:]] or [PACKAGE]
+    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
     counts = Counts()
     for path in files:
         count_file(path, counts)
