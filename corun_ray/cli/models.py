@@ -200,8 +200,8 @@ def _promote(args: argparse.Namespace) -> int:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from corun_ray.service.models.sources import pull
+    from corun_ray.service.models.sources import pull_model
 
-    for path in pull(args.source, args.folder, args.tracking):
+    for path in pull_model(args.source, args.folder, args.tracking):
         print(path)
     return DONE

@@ -11,7 +11,7 @@ from corun_ray.service.cluster import connect as cluster
 from corun_ray.service.cluster.connect import ClusterError
 from corun_ray.service.doctor.nodes import Nodes, NodeTrouble, all_reduce, local_facts
 from corun_ray.service.doctor.places import Outcome, clocks_of_servers, listens, try_mlflow, try_storage
-from corun_ray.service.models.tracking import TrackingError, tracking_uri
+from corun_ray.service.models.tracking import TrackingError, get_tracking_uri
 from corun_ray.service.storage import StorageError, locate
 from corun_ray.service.weights.needed import NeededFiles, missing_weights, needed_files
 
@@ -56,7 +56,7 @@ def needs_of(jobs: Sequence[Job]) -> Needs:
     for job in map(example, jobs):
         for folder, files in needed_files(job).items():
             weights.setdefault(folder, {}).update(files)
-    return Needs(jobs[0].storage, tracking_uri(jobs[0]), largest, weights)
+    return Needs(jobs[0].storage, get_tracking_uri(jobs[0]), largest, weights)
 
 
 class _Bad(Exception):

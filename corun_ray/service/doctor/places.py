@@ -13,7 +13,7 @@ from pathlib import Path
 import requests
 
 from corun_ray.service.errors import first_line
-from corun_ray.service.models.tracking import TrackingError, connect, experiment_id
+from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow, get_or_create_experiment
 from corun_ray.service.storage import PATIENCE_VARIABLE, Location, StorageError
 
 TRIAL_MIB = 16
@@ -60,11 +60,11 @@ def try_storage(place: Location) -> Outcome:
 
 def try_mlflow(uri: str) -> str:
     """Logs a run with a metric and an artifact, reads both back and deletes it; raises `TrackingError`."""
-    mlflow = connect(uri)
+    mlflow = connect_to_mlflow(uri)
     content = uuid.uuid4().hex
     try:
         client = mlflow.MlflowClient(uri)
-        run = client.create_run(experiment_id(mlflow, uri, EXPERIMENT)).info.run_id
+        run = client.create_run(get_or_create_experiment(mlflow, uri, EXPERIMENT)).info.run_id
         try:
             client.log_metric(run, "trial", 1.0)
             client.log_text(run, content, "trial.txt")

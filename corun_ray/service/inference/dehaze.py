@@ -26,7 +26,7 @@ from corun_ray.service.data.manifest import images_below, stem
 from corun_ray.service.inference.photos import read_photo, write_photo
 from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, ModelSourceError, fetch_model
-from corun_ray.service.models.tracking import tracking_uri
+from corun_ray.service.models.tracking import get_tracking_uri
 from corun_ray.service.storage import MissingFile, StorageError, locate
 from corun_ray.service.telemetry import prometheus as telemetry
 from corun_ray.service.telemetry.console import Console, duration
@@ -42,13 +42,13 @@ class DehazeResult:
     """What became of the images."""
 
     written: int = 0
-    passed_over: int = 0
+    already_written: int = 0
     """Done before, with `resume`."""
     bad_files: dict[str, str] = field(default_factory=dict)
     """URI → reason."""
 
 
-class DehazeFiles(RestorerActor):
+class ImageDehazer(RestorerActor):
     """A Ray Data actor: reads, dehazes and writes the images whose keys it is given."""
 
     def __init__(self, shared: dict[str, Any], threads: int, section: DehazeSection) -> None:
@@ -68,7 +68,7 @@ class DehazeFiles(RestorerActor):
             restored = self._restored(key, to_tensor(photo.pixels).to(self.device))
             if self.section.transmission and restored.transmission is not None:
                 self._write_transmission(key, restored.transmission)
-            name = output_name(key, self.section.format)
+            name = get_output_name(key, self.section.format)
             pixels = to_image(restored.scene, photo.pixels.dtype.type)
             # The image itself comes last: where it is, all is done.
             self.target.child(name).write(write_photo(photo.with_pixels(pixels), posixpath.splitext(name)[1]))
@@ -91,7 +91,7 @@ class DehazeFiles(RestorerActor):
         self.target.child(f"{stem(key)}.transmission.png").write(cv2.imencode(".png", levels)[1].tobytes())
 
 
-def output_name(key: str, format: str) -> str:
+def get_output_name(key: str, format: str) -> str:
     """The written file's path: the input's, with the suffix of another format if one is asked for."""
     return key if format == "keep" else f"{stem(key)}.{format}"
 
@@ -113,7 +113,7 @@ def dehaze(
     keys = images_below(section.input, "INPUT")
     _refuse_clashes(section, keys)
     wanted = _not_yet_written(section, keys) if resume else keys
-    result = DehazeResult(passed_over=len(keys) - len(wanted))
+    result = DehazeResult(already_written=len(keys) - len(wanted))
     if not wanted:
         return result
     DataContext.get_current().enable_progress_bars = False
@@ -121,7 +121,7 @@ def dehaze(
     slots, threads = actor_slots(len(wanted))
     rows = rows_of(
         ray.data.from_items(wanted, override_num_blocks=min(len(wanted), 1000)).map_batches(
-            DehazeFiles, batch_size=1, fn_constructor_args=({"model": ray.put(model)}, threads, section), **slots
+            ImageDehazer, batch_size=1, fn_constructor_args=({"model": ray.put(model)}, threads, section), **slots
         )
     )
     for done, row in enumerate(rows, 1):
@@ -139,13 +139,13 @@ def dehaze(
 def _not_yet_written(section: DehazeSection, keys: list[str]) -> list[str]:
     output = locate(section.output)
     there = set(output.files()) if output.exists() else set()
-    return [key for key in keys if output_name(key, section.format) not in there]
+    return [key for key in keys if get_output_name(key, section.format) not in there]
 
 
 def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> DehazeResult:
     """The job of kind `dehaze`, seen from the driver. Raises the errors of `dehaze` and `fetch_model`."""
     started, section = time.monotonic(), job.dehaze
-    model = fetch_model(section.model, tracking_uri(job))
+    model = fetch_model(section.model, get_tracking_uri(job))
     place = cluster.connect(job.cluster)
     facts = {"input": section.input, "model": section.model, "output": section.output, "on": place}
     console.header(f"dehaze {job.name}", facts)
@@ -157,7 +157,7 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Deha
     log.info("dehazing ended", written=result.written, left_out=len(result.bad_files))
     _name_bad_files(section, result.bad_files, console)
     took_s = time.monotonic() - started
-    before = f", {result.passed_over} were there before" if result.passed_over else ""
+    before = f", {result.already_written} were there before" if result.already_written else ""
     console.footer(
         f"done: {result.written} images written{before}",
         {"left out": str(len(result.bad_files)), "took": f"{duration(took_s)}, {result.written / took_s:.3g} images/s"},
@@ -190,7 +190,7 @@ def _refuse_clashes(section: DehazeSection, keys: list[str]) -> None:
     seen: dict[str, str] = {}
     for key in keys:
         has_map = section.transmission or section.stages
-        name = stem(key) if has_map else output_name(key, section.format)
+        name = stem(key) if has_map else get_output_name(key, section.format)
         other = seen.setdefault(name, key)
         if other != key:
             shared = f"{name}.*.png" if has_map else name

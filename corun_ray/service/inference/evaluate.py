@@ -38,7 +38,7 @@ from corun_ray.service.inference.measurements import (
 )
 from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, fetch_model
-from corun_ray.service.models.tracking import Tracker, tracking_uri
+from corun_ray.service.models.tracking import Tracker, get_tracking_uri
 from corun_ray.service.report.page import REPORT_FILE, Listing, PageSection, PictureItem, Table, render
 from corun_ray.service.runs.record import JOB_FILE
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
@@ -61,7 +61,7 @@ class Evaluation:
     """PNG."""
 
 
-class MeasureFiles(RestorerActor):
+class ImageEvaluator(RestorerActor):
     """A Ray Data actor: restores images with every model and measures the results."""
 
     def __init__(self, shared: dict[str, Any], threads: int, section: EvaluateSection) -> None:
@@ -130,7 +130,7 @@ def evaluate(
     slots, threads = actor_slots(len(items))
     rows = rows_of(
         ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
-            MeasureFiles, batch_size=1, fn_constructor_args=(shared, threads, section), **slots
+            ImageEvaluator, batch_size=1, fn_constructor_args=(shared, threads, section), **slots
         )
     )
     values: dict[str, np.ndarray] = {}
@@ -176,7 +176,7 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     started = time.monotonic()
     section = job.evaluate
     pairs = held_out(section.hazy, section.clear, "evaluate")
-    models = {name: fetch_model(source, tracking_uri(job)) for name, source in section.models.items()}
+    models = {name: fetch_model(source, get_tracking_uri(job)) for name, source in section.models.items()}
     place = cluster.connect(job.cluster)
     run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run, tracker = locate(job.storage).child(run_id), Tracker(job, run_id)
@@ -194,9 +194,9 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
         files, lines = _account(job, run, found)
         for name, content in files.items():
             run.child(name).write(content)
-            tracker.file(name, content)
+            tracker.log_file(name, content)
         for model, intervals in found.measurements.intervals().items():
-            tracker.metrics(0, {f"{model}/{metric}": interval.mean for metric, interval in intervals.items()})
+            tracker.log_metrics(0, {f"{model}/{metric}": interval.mean for metric, interval in intervals.items()})
         succeeded = True
     finally:
         tracker.finish(succeeded)

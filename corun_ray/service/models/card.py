@@ -14,7 +14,7 @@ from corun_ray.core.inference.pictures import grid, thumbnail
 from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.service.data.manifest import HeldOutSet, held_out_sets
 from corun_ray.service.models.flavor import CARD_FILE
-from corun_ray.service.models.registry import HELD_OUT_TAG, SUMMARY_TAG, About
+from corun_ray.service.models.registry import HELD_OUT_TAG, SUMMARY_TAG, ModelDescription
 from corun_ray.service.report.statistics import interval_of
 from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog, examples_at
 from corun_ray.service.runs.record import JOB_FILE
@@ -62,7 +62,9 @@ numbers above hold for the images named in the job file, and for others only as 
 """
 
 
-def about_model(job: TrainingJob, spec: NetworkSpec, data: str, run: Location, log: ValidationLog) -> About:
+def describe_model(
+    job: TrainingJob, spec: NetworkSpec, data: str, run: Location, log: ValidationLog
+) -> ModelDescription:
     """The tags and files of a job's model: `data` is the digest of its manifest, `run` its folder."""
     last = log.last_step
     values = {} if last is None else log.at(last)
@@ -73,7 +75,7 @@ def about_model(job: TrainingJob, spec: NetworkSpec, data: str, run: Location, l
         "corun_ray.kind": job.kind,
         "corun_ray.job": dump_job(job),
         "corun_ray.data": data,
-        "corun_ray.code": code_version(),
+        "corun_ray.code": read_code_version(),
         "corun_ray.network": json.dumps({"type": spec.type, **spec.args}),
         "corun_ray.steps": str(job.train.steps),
         HELD_OUT_TAG: " ".join(f"{held.prefix}={_digest(held)}" for held in held_out_sets(job)),
@@ -93,10 +95,10 @@ def about_model(job: TrainingJob, spec: NetworkSpec, data: str, run: Location, l
         code=tags["corun_ray.code"],
     )
     files = {CARD_FILE: card.encode(), JOB_FILE: tags["corun_ray.job"].encode(), VALIDATION_FILE: log.to_csv()}
-    return About(tags, files | ({PICTURES_FILE: pictures} if pictures else {}))
+    return ModelDescription(tags, files | ({PICTURES_FILE: pictures} if pictures else {}))
 
 
-def code_version() -> str:
+def read_code_version() -> str:
     """The package's version and a digest of its sources, which tells two checkouts of one version apart."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):

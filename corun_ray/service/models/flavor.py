@@ -18,7 +18,7 @@ from corun_ray import PACKAGE
 from corun_ray.core.inference.restore import AnySize
 from corun_ray.core.networks.build import requirements
 from corun_ray.core.training.checkpoints import NETWORK_FILE, SPEC_FILE, load_network
-from corun_ray.service.models import user_code as usercode
+from corun_ray.service.models.user_code import UserCode, write_code
 
 if TYPE_CHECKING:
     from mlflow.models import Model
@@ -28,12 +28,12 @@ REQUIREMENTS = ["torch", "numpy", "opencv-python-headless", "mlflow"]
 EXAMPLE_PX = 64
 CHECKPOINT, PYTORCH, CODE = "checkpoint", "pytorch", "code"
 """Folders of the model: the network's files, the pickled module, and the code of both."""
-ABOUT, CARD_FILE = "about", "README.md"
+ABOUT_FOLDER, CARD_FILE = "about", "README.md"
 """The folder of the model with what is known of it, and the card in that folder."""
 
 
 def save_model(
-    path: str, mlflow_model: "Model", checkpoint: Path, code: usercode.Code, about: Mapping[str, bytes], **_: Any
+    path: str, mlflow_model: "Model", checkpoint: Path, code: UserCode, about: Mapping[str, bytes], **_: Any
 ) -> None:
     """Writes the network of a checkpoint folder, the `code` of its class and the files `about` it into `path`.
 
@@ -69,7 +69,7 @@ def save_model(
             mlflow_model=mlflow_model,
             python_model=str(PYFUNC_CODE),
             artifacts={CHECKPOINT: str(plain)},
-            code_paths=[str(path) for path in (_package_code(folder), *usercode.write(code, folder / "user"))],
+            code_paths=[str(path) for path in (_package_code(folder), *write_code(code, folder / "user"))],
             signature=ModelSignature(inputs=images, outputs=images),
             input_example=_example(),
             pip_requirements=pip_requirements,
@@ -79,8 +79,8 @@ def save_model(
     mlflow_model.add_flavor("pytorch", **flavour | {"model_data": PYTORCH, "code": CODE})
     mlflow_model.save(str(place / "MLmodel"))
     for file_name, content in about.items():
-        (place / ABOUT / file_name).parent.mkdir(parents=True, exist_ok=True)
-        (place / ABOUT / file_name).write_bytes(content)
+        (place / ABOUT_FOLDER / file_name).parent.mkdir(parents=True, exist_ok=True)
+        (place / ABOUT_FOLDER / file_name).write_bytes(content)
 
 
 def _package_code(folder: Path) -> Path:

@@ -15,10 +15,9 @@ import numpy as np
 from corun_ray.core.metrics.catalog import all_metrics
 from corun_ray.core.training.checkpoints import NETWORK_FILE
 from corun_ray.service.errors import first_line
-from corun_ray.service.models import flavor as model_format
-from corun_ray.service.models import user_code as usercode
-from corun_ray.service.models.flavor import ABOUT
-from corun_ray.service.models.tracking import TrackingError, connect
+from corun_ray.service.models import flavor
+from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow
+from corun_ray.service.models.user_code import UserCode
 from corun_ray.service.report.statistics import compare
 from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog
 
@@ -29,7 +28,7 @@ CANDIDATE, CHAMPION = "candidate", "champion"
 
 
 @dataclass(frozen=True)
-class About:
+class ModelDescription:
     """What is known of a trained model beside its weights; see `model_card`."""
 
     tags: Mapping[str, str]
@@ -38,16 +37,16 @@ class About:
     """Kept in the model's folder `about`; `README.md` is its card."""
 
 
-def log_model(uri: str, checkpoint: Path, code: usercode.Code, about: About) -> str:
+def log_model(uri: str, checkpoint: Path, code: UserCode, about: ModelDescription) -> str:
     """Logs the network of a checkpoint folder with the active run of the MLflow at `uri`; returns the model's URI."""
-    connect(uri)
+    connect_to_mlflow(uri)
     from mlflow.models import Model
 
     with contextlib.redirect_stderr(io.StringIO()):  # MLflow prints its own account; what goes wrong is raised
         info = Model.log(
             artifact_path=None,
             name="model",
-            flavor=model_format,
+            flavor=flavor,
             tags=dict(about.tags),
             checkpoint=checkpoint,
             code=code,
@@ -56,12 +55,12 @@ def log_model(uri: str, checkpoint: Path, code: usercode.Code, about: About) -> 
     return info.model_uri
 
 
-def register(uri: str, model_uri: str, name: str) -> str:
+def register_model(uri: str, model_uri: str, name: str) -> str:
     """Makes a logged model a new version, with its tags and the alias `candidate`; a name's first is also `champion`.
 
     Returns the version's URI.
     """
-    mlflow = connect(uri)
+    mlflow = connect_to_mlflow(uri)
     client = mlflow.MlflowClient()
     logged = client.get_logged_model(model_uri.removeprefix("models:/"))
     tags = {name: value for name, value in logged.tags.items() if name.startswith(OURS)}
@@ -75,7 +74,7 @@ def register(uri: str, model_uri: str, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Version:
+class ModelVersion:
     """One version of a registered model."""
 
     name: str
@@ -91,57 +90,59 @@ class Registry:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._mlflow = connect(uri)
+        self._mlflow = connect_to_mlflow(uri)
         self._client = self._mlflow.MlflowClient()
 
-    def version(self, name: str, version_or_alias: str) -> Version:
+    def find_version(self, name: str, version_or_alias: str) -> ModelVersion:
         """A version by its number or alias; raises `TrackingError`."""
-        found = self._found(name, version_or_alias)
+        found = self._find(name, version_or_alias)
         if found is None:
-            raise TrackingError(f"{name}: no version or alias {version_or_alias} in {self.uri}{self._known(name)}")
+            raise TrackingError(
+                f"{name}: no version or alias {version_or_alias} in {self.uri}{self._list_versions(name)}"
+            )
         return found
 
-    def champion(self, name: str) -> Version | None:
+    def find_champion(self, name: str) -> ModelVersion | None:
         """The version that is used; None where none has been chosen. Raises `TrackingError`."""
-        return self._found(name, CHAMPION)
+        return self._find(name, CHAMPION)
 
-    def crown(self, version: Version) -> None:
+    def set_champion(self, version: ModelVersion) -> None:
         """Makes a version its name's champion."""
-        with self._told(f"{version.name}: {CHAMPION} not moved"):
+        with self.translate_errors(f"{version.name}: {CHAMPION} not moved"):
             self._client.set_registered_model_alias(version.name, CHAMPION, version.number)
 
-    def validation(self, version: Version) -> ValidationLog:
+    def read_validation(self, version: ModelVersion) -> ValidationLog:
         """Every held-out image's values, empty for a version that came without; raises `TrackingError`."""
         about = f"models:/{version.name}/{version.number}/{ABOUT}"
-        with self._told(f"{about}: not to be had"), tempfile.TemporaryDirectory() as folder:
+        with self.translate_errors(f"{about}: not to be had"), tempfile.TemporaryDirectory() as folder:
             listed = self._mlflow.artifacts.list_artifacts(artifact_uri=about)
             if not any(file.path.endswith(VALIDATION_FILE) for file in listed):
                 return ValidationLog()
             path = self._mlflow.artifacts.download_artifacts(f"{about}/{VALIDATION_FILE}", dst_path=folder)
             return ValidationLog.from_csv(Path(path).read_bytes())
 
-    def _found(self, name: str, version_or_alias: str) -> Version | None:
+    def _find(self, name: str, version_or_alias: str) -> ModelVersion | None:
         from mlflow.exceptions import MlflowException
 
         is_number = version_or_alias.isdecimal()
         get = self._client.get_model_version if is_number else self._client.get_model_version_by_alias
-        with self._told(f"{name}: not to be had"):
+        with self.translate_errors(f"{name}: not to be had"):
             try:
                 found = get(name, version_or_alias)
             except MlflowException as error:
                 if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     return None
                 raise
-        return Version(name, str(found.version), dict(found.tags))
+        return ModelVersion(name, str(found.version), dict(found.tags))
 
-    def _known(self, name: str) -> str:
-        with self._told(f"{name}: not to be had"):
+    def _list_versions(self, name: str) -> str:
+        with self.translate_errors(f"{name}: not to be had"):
             known = self._client.search_model_versions(f"name = '{name}'")
         numbers = sorted((int(version.version) for version in known), reverse=True)
         return f" (versions {', '.join(map(str, numbers[:10]))})" if numbers else ""
 
     @contextlib.contextmanager
-    def _told(self, what: str) -> Any:
+    def translate_errors(self, what: str) -> Any:
         try:
             yield
         except TrackingError:
@@ -155,7 +156,7 @@ def download_model(uri: str, source: str, folder: Path) -> Path:
 
     Raises `TrackingError`.
     """
-    mlflow = connect(uri)
+    mlflow = connect_to_mlflow(uri)
     try:
         model = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder)))
     except Exception as error:
@@ -179,7 +180,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Record:
+class VersionScores:
     """What one version was measured at in the end."""
 
     label: str
@@ -194,7 +195,7 @@ def promote(registry: Registry, name: str, version_or_alias: str, if_better: str
 
     Raises `TrackingError`, also for a metric that nobody measures.
     """
-    version, champion = registry.version(name, version_or_alias), registry.champion(name)
+    version, champion = registry.find_version(name, version_or_alias), registry.find_champion(name)
     if if_better is not None and if_better.rpartition("/")[2] not in all_metrics():
         raise TrackingError(f"--if-better {if_better}: no metric of pictures (val/fade, val/psnr, ...)")
     if champion is not None and champion.number == version.number:
@@ -205,11 +206,11 @@ def promote(registry: Registry, name: str, version_or_alias: str, if_better: str
     else:
         decision = decide(_record(registry, version), _record(registry, champion), if_better)
     if decision.moves:
-        registry.crown(version)
+        registry.set_champion(version)
     return decision
 
 
-def decide(new: Record, old: Record, metric: str) -> Decision:
+def decide(new: VersionScores, old: VersionScores, metric: str) -> Decision:
     """Whether `new` takes the place of `old`."""
     for record in (new, old):
         if metric not in record.values:
@@ -228,11 +229,11 @@ def decide(new: Record, old: Record, metric: str) -> Decision:
     return Decision(found.verdict == "better", account)
 
 
-def _record(registry: Registry, version: Version) -> Record:
-    log: ValidationLog = registry.validation(version)
+def _record(registry: Registry, version: ModelVersion) -> VersionScores:
+    log: ValidationLog = registry.read_validation(version)
     last = {} if log.last_step is None else log.at(log.last_step)
     pairs = (part.partition("=") for part in version.tags.get(HELD_OUT_TAG, "").split())
-    return Record(
+    return VersionScores(
         str(version),
         {f"{prefix}/{metric}": images for (prefix, metric), images in last.items()},
         {prefix: digest for prefix, _, digest in pairs},

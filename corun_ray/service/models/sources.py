@@ -23,11 +23,10 @@ from corun_ray.core.training.checkpoints import (
     read_spec,
     save_model,
 )
-from corun_ray.service.models import user_code as usercode
-from corun_ray.service.models.flavor import ABOUT
+from corun_ray.service.models.flavor import ABOUT_FOLDER
 from corun_ray.service.models.registry import download_model
-from corun_ray.service.models.tracking import TrackingError, tracking_uri
-from corun_ray.service.models.user_code import Code
+from corun_ray.service.models.tracking import TrackingError, get_tracking_uri
+from corun_ray.service.models.user_code import UserCode, collect_code, install_code, write_code
 from corun_ray.service.storage import StorageError, locate
 
 MLFLOW_SCHEMES = ("models:/", "runs:/")
@@ -46,11 +45,11 @@ class Model:
     spec: NetworkSpec
     params: dict[str, Tensor] | None
     """None: freshly initialised."""
-    code: Code
+    code: UserCode
 
     def build(self) -> nn.Module:
         """The network, on the CPU."""
-        usercode.install(self.code)
+        install_code(self.code)
         network = build(self.spec)
         if self.params is not None:
             network.load_state_dict(self.params)
@@ -63,23 +62,23 @@ def fetch_model(source: str, tracking: str) -> Model:
     A class of a user's own is looked for in the registered model, whose code runs as it would under pyfunc, or in
     the current folder. Raises `ModelSourceError`.
     """
-    with fetched(source, tracking) as path:
-        loaded, code = load(source, path)
+    with open_source(source, tracking) as path:
+        loaded, code = load_source(source, path)
     return Model(loaded.spec, loaded.network.state_dict(), code)
 
 
-def load(source: str, path: Path) -> tuple[LoadedNetwork, Code]:
-    """The network of what `fetched` gives, and the code of a class of a user's own; raises `ModelSourceError`."""
+def load_source(source: str, path: Path) -> tuple[LoadedNetwork, UserCode]:
+    """The network of what `open_source` gives, and the code of a class of a user's own; raises `ModelSourceError`."""
     code_folder = path.parent.parent / "code" if source.startswith(MLFLOW_SCHEMES) else Path.cwd()
     try:
-        code = usercode.collect(read_spec(path).type, code_folder) if path.is_dir() else {}
-        usercode.install(code)
+        code = collect_code(read_spec(path).type, code_folder) if path.is_dir() else {}
+        install_code(code)
         return load_network(path), code
     except (CheckpointError, NetworkError) as error:
         raise ModelSourceError(f"{source}: {error}") from None
 
 
-def starting_model(job: TrainingJob, folder: Path) -> Model:
+def load_starting_model(job: TrainingJob, folder: Path) -> Model:
     """What a job trains: its network with the parameters of `network.init`, if any; a class may lie in `folder`.
 
     Raises `ModelSourceError`, naming the key of the job file.
@@ -88,9 +87,9 @@ def starting_model(job: TrainingJob, folder: Path) -> Model:
     if section.type == RECOGNISED:
         if section.init is None:
             raise ModelSourceError("network.init: missing (type spandrel takes the architecture from a checkpoint)")
-        model = fetch_model(section.init, tracking_uri(job))
+        model = fetch_model(section.init, get_tracking_uri(job))
     else:
-        model = Model(spec_of(job), None, usercode.collect(section.type, folder))
+        model = Model(get_network_spec(job), None, collect_code(section.type, folder))
     try:
         network = model.build()
         if section.type != RECOGNISED and section.init is not None:
@@ -102,7 +101,7 @@ def starting_model(job: TrainingJob, folder: Path) -> Model:
     return model
 
 
-def spec_of(job: TrainingJob) -> NetworkSpec:
+def get_network_spec(job: TrainingJob) -> NetworkSpec:
     """The network that the job file asks for."""
     section = job.network
     if section.type == "corun":
@@ -113,7 +112,7 @@ def spec_of(job: TrainingJob) -> NetworkSpec:
 def _initial_params(job: TrainingJob, network: nn.Module) -> dict[str, Tensor]:
     source = job.network.init
     assert source is not None
-    with fetched(source, tracking_uri(job)) as path:
+    with open_source(source, get_tracking_uri(job)) as path:
         try:
             if job.network.type == "corun":
                 found = load_network(path)
@@ -134,7 +133,7 @@ def _refuse_other_sizes(job: TrainingJob, found: NetworkSpec) -> None:
 
 
 @contextmanager
-def fetched(source: str, tracking: str) -> Iterator[Path]:
+def open_source(source: str, tracking: str) -> Iterator[Path]:
     """The file or checkpoint folder behind a source, on this machine for as long as the context lasts.
 
     Raises `ModelSourceError`.
@@ -153,19 +152,19 @@ def fetched(source: str, tracking: str) -> Iterator[Path]:
         yield path
 
 
-def pull(source: str, folder: Path, tracking: str) -> list[Path]:
+def pull_model(source: str, folder: Path, tracking: str) -> list[Path]:
     """Writes the model that `source` names into a new or empty folder; returns the files.
 
     The code of a class of a user's own comes along. Raises `ModelSourceError`.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelSourceError(f"{folder}: exists and is not empty (a new or empty folder was expected)")
-    with fetched(source, tracking) as path:
-        loaded, code = load(source, path)
+    with open_source(source, tracking) as path:
+        loaded, code = load_source(source, path)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder, loaded)
-        usercode.write(code, folder)
-        about = path.parent.parent / ABOUT
+        write_code(code, folder)
+        about = path.parent.parent / ABOUT_FOLDER
         if about.is_dir():
             shutil.copytree(about, folder, dirs_exist_ok=True)
     return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -21,12 +21,12 @@ class TrackingError(UserError):
     """MLflow cannot be reached or refuses; the message is one line."""
 
 
-def tracking_uri(job: Job) -> str:
+def get_tracking_uri(job: Job) -> str:
     """The MLflow server of a job: its own, or an SQLite file in its storage folder."""
     return job.tracking.uri or f"{SQLITE}{Path(job.storage).expanduser().absolute()}/mlflow.db"
 
 
-def connect(uri: str) -> Any:
+def connect_to_mlflow(uri: str) -> Any:
     """MLflow, quiet and pointed at `uri`; raises `TrackingError` for one with credentials."""
     if holds_credentials(uri):
         said = without_credentials(uri)
@@ -56,10 +56,12 @@ class Tracker:
 
         Raises `TrackingError`.
         """
-        self.uri = tracking_uri(job)
-        self._mlflow = connect(self.uri)
+        self.uri = get_tracking_uri(job)
+        self._mlflow = connect_to_mlflow(self.uri)
         try:
-            self._mlflow.set_experiment(experiment_id=experiment_id(self._mlflow, self.uri, job.tracking.experiment))
+            self._mlflow.set_experiment(
+                get_or_create_experiment=get_or_create_experiment(self._mlflow, self.uri, job.tracking.experiment)
+            )
             self._run = self._mlflow.start_run(
                 earlier,
                 run_name=name,
@@ -77,11 +79,11 @@ class Tracker:
         """MLflow's own id of the run."""
         return self._run.info.run_id
 
-    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs metrics after `step` steps; from any thread."""
         self._mlflow.log_metrics({k: float(v) for k, v in metrics.items()}, step=step, run_id=self.run_id)
 
-    def file(self, name: str, content: bytes) -> None:
+    def log_file(self, name: str, content: bytes) -> None:
         """Logs an artifact under `name`, folders included; from any thread."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
@@ -90,11 +92,11 @@ class Tracker:
             parent = str(Path(name).parent) if "/" in name else None
             self._mlflow.log_artifact(str(path), artifact_path=parent, run_id=self.run_id)
 
-    def tags(self, tags: Mapping[str, str]) -> None:
+    def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags of the run."""
         self._mlflow.set_tags(dict(tags))
 
-    def curves(self) -> dict[str, list[tuple[float, float]]]:
+    def read_curves(self) -> dict[str, list[tuple[float, float]]]:
         """Every metric over the steps, as far as it has been logged; a step that was repeated counts as it was last."""
         client = self._mlflow.MlflowClient()
         found = {}
@@ -103,7 +105,7 @@ class Tracker:
             found[name] = sorted({one.step: one.value for one in history}.items())
         return found
 
-    def end_other(self, run_id: str) -> None:
+    def end_run(self, run_id: str) -> None:
         """Closes another run, whose process was ended before it could."""
         self._mlflow.MlflowClient().set_terminated(run_id, "KILLED")
 
@@ -112,7 +114,7 @@ class Tracker:
         self._mlflow.end_run(status="FINISHED" if succeeded else "FAILED")
 
 
-def experiment_id(mlflow: Any, uri: str, name: str) -> str:
+def get_or_create_experiment(mlflow: Any, uri: str, name: str) -> str:
     """The id of an experiment of the MLflow at `uri`, made where there is none."""
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is not None:
@@ -124,6 +126,6 @@ def experiment_id(mlflow: Any, uri: str, name: str) -> str:
     return mlflow.create_experiment(name, artifact_location=beside)
 
 
-def last_metrics(uri: str, run_id: str) -> dict[str, float]:
+def read_last_metrics(uri: str, run_id: str) -> dict[str, float]:
     """What a run of the MLflow at `uri` logged last, by metric."""
-    return dict(connect(uri).MlflowClient().get_run(run_id).data.metrics)
+    return dict(connect_to_mlflow(uri).MlflowClient().get_run(run_id).data.metrics)

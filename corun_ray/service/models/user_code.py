@@ -5,11 +5,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-Code = dict[str, bytes]
+UserCode = dict[str, bytes]
 """The files of one module or package, by their paths below the folder that goes on `sys.path`."""
 
 
-def collect(network_type: str, folder: Path) -> Code:
+def collect_code(network_type: str, folder: Path) -> UserCode:
     """The files of the module that `module.path:ClassName` names, if it lies in `folder`; else none.
 
     A module that is not there has to be installed wherever the network is built.
@@ -23,7 +23,7 @@ def collect(network_type: str, folder: Path) -> Code:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
-def write(code: Code, folder: Path) -> list[Path]:
+def write_code(code: UserCode, folder: Path) -> list[Path]:
     """Writes the files below `folder`; returns what lies at its top: a module or a package."""
     for name, content in code.items():
         path = folder / name
@@ -32,7 +32,7 @@ def write(code: Code, folder: Path) -> list[Path]:
     return sorted({folder / name.partition("/")[0] for name in code})
 
 
-def install(code: Code) -> None:
+def install_code(code: UserCode) -> None:
     """Makes the module importable in this process, once."""
     if not code:
         return
@@ -43,5 +43,5 @@ def install(code: Code) -> None:
     if any(marker in entry for entry in sys.path):
         return
     folder = Path(tempfile.mkdtemp(prefix=f"{marker}-"))
-    write(code, folder)
+    write_code(code, folder)
     sys.path.insert(0, str(folder))

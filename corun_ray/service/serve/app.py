@@ -18,17 +18,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from corun_ray.service.serve.messages import Alive, Dehazed, Served
+from corun_ray.service.serve.messages import DehazedImage, ReplicaHealth, ServedModel
 from corun_ray.service.serve.prometheus import CONTENT_TYPE, ServeMetrics
 from corun_ray.service.serve.uploads import (
     FORMATS,
     MEDIA_TYPES,
-    Limits,
-    Refused,
+    Refusal,
+    UploadLimits,
     check_headers,
     check_image,
+    parse_format,
     read_body,
-    wanted_suffix,
 )
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ class HttpApp:
     def __init__(
         self,
         restorer: DeploymentHandle,
-        model: Served,
-        limits: Limits,
+        model: ServedModel,
+        limits: UploadLimits,
         max_in_flight: int,
         timeout_s: float,
         owner: str = "",
@@ -95,14 +95,14 @@ class HttpApp:
             async with asyncio.timeout(ALIVE_S):
                 alive = await self._alive()
         except TimeoutError:
-            return _refusal(Refused(503, "no replica answers"), **facts)
+            return _refusal(Refusal(503, "no replica answers"), **facts)
         return JSONResponse({"status": "ok", **facts, "device": alive.device})
 
-    async def _alive(self) -> Alive:
+    async def _alive(self) -> ReplicaHealth:
         """The answer of any replica; one that is lost while it is asked is not the last word."""
         while True:
             try:
-                alive: Alive = await self._restorer.alive.remote()
+                alive: ReplicaHealth = await self._restorer.alive.remote()
                 return alive
             except LOST:
                 await asyncio.sleep(ALIVE_AGAIN_S)
@@ -116,7 +116,7 @@ class HttpApp:
             response = self._answer(await self._restored(request), started)
             status = response.status_code
             return response
-        except Refused as refused:
+        except Refusal as refused:
             status = refused.status
             return _refusal(refused)
         except ClientDisconnect:
@@ -131,34 +131,34 @@ class HttpApp:
             self._metrics.in_flight.dec()
             self._metrics.answered(status, time.monotonic() - started)
 
-    async def _restored(self, request: Request) -> tuple[Dehazed, str]:
-        """The answer of a replica and the suffix of its format; raises `Refused`."""
-        suffix = wanted_suffix(request.query_params)
+    async def _restored(self, request: Request) -> tuple[DehazedImage, str]:
+        """The answer of a replica and the suffix of its format; raises `Refusal`."""
+        suffix = parse_format(request.query_params)
         check_headers(request.headers, self._limits)
         if self._in_flight > self._max_in_flight:
-            raise Refused(503, f"{self._max_in_flight} requests are being served or wait, try again later")
+            raise Refusal(503, f"{self._max_in_flight} requests are being served or wait, try again later")
         data = await read_body(request.stream(), self._limits, UPLOAD_S)
         header = await asyncio.to_thread(check_image, data, self._limits)
         suffix = suffix or header.suffix
         outcome = await self._by_a_replica(data, suffix)
-        if isinstance(outcome, Refused):
+        if isinstance(outcome, Refusal):
             raise outcome
         return outcome, suffix
 
-    async def _by_a_replica(self, data: bytes, suffix: str) -> Dehazed | Refused:
+    async def _by_a_replica(self, data: bytes, suffix: str) -> DehazedImage | Refusal:
         waiting: Any = self._restorer.dehaze.remote(data, suffix)
         try:
             async with asyncio.timeout(self._timeout_s):
-                outcome: Dehazed | Refused = await waiting
+                outcome: DehazedImage | Refusal = await waiting
                 return outcome
         except TimeoutError:
             waiting.cancel()
-            return Refused(504, f"not restored within {self._timeout_s:g} s, perhaps too large an image")
+            return Refusal(504, f"not restored within {self._timeout_s:g} s, perhaps too large an image")
         except LOST:
             log.exception("a replica was lost under a request")
-            return Refused(503, "the replica that worked on it was lost, try again")
+            return Refusal(503, "the replica that worked on it was lost, try again")
 
-    def _answer(self, restored: tuple[Dehazed, str], started: float) -> Response:
+    def _answer(self, restored: tuple[DehazedImage, str], started: float) -> Response:
         image, suffix = restored
         self._metrics.restored(image)
         total_ms, restore_ms = 1e3 * (time.monotonic() - started), 1e3 * image.restore_s
@@ -173,7 +173,7 @@ class HttpApp:
         return Response(image.file, headers=headers)
 
 
-def _refusal(refused: Refused, **facts: str | None) -> Response:
+def _refusal(refused: Refusal, **facts: str | None) -> Response:
     headers = {"Retry-After": str(RETRY_AFTER_S)} if refused.status == 503 else {}
     return JSONResponse({"error": refused.reason, **facts}, refused.status, headers)
 

@@ -27,11 +27,11 @@ from corun_ray.service.cluster.connect import ClusterError
 from corun_ray.service.errors import JobFailed, first_line, root_cause
 from corun_ray.service.models.registry import Registry
 from corun_ray.service.models.sources import MLFLOW_SCHEMES, Model, fetch_model
-from corun_ray.service.models.tracking import tracking_uri
+from corun_ray.service.models.tracking import get_tracking_uri
 from corun_ray.service.serve.app import HttpApp
-from corun_ray.service.serve.messages import Served
+from corun_ray.service.serve.messages import ServedModel
 from corun_ray.service.serve.replica import Replica
-from corun_ray.service.serve.uploads import Limits
+from corun_ray.service.serve.uploads import UploadLimits
 from corun_ray.service.telemetry.console import Console
 
 LOOK_EVERY_S = 2.0
@@ -43,7 +43,7 @@ PINGS = 16
 EVERY_ADDRESS = ("0.0.0.0", "::")
 
 
-def application(section: ServeSection, model: Model, served: Served, owner: str) -> serve.Application:
+def build_application(section: ServeSection, model: Model, served: ServedModel, owner: str) -> serve.Application:
     """The door and its replicas, to be run by Ray Serve; the door knows its `owner`."""
     low, high = section.replicas
     max_in_flight = section.max_queued + high * section.max_batch
@@ -51,7 +51,7 @@ def application(section: ServeSection, model: Model, served: Served, owner: str)
     if low < high:
         scaling = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": section.max_batch}
         amount = {"autoscaling_config": scaling}
-    limits = Limits(section.max_upload_mib, section.max_megapixels, MIN_SIDE_PX)
+    limits = UploadLimits(section.max_upload_mib, section.max_megapixels, MIN_SIDE_PX)
     restorer = serve.deployment(
         name="restorer",
         max_ongoing_requests=max_in_flight + PINGS,
@@ -81,7 +81,7 @@ def application(section: ServeSection, model: Model, served: Served, owner: str)
     return door.bind(handle, served, limits, max_in_flight, section.timeout_s, owner)
 
 
-def _environment(section: ServeSection, limits: Limits) -> dict[str, str]:
+def _environment(section: ServeSection, limits: UploadLimits) -> dict[str, str]:
     # OpenCV holds to the limit of pixels as well, should a file deceive the reader of headers.
     environment = {"OPENCV_IO_MAX_IMAGE_PIXELS": str(limits.max_pixels)}
     return environment if section.gpus_per_replica else environment | {"CUDA_VISIBLE_DEVICES": ""}
@@ -90,7 +90,7 @@ def _environment(section: ServeSection, limits: Limits) -> dict[str, str]:
 class Deployment:
     """An application on the cluster's Ray Serve, which is started if there is none, and ended with the last one."""
 
-    def __init__(self, job: ServeJob, model: Model, served: Served) -> None:
+    def __init__(self, job: ServeJob, model: Model, served: ServedModel) -> None:
         self._name, self._section = job.name, job.serve
         self._model, self._served = model, served
         self._owner = uuid.uuid4().hex
@@ -108,7 +108,7 @@ class Deployment:
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": section.host, "port": section.port})
             self.is_ours = True
-            app = application(section, self._model, self._served, self._owner)
+            app = build_application(section, self._model, self._served, self._owner)
             serve.run(app, name=self._name, route_prefix=section.path)
         except (RayServeException, RayError, RuntimeError, TimeoutError, ValueError) as error:
             raise JobFailed(f"{self._name}: Ray Serve could not start it: {root_cause(str(error))}") from None
@@ -165,8 +165,8 @@ def run_serving(job: ServeJob, console: Console) -> None:
     Raises `ModelSourceError`, `TrackingError`, `ClusterError` and `JobFailed`.
     """
     section = job.serve
-    source, served = identify(section.model, tracking_uri(job))
-    model = fetch_model(source, tracking_uri(job))
+    source, served = identify(section.model, get_tracking_uri(job))
+    model = fetch_model(source, get_tracking_uri(job))
     if not os.environ.get("RAY_ADDRESS"):
         _refuse_a_taken_port(section)
     place = cluster.connect(job.whole_cluster)
@@ -184,7 +184,7 @@ def run_serving(job: ServeJob, console: Console) -> None:
     console.footer("stopped: nothing is served any more" if deployment.is_ours else "ended", {})
 
 
-def identify(source: str, tracking: str) -> tuple[str, Served]:
+def identify(source: str, tracking: str) -> tuple[str, ServedModel]:
     """The source with an alias resolved to the version that it means now, and what users may know of it.
 
     Raises `TrackingError`.
@@ -192,12 +192,12 @@ def identify(source: str, tracking: str) -> tuple[str, Served]:
     path = source.partition("?")[0].rstrip("/")
     if not source.startswith("models:/"):
         name = path.removeprefix("runs:/") if source.startswith(MLFLOW_SCHEMES) else posixpath.basename(path)
-        return source, Served(name, None)
+        return source, ServedModel(name, None)
     name, mark, version = path.removeprefix("models:/").replace("@", "/").partition("/")
     if not mark:  # models:/m-1234: a logged model that is not registered
-        return source, Served(name, None)
-    number = Registry(tracking).version(name, version).number
-    return f"models:/{name}/{number}", Served(name, number)
+        return source, ServedModel(name, None)
+    number = Registry(tracking).find_version(name, version).number
+    return f"models:/{name}/{number}", ServedModel(name, number)
 
 
 def _sizes(section: ServeSection) -> str:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 
-class Dehazed(NamedTuple):
+class DehazedImage(NamedTuple):
     """A restored image as a file, and what it took."""
 
     file: bytes
@@ -14,14 +14,14 @@ class Dehazed(NamedTuple):
     """For all of them."""
 
 
-class Alive(NamedTuple):
+class ReplicaHealth(NamedTuple):
     """A replica that answers."""
 
     device: str
     """`cpu` or `cuda`."""
 
 
-class Served(NamedTuple):
+class ServedModel(NamedTuple):
     """The model as its users know it: no path, no credentials."""
 
     name: str

@@ -4,7 +4,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from corun_ray.service.serve.messages import Dehazed, Served
+from corun_ray.service.serve.messages import DehazedImage, ServedModel
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -14,7 +14,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 class ServeMetrics:
     """All replicas' together: every request passes the one door that holds these."""
 
-    def __init__(self, model: Served) -> None:
+    def __init__(self, model: ServedModel) -> None:
         self._registry = CollectorRegistry()
         here: dict[str, Any] = {"registry": self._registry}
         self._requests = Counter(
@@ -48,7 +48,7 @@ class ServeMetrics:
         self._requests.labels(str(status)).inc()
         self._seconds.observe(seconds)
 
-    def restored(self, image: Dehazed) -> None:
+    def restored(self, image: DehazedImage) -> None:
         """Counts an image."""
         self._restore_seconds.observe(image.restore_s)
         self._batch.observe(image.batch)

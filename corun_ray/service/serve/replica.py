@@ -18,8 +18,8 @@ from corun_ray.core.inference.memory import fit_in_memory, images_at_once
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.service.inference.photos import Pixels, read_photo, write_photo
 from corun_ray.service.inference.restorers import RestorerActor
-from corun_ray.service.serve.messages import Alive, Dehazed
-from corun_ray.service.serve.uploads import Refused
+from corun_ray.service.serve.messages import DehazedImage, ReplicaHealth
+from corun_ray.service.serve.uploads import Refusal
 
 Size = TypeVar("Size", bound=Hashable)
 
@@ -37,7 +37,7 @@ def group_by_size(sizes: Sequence[Size], at_once: Callable[[Size], int]) -> list
 
 
 log = logging.getLogger(__name__)
-Outcome = Dehazed | Refused
+Outcome = DehazedImage | Refusal
 Restored = tuple[Pixels, int, float]
 """Pixels, the number of images restored together, and the seconds that it took."""
 
@@ -67,9 +67,9 @@ class Replica(RestorerActor):
         batching.set_max_batch_size(max_batch)
         batching.set_batch_wait_timeout_s(batch_wait_s)
 
-    async def alive(self) -> Alive:
+    async def alive(self) -> ReplicaHealth:
         """That this replica has its model and answers."""
-        return Alive(self.device.type)
+        return ReplicaHealth(self.device.type)
 
     async def dehaze(self, data: bytes, suffix: str) -> Outcome:
         """A file that `check_image` lets through → the restored one, in the format of `suffix`."""
@@ -78,21 +78,21 @@ class Replica(RestorerActor):
             try:
                 photo = await loop.run_in_executor(self._files, read_photo, data)
             except BadImage as error:
-                return Refused(400, f"damaged or not supported: {error}")
+                return Refusal(400, f"damaged or not supported: {error}")
             restored = await self._restore(photo.pixels)
-            if isinstance(restored, Refused):
+            if isinstance(restored, Refusal):
                 return restored
             pixels, batch, seconds = restored
             file = await loop.run_in_executor(self._files, write_photo, photo.with_pixels(pixels), suffix)
         height_px, width_px = pixels.shape[:2]
-        return Dehazed(file, width_px * height_px, batch, seconds)
+        return DehazedImage(file, width_px * height_px, batch, seconds)
 
     @serve.batch
-    async def _restore(self, images: list[Pixels]) -> list[Restored | Refused]:
+    async def _restore(self, images: list[Pixels]) -> list[Restored | Refusal]:
         return await asyncio.get_running_loop().run_in_executor(self._network, self._restore_all, images)
 
-    def _restore_all(self, images: list[Pixels]) -> list[Restored | Refused]:
-        found: dict[int, Restored | Refused] = {}
+    def _restore_all(self, images: list[Pixels]) -> list[Restored | Refusal]:
+        found: dict[int, Restored | Refusal] = {}
         for group in group_by_size([image.shape[:2] for image in images], self._at_once):
             for position, outcome in zip(group, self._restore_group([images[n] for n in group]), strict=True):
                 found[position] = outcome
@@ -102,7 +102,7 @@ class Replica(RestorerActor):
         fitting = images_at_once(self.networks["model"], size[0], size[1], self.memory_mib)
         return self.max_batch if fitting is None else fitting
 
-    def _restore_group(self, images: list[Pixels]) -> Sequence[Restored | Refused]:
+    def _restore_group(self, images: list[Pixels]) -> Sequence[Restored | Refusal]:
         """Images of one size; what goes wrong with them leaves the others of the batch alone."""
         started = time.monotonic()
         try:
@@ -110,9 +110,9 @@ class Replica(RestorerActor):
             scene = restore(fit_in_memory(self.networks["model"], hazy, self.memory_mib), hazy).scene
             levels = [to_image(scene[n : n + 1], image.dtype.type) for n, image in enumerate(images)]
         except ValueError as error:  # too small, or too large even in tiles
-            return [Refused(422, str(error))] * len(images)
+            return [Refusal(422, str(error))] * len(images)
         except Exception:
             log.exception("restoring %d images of %s failed", len(images), images[0].shape)
-            return [Refused(500, "the model failed on this image; the log of the server says more")] * len(images)
+            return [Refusal(500, "the model failed on this image; the log of the server says more")] * len(images)
         took_s = time.monotonic() - started
         return [(pixels, len(images), took_s) for pixels in levels]

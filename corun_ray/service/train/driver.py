@@ -19,9 +19,9 @@ from corun_ray.service.data.cache import start_cache
 from corun_ray.service.data.manifest import Manifest, build_manifest, held_out_sets
 from corun_ray.service.data.stream import phases
 from corun_ray.service.errors import JobFailed
-from corun_ray.service.models.card import about_model
-from corun_ray.service.models.registry import log_model, register
-from corun_ray.service.models.sources import Model, starting_model
+from corun_ray.service.models.card import describe_model
+from corun_ray.service.models.registry import log_model, register_model
+from corun_ray.service.models.sources import Model, load_starting_model
 from corun_ray.service.models.tracking import Tracker
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolError
@@ -75,12 +75,12 @@ def keep_outcome(session: Session, result: Result, log: ValidationLog) -> str:
     saved = Location(result.checkpoint.path, locate(job.storage).filesystem, result.checkpoint.path)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = saved.download(Path(folder))
-        report = training_report(job, run, checkpoint, session.facts, tracker.curves(), log)
+        report = training_report(job, run, checkpoint, session.facts, tracker.read_curves(), log)
         run.child(REPORT_FILE).write(report)
-        tracker.file(REPORT_FILE, report)
-        about = about_model(job, session.model.spec, session.record.data, run, log)
+        tracker.log_file(REPORT_FILE, report)
+        about = describe_model(job, session.model.spec, session.record.data, run, log)
         model_uri = log_model(tracker.uri, checkpoint, session.model.code, about)
-    return model_uri if job.tracking.register is None else register(tracker.uri, model_uri, job.tracking.register)
+    return model_uri if job.tracking.register is None else register_model(tracker.uri, model_uri, job.tracking.register)
 
 
 NAMED_BAD_FILES = 10
@@ -95,7 +95,7 @@ def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
     _refuse_too_many(job, manifest, manifest.set_aside)
     held_out_sets(job)
     check_scoring(job)
-    return manifest, starting_model(job, folder)
+    return manifest, load_starting_model(job, folder)
 
 
 def run_training(
@@ -148,8 +148,8 @@ def _train(session: Session, console: Console, listen: Listener | None) -> tuple
     job, run, tracker, record = session.job, session.run, session.tracker, session.record
     run.child(JOB_FILE).write(dump_job(job).encode())
     write_record(run, record)
-    tracker.file(JOB_FILE, dump_job(job).encode())
-    tracker.tags({"corun_ray.data": record.data, "corun_ray.kind": job.kind})
+    tracker.log_file(JOB_FILE, dump_job(job).encode())
+    tracker.set_tags({"corun_ray.data": record.data, "corun_ray.kind": job.kind})
     plan = _plan(job, session.manifest, session.model, run)
     try:
         with Follower(job, plan.board, tracker, console, run, listen) as follower:
@@ -248,5 +248,5 @@ def _list_bad_files(job: TrainingJob, manifest: Manifest, board: Any, tracker: T
     if bad_files:
         listing = "".join(f"{uri}\t{reason}\n" for uri, reason in sorted(bad_files.items())).encode()
         run.child("bad_files.tsv").write(listing)
-        tracker.file("bad_files.tsv", listing)
+        tracker.log_file("bad_files.tsv", listing)
     _refuse_too_many(job, manifest, bad_files)

@@ -229,7 +229,7 @@ class Follower:
             self._gauges.hold_metrics(metrics)
             if values := {name: value for name, value in metrics.items() if name.startswith("val/")}:
                 self._log.info("validated", step=step, **values)
-            self._tracker.metrics(step, metrics)
+            self._tracker.log_metrics(step, metrics)
             if self._listen is not None:
                 self._listen(step, metrics)
         for step, measured in news.measured:
@@ -237,7 +237,7 @@ class Follower:
         for step, name, png in news.pictures:
             path = f"pictures/{name}_{step:08d}.png"
             self._keep(path, png)
-            self._tracker.file(path, png)
+            self._tracker.log_file(path, png)
         if news.saved_step is not None:
             self._gauges.hold(telemetry.CHECKPOINT_STEP, news.saved_step)
         self._gauges.hold(telemetry.BAD_IMAGES, news.num_bad_files)

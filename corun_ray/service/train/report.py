@@ -17,7 +17,7 @@ from corun_ray.core.inference.pictures import grid, stage_rows, thumbnail
 from corun_ray.core.inference.restore import stages, to_tensor
 from corun_ray.core.metrics.catalog import all_metrics
 from corun_ray.core.training.checkpoints import load_network
-from corun_ray.service.models.card import code_version
+from corun_ray.service.models.card import read_code_version
 from corun_ray.service.report.charts import Points, line_chart
 from corun_ray.service.report.page import Charts, Listing, PageSection, PictureItem, Slider, Table, render
 from corun_ray.service.report.statistics import interval_of
@@ -151,7 +151,7 @@ def _environment(facts: Mapping[str, str]) -> Table:
     rows = {
         **facts,
         "cluster": cluster,
-        "code": code_version(),
+        "code": read_code_version(),
         "driver": f"{socket.gethostname()}, {platform.platform()}, Python {platform.python_version()}",
         "libraries": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
     }

@@ -16,7 +16,7 @@ from corun_ray.config.loading import dump_job
 from corun_ray.config.trials import trial_job
 from corun_ray.core.networks.build import build
 from corun_ray.service.errors import JobFailed, root_cause
-from corun_ray.service.models.sources import spec_of
+from corun_ray.service.models.sources import get_network_spec
 from corun_ray.service.report.page import Listing, PageSection, PictureItem, Table, render
 
 RATE = "rate/steps_per_s"
@@ -63,7 +63,7 @@ def _reason(traceback: str) -> str:
 
 
 @dataclass(frozen=True)
-class Cost:
+class NetworkCost:
     """What a network costs, whatever it was trained to."""
 
     parameters: int
@@ -99,26 +99,26 @@ class SearchSummary:
         return render(run, f"{job.tune.num_trials} trials, {better} of {job.tune.metric} is better.", sections)
 
 
-def ranked(trials: Sequence[TrialResult], metric: str, mode: str) -> list[TrialResult]:
+def rank_trials(trials: Sequence[TrialResult], metric: str, mode: str) -> list[TrialResult]:
     """Best first; trials that were stopped come after those that ended, failed ones are left out."""
     sign = 1 if mode == "min" else -1
     measured = [trial for trial in trials if trial.error is None and metric in trial.metrics]
     return sorted(measured, key=lambda trial: (trial.model is None, sign * trial.metrics[metric]))
 
 
-def cost_of(job: TuneJob, trial: TrialResult) -> Cost:
+def measure_cost(job: TuneJob, trial: TrialResult) -> NetworkCost:
     """Counted on the network itself, with one patch of noise."""
     own = trial_job(job, trial.values)
-    network = build(spec_of(own)).eval()
+    network = build(get_network_spec(own)).eval()
     side_px = own.data.patch_px
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.rand(1, 3, side_px, side_px))
-    return Cost(sum(p.numel() for p in network.parameters()), counter.get_total_flops() / 1e9)
+    return NetworkCost(sum(p.numel() for p in network.parameters()), counter.get_total_flops() / 1e9)
 
 
-def summary(job: TuneJob, trials: Sequence[TrialResult]) -> SearchSummary:
+def summarise_search(job: TuneJob, trials: Sequence[TrialResult]) -> SearchSummary:
     """Of trials in their order, the best first."""
-    costs = [cost_of(job, trial) for trial in trials]
+    costs = [measure_cost(job, trial) for trial in trials]
     rows = [_row(job, trial, cost) for trial, cost in zip(trials, costs, strict=True)]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
@@ -127,7 +127,7 @@ def summary(job: TuneJob, trials: Sequence[TrialResult]) -> SearchSummary:
     return SearchSummary(_cells(rows), text.getvalue().encode(), _plot(job, trials, costs))
 
 
-def _row(job: TuneJob, trial: TrialResult, cost: Cost) -> dict[str, Any]:
+def _row(job: TuneJob, trial: TrialResult, cost: NetworkCost) -> dict[str, Any]:
     own = trial_job(job, trial.values)
     images_per_s = trial.metrics.get(RATE, 0.0) * own.train.images_per_worker * own.cluster.max_workers
     return {
@@ -146,7 +146,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [names, *([f"{row.get(name, '')}" for name in names] for row in rows)]
 
 
-def _plot(job: TuneJob, trials: Sequence[TrialResult], costs: Sequence[Cost]) -> bytes:
+def _plot(job: TuneJob, trials: Sequence[TrialResult], costs: Sequence[NetworkCost]) -> bytes:
     """A PNG: the metric, and beside it the cost of the network, against the first searched key."""
     key, metric = next(iter(job.tune.search)), job.tune.metric
     places = [trial.values[key] for trial in trials]

@@ -20,17 +20,17 @@ from corun_ray.config.tasks import Choice, RangeSection
 from corun_ray.config.trials import corners, trial_job
 from corun_ray.service.cluster import connect as cluster
 from corun_ray.service.errors import JobFailed
-from corun_ray.service.models import user_code as usercode
-from corun_ray.service.models.registry import register
-from corun_ray.service.models.sources import starting_model
+from corun_ray.service.models.registry import register_model
+from corun_ray.service.models.sources import load_starting_model
 from corun_ray.service.models.tracking import Tracker
+from corun_ray.service.models.user_code import collect_code
 from corun_ray.service.report.page import REPORT_FILE
 from corun_ray.service.runs.record import JOB_FILE, RunRecord, last_run, new_run, read_record, resumed_run, write_record
 from corun_ray.service.storage import Location
 from corun_ray.service.telemetry.console import Console, duration
 from corun_ray.service.train.driver import prepare
-from corun_ray.service.tune.report import TrialResult, ranked, summary
-from corun_ray.service.tune.trial import TrialPlan, own_values, run_trial
+from corun_ray.service.tune.report import TrialResult, rank_trials, summarise_search
+from corun_ray.service.tune.trial import TrialPlan, build_overrides, run_trial
 
 
 class TrialLines(Callback):
@@ -102,12 +102,12 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
     try:
         run.child(JOB_FILE).write(dump_job(job).encode())
         write_record(run, record)
-        tracker.file(JOB_FILE, dump_job(job).encode())
-        plan = TrialPlan(job, run.uri, tracker.run_id, usercode.collect(job.network.type, folder))
+        tracker.log_file(JOB_FILE, dump_job(job).encode())
+        plan = TrialPlan(job, run.uri, tracker.run_id, collect_code(job.network.type, folder))
         trials = _fit(plan, run, at_once, console)
         _end_stopped(job, run, trials, tracker)
         best = _keep(job, trials, run, tracker, console)
-        model = best if job.tracking.register is None else register(tracker.uri, best, job.tracking.register)
+        model = best if job.tracking.register is None else register_model(tracker.uri, best, job.tracking.register)
         write_record(run, record.model_copy(update={"state": "finished", "model": model}))
         succeeded = True
     finally:
@@ -130,7 +130,7 @@ def _look_at_all(job: TuneJob, folder: Path) -> str:
     manifest, _ = prepare(trials[0], folder)
     networks = {trial.network.model_dump_json(): trial for trial in trials}
     for trial in networks.values():
-        starting_model(trial, folder)
+        load_starting_model(trial, folder)
     return manifest.digest()
 
 
@@ -198,29 +198,29 @@ def _end_stopped(job: TuneJob, run: Location, trials: Sequence[TrialResult], tra
     """Closes the MLflow runs of trials whose processes were ended from outside."""
     for trial in trials:
         if trial.model is None:
-            own = last_run(trial_job(job, {**trial.values, **own_values(job, run, trial.name)}))
+            own = last_run(trial_job(job, {**trial.values, **build_overrides(job, run, trial.name)}))
             if own is not None:
-                tracker.end_other(read_record(own).mlflow_run)
+                tracker.end_run(read_record(own).mlflow_run)
 
 
 def _keep(job: TuneJob, trials: Sequence[TrialResult], run: Location, tracker: Tracker, console: Console) -> str:
     """Shows and keeps what the trials came to; returns the best one's model; raises `JobFailed` where none ended."""
-    found = ranked(trials, job.tune.metric, job.tune.mode)
+    found = rank_trials(trials, job.tune.metric, job.tune.mode)
     for trial in trials:
         if trial.error is not None:
             console.say(f"  {trial.name} failed: {trial.error}")
     best = found[0].model if found else None
     if best is None:
         raise JobFailed(f"tune {job.name}: not one of {len(trials)} trials has come to an end\nthe run: {run.uri}")
-    report = summary(job, found)
+    report = summarise_search(job, found)
     for line in report.lines:
         console.say(f"  {line}")
     files = {"trials.csv": report.csv, "trials.png": report.png, REPORT_FILE: report.report(job, run.name)}
     for name, content in files.items():
         run.child(name).write(content)
-        tracker.file(name, content)
-    tracker.metrics(0, {f"best/{name.removeprefix('val/')}": value for name, value in found[0].validation.items()})
-    tracker.tags({"corun_ray.best_trial": found[0].name})
+        tracker.log_file(name, content)
+    tracker.log_metrics(0, {f"best/{name.removeprefix('val/')}": value for name, value in found[0].validation.items()})
+    tracker.set_tags({"corun_ray.best_trial": found[0].name})
     return best
 
 

@@ -11,8 +11,8 @@ from ray import tune
 
 from corun_ray.config.jobs import ColabatorJob, TuneJob
 from corun_ray.config.trials import pretraining_of, trial_job
-from corun_ray.service.models import user_code as usercode
-from corun_ray.service.models.tracking import last_metrics, tracking_uri
+from corun_ray.service.models.tracking import get_tracking_uri, read_last_metrics
+from corun_ray.service.models.user_code import UserCode, write_code
 from corun_ray.service.runs.record import last_run, read_record
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console
@@ -30,7 +30,7 @@ class TrialPlan:
     run_uri: str
     mlflow_run: str
     """The search's own run, parent of the trials'."""
-    code: usercode.Code
+    code: UserCode
 
 
 def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> dict[str, Any]:
     A trial that is started again goes on with its run. Raises what `run_training` raises.
     """
     values = {key: value.item() if hasattr(value, "item") else value for key, value in config.items()}
-    values |= own_values(plan.job, locate(plan.run_uri), tune.get_context().get_trial_name())
+    values |= build_overrides(plan.job, locate(plan.run_uri), tune.get_context().get_trial_name())
     job, steps = trial_job(plan.job, values), plan.job.tune.pretrain_steps
     latest: dict[str, Any] = {}
 
@@ -51,7 +51,7 @@ def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        usercode.write(plan.code, folder)
+        write_code(plan.code, folder)
         train = functools.partial(run_training, console=Console(), folder=folder, resume=True, parent=plan.mlflow_run)
         if steps:
             job = trial_job(plan.job, values | {"network.init": train(pretraining_of(job, steps))})
@@ -63,10 +63,10 @@ def _last_metrics(job: ColabatorJob) -> dict[str, float]:
     """Those of the trial's run: of one that had ended before Tune took note of it, nothing else is heard."""
     run = last_run(job)
     assert run is not None
-    return last_metrics(tracking_uri(job), read_record(run).mlflow_run)
+    return read_last_metrics(get_tracking_uri(job), read_record(run).mlflow_run)
 
 
-def own_values(job: TuneJob, run: Location, trial: str) -> dict[str, Any]:
+def build_overrides(job: TuneJob, run: Location, trial: str) -> dict[str, Any]:
     """Keys of a trial's job that the search decides: its place, and that only the best becomes a registered model."""
     place = run.child(TRIALS).child(trial)
-    return {"storage": place.uri, "tracking.uri": tracking_uri(job), "tracking.register": None}
+    return {"storage": place.uri, "tracking.uri": get_tracking_uri(job), "tracking.register": None}

@@ -118,9 +118,9 @@ def test_resuming_passes_over_what_is_done(restored, model, dataset, tmp_path):
     ticks = []
     section = DehazeSection(input=str(dataset / "hazy"), output=str(tmp_path), model="x")
     result = dehaze(section, model, lambda done, total: ticks.append((done, total)), resume=True)
-    assert (result.written, result.passed_over, ticks) == (2, 4, [(1, 2), (2, 2)])
+    assert (result.written, result.already_written, ticks) == (2, 4, [(1, 2), (2, 2)])
     assert kept["photo_0.png"].stat().st_mtime == 1 and len(below(tmp_path)) == 6
-    assert run(dataset / "hazy", tmp_path, model, resume=True).passed_over == 6
+    assert run(dataset / "hazy", tmp_path, model, resume=True).already_written == 6
     assert run(dataset / "hazy", tmp_path, model).written == 6 and kept["photo_0.png"].stat().st_mtime > 1
 
 

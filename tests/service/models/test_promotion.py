@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from corun_ray.service.models.registry import Record, decide
+from corun_ray.service.models.registry import VersionScores, decide
 
 IMAGES = [f"{i}.png" for i in range(12)]
 HELD_OUT = {"val": "abc"}
@@ -12,7 +12,7 @@ DIFFICULTY = np.random.default_rng(0).normal(2, 1, 12)
 
 def record(label, shift, held_out=HELD_OUT, metric="val/fade", noise=0.05):
     values = DIFFICULTY + shift + np.random.default_rng(len(label)).normal(0, noise, 12)
-    return Record(label, {metric: dict(zip(IMAGES, values, strict=True))}, held_out)
+    return VersionScores(label, {metric: dict(zip(IMAGES, values, strict=True))}, held_out)
 
 
 def test_a_better_version_moves_and_a_worse_one_does_not():
@@ -41,7 +41,7 @@ def test_versions_measured_on_different_images_are_not_compared(held_out):
 
 
 def test_a_version_without_the_metric_is_named():
-    bare = Record("version 22", {}, HELD_OUT)
+    bare = VersionScores("version 22", {}, HELD_OUT)
     assert decide(bare, record("version 1", 0.0), "val/fade").reason == (
         "version 22 was not measured by val/fade (it has nothing)"
     )

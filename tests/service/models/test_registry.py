@@ -15,10 +15,10 @@ from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.training.checkpoints import load_network
 from corun_ray.service.models.registry import Registry, promote
-from corun_ray.service.models.sources import ModelSourceError, fetch_model, pull, starting_model
+from corun_ray.service.models.sources import ModelSourceError, fetch_model, load_starting_model, pull_model
 from corun_ray.service.models.tracking import TrackingError
 from corun_ray.service.serve.deployment import identify
-from corun_ray.service.serve.messages import Served
+from corun_ray.service.serve.messages import ServedModel
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
 from tests.conftest import free_port, wait_for
@@ -81,10 +81,10 @@ def test_promotion_refuses_the_worse_and_takes_the_better(trained):
     registry = Registry(trained)
     refused = promote(registry, NAME, "candidate", "val/psnr")
     assert not refused.moves and refused.reason.endswith("worse") and "better on 0 of 6 images" in refused.reason
-    assert registry.champion(NAME).number == "1"
-    assert promote(registry, NAME, "2", None).moves and registry.champion(NAME).number == "2"
+    assert registry.find_champion(NAME).number == "1"
+    assert promote(registry, NAME, "2", None).moves and registry.find_champion(NAME).number == "2"
     back = promote(registry, NAME, "1", "val/psnr")
-    assert back.moves and back.reason.endswith("better") and registry.champion(NAME).number == "1"
+    assert back.moves and back.reason.endswith("better") and registry.find_champion(NAME).number == "1"
     assert promote(registry, NAME, "1", "val/psnr").reason == "version 1 is the champion already"
     for arguments, told in {
         ("nobody", "1", None): "nobody",
@@ -96,14 +96,14 @@ def test_promotion_refuses_the_worse_and_takes_the_better(trained):
 
 
 def test_an_alias_is_served_as_the_version_that_it_means(trained):
-    assert identify(f"models:/{NAME}@champion", trained) == (f"models:/{NAME}/1", Served(NAME, "1"))
-    assert identify(f"models:/{NAME}/2", trained) == (f"models:/{NAME}/2", Served(NAME, "2"))
+    assert identify(f"models:/{NAME}@champion", trained) == (f"models:/{NAME}/1", ServedModel(NAME, "1"))
+    assert identify(f"models:/{NAME}/2", trained) == (f"models:/{NAME}/2", ServedModel(NAME, "2"))
     with pytest.raises(TrackingError, match="no version or alias nobody"):
         identify(f"models:/{NAME}@nobody", trained)
 
 
 def test_a_model_is_pulled_as_plain_files_that_are_a_model(trained, dataset, tmp_path):
-    files = pull(f"models:/{NAME}/1", tmp_path / "model", trained)
+    files = pull_model(f"models:/{NAME}/1", tmp_path / "model", trained)
     assert {path.name for path in files} == {
         *("model.safetensors", "config.json", "README.md", "job.yaml", "validation.csv", "pictures.jpg"),
     }
@@ -115,9 +115,9 @@ def test_a_model_is_pulled_as_plain_files_that_are_a_model(trained, dataset, tmp
     for name, tensor in pulled.state_dict().items():
         assert torch.equal(tensor, served.params[name])
     with pytest.raises(ModelSourceError, match="exists and is not empty"):
-        pull(f"models:/{NAME}/1", tmp_path / "model", trained)
+        pull_model(f"models:/{NAME}/1", tmp_path / "model", trained)
     with pytest.raises(ModelSourceError, match="not to be had"):
-        pull("models:/nobody/1", tmp_path / "other", trained)
+        pull_model("models:/nobody/1", tmp_path / "other", trained)
 
 
 ELSEWHERE = """
@@ -167,14 +167,16 @@ def test_both_flavours_load_without_ray_and_without_this_package(trained, tmp_pa
 
 def test_a_registered_model_begins_another_job(trained, dataset, tmp_path):
     network, tracking = {"init": f"models:/{NAME}@champion"}, {"uri": trained}
-    started = starting_model(small_job("pretrain", dataset, tmp_path, network=network, tracking=tracking), tmp_path)
+    started = load_starting_model(
+        small_job("pretrain", dataset, tmp_path, network=network, tracking=tracking), tmp_path
+    )
     expected = fetch_model(f"models:/{NAME}/1", trained)
     assert all(torch.equal(tensor, expected.params[name]) for name, tensor in started.params.items())
 
 
 def test_a_plain_folder_without_a_registry_is_pulled_too(trained, tmp_path):
-    pull(f"models:/{NAME}/1", tmp_path / "first", trained)
+    pull_model(f"models:/{NAME}/1", tmp_path / "first", trained)
     (tmp_path / "first" / "README.md").unlink()
-    names = {path.name for path in pull(str(tmp_path / "first"), tmp_path / "second", "sqlite:///unused.db")}
+    names = {path.name for path in pull_model(str(tmp_path / "first"), tmp_path / "second", "sqlite:///unused.db")}
     assert names == {"model.safetensors", "config.json"}
     assert Path("unused.db").exists() is False

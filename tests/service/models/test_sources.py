@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from corun_ray.core.networks.build import NetworkSpec, build
-from corun_ray.service.models.sources import ModelSourceError, fetch_model, starting_model
+from corun_ray.service.models.sources import ModelSourceError, fetch_model, load_starting_model
 from tests.service.jobs import small_job
 
 NAFNET = NetworkSpec("NAFNet", {"width": 8, "enc_blk_nums": [1, 1], "dec_blk_nums": [1, 1]})
@@ -21,7 +21,7 @@ def published(tmp_path):
 
 def test_a_file_that_spandrel_recognises_gives_network_and_parameters(published, dataset, tmp_path):
     job = small_job("pretrain", dataset, tmp_path, network={"type": "spandrel", "init": str(published)})
-    model = starting_model(job, tmp_path)
+    model = load_starting_model(job, tmp_path)
     assert model.spec.type == "NAFNet" and model.spec.args["enc_blk_nums"] == [1, 1]
     reference = torch.load(published, weights_only=True)["params"]
     assert all(torch.equal(model.build().state_dict()[name], value) for name, value in reference.items())
@@ -30,14 +30,14 @@ def test_a_file_that_spandrel_recognises_gives_network_and_parameters(published,
 
 def test_a_named_network_takes_fitting_parameters_only(published, dataset, tmp_path):
     fitting = {"type": "NAFNet", "args": NAFNET.args, "init": str(published)}
-    model = starting_model(small_job("pretrain", dataset, tmp_path, network=fitting), tmp_path)
+    model = load_starting_model(small_job("pretrain", dataset, tmp_path, network=fitting), tmp_path)
     assert model.params is not None and model.spec == NAFNET
     other = small_job("pretrain", dataset, tmp_path, network={**fitting, "args": {**NAFNET.args, "width": 16}})
     with pytest.raises(ModelSourceError, match="network.init: .*does not fit NAFNet: .* of another shape"):
-        starting_model(other, tmp_path)
+        load_starting_model(other, tmp_path)
     corun = small_job("pretrain", dataset, tmp_path, network={"init": str(published)})
     with pytest.raises(ModelSourceError, match="network.type: corun, but .* is a NAFNet"):
-        starting_model(corun, tmp_path)
+        load_starting_model(corun, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -53,4 +53,4 @@ def test_a_named_network_takes_fitting_parameters_only(published, dataset, tmp_p
 )  # fmt: skip
 def test_what_cannot_be_trained_is_said_before_any_worker_starts(network, said, dataset, tmp_path):
     with pytest.raises(ModelSourceError, match=said):
-        starting_model(small_job("pretrain", dataset, tmp_path, network=network), tmp_path)
+        load_starting_model(small_job("pretrain", dataset, tmp_path, network=network), tmp_path)

@@ -23,7 +23,7 @@ from corun_ray.core.networks.corun import CORUN
 from corun_ray.service.inference.photos import Photo, write_photo
 from corun_ray.service.models.sources import Model
 from corun_ray.service.serve.deployment import Deployment
-from corun_ray.service.serve.messages import Served
+from corun_ray.service.serve.messages import ServedModel
 from tests.conftest import free_port, heeding_ctrl_c
 from tests.service.serve.serve_requests import Answer
 
@@ -63,7 +63,7 @@ def running(**section: object) -> Iterator[Running]:
     keys = {"model": "x", "port": free_port(), "max_upload_mib": MAX_MIB} | section
     job = job_of({"kind": "serve", "name": "dehazing", "serve": keys})
     assert isinstance(job, ServeJob)
-    with Deployment(job, model, Served("net", "7")) as deployment:
+    with Deployment(job, model, ServedModel("net", "7")) as deployment:
         deployment.start()
         yield Running(deployment.url.rstrip("/"), model)
 

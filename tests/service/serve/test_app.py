@@ -7,8 +7,8 @@ from ray.exceptions import RayActorError
 from starlette.testclient import TestClient
 
 from corun_ray.service.serve.app import HttpApp
-from corun_ray.service.serve.messages import Alive, Dehazed, Served
-from corun_ray.service.serve.uploads import Limits, Refused
+from corun_ray.service.serve.messages import DehazedImage, ReplicaHealth, ServedModel
+from corun_ray.service.serve.uploads import Refusal, UploadLimits
 from tests.service.serve.bad_uploads import encoded
 
 JPEG = {"Content-Type": "image/jpeg"}
@@ -34,13 +34,13 @@ class Replica:
 
 def door(behaviour, max_in_flight: int = 4, timeout_s: float = 5.0) -> tuple[TestClient, Replica]:
     replica = Replica(behaviour)
-    limits = Limits(max_upload_mib=1, max_megapixels=1.5, min_side_px=16)
-    app = HttpApp(replica, Served("haze<b>", "3"), limits, max_in_flight, timeout_s).__serve_build_asgi_app__()
+    limits = UploadLimits(max_upload_mib=1, max_megapixels=1.5, min_side_px=16)
+    app = HttpApp(replica, ServedModel("haze<b>", "3"), limits, max_in_flight, timeout_s).__serve_build_asgi_app__()
     return TestClient(app, raise_server_exceptions=False), replica
 
 
-async def echo(data: bytes, suffix: str) -> Dehazed:
-    return Dehazed(data, 10, 2, 0.5)
+async def echo(data: bytes, suffix: str) -> DehazedImage:
+    return DehazedImage(data, 10, 2, 0.5)
 
 
 def test_a_good_request_is_passed_on_and_its_answer_names_model_and_time():
@@ -99,7 +99,7 @@ def test_a_lost_replica_and_a_fault_of_our_own_tell_nothing_of_the_inside():
 
 def test_a_replicas_refusal_is_the_answer():
     async def refuse(*_):
-        return Refused(422, "too hazy")
+        return Refusal(422, "too hazy")
 
     client, _ = door(refuse)
     answer = client.post("/dehaze", content=encoded(".png"))
@@ -108,7 +108,7 @@ def test_a_replicas_refusal_is_the_answer():
 
 def test_health_names_the_model():
     async def alive(*_):
-        return Alive("cpu")
+        return ReplicaHealth("cpu")
 
     client, _ = door(alive)
     answer = client.get("/healthz")

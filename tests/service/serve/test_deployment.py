@@ -21,7 +21,7 @@ from corun_ray.core.data.images import decode_pixels
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.service.inference.photos import Photo, read_photo, write_photo
 from corun_ray.service.serve.deployment import identify
-from corun_ray.service.serve.messages import Served
+from corun_ray.service.serve.messages import ServedModel
 from tests.conftest import photograph, write_image
 from tests.service.inference.test_photos import PROFILE
 from tests.service.report.test_page import CHROMIUM
@@ -55,7 +55,7 @@ def served(local_ray) -> Iterator[Running]:
     ],
 )
 def test_of_a_model_that_is_not_registered_its_name_alone_is_told(source, name):
-    assert identify(source, "") == (source, Served(name, None))
+    assert identify(source, "") == (source, ServedModel(name, None))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp"])

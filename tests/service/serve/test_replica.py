@@ -9,7 +9,7 @@ from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.service.models.sources import Model
 from corun_ray.service.serve.replica import Replica
-from corun_ray.service.serve.uploads import Refused
+from corun_ray.service.serve.uploads import Refusal
 from tests.conftest import photograph
 
 
@@ -31,7 +31,7 @@ def test_a_batch_is_as_its_images_one_by_one_and_what_fails_leaves_the_rest_alon
 
         replica.networks["model"].register_forward_pre_hook(fails)
         outcomes = replica._restore_all(images)
-        assert [outcome.status for outcome in outcomes if isinstance(outcome, Refused)] == [422, 500]
+        assert [outcome.status for outcome in outcomes if isinstance(outcome, Refusal)] == [422, 500]
         for position, batch in ((0, 3), (1, 1), (2, 3), (4, 3)):
             pixels, together, _ = outcomes[position]
             alone = to_image(restore(model.build().eval(), to_tensor(images[position])).scene, images[position].dtype)

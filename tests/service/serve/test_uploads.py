@@ -9,17 +9,17 @@ import pytest
 
 from corun_ray.service.serve.uploads import (
     ImageHeader,
-    Limits,
-    Refused,
+    Refusal,
+    UploadLimits,
     check_headers,
     check_image,
+    parse_format,
     read_body,
     read_header,
-    wanted_suffix,
 )
 from tests.service.serve.bad_uploads import bad_uploads, encoded, png, tiff, webp_of_size
 
-LIMITS = Limits(max_upload_mib=1, max_megapixels=25, min_side_px=16)
+LIMITS = UploadLimits(max_upload_mib=1, max_megapixels=25, min_side_px=16)
 BAD = bad_uploads(LIMITS.max_upload_mib)
 BY_A_REPLICA = {"truncated JPEG", "truncated PNG", "PNG with damaged pixels"}
 """What only decoding shows."""
@@ -49,11 +49,11 @@ def test_bad_uploads_are_refused_with_their_status_and_without_decoding(name):
     query = dict([upload.query[1:].split("=")]) if upload.query else {}
     tracemalloc.start()
     try:
-        wanted_suffix(query)
+        parse_format(query)
         check_headers(headers, LIMITS)
         check_image(upload.body, LIMITS)
         refused = None
-    except Refused as error:
+    except Refusal as error:
         refused = error
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -90,10 +90,10 @@ async def _chunks(number: int, size: int, wait_s: float = 0.0):
 def test_a_body_is_bounded_in_bytes_and_time():
     limit = LIMITS.max_bytes
     assert asyncio.run(read_body(_chunks(4, limit // 4), LIMITS, 5)) == bytes(limit)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(Refusal) as refused:
         asyncio.run(read_body(_chunks(10**9, limit // 3), LIMITS, 5))
     assert refused.value.status == 413
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(Refusal) as refused:
         asyncio.run(read_body(_chunks(100, 1, 0.02), LIMITS, 0.1))
     assert refused.value.status == 408
 
@@ -102,4 +102,4 @@ def test_what_is_taken():
     for media_type in ("image/jpeg", "IMAGE/PNG", "image/jpg; q=1", "application/octet-stream"):
         check_headers({"content-type": media_type, "content-length": str(LIMITS.max_bytes)}, LIMITS)
     check_headers({}, LIMITS)
-    assert wanted_suffix({}) is None and wanted_suffix({"format": "tif"}) == ".tif"
+    assert parse_format({}) is None and parse_format({"format": "tif"}) == ".tif"

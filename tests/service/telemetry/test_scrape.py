@@ -7,7 +7,7 @@ import pytest
 from corun_ray.config.tasks import DehazeSection
 from corun_ray.service.inference.dehaze import dehaze
 from corun_ray.service.models.sources import fetch_model
-from corun_ray.service.models.tracking import tracking_uri
+from corun_ray.service.models.tracking import get_tracking_uri
 from corun_ray.service.runs.record import steps_saved
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.prometheus import DECLARED
@@ -25,7 +25,7 @@ def scraper(watched_colabator, dataset, tmp_path_factory) -> Scraper:
     (photos / "broken.png").write_text("no picture")
     section = DehazeSection(input=str(photos), output=str(photos / "out"), model=uri)
     with Scraper() as dehazing:
-        assert dehaze(section, fetch_model(uri, tracking_uri(job)), job_name="dehazing").written == 1
+        assert dehaze(section, fetch_model(uri, get_tracking_uri(job)), job_name="dehazing").written == 1
     scraper.samples |= {name: samples for name, samples in dehazing.samples.items() if "dehazed" in name}
     return scraper
 

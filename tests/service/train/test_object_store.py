@@ -117,5 +117,5 @@ def test_a_bucket_is_dehazed_into_a_bucket_and_what_is_there_is_passed_over(buck
     assert dehaze(section, model).written == 6
     locate(f"{bucket}/clean/photo_3.png").delete()
     again = dehaze(section, model, resume=True)
-    assert (again.written, again.passed_over) == (1, 5)
+    assert (again.written, again.already_written) == (1, 5)
     assert locate(f"{bucket}/clean").files() == [f"photo_{i}.png" for i in range(6)]

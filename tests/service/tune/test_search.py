@@ -17,10 +17,10 @@ from corun_ray.config.loading import dump_job
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.service.errors import JobFailed
-from corun_ray.service.models.tracking import tracking_uri
+from corun_ray.service.models.tracking import get_tracking_uri
 from corun_ray.service.runs.record import last_run, read_record
 from corun_ray.service.telemetry.console import Console
-from corun_ray.service.tune.report import TrialResult, cost_of, ranked, summary
+from corun_ray.service.tune.report import TrialResult, measure_cost, rank_trials, summarise_search
 from corun_ray.service.tune.search import run_search
 from tests.service.jobs import small_job
 
@@ -56,7 +56,7 @@ def test_a_search_trains_compares_and_registers_the_best(local_ray, dataset, tmp
     output = capsys.readouterr().out
     assert all(row["trial"] in output for row in rows) and model in output
 
-    client = mlflow.MlflowClient(tracking_uri(job))
+    client = mlflow.MlflowClient(get_tracking_uri(job))
     parent = client.get_run(read_record(run).mlflow_run)
     assert parent.info.status == "FINISHED" and parent.data.tags["corun_ray.best_trial"] == rows[0]["trial"]
     children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
@@ -106,21 +106,21 @@ def trial(name, stages, fade, model="m", **kwargs):
 
 def test_the_best_come_first_and_those_that_were_stopped_last():
     trials = [trial("a", 2, 0.3), trial("b", 3, 0.1, model=None), trial("c", 4, 0.2), trial("d", 5, 0.0, error="x")]
-    assert [one.name for one in ranked(trials, "val/fade", "min")] == ["c", "a", "b"]
-    assert [one.name for one in ranked(trials, "val/fade", "max")] == ["a", "c", "b"]
-    assert ranked(trials, "val/psnr", "max") == []
+    assert [one.name for one in rank_trials(trials, "val/fade", "min")] == ["c", "a", "b"]
+    assert [one.name for one in rank_trials(trials, "val/fade", "max")] == ["a", "c", "b"]
+    assert rank_trials(trials, "val/psnr", "max") == []
 
 
 def test_costs_are_those_of_the_network(dataset, tmp_path):
     job = search_job(dataset, tmp_path)
-    two, four = (cost_of(job, trial("x", stages, 0.0)) for stages in (2, 4))
+    two, four = (measure_cost(job, trial("x", stages, 0.0)) for stages in (2, 4))
     assert four.parameters == sum(p.numel() for p in CORUN(4, 4).parameters()) > two.parameters
     assert 1.5 < four.gflops / two.gflops < 2.5
 
 
 def test_the_table_has_a_line_a_trial(dataset, tmp_path):
     job = search_job(dataset, tmp_path)
-    found = summary(job, [trial("c", 3, 0.2), trial("a", 2, 0.3, model=None)])
+    found = summarise_search(job, [trial("c", 3, 0.2), trial("a", 2, 0.3, model=None)])
     assert len(found.lines) == 3 and found.lines[0].split()[:2] == ["stages", "parameters"]
     assert found.lines[1].split()[0] == "3" and found.lines[2].split()[-1] == "a"
     assert len({len(line) for line in found.lines}) == 1
