@@ -16,6 +16,7 @@ from corun_ray.core.metrics.catalog import all_metrics
 from corun_ray.core.training.checkpoints import NETWORK_FILE
 from corun_ray.service.errors import first_line
 from corun_ray.service.models import flavor
+from corun_ray.service.models.flavor import ABOUT_FOLDER
 from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow
 from corun_ray.service.models.user_code import UserCode
 from corun_ray.service.report.statistics import compare
@@ -98,7 +99,7 @@ class Registry:
         found = self._find(name, version_or_alias)
         if found is None:
             raise TrackingError(
-                f"{name}: no version or alias {version_or_alias} in {self.uri}{self._list_versions(name)}"
+                f"{name}: no version or alias {version_or_alias} in {self.uri}{self._name_versions(name)}"
             )
         return found
 
@@ -108,13 +109,13 @@ class Registry:
 
     def set_champion(self, version: ModelVersion) -> None:
         """Makes a version its name's champion."""
-        with self.translate_errors(f"{version.name}: {CHAMPION} not moved"):
+        with self._translate_errors(f"{version.name}: {CHAMPION} not moved"):
             self._client.set_registered_model_alias(version.name, CHAMPION, version.number)
 
     def read_validation(self, version: ModelVersion) -> ValidationLog:
         """Every held-out image's values, empty for a version that came without; raises `TrackingError`."""
-        about = f"models:/{version.name}/{version.number}/{ABOUT}"
-        with self.translate_errors(f"{about}: not to be had"), tempfile.TemporaryDirectory() as folder:
+        about = f"models:/{version.name}/{version.number}/{ABOUT_FOLDER}"
+        with self._translate_errors(f"{about}: not to be had"), tempfile.TemporaryDirectory() as folder:
             listed = self._mlflow.artifacts.list_artifacts(artifact_uri=about)
             if not any(file.path.endswith(VALIDATION_FILE) for file in listed):
                 return ValidationLog()
@@ -126,7 +127,7 @@ class Registry:
 
         is_number = version_or_alias.isdecimal()
         get = self._client.get_model_version if is_number else self._client.get_model_version_by_alias
-        with self.translate_errors(f"{name}: not to be had"):
+        with self._translate_errors(f"{name}: not to be had"):
             try:
                 found = get(name, version_or_alias)
             except MlflowException as error:
@@ -135,14 +136,14 @@ class Registry:
                 raise
         return ModelVersion(name, str(found.version), dict(found.tags))
 
-    def _list_versions(self, name: str) -> str:
-        with self.translate_errors(f"{name}: not to be had"):
+    def _name_versions(self, name: str) -> str:
+        with self._translate_errors(f"{name}: not to be had"):
             known = self._client.search_model_versions(f"name = '{name}'")
         numbers = sorted((int(version.version) for version in known), reverse=True)
         return f" (versions {', '.join(map(str, numbers[:10]))})" if numbers else ""
 
     @contextlib.contextmanager
-    def translate_errors(self, what: str) -> Any:
+    def _translate_errors(self, what: str) -> Any:
         try:
             yield
         except TrackingError:
