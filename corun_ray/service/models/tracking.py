@@ -60,7 +60,7 @@ class Tracker:
         self._mlflow = connect_to_mlflow(self.uri)
         try:
             self._mlflow.set_experiment(
-                get_or_create_experiment=get_or_create_experiment(self._mlflow, self.uri, job.tracking.experiment)
+                experiment_id=get_or_create_experiment(self._mlflow, self.uri, job.tracking.experiment)
             )
             self._run = self._mlflow.start_run(
                 earlier,
