@@ -1,17 +1,25 @@
-"""The failure of a job, and how errors are told in a line."""
+"""The failure of a job, and errors in one line."""
+
+MAX_LINE_CHARACTERS = 300
 
 
 class JobFailed(Exception):
-    """The job ended without its result; the message says why, for a person."""
+    """A job ended without its result; the message tells a person why."""
 
 
-def root_cause(traceback: str) -> str:
-    """The first error of a chain of tracebacks, in a line: what happened, without what followed from it."""
+def find_root_cause(traceback: str) -> str:
+    """Return the last line of the first traceback in a chain.
+
+    The first traceback tells what happened; the later ones tell what followed from it.
+    """
     first = traceback.split("\nThe above exception was the direct cause")[0].strip()
     return first.splitlines()[-1]
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, at most 300 characters of its first line."""
+def get_first_line(error: Exception) -> str:
+    """Return the first line of an error's text, at most 300 characters.
+
+    An error without text is named by its type.
+    """
     lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    return lines[0][:MAX_LINE_CHARACTERS] if lines else type(error).__name__

@@ -1,8 +1,8 @@
-"""Folders and object-store URIs alike, through pyarrow's filesystems.
+"""Local folders and object stores behind one interface, through pyarrow's filesystems.
 
-S3-compatible stores work by environment alone (`AWS_ENDPOINT_URL` and the usual credentials). One that refuses or
-resets connections, or answers 5xx, is asked again for about `CORUN_STORAGE_PATIENCE_S` seconds (100 unless the
-environment says otherwise) at ever longer intervals; then there is one `StorageError`.
+S3-compatible stores are configured by environment variables alone (`AWS_ENDPOINT_URL` and the usual credentials). A
+request that is refused, reset or answered with 5xx is retried at growing intervals for about
+`CORUN_STORAGE_PATIENCE_S` seconds (default: 100). Then one `StorageError` is raised.
 """
 
 import math
@@ -21,49 +21,62 @@ from pyarrow import NativeFile, fs
 
 from corun_ray.config.credentials import REFUSED, holds_credentials, without_credentials
 from corun_ray.core.errors import UserError
+from corun_ray.service.errors import get_first_line
 
 T = TypeVar("T")
 
-PATIENCE_VARIABLE, DEFAULT_PATIENCE_S = "CORUN_STORAGE_PATIENCE_S", 100.0
+PATIENCE_VARIABLE = "CORUN_STORAGE_PATIENCE_S"
+DEFAULT_PATIENCE_S = 100.0
 CONNECT_TIMEOUT_S = 3.0
 SILENCE_TIMEOUT_S = 15.0
-"""How long a connection may carry nothing; pyarrow's own 3 s fail a store slow to its first byte at every attempt."""
+"""How long a connection may carry no data. pyarrow's default of 3 s fails every attempt at a store that is slow to
+send its first byte."""
 FIRST_DELAY_S = 0.05
+"""Pause before the second retry; the first retry comes at once."""
+CACHED_LOCATIONS = 64
+OPEN_FILES = 32
+"""Files that stay open for `Location.read_range`."""
 
 
 class StorageError(UserError):
-    """A place that cannot be read or written; the message says which, and why, in one line."""
+    """A place that cannot be read or written; the message names the place and the reason in one line."""
 
 
 class MissingFile(StorageError):
-    """One file that is not there or, on this machine, one that its user may not read; the store itself answers."""
+    """One file that is not there, or a local file that the user may not read. The store itself answers."""
 
 
 class PatientS3(fs.S3FileSystem):
-    """An `S3FileSystem` that rides out its store's outages, and still does once unpickled: pyarrow's forgets how."""
+    """An `S3FileSystem` with patient retries, which survive pickling (pyarrow's own forgets its retry strategy)."""
 
     def __init__(self, **options: Any) -> None:
-        # The "standard" strategy gives up early when many requests fail at once: they share one budget of retries.
-        strategy = fs.AwsDefaultS3RetryStrategy(max_attempts=_num_retries(_patience_s()))
+        # Retry each request on its own. The "standard" strategy shares one budget of retries among all requests, and
+        # gives up early when many fail at once.
+        strategy = fs.AwsDefaultS3RetryStrategy(max_attempts=_count_retries(_read_patience_s()))
+
         timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "request_timeout": SILENCE_TIMEOUT_S}
         super().__init__(**{**options, **timeouts}, retry_strategy=strategy)
 
     @classmethod
-    def like(cls, filesystem: fs.S3FileSystem) -> "PatientS3":
-        """One for the same store."""
+    def copy_of(cls, filesystem: fs.S3FileSystem) -> "PatientS3":
+        """Return a patient filesystem for the same store."""
         _, (options,) = filesystem.__reduce__()
         return cls(**options)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         _, arguments = super().__reduce__()
-        return _patient_s3, arguments
+        return _make_patient_s3, arguments
 
 
-def _patient_s3(options: dict[str, Any]) -> PatientS3:
+def _make_patient_s3(options: dict[str, Any]) -> PatientS3:
     return PatientS3(**options)
 
 
-def _patience_s() -> float:
+def _read_patience_s() -> float:
+    """Read the time for retries from the environment.
+
+    Raises `ValueError` where the variable is no positive number.
+    """
     text = os.environ.get(PATIENCE_VARIABLE) or str(DEFAULT_PATIENCE_S)
     with suppress(ValueError):
         if 0 < float(text) < math.inf:
@@ -71,14 +84,15 @@ def _patience_s() -> float:
     raise ValueError(f"{PATIENCE_VARIABLE} must be a number of seconds above 0, not {text!r}")
 
 
-def _num_retries(patience_s: float) -> int:
-    # The first retry comes at once, the next after FIRST_DELAY_S, each later one after twice as long.
+def _count_retries(patience_s: float) -> int:
+    """Return how many retries fill `patience_s`."""
+    # The first retry comes at once, the next after FIRST_DELAY_S, and each later one after twice as long.
     return 1 + round(math.log2(patience_s / FIRST_DELAY_S + 1))
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder (or file) in some filesystem."""
+    """A folder or file in some filesystem."""
 
     uri: str
     filesystem: fs.FileSystem
@@ -86,48 +100,75 @@ class Location:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on this machine's own filesystem."""
+        """Whether the place is on this machine's own filesystem."""
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
     @property
     def name(self) -> str:
-        """The last part of its path."""
+        """The last part of the path."""
         return posixpath.basename(self.path)
 
+    # --- Navigating ---
+
     def child(self, relative: str) -> "Location":
-        """A place below this one; raises `StorageError` for one that is not."""
+        """Return the place at a path relative to this one.
+
+        Raises `StorageError` where the path leads out of this place.
+        """
         if posixpath.isabs(relative) or posixpath.normpath(relative).split("/")[0] == "..":
             raise StorageError(f"{relative!r} does not lie below {self.uri}")
-        # The options of a URI stay at its end.
-        place, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
-        uri = f"{posixpath.join(place, relative)}{mark}{options}"
+
+        place, options = split_options(self.uri)
+        uri = posixpath.join(place, relative) + options
         return Location(uri, self.filesystem, posixpath.join(self.path, relative))
 
-    def files(self) -> list[str]:
-        """Paths of all files below, relative to here, sorted; raises `StorageError` where there is no such folder."""
-        return [*self.listing()]
+    def parent(self) -> "Location":
+        """Return the folder that holds this place."""
+        place, options = split_options(self.uri)
+        uri = posixpath.dirname(place.rstrip("/")) + options
+        return Location(uri, self.filesystem, posixpath.dirname(self.path))
 
-    def listing(self) -> dict[str, fs.FileInfo]:
-        """What is known of all files below (`size`, `mtime_ns`), by their paths as `files` has them; raises as that."""
+    # --- Listing ---
+
+    def exists(self) -> bool:
+        """Return whether there is a file or folder here."""
+        info = self._attempt("look at", lambda: self.filesystem.get_file_info(self.path))
+        return info.type != fs.FileType.NotFound
+
+    def list_files(self) -> list[str]:
+        """List the relative paths of all files below, sorted.
+
+        Raises `StorageError` where there is no such folder.
+        """
+        return list(self.list_infos())
+
+    def list_infos(self) -> dict[str, fs.FileInfo]:
+        """Return the info (`size`, `mtime_ns`) of every file below, by relative path, sorted.
+
+        Files that a killed writer left unfinished are skipped. Raises `StorageError` where there is no such folder.
+        """
         selector = fs.FileSelector(self.path, recursive=True)
         found = self._attempt("list", lambda: self.filesystem.get_file_info(selector))
-        files = (info for info in found if info.type == fs.FileType.File and not _is_part(info.base_name))
-        by_path = {posixpath.relpath(info.path, self.path): info for info in files}
+
+        by_path = {}
+        for info in found:
+            if info.type == fs.FileType.File and not _is_unfinished(info.base_name):
+                by_path[posixpath.relpath(info.path, self.path)] = info
         return dict(sorted(by_path.items()))
 
-    def folders(self) -> list[str]:
-        """Names of the folders right below, sorted; none where this is no folder."""
+    def list_folders(self) -> list[str]:
+        """List the names of the folders directly below, sorted; none where this is no folder."""
         selector = fs.FileSelector(self.path, allow_not_found=True)
         found = self._attempt("list", lambda: self.filesystem.get_file_info(selector))
         return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
 
-    def exists(self) -> bool:
-        """Whether a file or folder is here."""
-        info = self._attempt("look at", lambda: self.filesystem.get_file_info(self.path))
-        return info.type != fs.FileType.NotFound
+    # --- Reading ---
 
     def read(self) -> bytes:
-        """The whole file; raises `MissingFile` where there is none, `StorageError` where that cannot be known."""
+        """Return the content of the whole file.
+
+        Raises `MissingFile` where there is no file, and `StorageError` where the store does not tell.
+        """
 
         def read() -> bytes:
             with self.filesystem.open_input_file(self.path) as file:
@@ -136,45 +177,23 @@ class Location:
         return self._attempt("read", read)
 
     def read_range(self, offset: int, num_bytes: int) -> bytes:
-        """A part of the file, shorter where the file ends, by one request; raises as `read` does.
+        """Read a part of the file by one request; the part is shorter where the file ends.
 
-        The file is kept open for the next part, so it must be one that is not changed in place.
+        The file stays open for the next part, so it must never be changed in place. Raises the errors of `read`.
         """
-        return self._attempt("read", lambda: _opened(self.uri).read_at(num_bytes, offset))
-
-    def write(self, data: bytes) -> None:
-        """Replaces the file, so that a reader sees the old content or the new one, never a part."""
-
-        def write() -> None:
-            if self.is_local:
-                return _replace(Path(self.path), data)
-            self.filesystem.create_dir(posixpath.dirname(self.path), recursive=True)
-            # An object store shows an object only when it is complete.
-            with self.filesystem.open_output_stream(self.path) as file:
-                file.write(data)
-
-        self._attempt("write", write)
-
-    def delete(self) -> None:
-        """Deletes the file, or the folder with all below it; nothing to do where there is neither."""
-
-        def delete() -> None:
-            kind = self.filesystem.get_file_info(self.path).type
-            if kind == fs.FileType.Directory:
-                self.filesystem.delete_dir(self.path)
-            elif kind != fs.FileType.NotFound:
-                self.filesystem.delete_file(self.path)
-
-        # Others may delete it too.
-        with suppress(MissingFile):
-            self._attempt("delete", delete)
+        return self._attempt("read", lambda: _open_file(self.uri).read_at(num_bytes, offset))
 
     def download(self, folder: Path) -> Path:
-        """Copies the file or folder into `folder`, under its own name, all of it or nothing; returns where it is."""
+        """Copy the file or folder into `folder` under its own name; return its new path.
+
+        The copy appears whole or not at all. Raises the errors of `read`.
+        """
         target = folder / self.name
 
         def download() -> None:
             folder.mkdir(parents=True, exist_ok=True)
+
+            # Copy into a temporary folder beside the target, then move: a rename is atomic on one disk.
             with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as part:
                 copy = Path(part, target.name)
                 if self.filesystem.get_file_info(self.path).type == fs.FileType.Directory:
@@ -185,63 +204,118 @@ class Location:
         self._attempt("read", download)
         return target
 
+    # --- Writing ---
+
+    def write(self, data: bytes) -> None:
+        """Replace the file; a reader sees the old content or the new one, never a part.
+
+        Raises `StorageError`.
+        """
+
+        def write() -> None:
+            if self.is_local:
+                _replace_file(Path(self.path), data)
+                return
+
+            # An object store shows an object only when it is complete, so no temporary name is needed.
+            self.filesystem.create_dir(posixpath.dirname(self.path), recursive=True)
+            with self.filesystem.open_output_stream(self.path) as file:
+                file.write(data)
+
+        self._attempt("write", write)
+
+    def delete(self) -> None:
+        """Delete the file, or the folder with everything below; do nothing where there is neither.
+
+        Raises `StorageError`.
+        """
+
+        def delete() -> None:
+            kind = self.filesystem.get_file_info(self.path).type
+            if kind == fs.FileType.Directory:
+                self.filesystem.delete_dir(self.path)
+            elif kind != fs.FileType.NotFound:
+                self.filesystem.delete_file(self.path)
+
+        # Another process may have deleted the file in between.
+        with suppress(MissingFile):
+            self._attempt("delete", delete)
+
     def _attempt(self, verb: str, action: Callable[[], T]) -> T:
+        """Return the result of `action`; raise its errors as one line, `cannot VERB URI: REASON`."""
         try:
             return action()
         except (OSError, ValueError) as error:
-            refused = self.is_local and verb == "read" and isinstance(error, PermissionError)
-            kind = MissingFile if refused or isinstance(error, FileNotFoundError) else StorageError
-            # Of a local file, pyarrow would name the path again, twice the error's number, and its own temporary.
-            known = self.is_local and isinstance(error, OSError) and error.errno
-            raise kind(f"cannot {verb} {self.uri}: {os.strerror(known) if known else _first_line(error)}") from None
+            # A missing file is the file's fault, and a local one without permission as well; the rest is the store's.
+            is_refused = self.is_local and verb == "read" and isinstance(error, PermissionError)
+            kind = MissingFile if is_refused or isinstance(error, FileNotFoundError) else StorageError
+
+            # For a local file, use the system's own text: pyarrow's repeats the path and the number of the error, and
+            # names the temporary file.
+            reason = get_first_line(error)
+            if self.is_local and isinstance(error, OSError) and error.errno:
+                reason = os.strerror(error.errno)
+            raise kind(f"cannot {verb} {self.uri}: {reason}") from None
 
 
-def _replace(path: Path, data: bytes) -> None:
+@lru_cache(maxsize=CACHED_LOCATIONS)
+def locate(uri: str) -> Location:
+    """Return the place of a folder path or URI.
+
+    Raises `StorageError` for a scheme that pyarrow does not know, and for a URI with credentials.
+    """
+    if holds_credentials(uri):
+        raise StorageError(f"{without_credentials(uri)} {REFUSED}")
+
+    # A plain path is a local place.
+    if "://" not in uri:
+        path = Path(uri).expanduser().absolute()
+        return Location(str(path), fs.LocalFileSystem(), str(path))
+
+    # The scheme of a URI chooses the filesystem.
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+        if isinstance(filesystem, fs.S3FileSystem):
+            filesystem = PatientS3.copy_of(filesystem)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot open {uri}: {get_first_line(error)}") from None
+    return Location(uri.rstrip("/"), filesystem, path.rstrip("/"))
+
+
+def split_options(uri: str) -> tuple[str, str]:
+    """Split a URI into its place and its options (`?region=…`), which stay at the end of the URI of a child.
+
+    A plain path has no options: a question mark belongs to a file's name there.
+    """
+    if "://" not in uri:
+        return uri, ""
+    place, mark, options = uri.partition("?")
+    return place, mark + options
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def _open_file(uri: str) -> NativeFile:
+    place = locate(uri)
+    return place.filesystem.open_input_file(place.path)
+
+
+def _replace_file(path: Path, data: bytes) -> None:
+    """Write a local file under a temporary name, then move it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: two writers must not share it.
+
+    # Every writer has a name of its own: two writers must not share a temporary file.
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with part.open("xb") as file:
             file.write(data)
             file.flush()
-            # Some filesystems tell of a full disk only now.
+            # Some filesystems report a full disk only now.
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _is_part(name: str) -> bool:
-    """Whether a file is what a writer that was killed left behind."""
+def _is_unfinished(name: str) -> bool:
+    """Return whether a file is the temporary file of a killed writer."""
     return name.startswith(".") and name.endswith(".part")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
-
-
-@lru_cache(maxsize=32)
-def _opened(uri: str) -> NativeFile:
-    place = locate(uri)
-    return place.filesystem.open_input_file(place.path)
-
-
-@lru_cache(maxsize=64)
-def locate(uri: str) -> Location:
-    """The place that a folder path or URI means.
-
-    Raises `StorageError` for a URI that pyarrow does not know, and for one with credentials.
-    """
-    if holds_credentials(uri):
-        raise StorageError(f"{without_credentials(uri)} {REFUSED}")
-    if "://" not in uri:
-        path = Path(uri).expanduser().absolute()
-        return Location(str(path), fs.LocalFileSystem(), str(path))
-    try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
-        if isinstance(filesystem, fs.S3FileSystem):
-            filesystem = PatientS3.like(filesystem)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"cannot open {uri}: {_first_line(error)}") from None
-    return Location(uri.rstrip("/"), filesystem, path.rstrip("/"))

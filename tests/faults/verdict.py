@@ -19,7 +19,7 @@ DONE = 0
 
 def run_folder(storage: Location) -> Location:
     """The folder of the only run that began there."""
-    (name,) = [name for name in storage.folders() if storage.child(name).child(RUN_FILE).exists()]
+    (name,) = [name for name in storage.list_folders() if storage.child(name).child(RUN_FILE).exists()]
     return storage.child(name)
 
 

@@ -8,12 +8,12 @@ def test_reads_back_what_it_wrote_and_lists_it(tmp_path):
     place.child("b/c.txt").write(b"one")
     place.child("b/c.txt").write(b"two")
     assert place.child("b/c.txt").read() == b"two"
-    assert place.files() == ["b/c.txt"]
+    assert place.list_files() == ["b/c.txt"]
 
 
 def test_missing_places_are_one_clear_line(tmp_path):
     with pytest.raises(StorageError, match="cannot list .*nowhere") as error:
-        locate(str(tmp_path / "nowhere")).files()
+        locate(str(tmp_path / "nowhere")).list_files()
     assert "\n" not in str(error.value)
     with pytest.raises(StorageError, match="cannot read"):
         locate(str(tmp_path)).child("none.png").read()

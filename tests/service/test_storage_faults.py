@@ -109,7 +109,7 @@ def test_an_upload_that_fails_for_good_is_one_line_and_leaves_the_old_file(store
     one_line(error)
     store.fault(None)
     assert kept().read() == OLD
-    assert locate("s3://faults").files() == ["kept.bin"]
+    assert locate("s3://faults").list_files() == ["kept.bin"]
 
 
 @pytest.mark.parametrize("refused", [1, 4])
@@ -169,7 +169,7 @@ def test_a_uri_may_name_its_store(store, monkeypatch):
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     place = locate(f"s3://faults/named?scheme=http&endpoint_override={store.url.removeprefix('http://')}")
     place.child("a/b.bin").write(NEW)
-    assert place.files() == ["a/b.bin"]
+    assert place.list_files() == ["a/b.bin"]
     assert locate(place.child("a/b.bin").uri).read() == NEW
     place.delete()
     assert not place.exists()
@@ -246,4 +246,4 @@ def test_two_writers_of_one_file_leave_one_of_theirs(tmp_path):
     assert place.read() in contents and os.listdir(tmp_path) == ["both.bin"]
     # What a writer leaves that is killed is no file.
     (tmp_path / ".0123abcd.part").write_bytes(OLD)
-    assert locate(str(tmp_path)).files() == ["both.bin"]
+    assert locate(str(tmp_path)).list_files() == ["both.bin"]

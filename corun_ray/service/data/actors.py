@@ -8,7 +8,7 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset
 from ray.exceptions import RayTaskError
 
-from corun_ray.service.errors import root_cause
+from corun_ray.service.errors import find_root_cause
 from corun_ray.service.storage import StorageError
 
 
@@ -23,7 +23,7 @@ def rows_of(outcomes: Dataset) -> Iterator[dict[str, Any]]:
         # Ray Data gives its actors up when nothing refers to the iteration any more; the error's frames would.
         traceback.clear_frames(error.__traceback__)
         del outcomes
-        kind, _, reason = root_cause(str(error)).partition(": ")
+        kind, _, reason = find_root_cause(str(error)).partition(": ")
         if kind.endswith(StorageError.__name__):
             raise StorageError(reason) from None
         raise

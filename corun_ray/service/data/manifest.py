@@ -104,7 +104,7 @@ def image_files(uri: str, key: str) -> dict[str, FileInfo]:
 
     Raises `ManifestError`, naming the job file's `key`, where there are none or a pack of them, and `StorageError`.
     """
-    files = locate(uri).listing()
+    files = locate(uri).list_infos()
     if is_pack(files):
         raise ManifestError(f"{key}: {uri} holds a pack, from which only training data are read")
     return {image: files[image] for image in _images_among([*files], uri, key)}
@@ -154,7 +154,7 @@ def _pack_or_files(uri: str, packs: dict[str, Pack]) -> Pack | list[str]:
     """The pack in a folder, added to `packs`, or the folder's files."""
     place = locate(uri)
     if place.uri not in packs:
-        files = place.listing()
+        files = place.list_infos()
         if not is_pack(files):
             return [*files]
         packs[place.uri] = open_pack(place, files)

@@ -79,7 +79,7 @@ def plan_pack(images: str, output: str, depth: str | None, shard_mib: int, keep_
     files, maps, left_out = image_files(images, "IMAGES"), {}, {}
     keys: dict[str, str | None] = dict.fromkeys(files)
     if depth is not None:
-        maps = locate(depth).listing()
+        maps = locate(depth).list_infos()
         named = with_suffix([*maps], DEPTH_SUFFIXES)
         pairs, unpaired, unused = pair_by_stem([*keys], named, "depth map")
         if not pairs:
@@ -131,7 +131,7 @@ def shards_there(plan: Plan) -> set[int]:
     Raises `StorageError` where the output holds other things.
     """
     output = locate(plan.output)
-    files = output.listing() if output.exists() else {}
+    files = output.list_infos() if output.exists() else {}
     for file in files:
         if file != INDEX and not SHARD_FILE.fullmatch(file):
             raise StorageError(f"{plan.output} holds {file}, which is no part of a pack: choose an empty place")
@@ -266,7 +266,7 @@ def write_index(plan: Plan) -> Packed:
         raise StorageError(f"not one of the images below {plan.images} can be packed")
     _write_table(entries, {SHARDS: json.dumps(shards)}, output.child(INDEX))
     ours = {INDEX, *map(_images, names), *map(_part, names)}
-    for file in output.listing().keys() - ours:
+    for file in output.list_infos().keys() - ours:
         output.child(file).delete()
     return Packed(len(entries), len(shards), sum(shards.values()), left_out)
 

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from corun_ray.config.jobs import ClusterSection
 from corun_ray.service.cluster.gpus import gpus_of_driver
 from corun_ray.service.doctor.places import Outcome, hurry, try_storage
-from corun_ray.service.errors import root_cause
+from corun_ray.service.errors import find_root_cause
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.train.launch import NodeTorchConfig, reasons, scaling
 
@@ -147,7 +147,7 @@ def _answer(address: str, answer: Any) -> Any:
     try:
         return ray.get(answer, timeout=ANSWER_S)
     except RayError as error:
-        raise NodeTrouble(f"{address} does not answer: {root_cause(str(error))}") from None
+        raise NodeTrouble(f"{address} does not answer: {find_root_cause(str(error))}") from None
 
 
 def _clock(actor: Any) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import requests
 
-from corun_ray.service.errors import first_line
+from corun_ray.service.errors import get_first_line
 from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow, get_or_create_experiment
 from corun_ray.service.storage import PATIENCE_VARIABLE, Location, StorageError
 
@@ -48,7 +48,7 @@ def try_storage(place: Location) -> Outcome:
         read = time.monotonic()
         if not same:
             raise StorageError(f"cannot trust {place.uri}: it gives back other bytes than were written")
-        if folder.files() != ["trial.bin"]:
+        if folder.list_files() != ["trial.bin"]:
             raise StorageError(f"cannot list {place.uri}: a file that was written is not in it")
     finally:
         with suppress(StorageError):  # the error that is under way says more
@@ -74,7 +74,7 @@ def try_mlflow(uri: str) -> str:
         finally:
             client.delete_run(run)
     except Exception as error:
-        raise TrackingError(f"{uri} does not work as MLflow: {first_line(error)}") from None
+        raise TrackingError(f"{uri} does not work as MLflow: {get_first_line(error)}") from None
     if not same:
         raise TrackingError(f"{uri} gives back other values than were logged")
     return "run, metric and artifact, written and read"

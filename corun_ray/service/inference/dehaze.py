@@ -138,7 +138,7 @@ def dehaze(
 
 def _not_yet_written(section: DehazeSection, keys: list[str]) -> list[str]:
     output = locate(section.output)
-    there = set(output.files()) if output.exists() else set()
+    there = set(output.list_files()) if output.exists() else set()
     return [key for key in keys if get_output_name(key, section.format) not in there]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from corun_ray.core.metrics.catalog import all_metrics
 from corun_ray.core.training.checkpoints import NETWORK_FILE
-from corun_ray.service.errors import first_line
+from corun_ray.service.errors import get_first_line
 from corun_ray.service.models import flavor
 from corun_ray.service.models.flavor import ABOUT_FOLDER
 from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow
@@ -149,7 +149,7 @@ class Registry:
         except TrackingError:
             raise
         except Exception as error:
-            raise TrackingError(f"{what} in {self.uri}: {first_line(error)}") from None
+            raise TrackingError(f"{what} in {self.uri}: {get_first_line(error)}") from None
 
 
 def download_model(uri: str, source: str, folder: Path) -> Path:
@@ -161,7 +161,7 @@ def download_model(uri: str, source: str, folder: Path) -> Path:
     try:
         model = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder)))
     except Exception as error:
-        raise TrackingError(f"{source}: not to be had from {uri}: {first_line(error)}") from None
+        raise TrackingError(f"{source}: not to be had from {uri}: {get_first_line(error)}") from None
     found = sorted(model.rglob(NETWORK_FILE))
     if not found:
         raise TrackingError(f"{source}: a model without {NETWORK_FILE}; not one of corun_ray's")

@@ -12,7 +12,7 @@ from corun_ray.config.credentials import REFUSED, holds_credentials, without_cre
 from corun_ray.config.jobs import Job
 from corun_ray.config.reference import flatten
 from corun_ray.core.errors import UserError
-from corun_ray.service.errors import first_line
+from corun_ray.service.errors import get_first_line
 
 SQLITE = "sqlite:///"
 
@@ -72,7 +72,9 @@ class Tracker:
                 params = flatten(job.model_dump(mode="json"))
                 self._mlflow.log_params({key: str(value)[:500] for key, value in params.items()})
         except Exception as error:
-            raise TrackingError(f"tracking.uri: {self.uri} does not answer as MLflow: {first_line(error)}") from None
+            raise TrackingError(
+                f"tracking.uri: {self.uri} does not answer as MLflow: {get_first_line(error)}"
+            ) from None
 
     @property
     def run_id(self) -> str:

@@ -58,7 +58,7 @@ def hazy_image(root: str, key: str, height_px: int, width_px: int) -> ImageU8:
 
 
 def _in_pack(folder: Location, key: str) -> bytes:
-    pack = open_pack(folder, folder.listing())
+    pack = open_pack(folder, folder.list_infos())
     if key not in pack.images:
         raise StorageError(f"the pack in {folder.uri} holds none")
     return pack.read(pack.images[key])

@@ -164,7 +164,7 @@ def sweep(pool: Location, keep: set[str], in_use: Iterable[str]) -> None:
 
     `in_use` must be learnt after the files have been listed: it is consumed only then.
     """
-    files = pool.files()
+    files = pool.list_files()
     named: set[str] = set()
     for file in files:
         if step_of(file) is not None and file not in keep:

@@ -103,7 +103,7 @@ def pictured_steps(run: Location) -> dict[str, list[int]]:
     """`SET/IMAGE` → the steps of which there is a picture, in order; raises `StorageError`."""
     place = run.child(EXAMPLES)
     found: dict[str, list[int]] = {}
-    for path in place.files() if place.exists() else ():
+    for path in place.list_files() if place.exists() else ():
         if match := _PICTURE.fullmatch(path):
             found.setdefault(match[1], []).append(int(match[2]))
     return found

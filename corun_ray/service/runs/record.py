@@ -59,7 +59,7 @@ def step_of_folder(name: str) -> int | None:
 
 def steps_saved(run: Location) -> list[int]:
     """The steps after which the run has a checkpoint's folder, in order; raises `StorageError`."""
-    return sorted(step for name in run.folders() if (step := step_of_folder(name)) is not None)
+    return sorted(step for name in run.list_folders() if (step := step_of_folder(name)) is not None)
 
 
 def new_run(job: TrainingJob) -> Location:
@@ -74,7 +74,7 @@ def last_run(job: TrainingJob) -> Location | None:
     """
     pattern = re.compile(re.escape(job.name) + r"-\d{8}-\d{6}")
     storage = locate(job.storage)
-    for name in sorted(filter(pattern.fullmatch, storage.folders()), reverse=True):
+    for name in sorted(filter(pattern.fullmatch, storage.list_folders()), reverse=True):
         if storage.child(name).child(RUN_FILE).exists():
             return storage.child(name)
     return None

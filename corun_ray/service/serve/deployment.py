@@ -24,7 +24,7 @@ from corun_ray.config.tasks import ServeSection
 from corun_ray.core.inference.restore import MIN_SIDE_PX
 from corun_ray.service.cluster import connect as cluster
 from corun_ray.service.cluster.connect import ClusterError
-from corun_ray.service.errors import JobFailed, first_line, root_cause
+from corun_ray.service.errors import JobFailed, find_root_cause, get_first_line
 from corun_ray.service.models.registry import Registry
 from corun_ray.service.models.sources import MLFLOW_SCHEMES, Model, fetch_model
 from corun_ray.service.models.tracking import get_tracking_uri
@@ -111,7 +111,7 @@ class Deployment:
             app = build_application(section, self._model, self._served, self._owner)
             serve.run(app, name=self._name, route_prefix=section.path)
         except (RayServeException, RayError, RuntimeError, TimeoutError, ValueError) as error:
-            raise JobFailed(f"{self._name}: Ray Serve could not start it: {root_cause(str(error))}") from None
+            raise JobFailed(f"{self._name}: Ray Serve could not start it: {find_root_cause(str(error))}") from None
         # A Serve that ran before has an address of its own, which cannot be changed under its applications.
         client = _get_global_client()
         assert client is not None
@@ -127,7 +127,7 @@ class Deployment:
             try:
                 now = serve.status().applications.get(self._name)
             except (RayServeException, RayError) as error:
-                raise JobFailed(f"{self._name}: Ray Serve is lost: {first_line(error)}") from None
+                raise JobFailed(f"{self._name}: Ray Serve is lost: {get_first_line(error)}") from None
             if now is None:
                 self.is_ours = False
                 yield "it was deleted by someone else"

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from corun_ray.config.jobs import TrainingJob
-from corun_ray.service.errors import root_cause
+from corun_ray.service.errors import find_root_cause
 from corun_ray.service.models.tracking import Tracker
 from corun_ray.service.runs.held_out import (
     EXAMPLES,
@@ -213,8 +213,8 @@ class Follower:
 
     def _pass_on(self, news: Events) -> None:
         for rank, text in news.errors:
-            self._console.say(f"  worker {rank} failed: {root_cause(text)}")
-            self._log.warning("worker failed", rank=rank, error=root_cause(text))
+            self._console.say(f"  worker {rank} failed: {find_root_cause(text)}")
+            self._log.warning("worker failed", rank=rank, error=find_root_cause(text))
             self._errors += f"worker {rank}, {time.strftime('%H:%M:%S')}\n{text}\n"
             self._keep("errors.log", self._errors.encode())
         for attempt in news.attempts:

@@ -20,7 +20,7 @@ from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from corun_ray.config.jobs import ClusterSection
-from corun_ray.service.errors import JobFailed, root_cause
+from corun_ray.service.errors import JobFailed, find_root_cause
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.plan import WorkerPlan
@@ -81,10 +81,10 @@ def fit(plan: WorkerPlan, run: Location, console: Console) -> Result:
 def reasons(error: Exception) -> list[str]:
     """A line a cause; whole tracebacks are in the run's errors.log."""
     if isinstance(error, WorkerGroupError):
-        causes = {rank: root_cause(str(failure)) for rank, failure in sorted(error.worker_failures.items())}
+        causes = {rank: find_root_cause(str(failure)) for rank, failure in sorted(error.worker_failures.items())}
         return [f"worker {rank}: {text}" for rank, text in causes.items()]
     if isinstance(error, ControllerError):
-        return [f"Ray Train's controller: {root_cause(str(error.controller_failure))}"]
+        return [f"Ray Train's controller: {find_root_cause(str(error.controller_failure))}"]
     return [f"Ray Train's controller died: {str(error).splitlines()[0]}"]
 
 

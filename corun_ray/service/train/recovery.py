@@ -38,7 +38,7 @@ def _is_usable(run: Location) -> bool:
     try:
         state = json.loads(run.child(STATE_FILE).read())
         names = {one["checkpoint_dir_name"] for one in state["checkpoint_results"]}
-        return state["ray_version"] == ray.__version__ and names <= set(run.folders())
+        return state["ray_version"] == ray.__version__ and names <= set(run.list_folders())
     except (MissingFile, KeyError, TypeError, ValueError):
         return False
 

@@ -15,7 +15,7 @@ from corun_ray.config.jobs import TuneJob
 from corun_ray.config.loading import dump_job
 from corun_ray.config.trials import trial_job
 from corun_ray.core.networks.build import build
-from corun_ray.service.errors import JobFailed, root_cause
+from corun_ray.service.errors import JobFailed, find_root_cause
 from corun_ray.service.models.sources import get_network_spec
 from corun_ray.service.report.page import Listing, PageSection, PictureItem, Table, render
 
@@ -59,7 +59,7 @@ class TrialResult:
 def _reason(traceback: str) -> str:
     """What a trial died of: a job's own account of its failure has lines, of which none is to be lost."""
     _, told, account = traceback.rpartition(f"{JobFailed.__name__}: ")
-    return account.strip() if told else root_cause(traceback)
+    return account.strip() if told else find_root_cause(traceback)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def packed(images, output, depth=None, shard_mib=1, keep_png=False):
 
 def opened(place):
     folder = locate(str(place))
-    return open_pack(folder, folder.listing())
+    return open_pack(folder, folder.list_infos())
 
 
 def samples_of(job):
@@ -97,7 +97,7 @@ def test_pairs_come_from_packs_too(dataset, tmp_path):
 
 def test_shards_are_ordinary_parquet_of_the_size_asked_for(large):
     result, _ = packed(large / "clear", large / "pack", large / "depth", shard_mib=2)
-    names = [name for name in locate(str(large / "pack")).files() if name != INDEX and ".index." not in name]
+    names = [name for name in locate(str(large / "pack")).list_files() if name != INDEX and ".index." not in name]
     assert (result.images, result.shards, result.left_out) == (6, 3, {}) and len(names) == 3
     rows = [row for name in names for row in pq.read_table(large / "pack" / name).to_pylist()]
     assert [row["key"] for row in rows] == images_below(str(large / "clear"), "")
@@ -119,19 +119,19 @@ def test_depth_in_png_may_stay(large):
 def test_packing_again_writes_what_is_missing_or_has_changed(large):
     arguments = (large / "clear", large / "pack", None)
     assert packed(*arguments)[1] == 6
-    first = locate(str(large / "pack")).files()
+    first = locate(str(large / "pack")).list_files()
     assert packed(*arguments)[1] == 0
     lost = next(name for name in first if ".index." in name)
     (large / "pack" / lost).unlink()
     assert packed(*arguments)[1] == 1
-    assert locate(str(large / "pack")).files() == first
+    assert locate(str(large / "pack")).list_files() == first
     write_image(large / "clear/day 1/5.png", np.zeros((16, 16, 3), np.uint8))
     (large / "clear/day 0/0.png").unlink()
     result, written = packed(*arguments)
     assert result.images == 5 and written >= 1
     pack = opened(large / "pack")
     assert pack.read(pack.images["day 1/5.png"]) == (large / "clear/day 1/5.png").read_bytes()
-    assert len(locate(str(large / "pack")).files()) == 1 + 2 * len(pack.shards), "old shards are gone"
+    assert len(locate(str(large / "pack")).list_files()) == 1 + 2 * len(pack.shards), "old shards are gone"
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".index.parquet"])

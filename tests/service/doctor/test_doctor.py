@@ -44,7 +44,7 @@ def test_a_healthy_stack_is_all_ok_and_nothing_stays_behind(needs):
     assert "2 workers on 1 node: 64 MiB summed by gloo" in found["workers"].text
     assert "from here and 1 node: write" in found["storage"].text
     assert "the object store" in found["clock"].text
-    assert locate(needs.storage).files() == []
+    assert locate(needs.storage).list_files() == []
 
 
 @contextmanager

@@ -274,7 +274,7 @@ def test_a_sweep_keeps_what_the_pool_needs(local_ray, tmp_path):
         pool.offer(*(label(f"{i}.png", 0.1 * step, 0.1 * step, step - 1) for i in range(6)))
         pool.save(step)
     pool.keeper.sweep([3, 4])
-    assert {snapshots.step_of(file) for file in pool.folder.files()} - {None} == {3, 4}
+    assert {snapshots.step_of(file) for file in pool.folder.list_files()} - {None} == {3, 4}
     assert all(len(pool.content(step)) == 6 for step in (3, 4))
-    segment_files = [file for file in pool.folder.files() if file.startswith("segments/")]
+    segment_files = [file for file in pool.folder.list_files() if file.startswith("segments/")]
     assert len(segment_files) == 2 * 2 * 2, "images and index of two snapshots of two shards"

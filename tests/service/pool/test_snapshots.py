@@ -82,7 +82,7 @@ def test_a_sweep_leaves_what_is_named_or_in_use(pool):
     snapshots.write(pool, 2, 2, [[Segment("shared", 1, 1), Segment("new", 2, 1)]], [PoolCounters()])
     snapshots.write_current(pool, snapshots.Current(generation=1, snapshot="step_00000002.json"))
     snapshots.sweep(pool, {"step_00000002.json"}, iter(["unfinished"]))
-    left = {file.rpartition("/")[2].partition(".")[0] for file in pool.files()}
+    left = {file.rpartition("/")[2].partition(".")[0] for file in pool.list_files()}
     assert left == {"shared", "new", "unfinished", "step_00000002", "current"}
 
 
@@ -95,7 +95,7 @@ def test_what_is_in_use_is_asked_after_the_listing(pool):
         yield from ()
 
     snapshots.sweep(pool, set(), in_use())
-    assert sorted(pool.files()) == ["segments/begun.index.parquet", "segments/begun.parquet"]
+    assert sorted(pool.list_files()) == ["segments/begun.index.parquet", "segments/begun.parquet"]
 
 
 def test_where_the_pool_stands(pool):

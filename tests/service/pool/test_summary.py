@@ -141,7 +141,7 @@ def test_the_numbers_of_a_snapshot(mixed):
     assert summary.clarity.mean == 0.25 and summary.clarity.histogram == [0, 0, 3] + 7 * [0]
     assert summary.quality.least == summary.quality.most == 0.75 and summary.quality.histogram[7] == 3
     assert summary.memory_bytes == 2 * (4 * 16 * 24 + 2 * 6 * 4) + 3 * 16 * 24 + 2 * 6 * 4
-    files = [file for file in (mixed.pool.child("segments")).files() if "-50" in file]
+    files = [file for file in (mixed.pool.child("segments")).list_files() if "-50" in file]
     assert len(files) == 4
     assert summary.storage_bytes == sum(len(mixed.pool.child(f"segments/{file}").read()) for file in files)
     assert [(kind.labels, kind.with_transmission) for kind in summary.images] == [(2, True), (1, False)]

@@ -39,7 +39,9 @@ def labels_of(job, snapshot):
 
 def last_checkpoint(job):
     run = run_folder(job)
-    return run.child(max(f for f in run.files() if f.endswith(TRAINING_FILE))).path.removesuffix(f"/{TRAINING_FILE}")
+    return run.child(max(f for f in run.list_files() if f.endswith(TRAINING_FILE))).path.removesuffix(
+        f"/{TRAINING_FILE}"
+    )
 
 
 def test_leaves_a_registered_model_that_plain_pyfunc_runs(colabator, dataset, tmp_path):
@@ -81,7 +83,7 @@ def test_mlflow_has_params_metrics_pictures_and_the_job_file(colabator):
     artifacts = {a.path for folder in ("", "pictures") for a in client.list_artifacts(run.info.run_id, folder)}
     pictures = {f"pictures/restorations_{step:08d}.png" for step in (3, 6)}
     assert {"job.yaml", "report.html", *pictures} <= artifacts
-    assert {"report.html", *pictures} <= set(run_folder(job).files())
+    assert {"report.html", *pictures} <= set(run_folder(job).list_files())
 
 
 def test_the_run_keeps_every_held_out_image_of_every_validation(colabator):

@@ -1,4 +1,4 @@
-from corun_ray.service.errors import root_cause
+from corun_ray.service.errors import find_root_cause
 from corun_ray.service.telemetry.console import Rate, duration
 
 CHAIN = """Traceback (most recent call last):
@@ -14,8 +14,8 @@ ray.exceptions.UserCodeException: UDF failed to process a data block.
 
 
 def test_the_root_cause_is_what_happened_first():
-    assert root_cause(CHAIN) == "ValueError: the depth map is upside down"
-    assert root_cause("Traceback:\n  x\nKeyError: 3\n") == "KeyError: 3"
+    assert find_root_cause(CHAIN) == "ValueError: the depth map is upside down"
+    assert find_root_cause("Traceback:\n  x\nKeyError: 3\n") == "KeyError: 3"
 
 
 def test_the_rate_rests_on_recent_progress(monkeypatch):

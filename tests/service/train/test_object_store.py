@@ -36,15 +36,15 @@ def bucket(s3_server, local_ray, dataset):
 
 def test_a_bucket_reads_and_writes_as_a_folder_does(bucket, dataset):
     place = locate(f"{bucket}/hazy")
-    assert place.files() == [f"photo_{i}.png" for i in range(6)]
+    assert place.list_files() == [f"photo_{i}.png" for i in range(6)]
     assert place.child("photo_0.png").read() == (dataset / "hazy/photo_0.png").read_bytes()
     locate(f"{bucket}/notes").child("a/b.txt").write(b"text")
-    assert locate(f"{bucket}/notes").files() == ["a/b.txt"]
+    assert locate(f"{bucket}/notes").list_files() == ["a/b.txt"]
     assert locate(f"{bucket}/hazy").exists() and not locate(f"{bucket}/haze").exists()
     with pytest.raises(StorageError, match="cannot read s3://haze/hazy/none.png"):
         place.child("none.png").read()
     with pytest.raises(StorageError, match="cannot list s3://no-such-bucket/x"):
-        locate("s3://no-such-bucket/x").files()
+        locate("s3://no-such-bucket/x").list_files()
 
 
 def test_the_pool_is_saved_to_a_bucket_and_restored(bucket, tmp_path):
@@ -83,7 +83,7 @@ def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, trained, tmp_path)
     job, uri, _, _ = trained
     assert fetch_model(uri, job.tracking.uri).spec.args["stages"] == 2
 
-    files = locate(f"{bucket}/runs").files()
+    files = locate(f"{bucket}/runs").list_files()
     assert any(file.endswith("pictures/restorations_00000006.png") for file in files)
     last = max(file for file in files if file.endswith(TRAINING_FILE))
     checkpoint = locate(f"{bucket}/runs").child(last.rpartition("/")[0])
@@ -98,7 +98,7 @@ def test_the_secret_key_that_the_run_used_is_nowhere(bucket, trained):
     """Not in its folder, in MLflow's records, in what it printed, or in Ray's logs."""
     _, _, mlflow, output = trained
     runs, logs = locate(f"{bucket}/runs"), Path(ray._private.worker.global_worker.node.get_logs_dir_path())
-    texts = {f"{runs.uri}/{name}": runs.child(name).read() for name in runs.files()}
+    texts = {f"{runs.uri}/{name}": runs.child(name).read() for name in runs.list_files()}
     texts |= {str(path): path.read_bytes() for folder in (mlflow, logs) for path in folder.rglob("*") if path.is_file()}
     texts["output"] = output.encode()
     assert len(texts) > 30 and any(name.endswith("job.yaml") for name in texts)
@@ -118,4 +118,4 @@ def test_a_bucket_is_dehazed_into_a_bucket_and_what_is_there_is_passed_over(buck
     locate(f"{bucket}/clean/photo_3.png").delete()
     again = dehaze(section, model, resume=True)
     assert (again.written, again.already_written) == (1, 5)
-    assert locate(f"{bucket}/clean").files() == [f"photo_{i}.png" for i in range(6)]
+    assert locate(f"{bucket}/clean").list_files() == [f"photo_{i}.png" for i in range(6)]

@@ -102,7 +102,7 @@ def test_snapshots_go_with_the_checkpoints_that_name_them(runs):
     root, data, *_ = runs
     for name in ("whole", "stopped", "two"):
         run, _ = last(root / name, data)
-        found = {snapshots.step_of(file) for file in run.child("pool").files()} - {None}
+        found = {snapshots.step_of(file) for file in run.child("pool").list_files()} - {None}
         assert found == {15, 20} == set(steps_saved(run)), "keep_checkpoints is 2"
 
 
