@@ -33,7 +33,7 @@ from corun_ray.service.data.sample_maker import Batch, SampleMaker
 from corun_ray.service.data.stream import remaining_phases
 from corun_ray.service.train.coherence import build_coherence, build_losses
 from corun_ray.service.train.learner import Learner
-from corun_ray.service.train.worker import learning_cycles
+from corun_ray.service.train.worker import list_learning_cycles
 from corun_ray.service.weights.needed import weights_source
 
 
@@ -75,7 +75,7 @@ def train(job: TrainingJob, rank: int, workers: int) -> list[float]:
     coherence = build_coherence(job.coherence, weights_source(None)) if job.kind == "colabator" else None
     losses = build_losses(job, weights_source(None), coherence)
     learner = Learner(job, state, losses, coherence, LocalPool(), rank, torch.device("cpu"))
-    cycles, rates, since_s = learning_cycles(job.optim), [], time.perf_counter()
+    cycles, rates, since_s = list_learning_cycles(job.optim), [], time.perf_counter()
     for batch in batches(job, rank, workers):
         for _ in learner.learn(batch):
             pass

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from corun_ray.core.training.checkpoints import read_record
-from corun_ray.service.runs.record import folder_name, steps_saved
+from corun_ray.service.runs.record import list_checkpoint_steps, name_checkpoint
 from corun_ray.service.storage import locate
 from corun_ray.service.train.recovery import STATE_FILE
 from tests.faults.matrix import stage
@@ -27,7 +27,7 @@ def theatre():
 def is_noted(run, step):
     """Whether Ray Train's own list has the checkpoint: from then on workers start from it."""
     checkpoints = run.child(STATE_FILE)
-    return checkpoints.exists() and folder_name(step).encode() in checkpoints.read()
+    return checkpoints.exists() and name_checkpoint(step).encode() in checkpoints.read()
 
 
 def drain(rig, node, deadline_s):
@@ -79,8 +79,8 @@ def test_an_elastic_job_grows_and_shrinks_with_the_cluster(theatre, tmp_path):
     assert driver.says("with 1"), driver.output[-3000:]
     assert driver.finish() == 0, driver.output[-3000:]
     run = run_folder(locate(str(tmp_path / "runs")))
-    assert steps_saved(run)[-1] == 60
-    record = read_record(Path(run.child(folder_name(60)).path))
+    assert list_checkpoint_steps(run)[-1] == 60
+    record = read_record(Path(run.child(name_checkpoint(60)).path))
     # Two images a worker and step: somewhere between what one and two workers would have seen.
     assert record["step"] == 60 and 120 < record["num_images_seen"] < 240
     rig.mend()
@@ -97,5 +97,5 @@ def test_with_the_head_gone_the_job_goes_on_in_a_new_cluster(theatre, tmp_path):
     again = Driver(job, rig.environment(), "--resume")
     assert again.finish() == 0, again.output[-3000:]
     assert "goes on with this run" in again.output
-    record = read_record(Path(run_folder(locate(str(tmp_path / "runs"))).child(folder_name(24)).path))
+    record = read_record(Path(run_folder(locate(str(tmp_path / "runs"))).child(name_checkpoint(24)).path))
     assert (record["step"], record["num_images_seen"]) == (24, 96)

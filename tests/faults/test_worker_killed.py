@@ -5,7 +5,7 @@ from pathlib import Path
 
 from corun_ray.core.training.checkpoints import read_record
 from corun_ray.service.pool import snapshots
-from corun_ray.service.runs.record import folder_name, last_run, steps_saved
+from corun_ray.service.runs.record import find_last_run, list_checkpoint_steps, name_checkpoint
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
 from tests.service.jobs import small_job
@@ -23,13 +23,13 @@ def test_the_workers_go_on_from_the_last_checkpoint_when_one_is_killed(local_ray
         cluster={"workers": 2, "max_failures": 1},
     )
     run_training(job, Console(), HERE)
-    output, run = capsys.readouterr().out, last_run(job)
+    output, run = capsys.readouterr().out, find_last_run(job)
     assert re.findall(r"workers restarted: going on from step (\d+) with (\d+)", output) == [("4", "2")], output
     # The killed one says nothing; the other names what it saw of that.
     assert re.search(r"worker 0 failed: \w+Error: ", output), output
     assert "RuntimeError" in run.child("errors.log").read().decode()
-    assert steps_saved(run) == [4, 8]
-    record = read_record(Path(run.path) / folder_name(8))
+    assert list_checkpoint_steps(run) == [4, 8]
+    record = read_record(Path(run.path) / name_checkpoint(8))
     assert (record["step"], record["num_images_seen"]) == (8, 16)
     snapshot = snapshots.read(run.child("pool").child(record["extra"]["pool_snapshot"]))
     assert {label.key for label in snapshots.labels(run.child("pool"), snapshot)} == {

@@ -173,7 +173,7 @@ def _make_samples(
 
     # Ray already runs one task a core; OpenCV's own threads would only fight over it.
     cv2.setNumThreads(1)
-    recorder, started_s = telemetry.GaugeRecorder(labels), time.perf_counter()
+    recorder, started_s = telemetry.MetricRecorder(labels), time.perf_counter()
     decoded = None if cache is None else decoded_of(cache)
     if decoded is not None:
         decoded.refresh()

@@ -25,7 +25,7 @@ from corun_ray.service.cluster.gpus import gpus_of_driver
 from corun_ray.service.doctor.places import Outcome, hurry, try_storage
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.storage import Location, StorageError
-from corun_ray.service.train.launch import NodeTorchConfig, reasons, scaling
+from corun_ray.service.train.launch import NodeTorchConfig, describe_failure, make_scaling_config
 
 T = TypeVar("T")
 ANSWER_S = 60.0
@@ -168,7 +168,7 @@ def all_reduce(size: ClusterSection, mib: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         trainer = TorchTrainer(
             functools.partial(_all_reduce, mib),  # type: ignore[arg-type]
-            scaling_config=scaling(size),
+            scaling_config=make_scaling_config(size),
             torch_config=NodeTorchConfig(timeout_s=int(ANSWER_S)),
             run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=0)),
         )
@@ -176,7 +176,7 @@ def all_reduce(size: ClusterSection, mib: int) -> str:
             # Ray's annotations are those of its older trainer, which had no such values.
             summed: _Summed = trainer.fit().return_value  # type: ignore[attr-defined]
         except TrainingFailedError as error:
-            raise RuntimeError("; ".join(reasons(error))) from None
+            raise RuntimeError("; ".join(describe_failure(error))) from None
     if summed.workers == 1:
         return "a single worker: nothing to sum"
     # Each byte crosses the slowest link 2 (n - 1) / n times, as NCCL's own tests count.

@@ -117,7 +117,7 @@ def dehaze(
     if not wanted:
         return result
     DataContext.get_current().enable_progress_bars = False
-    recorder = telemetry.GaugeRecorder({"job_name": job_name})
+    recorder = telemetry.MetricRecorder({"job_name": job_name})
     slots, threads = actor_slots(len(wanted))
     rows = rows_of(
         ray.data.from_items(wanted, override_num_blocks=min(len(wanted), 1000)).map_batches(

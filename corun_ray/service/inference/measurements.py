@@ -11,7 +11,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from corun_ray.core.metrics.catalog import all_metrics
-from corun_ray.service.report.statistics import Comparison, Interval, compare, interval_of
+from corun_ray.service.report.statistics import Comparison, Interval, compare, estimate_interval
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Measurements:
     def intervals(self) -> dict[str, dict[str, Interval]]:
         """Model → metric → mean and interval."""
         return {
-            model: {metric: interval_of(self.of(model, metric)) for metric in self.metrics} for model in self.models
+            model: {metric: estimate_interval(self.of(model, metric)) for metric in self.metrics}
+            for model in self.models
         }
 
     def comparisons(self, reference: str) -> dict[str, dict[str, Comparison]]:

@@ -15,8 +15,8 @@ from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.service.data.manifest import HeldOutSet, held_out_sets
 from corun_ray.service.models.flavor import CARD_FILE
 from corun_ray.service.models.registry import HELD_OUT_TAG, SUMMARY_TAG, ModelDescription
-from corun_ray.service.report.statistics import interval_of
-from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog, examples_at
+from corun_ray.service.report.statistics import estimate_interval
+from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog, read_examples
 from corun_ray.service.runs.record import JOB_FILE
 from corun_ray.service.storage import Location
 
@@ -69,7 +69,8 @@ def describe_model(
     last = log.last_step
     values = {} if last is None else log.at(last)
     means = {
-        f"{prefix}/{metric}": interval_of(np.array([*images.values()])) for (prefix, metric), images in values.items()
+        f"{prefix}/{metric}": estimate_interval(np.array([*images.values()]))
+        for (prefix, metric), images in values.items()
     }
     tags = {
         "corun_ray.kind": job.kind,
@@ -131,7 +132,7 @@ def _summary(job: TrainingJob, spec: NetworkSpec) -> str:
 
 def _pictures(run: Location, step: int | None) -> bytes | None:
     """The first pictured images of the last validation, hazy above restored."""
-    examples = [] if step is None else examples_at(run, step)[:PICTURED]
+    examples = [] if step is None else read_examples(run, step)[:PICTURED]
     if not examples:
         return None
     sides = ([example.hazy for example in examples], [example.output for example in examples])

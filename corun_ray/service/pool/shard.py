@@ -25,14 +25,14 @@ from corun_ray.service.pool.segments import READS_AT_ONCE, SegmentReader
 from corun_ray.service.storage import Location, StorageError, locate
 from corun_ray.service.telemetry import prometheus as telemetry
 from corun_ray.service.telemetry.logs import Log
-from corun_ray.service.telemetry.prometheus import NO_JOB, GaugeRecorder, Metric
+from corun_ray.service.telemetry.prometheus import NO_JOB, Metric, MetricRecorder
 
 
 class PoolTelemetry:
     """Tells what a shard counts."""
 
     def __init__(self, labels: Mapping[str, str], number: int) -> None:
-        self._recorder = GaugeRecorder(labels, shard=str(number))
+        self._recorder = MetricRecorder(labels, shard=str(number))
 
     def tell(self, counters: PoolCounters) -> None:
         """The shard as of now."""

@@ -15,7 +15,13 @@ from corun_ray.core.training.labels import Label
 from corun_ray.service.pool import segments, snapshots
 from corun_ray.service.pool.index import Head, SegmentRow
 from corun_ray.service.pool.snapshots import Snapshot
-from corun_ray.service.runs.record import JOB_FILE, POOL_FOLDER, folder_name, step_of_folder, steps_saved
+from corun_ray.service.runs.record import (
+    JOB_FILE,
+    POOL_FOLDER,
+    list_checkpoint_steps,
+    name_checkpoint,
+    parse_checkpoint_step,
+)
 from corun_ray.service.storage import Location, StorageError, locate
 
 MAX_HEADER_BYTES = 100_000_000
@@ -105,7 +111,7 @@ def find(source: str) -> SavedPool:
     place = locate(source)
     if snapshots.step_of(place.name) is not None:
         return _open(_parent(place), place.name)
-    if step_of_folder(place.name) is not None:
+    if parse_checkpoint_step(place.name) is not None:
         return _open(_parent(place).child(POOL_FOLDER), _named_by(place))
     names = [info.base_name for info in entries(place)]
     if place.name == POOL_FOLDER or any(snapshots.step_of(name) is not None for name in names):
@@ -145,8 +151,8 @@ def _newest(pool: Location) -> str:
 def _of_run(run: Location) -> SavedPool:
     from corun_ray.core.training.checkpoints import TRAINING_FILE
 
-    for step in reversed(steps_saved(run)):
-        checkpoint = run.child(folder_name(step))
+    for step in reversed(list_checkpoint_steps(run)):
+        checkpoint = run.child(name_checkpoint(step))
         # A job that is saving right now, or died while it did, has a folder without this file.
         if checkpoint.child(TRAINING_FILE).exists():
             return _open(run.child(POOL_FOLDER), _named_by(checkpoint))

@@ -12,7 +12,7 @@ MAX_POINTS = 400
 SIZE_IN = (4.2, 2.7)
 
 
-def line_chart(title: str, lines: Mapping[str, Points], x_label: str = "step") -> str:
+def draw_line_chart(title: str, lines: Mapping[str, Points], x_label: str = "step") -> str:
     """An `<svg>` element: one line for each name that has points."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
         figure = Figure(figsize=SIZE_IN, layout="constrained")

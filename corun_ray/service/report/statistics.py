@@ -40,7 +40,7 @@ class Comparison:
     """`better`, `worse` or `no difference shown`, of the first."""
 
 
-def interval_of(values: NDArray[np.float64]) -> Interval:
+def estimate_interval(values: NDArray[np.float64]) -> Interval:
     """Of the finite ones among the values of all images."""
     from scipy import stats
 
@@ -87,4 +87,4 @@ def compare(first: NDArray[np.float64], second: NDArray[np.float64], lower_bette
     verdict = "no difference shown"
     if p_value < 1 - CONFIDENCE:
         verdict = "better" if better.mean() > 0 else "worse"
-    return Comparison(interval_of(difference), int((better > 0).sum()), p_value, verdict)
+    return Comparison(estimate_interval(difference), int((better > 0).sum()), p_value, verdict)

@@ -18,7 +18,7 @@ Key = tuple[int, str, str, str]
 
 
 @dataclass(frozen=True)
-class Pictures:
+class PicturePair:
     """What went into the network and what came out, as small JPEGs of the same size."""
 
     hazy: bytes
@@ -26,7 +26,7 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredImage:
     """One held-out image at one validation."""
 
     prefix: str
@@ -34,7 +34,7 @@ class Measured:
     image: str
     values: dict[str, float]
     """By metric."""
-    pictures: Pictures | None = None
+    pictures: PicturePair | None = None
     """None for most images."""
 
 
@@ -44,7 +44,7 @@ class ValidationLog:
     def __init__(self, values: dict[Key, float] | None = None) -> None:
         self.values = values or {}
 
-    def add(self, step: int, measured: Sequence[Measured]) -> None:
+    def add(self, step: int, measured: Sequence[MeasuredImage]) -> None:
         """Images of one validation."""
         for one in measured:
             self.values |= {(step, one.prefix, one.image, name): value for name, value in one.values.items()}
@@ -94,12 +94,12 @@ class Example:
     output: bytes
 
 
-def picture_name(step: int) -> str:
+def name_picture(step: int) -> str:
     """The file of what the network made of an image after `step` steps."""
     return f"step_{step:08d}.jpg"
 
 
-def pictured_steps(run: Location) -> dict[str, list[int]]:
+def find_pictured_steps(run: Location) -> dict[str, list[int]]:
     """`SET/IMAGE` → the steps of which there is a picture, in order; raises `StorageError`."""
     place = run.child(EXAMPLES)
     found: dict[str, list[int]] = {}
@@ -109,19 +109,19 @@ def pictured_steps(run: Location) -> dict[str, list[int]]:
     return found
 
 
-def example(run: Location, name: str, step: int) -> Example:
+def read_example(run: Location, name: str, step: int) -> Example:
     """The pictures of one image; raises `StorageError`."""
     folder = run.child(EXAMPLES).child(name)
-    return Example(name, folder.child(HAZY_PICTURE).read(), folder.child(picture_name(step)).read())
+    return Example(name, folder.child(HAZY_PICTURE).read(), folder.child(name_picture(step)).read())
 
 
-def shown_throughout(steps: dict[str, list[int]]) -> list[str]:
+def select_always_pictured(steps: dict[str, list[int]]) -> list[str]:
     """The images that have a picture of the most validations: those that were chosen, not the best or worst of one."""
     most = max(map(len, steps.values()), default=0)
     return sorted(name for name, at in steps.items() if len(at) == most)
 
 
-def examples_at(run: Location, step: int) -> list[Example]:
+def read_examples(run: Location, step: int) -> list[Example]:
     """The images that are shown throughout the run, as they were after `step` steps; raises `StorageError`."""
-    steps = pictured_steps(run)
-    return [example(run, name, step) for name in shown_throughout(steps) if step in steps[name]]
+    steps = find_pictured_steps(run)
+    return [read_example(run, name, step) for name in select_always_pictured(steps) if step in steps[name]]

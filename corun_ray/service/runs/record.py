@@ -46,28 +46,28 @@ class RunRecord(BaseModel):
     model: str | None = None
 
 
-def folder_name(step: int) -> str:
+def name_checkpoint(step: int) -> str:
     """The folder of a checkpoint in its run's."""
     return f"checkpoint_{step:08d}"
 
 
-def step_of_folder(name: str) -> int | None:
-    """The inverse of `folder_name`; None for other folders."""
+def parse_checkpoint_step(name: str) -> int | None:
+    """The inverse of `name_checkpoint`; None for other folders."""
     match = _CHECKPOINT.fullmatch(name)
     return int(match[1]) if match else None
 
 
-def steps_saved(run: Location) -> list[int]:
+def list_checkpoint_steps(run: Location) -> list[int]:
     """The steps after which the run has a checkpoint's folder, in order; raises `StorageError`."""
-    return sorted(step for name in run.list_folders() if (step := step_of_folder(name)) is not None)
+    return sorted(step for name in run.list_folders() if (step := parse_checkpoint_step(name)) is not None)
 
 
-def new_run(job: TrainingJob) -> Location:
+def locate_new_run(job: TrainingJob) -> Location:
     """The folder of a run that begins now."""
     return locate(job.storage).child(f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def last_run(job: TrainingJob) -> Location | None:
+def find_last_run(job: TrainingJob) -> Location | None:
     """The folder of the job's latest run that got so far as to say what it is; None if there is none.
 
     Raises `StorageError`.
@@ -80,12 +80,12 @@ def last_run(job: TrainingJob) -> Location | None:
     return None
 
 
-def resumed_run(job: TrainingJob, digest: str) -> tuple[Location, RunRecord] | None:
+def find_run_to_resume(job: TrainingJob, digest: str) -> tuple[Location, RunRecord] | None:
     """The run that `--resume` goes on with, and its record; None where there is none.
 
     Raises `StorageError`, and `ResumeError` where going on would not continue it.
     """
-    run = last_run(job)
+    run = find_last_run(job)
     if run is None:
         return None
     record = read_record(run)

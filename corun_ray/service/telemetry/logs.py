@@ -27,7 +27,7 @@ MIN_SECRET_LENGTH = 8
 """Shorter values of the environment are words rather than secrets."""
 
 
-def redacted(text: str) -> str:
+def redact(text: str) -> str:
     """The text without credentials in URIs, and without any value of the environment whose name says secret."""
     text = without_credentials(text)
     for name, value in os.environ.items():
@@ -38,7 +38,7 @@ def redacted(text: str) -> str:
 
 class _Lines(JSONFormatter):
     def formatException(self, ei: Any) -> str:
-        return redacted(super().formatException(ei))
+        return redact(super().formatException(ei))
 
 
 class _SessionFile(logging.Handler):
@@ -110,5 +110,5 @@ class Log:
 def _plain(value: Any) -> Any:
     """A value as a line may have it: JSON has no NaN and no infinity, and secrets stay out."""
     if isinstance(value, str):
-        return redacted(value)
+        return redact(value)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

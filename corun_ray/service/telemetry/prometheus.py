@@ -123,12 +123,12 @@ DEHAZED = _counter(
 DEHAZED_PIXELS = _counter("corun_dehazed_pixels_total", "Pixels of the images that were written.", DEHAZING)
 
 
-def labels_of(job: Job, run: str) -> dict[str, str]:
+def make_job_labels(job: Job, run: str) -> dict[str, str]:
     """The values of `TRAINING` for a job and the name of its run."""
     return {"job_name": job.name, "kind": job.kind, "run": run}
 
 
-class GaugeRecorder:
+class MetricRecorder:
     """Records metrics with the labels that all of them share here; a call costs some microseconds."""
 
     def __init__(self, labels: Mapping[str, str], **more: str) -> None:

@@ -1,112 +1,126 @@
-"""The run's notice board: what workers and decoding tasks tell the driver, in one small actor.
+"""The run's notice board: an actor by which workers and decoding tasks report to the driver.
 
-It carries progress, metrics and pictures to the driver (which alone talks to MLflow and to the terminal), and the
-list of unusable files, which every decoding task adds to.
+Workers post progress, metrics and pictures, which only the driver sends to MLflow and to the terminal. Decoding tasks
+add to the list of unusable files.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
+from ray.actor import ActorProxy
 
-if TYPE_CHECKING:  # it brings torch, which would triple the time that the board's process takes to start
-    from corun_ray.service.runs.held_out import Measured
+if TYPE_CHECKING:  # Importing it at run time would triple the start-up time of the board's process.
+    from corun_ray.service.runs.held_out import MeasuredImage
 
 
 @dataclass
 class Attempt:
-    """One start of the worker group: at the beginning, and after every failure."""
+    """One start of the worker group: the first, or one after a failure."""
 
     first_step: int
     first_sample: int
-    """The position in the run's stream at which it began, counted per kind of image."""
+    """Position in the run's sample stream where the attempt begins, counted per kind of image."""
     workers: int
 
 
 @dataclass
 class Events:
-    """What has come since the last look."""
+    """Everything posted since the last call of `take_events`."""
 
     step: int = 0
     metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    """Step, and values by metric."""
     pictures: list[tuple[int, str, bytes]] = field(default_factory=list)
     """Step, name and PNG."""
-    measured: "list[tuple[int, list[Measured]]]" = field(default_factory=list)
-    """Step, and some of its held-out images: each rank tells of its own."""
+    measured: "list[tuple[int, list[MeasuredImage]]]" = field(default_factory=list)
+    """Step, and the validation images that one rank measured."""
     errors: list[tuple[int, str]] = field(default_factory=list)
-    """Rank and traceback of workers that raised; one that was killed says nothing."""
+    """Rank and traceback of each worker that raised. A worker that was killed posts nothing."""
     notes: list[str] = field(default_factory=list)
     """Lines for the console."""
     attempts: list[Attempt] = field(default_factory=list)
     saved_step: int | None = None
-    """The step of the last checkpoint that was written."""
+    """Step of the last checkpoint that was written."""
     bad_files: dict[str, str] = field(default_factory=dict)
-    """Path → reason of files that were set aside."""
+    """Path → reason of newly skipped files."""
     num_bad_files: int = 0
-    """How many that makes in all."""
+    """Number of all files skipped so far."""
 
 
 class BoardState:
-    """The board's content, without the actor around it."""
+    """The code of the board actor. `ray.method` gives each method's `.remote` its types."""
 
     def __init__(self) -> None:
-        self.bad_files: dict[str, str] = {}
-        self._news = Events()
+        self._bad_files: dict[str, str] = {}
+        self._events = Events()
 
+    @ray.method
     def report_bad(self, bad_files: dict[str, str]) -> None:
-        """Adds unusable files (path → reason); one named before stays as it was."""
-        new = {path: reason for path, reason in bad_files.items() if path not in self.bad_files}
-        self.bad_files |= new
-        self._news.bad_files |= new
+        """Add unusable files (path → reason); the first reason of a path stays."""
+        for path, reason in bad_files.items():
+            if path not in self._bad_files:
+                self._bad_files[path] = self._events.bad_files[path] = reason
 
-    def num_bad_files(self) -> int:
-        """How many files have been set aside so far."""
-        return len(self.bad_files)
+    @ray.method
+    def count_bad_files(self) -> int:
+        """Return the number of files skipped so far."""
+        return len(self._bad_files)
 
-    def all_bad_files(self) -> dict[str, str]:
-        """Path → reason of every file set aside."""
-        return self.bad_files
+    @ray.method
+    def list_bad_files(self) -> dict[str, str]:
+        """Return path → reason of every skipped file."""
+        return self._bad_files
 
+    @ray.method
     def post_step(self, step: int) -> None:
-        """The number of steps done."""
-        self._news.step = step
+        """Post the number of optimizer steps done."""
+        self._events.step = step
 
+    @ray.method
     def post_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Metrics after `step` steps."""
-        self._news.metrics.append((step, metrics))
+        """Post metrics after `step` steps."""
+        self._events.metrics.append((step, metrics))
 
+    @ray.method
     def post_picture(self, step: int, name: str, png: bytes) -> None:
-        """A picture made after `step` steps."""
-        self._news.pictures.append((step, name, png))
+        """Post a picture made after `step` steps."""
+        self._events.pictures.append((step, name, png))
 
-    def post_measured(self, step: int, measured: "list[Measured]") -> None:
-        """Held-out images, measured after `step` steps."""
-        self._news.measured.append((step, measured))
+    @ray.method
+    def post_measured(self, step: int, measured: "list[MeasuredImage]") -> None:
+        """Post validation images measured after `step` steps."""
+        self._events.measured.append((step, measured))
 
+    @ray.method
     def post_attempt(self, attempt: Attempt) -> None:
-        """The worker group has started."""
-        self._news.attempts.append(attempt)
+        """Post a start of the worker group."""
+        self._events.attempts.append(attempt)
 
+    @ray.method
     def post_saved(self, step: int) -> None:
-        """A checkpoint of `step` has been written."""
-        self._news.saved_step = step
+        """Post that the checkpoint of `step` has been written."""
+        self._events.saved_step = step
 
+    @ray.method
     def post_error(self, rank: int, traceback: str) -> None:
-        """A worker is about to fail."""
-        self._news.errors.append((rank, traceback))
+        """Post the traceback of a worker that is about to fail."""
+        self._events.errors.append((rank, traceback))
 
+    @ray.method
     def post_note(self, text: str) -> None:
-        """Something that a person who watches should know."""
-        self._news.notes.append(text)
+        """Post a line for the console."""
+        self._events.notes.append(text)
 
-    def take_news(self) -> Events:
-        """What has come since the last call."""
-        news, self._news = self._news, Events(step=self._news.step)
-        news.num_bad_files = len(self.bad_files)
-        return news
+    @ray.method
+    def take_events(self) -> Events:
+        """Return everything posted since the last call; the step is carried over."""
+        events, self._events = self._events, Events(step=self._events.step)
+        events.num_bad_files = len(self._bad_files)
+        return events
 
 
-def start_board() -> Any:
-    """The board as an actor on the driver's node, alive as long as the driver holds the handle."""
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    return ray.remote(num_cpus=0, label_selector=here)(BoardState).remote()
+def start_board() -> ActorProxy[BoardState]:
+    """Start the board on the driver's node; the actor lives as long as the driver holds the handle."""
+    driver_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return ray.remote(num_cpus=0, label_selector=driver_node)(BoardState).remote()

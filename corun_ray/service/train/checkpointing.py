@@ -27,7 +27,7 @@ from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolClient, PoolError
 from corun_ray.service.pool.keeper import PoolKeeper
 from corun_ray.service.pool.shard import PartOfSave
-from corun_ray.service.runs.record import folder_name, step_of_folder, steps_saved
+from corun_ray.service.runs.record import list_checkpoint_steps, name_checkpoint, parse_checkpoint_step
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry.logs import Log
 
@@ -85,29 +85,29 @@ class Checkpointer:
         ray.train.report(
             metrics,
             checkpoint=Checkpoint.from_directory(folder),
-            checkpoint_dir_name=folder_name(step),
+            checkpoint_dir_name=name_checkpoint(step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=upload,
         )
 
     def discard_later(self) -> None:
         """Deletes checkpoints from after the state as it stands: written, but not taken note of before a crash."""
-        for step in steps_saved(self._run):
+        for step in list_checkpoint_steps(self._run):
             if step > self._state.step:
-                self._run.child(folder_name(step)).delete()
+                self._run.child(name_checkpoint(step)).delete()
 
     def _upload(
         self, checkpoint: Checkpoint, name: str, keeper: PoolKeeper | None, parts: list[PartOfSave] | None
     ) -> Checkpoint:
         """Runs in a thread of Ray Train's, which tries again where an object store asks for it."""
-        step, started_s = step_of_folder(name), time.monotonic()
+        step, started_s = parse_checkpoint_step(name), time.monotonic()
         assert step is not None
         if keeper is not None and parts is not None:
             keeper.finish(step, parts)
         persisted = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
         if keeper is not None:
             try:
-                keeper.sweep([*steps_saved(self._run), step])
+                keeper.sweep([*list_checkpoint_steps(self._run), step])
             except (PoolError, StorageError) as error:
                 self._board.post_note.remote(f"old labels stay for now: {error}")  # the next sweep takes them
         self._log.info("checkpoint saved", step=step, seconds=round(time.monotonic() - started_s, 3))

@@ -91,13 +91,13 @@ class SharedCoherence(Coherence):
         counts = _counts_of_all_ranks(len(blocks), blocks.device)
         if not any(counts):
             return super().rate_blocks(blocks)
-        gives, takes = shares(counts, dist.get_rank())
+        gives, takes = plan_exchange(counts, dist.get_rank())
         scores = torch.stack(super().rate_blocks(_exchanged(blocks, gives, takes)), 1)
         clarity, quality = _exchanged(scores, takes, gives).unbind(1)
         return clarity, quality
 
 
-def shares(counts: Sequence[int], rank: int) -> tuple[list[int], list[int]]:
+def plan_exchange(counts: Sequence[int], rank: int) -> tuple[list[int], list[int]]:
     """How many blocks `rank` gives to each rank, and takes of each, for all to rate as many but for one.
 
     `counts` are the ranks' own. Blocks are numbered through all ranks, and every rank takes a stretch of them: so all

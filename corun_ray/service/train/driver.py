@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.train import Result
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
@@ -32,21 +33,21 @@ from corun_ray.service.runs.record import (
     JOB_FILE,
     POOL_FOLDER,
     RunRecord,
-    new_run,
-    resumed_run,
-    steps_saved,
+    find_run_to_resume,
+    list_checkpoint_steps,
+    locate_new_run,
     write_record,
 )
 from corun_ray.service.storage import Location, StorageError, locate
 from corun_ray.service.telemetry.console import Console, duration
-from corun_ray.service.telemetry.prometheus import labels_of
+from corun_ray.service.telemetry.prometheus import make_job_labels
 from corun_ray.service.train.board import start_board
 from corun_ray.service.train.coherence import check_scoring
 from corun_ray.service.train.follower import Follower, Listener
 from corun_ray.service.train.launch import fit
 from corun_ray.service.train.plan import WorkerPlan
-from corun_ray.service.train.recovery import last_step
-from corun_ray.service.train.report import training_report
+from corun_ray.service.train.recovery import find_last_step
+from corun_ray.service.train.report import build_training_report
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Session:
     """What it tells at its begin."""
 
 
-def keep_outcome(session: Session, result: Result, log: ValidationLog) -> str:
+def publish_outcome(session: Session, result: Result, log: ValidationLog) -> str:
     """Writes the report, logs the model and registers it where the job gives a name; returns its URI.
 
     Raises `StorageError`, and `JobFailed` for a training without a checkpoint.
@@ -75,7 +76,7 @@ def keep_outcome(session: Session, result: Result, log: ValidationLog) -> str:
     saved = Location(result.checkpoint.path, locate(job.storage).filesystem, result.checkpoint.path)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = saved.download(Path(folder))
-        report = training_report(job, run, checkpoint, session.facts, tracker.read_curves(), log)
+        report = build_training_report(job, run, checkpoint, session.facts, tracker.read_curves(), log)
         run.child(REPORT_FILE).write(report)
         tracker.log_file(REPORT_FILE, report)
         about = describe_model(job, session.model.spec, session.record.data, run, log)
@@ -116,12 +117,12 @@ def run_training(
     """
     started = time.monotonic()
     manifest, model = prepare(job, folder)
-    earlier = resumed_run(job, manifest.digest()) if resume else None
+    earlier = find_run_to_resume(job, manifest.digest()) if resume else None
     if earlier is not None and (model_uri := _ended(job, *earlier)):
         console.say(f"\n{job.kind} {job.name}: has ended before ({model_uri}, {earlier[0].uri})")
         return model_uri
     place = cluster.connect(job.cluster)
-    run = new_run(job) if earlier is None else earlier[0]
+    run = locate_new_run(job) if earlier is None else earlier[0]
     tracker = Tracker(job, run.name, None if earlier is None else earlier[1].mlflow_run, parent)
     record = RunRecord(state="running", mlflow_run=tracker.run_id, data=manifest.digest())
     facts = _header(job, manifest, model, place, run, tracker)
@@ -155,26 +156,26 @@ def _train(session: Session, console: Console, listen: Listener | None) -> tuple
         with Follower(job, plan.board, tracker, console, run, listen) as follower:
             result = fit(plan, run, console)
     finally:
-        if plan.cache is not None:
+        if isinstance(plan.cache, ActorHandle):
             ray.kill(plan.cache)  # processes that wait for other work would hold on to it
     _list_bad_files(job, session.manifest, plan.board, tracker, run)
     if isinstance(job, ColabatorJob):
         # Ray Train deletes old checkpoints after the workers' last sweep.
-        snapshots.sweep(run.child(POOL_FOLDER), {snapshots.name_of(step) for step in steps_saved(run)}, ())
-    model_uri = keep_outcome(session, result, follower.validation)
+        snapshots.sweep(run.child(POOL_FOLDER), {snapshots.name_of(step) for step in list_checkpoint_steps(run)}, ())
+    model_uri = publish_outcome(session, result, follower.validation)
     write_record(run, record.model_copy(update={"state": "finished", "model": model_uri}))
     return model_uri, follower.summary()
 
 
 def _ended(job: TrainingJob, run: Location, record: RunRecord) -> str | None:
     """The model of a run that has taken all of the job's steps; None where there are some to take."""
-    return record.model if job.train.steps <= max(steps_saved(run), default=0) else None
+    return record.model if job.train.steps <= max(list_checkpoint_steps(run), default=0) else None
 
 
 def _way_on(run: Location) -> str:
     """What is left of a run that has failed, and how to go on with it."""
     try:
-        step = last_step(run)
+        step = find_last_step(run)
     except StorageError as error:
         return f"the run: {run.uri}, which cannot be looked at now ({error}); --resume goes on with it"
     done = "no checkpoint yet" if step is None else f"its last checkpoint is of step {step}"
@@ -186,7 +187,7 @@ def _plan(job: TrainingJob, manifest: Manifest, model: Model, run: Location) -> 
     board.report_bad.remote(manifest.set_aside)
     shards: list[Any] = []
     if isinstance(job, ColabatorJob):
-        labels = labels_of(job, run.name)
+        labels = make_job_labels(job, run.name)
         shards = start_pool(job.pool.shards, run.child(POOL_FOLDER), job.pool.memory_mib, labels)
     return WorkerPlan(
         job=job,
@@ -244,7 +245,7 @@ def _refuse_too_many(job: TrainingJob, manifest: Manifest, bad_files: dict[str, 
 
 def _list_bad_files(job: TrainingJob, manifest: Manifest, board: Any, tracker: Tracker, run: Location) -> None:
     """Keeps the list of unusable files with the run; fails the job where it is too long."""
-    bad_files: dict[str, str] = ray.get(board.all_bad_files.remote())
+    bad_files: dict[str, str] = ray.get(board.list_bad_files.remote())
     if bad_files:
         listing = "".join(f"{uri}\t{reason}\n" for uri, reason in sorted(bad_files.items())).encode()
         run.child("bad_files.tsv").write(listing)

@@ -21,15 +21,15 @@ from corun_ray.service.runs.held_out import (
     EXAMPLES,
     HAZY_PICTURE,
     VALIDATION_FILE,
-    Measured,
+    MeasuredImage,
     ValidationLog,
-    picture_name,
+    name_picture,
 )
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry import prometheus as telemetry
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.telemetry.logs import Log
-from corun_ray.service.telemetry.prometheus import GaugeRecorder, Metric
+from corun_ray.service.telemetry.prometheus import Metric, MetricRecorder
 from corun_ray.service.train.board import Attempt, Events
 
 FIRST_PATIENCE_S = 15.0
@@ -103,7 +103,7 @@ class RunTelemetry:
     """Gauges that keep their last value as long as `refresh` is called now and then."""
 
     def __init__(self, labels: Mapping[str, str], steps: int) -> None:
-        self._recorder = GaugeRecorder(labels)
+        self._recorder = MetricRecorder(labels)
         self._held: Held = {}
         self.hold(telemetry.STEPS_PLANNED, steps)
         for metric in (telemetry.RESTARTS, telemetry.FAILED_WRITES):
@@ -155,7 +155,7 @@ class Follower:
     ) -> None:
         self._job, self._board, self._tracker, self._console, self._run = job, board, tracker, console, run
         self._listen = listen
-        labels = telemetry.labels_of(job, run.name)
+        labels = telemetry.make_job_labels(job, run.name)
         self._log, self._gauges = Log("driver", labels), RunTelemetry(labels, job.train.steps)
         self._num_failed_writes = 0
         self._latest: dict[str, float] = {}
@@ -199,10 +199,10 @@ class Follower:
     def _follow(self) -> None:
         try:
             while not self._stopping.wait(POLL_S):
-                news = ray.get(self._board.take_news.remote())
+                news = ray.get(self._board.take_events.remote())
                 self._pass_on(news)
                 self._tell_of_stalls(news.step)
-            self._pass_on(ray.get(self._board.take_news.remote()))
+            self._pass_on(ray.get(self._board.take_events.remote()))
         except Exception as error:
             self._failure = error
 
@@ -258,14 +258,14 @@ class Follower:
         self._gauges.hold(telemetry.WORKERS, attempt.workers)
         self._gauges.hold(telemetry.CHECKPOINT_STEP, attempt.first_step)
 
-    def _keep_measured(self, step: int, measured: list[Measured]) -> None:
+    def _keep_measured(self, step: int, measured: list[MeasuredImage]) -> None:
         self.validation.add(step, measured)
         self._keep(VALIDATION_FILE, self.validation.to_csv())
         for one in measured:
             if one.pictures is not None:
                 folder = f"{EXAMPLES}/{one.prefix}/{one.image}"
                 self._keep(f"{folder}/{HAZY_PICTURE}", one.pictures.hazy)
-                self._keep(f"{folder}/{picture_name(step)}", one.pictures.output)
+                self._keep(f"{folder}/{name_picture(step)}", one.pictures.output)
 
     def _keep(self, name: str, content: bytes) -> None:
         """Writes a file of the run that people look at; the training does not fail for want of it."""

@@ -24,7 +24,7 @@ from corun_ray.service.errors import JobFailed, find_root_cause
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.plan import WorkerPlan
-from corun_ray.service.train.recovery import start_from
+from corun_ray.service.train.recovery import find_start_checkpoint
 from corun_ray.service.train.worker import train_worker
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -68,17 +68,17 @@ def fit(plan: WorkerPlan, run: Location, console: Console) -> Result:
     failures, allowed = 0, plan.job.cluster.max_failures
     while True:
         try:
-            return _trainer(replace(plan, start_from=start_from(run)), run.name).fit()
+            return _trainer(replace(plan, start_from=find_start_checkpoint(run)), run.name).fit()
         except (RayActorError, TrainingFailedError) as error:
             failures += 1
             is_over = isinstance(error, TrainingFailedError) and not isinstance(error, ControllerError)
             if is_over or failures > allowed:
-                lines = "".join(f"\n  {line}" for line in reasons(error))
+                lines = "".join(f"\n  {line}" for line in describe_failure(error))
                 raise JobFailed(f"training failed; restarts allowed: {allowed}{lines}") from None
-            console.say(f"  starting another controller: {'; '.join(reasons(error))}")
+            console.say(f"  starting another controller: {'; '.join(describe_failure(error))}")
 
 
-def reasons(error: Exception) -> list[str]:
+def describe_failure(error: Exception) -> list[str]:
     """A line a cause; whole tracebacks are in the run's errors.log."""
     if isinstance(error, WorkerGroupError):
         causes = {rank: find_root_cause(str(failure)) for rank, failure in sorted(error.worker_failures.items())}
@@ -93,7 +93,7 @@ def _trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
     return TorchTrainer(
         functools.partial(train_worker, plan),
         torch_config=NodeTorchConfig(),
-        scaling_config=scaling(job.cluster),
+        scaling_config=make_scaling_config(job.cluster),
         run_config=RunConfig(
             name=name,
             storage_path=storage.path,
@@ -104,7 +104,7 @@ def _trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
     )
 
 
-def scaling(cluster: ClusterSection) -> ScalingConfig:
+def make_scaling_config(cluster: ClusterSection) -> ScalingConfig:
     """As many workers as the section says, with what each asks for."""
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:

@@ -20,7 +20,7 @@ from corun_ray.core.training.steps import Colabator, RealBatch, StepOutput, Synt
 from corun_ray.service.data.sample_maker import Batch
 
 
-def step_seed(seed: int, step: int, place: int) -> int:
+def derive_step_seed(seed: int, step: int, place: int) -> int:
     """What the random numbers of a batch, the `place`-th of all workers' at a step, start from.
 
     Nothing of them has to be saved to go on as before.
@@ -63,7 +63,7 @@ class Learner:
             place = self._rank * num_parts + part
             # Ranks wait for each other once, at the last part.
             with contextlib.nullcontext() if part == num_parts - 1 else self._alone():
-                torch.manual_seed(step_seed(self._job.seed, self._state.step, place))
+                torch.manual_seed(derive_step_seed(self._job.seed, self._state.step, place))
                 with self._autocast():
                     output = self._forward(images, place)
                 self._state.backward(output.losses, 1 / num_parts)

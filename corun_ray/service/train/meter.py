@@ -14,7 +14,7 @@ from corun_ray.core.training.steps import StepOutput
 from corun_ray.service.data.sample_maker import Batch
 from corun_ray.service.pool.client import PoolClient
 from corun_ray.service.telemetry import prometheus as telemetry
-from corun_ray.service.telemetry.prometheus import GaugeRecorder
+from corun_ray.service.telemetry.prometheus import MetricRecorder
 from corun_ray.service.train.coherence import TimedCoherence
 
 GPU_MEMORY_EVERY_S = 5.0
@@ -32,7 +32,7 @@ class WorkerTelemetry:
         pool: PoolClient | None,
         coherence: TimedCoherence | None,
     ) -> None:
-        self._recorder = GaugeRecorder(labels, rank=str(rank))
+        self._recorder = MetricRecorder(labels, rank=str(rank))
         self._device, self._pool, self._coherence = device, pool, coherence
         self._looked_s = -GPU_MEMORY_EVERY_S
 

@@ -1,39 +1,45 @@
 """What the driver hands to every training worker."""
 
 from dataclasses import dataclass
-from typing import Any
+
+import ray
+from ray.actor import ActorProxy
 
 from corun_ray.config.jobs import TrainingJob
+from corun_ray.service.data.cache import CacheKeeper
+from corun_ray.service.data.manifest import Manifest
+from corun_ray.service.models.sources import Model
+from corun_ray.service.pool.shard import PoolShard
 from corun_ray.service.runs.record import POOL_FOLDER
 from corun_ray.service.storage import locate
-from corun_ray.service.telemetry.prometheus import labels_of
+from corun_ray.service.telemetry.prometheus import make_job_labels
+from corun_ray.service.train.board import BoardState
 
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """Everything a worker needs to know; made by the driver."""
+    """Everything a worker needs to know. The driver makes it; all workers get the same."""
 
     job: TrainingJob
     run_uri: str
-    """Where the run keeps its checkpoints, snapshots and pictures."""
-    manifest: Any
-    """Reference to the `Manifest` in the object store."""
-    model: Any
-    """Reference to the `Model` to start from."""
-    board: Any
-    shards: tuple[Any, ...]
-    """The label pool's actors; none for a job without one."""
-    cache: Any = None
-    """The keeper of decoded images; None for a job without a cache."""
+    """Folder of the run's checkpoints, snapshots and pictures."""
+    manifest: "ray.ObjectRef[Manifest]"
+    model: "ray.ObjectRef[Model]"
+    """The network to start from."""
+    board: ActorProxy[BoardState]
+    shards: tuple[ActorProxy[PoolShard], ...]
+    """Actors of the label pool; empty for a job without one."""
+    cache: ActorProxy[CacheKeeper] | None = None
+    """Cache of decoded images; None for a job without one."""
     start_from: str | None = None
-    """The checkpoint to begin with where Ray Train knows of none."""
+    """Checkpoint to start from where Ray Train knows of none."""
 
     @property
     def labels(self) -> dict[str, str]:
-        """Those of the job's metrics and log lines."""
-        return labels_of(self.job, locate(self.run_uri).name)
+        """Labels of the job's metrics and log lines."""
+        return make_job_labels(self.job, locate(self.run_uri).name)
 
     @property
     def pool_uri(self) -> str:
-        """Where the label pool keeps its segments and snapshots."""
+        """Folder of the label pool's segments and snapshots."""
         return f"{self.run_uri}/{POOL_FOLDER}"

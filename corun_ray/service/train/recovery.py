@@ -7,14 +7,14 @@ from pathlib import Path
 import ray
 
 from corun_ray.core.training.checkpoints import CheckpointError, read_record
-from corun_ray.service.runs.record import folder_name, steps_saved
+from corun_ray.service.runs.record import list_checkpoint_steps, name_checkpoint
 from corun_ray.service.storage import Location, MissingFile
 
 STATE_FILE = "checkpoint_manager_snapshot.json"
 """Ray Train's list of a run's checkpoints. It is overwritten in place: a full disk or a crash may leave half of it."""
 
 
-def start_from(run: Location) -> str | None:
+def find_start_checkpoint(run: Location) -> str | None:
     """The checkpoint to go on from where Ray Train's own list is not there or cannot be used; it is deleted then.
 
     None where the list is good, or there is no whole checkpoint. Raises `StorageError`.
@@ -22,15 +22,15 @@ def start_from(run: Location) -> str | None:
     if _is_usable(run):
         return None
     run.child(STATE_FILE).delete()
-    for step in reversed(steps_saved(run)):
-        if _is_whole(run.child(folder_name(step))):
-            return run.child(folder_name(step)).uri
+    for step in reversed(list_checkpoint_steps(run)):
+        if _is_whole(run.child(name_checkpoint(step))):
+            return run.child(name_checkpoint(step)).uri
     return None
 
 
-def last_step(run: Location) -> int | None:
+def find_last_step(run: Location) -> int | None:
     """The step of the run's last whole checkpoint, None if there is none; raises `StorageError`."""
-    steps = (step for step in reversed(steps_saved(run)) if _is_whole(run.child(folder_name(step))))
+    steps = (step for step in reversed(list_checkpoint_steps(run)) if _is_whole(run.child(name_checkpoint(step))))
     return next(steps, None)
 
 

@@ -18,10 +18,16 @@ from corun_ray.core.inference.restore import stages, to_tensor
 from corun_ray.core.metrics.catalog import all_metrics
 from corun_ray.core.training.checkpoints import load_network
 from corun_ray.service.models.card import read_code_version
-from corun_ray.service.report.charts import Points, line_chart
+from corun_ray.service.report.charts import Points, draw_line_chart
 from corun_ray.service.report.page import Charts, Listing, PageSection, PictureItem, Slider, Table, render
-from corun_ray.service.report.statistics import interval_of
-from corun_ray.service.runs.held_out import Example, ValidationLog, example, pictured_steps, shown_throughout
+from corun_ray.service.report.statistics import estimate_interval
+from corun_ray.service.runs.held_out import (
+    Example,
+    ValidationLog,
+    find_pictured_steps,
+    read_example,
+    select_always_pictured,
+)
 from corun_ray.service.storage import Location
 
 SLIDERS, STEPS_SHOWN, STAGE_IMAGES = 6, 6, 2
@@ -40,7 +46,7 @@ POOL_CHARTS = {
 }
 
 
-def training_report(
+def build_training_report(
     job: TrainingJob,
     run: Location,
     checkpoint: Path,
@@ -52,8 +58,8 @@ def training_report(
 
     Raises `StorageError`.
     """
-    pictured = pictured_steps(run)
-    shown = shown_throughout(pictured)[:SLIDERS]
+    pictured = find_pictured_steps(run)
+    shown = select_always_pictured(pictured)[:SLIDERS]
     last = log.last_step
     sections = [
         PageSection("Result", "Held-out images after the last step, with 95 % bootstrap intervals.", _result(log)),
@@ -76,7 +82,7 @@ def _result(log: ValidationLog) -> list[Table]:
         return []
     rows = []
     for (prefix, metric), images in log.at(log.last_step).items():
-        found = interval_of(np.array([*images.values()]))
+        found = estimate_interval(np.array([*images.values()]))
         better = "less" if all_metrics()[metric].lower_better else "more"
         rows.append([f"{prefix}/{metric}", f"{found.mean:.4f}", found.span, str(found.count), better])
     return [Table(["metric", "mean", "interval", "images", "better is"], rows)]
@@ -87,7 +93,7 @@ def _sliders(run: Location, pictured: Mapping[str, Sequence[int]], shown: Sequen
     for name in shown:
         steps = pictured[name]
         some = sorted({steps[round(place)] for place in np.linspace(0, len(steps) - 1, STEPS_SHOWN)})
-        examples = [(step, example(run, name, step)) for step in some]
+        examples = [(step, read_example(run, name, step)) for step in some]
         sliders.append(Slider(name, examples[0][1].hazy, [(f"step {step}", one.output) for step, one in examples]))
     return sliders
 
@@ -103,7 +109,7 @@ def _extremes(run: Location, log: ValidationLog, pictured: Mapping[str, Sequence
         for word, image in (("best", ranked[0]), ("worst", ranked[-1])) if ranked else ():
             name = f"{prefix}/{image}"
             if last in pictured.get(name, ()):
-                both = _side_by_side(example(run, name, last))
+                both = _side_by_side(read_example(run, name, last))
                 found.append((f"{word} {prefix}/{metric} {images[image]:.4f}: {image}", both))
     return [PictureItem(found)] if found else []
 
@@ -118,7 +124,7 @@ def _charts(curves: Mapping[str, Points], wanted: Mapping[str, Sequence[str]]) -
     for title, names in wanted.items():
         lines = {name.rpartition("/")[2]: curves[name] for name in curves if name.startswith(tuple(names))}
         if lines:
-            svgs.append(line_chart(title, lines))
+            svgs.append(draw_line_chart(title, lines))
     return [Charts(svgs)] if svgs else []
 
 
@@ -129,7 +135,7 @@ def _validation_charts(curves: Mapping[str, Points]) -> list[Charts]:
         prefix, _, metric = name.rpartition("/")
         if name.startswith("val/"):
             by_metric.setdefault(metric, {})[prefix] = points
-    svgs = [line_chart(f"Held-out {metric}", lines) for metric, lines in sorted(by_metric.items())]
+    svgs = [draw_line_chart(f"Held-out {metric}", lines) for metric, lines in sorted(by_metric.items())]
     return [Charts(svgs)] if svgs else []
 
 
@@ -139,7 +145,7 @@ def _stages(run: Location, checkpoint: Path, shown: Sequence[str], last: int | N
         return []
     pictures = []
     for name in shown[:STAGE_IMAGES]:
-        tensor = to_tensor(decode_image(thumbnail(decode_image(example(run, name, last).hazy), STAGE_IMAGE_PX)))
+        tensor = to_tensor(decode_image(thumbnail(decode_image(read_example(run, name, last).hazy), STAGE_IMAGE_PX)))
         rows = stage_rows(stages(network, tensor), tensor)
         pictures.append((name, encode_png(grid(list(rows.values()), STAGE_CELL_PX, list(rows)))))
     return [PictureItem(pictures, is_wide=True)] if pictures else []

@@ -24,7 +24,7 @@ from corun_ray.core.training.labels import Label, decode
 from corun_ray.core.training.steps import Colabator
 from corun_ray.service.data.manifest import HeldOutSet, Manifest, held_out_sets, load_image
 from corun_ray.service.data.sample_maker import SampleMaker
-from corun_ray.service.runs.held_out import Measured, Pictures
+from corun_ray.service.runs.held_out import MeasuredImage, PicturePair
 from corun_ray.service.storage import MissingFile
 
 PICTURE_PX = 640
@@ -35,12 +35,12 @@ class Gallery:
 
     def __init__(self, shown: set[str]) -> None:
         self._shown = shown
-        self._measured: list[Measured] = []
-        self._kept: dict[str, Pictures] = {}
+        self._measured: list[MeasuredImage] = []
+        self._kept: dict[str, PicturePair] = {}
         self._extremes: dict[tuple[str, int], tuple[float, str]] = {}
         """(metric, +1 the highest or -1 the lowest) → (value times that sign, image)."""
 
-    def add(self, measured: Measured, look: Callable[[], tuple[ImageU8, ImageU8]]) -> None:
+    def add(self, measured: MeasuredImage, look: Callable[[], tuple[ImageU8, ImageU8]]) -> None:
         """One more image; `look` gives what went in and what came out, and is called only if they are kept."""
         self._measured.append(measured)
         for metric, value in measured.values.items():
@@ -49,10 +49,10 @@ class Gallery:
                     self._extremes[metric, sign] = (sign * value, measured.image)
         wanted = self._shown | {image for _, image in self._extremes.values()}
         if measured.image in wanted:
-            self._kept[measured.image] = Pictures(*(thumbnail(picture, PICTURE_PX) for picture in look()))
+            self._kept[measured.image] = PicturePair(*(thumbnail(picture, PICTURE_PX) for picture in look()))
         self._kept = {image: pictures for image, pictures in self._kept.items() if image in wanted}
 
-    def measured(self) -> list[Measured]:
+    def measured(self) -> list[MeasuredImage]:
         """All of them, with the pictures that were kept."""
         return [replace(one, pictures=self._kept.get(one.image)) for one in self._measured]
 
@@ -70,20 +70,20 @@ class Validator:
         self.shown = [{key for key, _ in held.pairs[:each]} for held in held_out]
         """Of each set, the images whose pictures are kept of every validation."""
 
-    def measure(self, network: nn.Module) -> tuple[dict[str, float], list[Measured]]:
+    def measure(self, network: nn.Module) -> tuple[dict[str, float], list[MeasuredImage]]:
         """Mean `val/psnr` and `val/ssim` where there is a truth, and `val/fade`; `val/NAME/...` of a named set.
 
         Every rank calls it, and is given the means over all ranks' images and its own images one by one.
         """
         metrics: dict[str, float] = {}
-        measured: list[Measured] = []
+        measured: list[MeasuredImage] = []
         for held, shown in zip(self.held_out, self.shown, strict=True):
             gallery = Gallery(shown)
             for hazy_key, clear_key in held.pairs:
                 hazy = load_image(held.hazy_root, hazy_key)
                 scene = restore(network, to_tensor(hazy).to(self.device)).scene
                 values = self._values(held, scene, clear_key)
-                gallery.add(Measured(held.prefix, hazy_key, values), lambda: (hazy, to_image(scene)))  # noqa: B023
+                gallery.add(MeasuredImage(held.prefix, hazy_key, values), lambda: (hazy, to_image(scene)))  # noqa: B023
             found = gallery.measured()
             metrics |= {f"{held.prefix}/{name}": mean for name, mean in self._means(held, found).items()}
             measured += found
@@ -97,7 +97,7 @@ class Validator:
             values |= {"psnr": psnr(scene, truth).item(), "ssim": ssim(scene, truth).item()}
         return values
 
-    def _means(self, held: HeldOutSet, measured: list[Measured]) -> dict[str, float]:
+    def _means(self, held: HeldOutSet, measured: list[MeasuredImage]) -> dict[str, float]:
         """Over the images of all ranks."""
         names = ("fade",) if held.clear_root is None else ("fade", "psnr", "ssim")
         rows = [[*(image.values[name] for name in names), 1.0] for image in measured]

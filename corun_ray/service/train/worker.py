@@ -36,7 +36,7 @@ from corun_ray.service.train.validation import Validator
 from corun_ray.service.weights.needed import weights_source
 
 
-def learning_cycles(optim: OptimSection) -> list[Cycle]:
+def list_learning_cycles(optim: OptimSection) -> list[Cycle]:
     """The cosine cycles of a job: those it lists, else one."""
     if optim.cycles:
         return [Cycle(cycle.steps, cycle.lr, cycle.min_lr) for cycle in optim.cycles]
@@ -81,7 +81,7 @@ class Worker:
         losses = build_losses(self.job, weights_source(self.job.loss.weights), self.coherence, self.device)
         self.learner = Learner(self.job, self.state, losses, self.coherence, self.pool, self.rank, self.device)
         self.preemption = PreemptionWatch(self.rank, plan.board, log)
-        self.cycles = learning_cycles(self.job.optim)
+        self.cycles = list_learning_cycles(self.job.optim)
         self.meter = Meter(self.device)
         self.telemetry = WorkerTelemetry(plan.labels, self.rank, self.device, self.pool, self.coherence)
         self.validator = Validator(self.job, self.manifest, self.rank, self.num_workers, self.device)
@@ -164,7 +164,7 @@ class Worker:
         if self.rank == 0:
             if self.plan.shards:
                 metrics |= {f"pool/{name}": n for name, n in count(self.plan.shards).items()}
-            num_bad = ray.get(self.plan.board.num_bad_files.remote())
+            num_bad = ray.get(self.plan.board.count_bad_files.remote())
             metrics["data/bad_files"] = num_bad
             self.plan.board.post_metrics.remote(self.state.step, metrics)
             is_bad = num_bad > self.job.data.max_bad_fraction * self.manifest.num_images

@@ -25,7 +25,15 @@ from corun_ray.service.models.sources import load_starting_model
 from corun_ray.service.models.tracking import Tracker
 from corun_ray.service.models.user_code import collect_code
 from corun_ray.service.report.page import REPORT_FILE
-from corun_ray.service.runs.record import JOB_FILE, RunRecord, last_run, new_run, read_record, resumed_run, write_record
+from corun_ray.service.runs.record import (
+    JOB_FILE,
+    RunRecord,
+    find_last_run,
+    find_run_to_resume,
+    locate_new_run,
+    read_record,
+    write_record,
+)
 from corun_ray.service.storage import Location
 from corun_ray.service.telemetry.console import Console, duration
 from corun_ray.service.train.driver import prepare
@@ -88,13 +96,13 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
     """
     started = time.monotonic()
     digest = _look_at_all(job, folder)
-    earlier = resumed_run(job, digest) if resume else None
+    earlier = find_run_to_resume(job, digest) if resume else None
     if earlier is not None and earlier[1].model is not None:
         console.say(f"\ntune {job.name}: has ended before ({earlier[1].model}, {earlier[0].uri})")
         return earlier[1].model
     place = cluster.connect(job.whole_cluster)
     at_once = job.tune.trials_at_once or min(job.tune.num_trials, _room_for(job.cluster))
-    run = new_run(job) if earlier is None else earlier[0]
+    run = locate_new_run(job) if earlier is None else earlier[0]
     tracker = Tracker(job, run.name, None if earlier is None else earlier[1].mlflow_run)
     console.header(f"tune {job.name}", _facts(job, at_once, place, run, tracker, resume, earlier is not None))
     record = RunRecord(state="running", mlflow_run=tracker.run_id, data=digest)
@@ -198,7 +206,7 @@ def _end_stopped(job: TuneJob, run: Location, trials: Sequence[TrialResult], tra
     """Closes the MLflow runs of trials whose processes were ended from outside."""
     for trial in trials:
         if trial.model is None:
-            own = last_run(trial_job(job, {**trial.values, **build_overrides(job, run, trial.name)}))
+            own = find_last_run(trial_job(job, {**trial.values, **build_overrides(job, run, trial.name)}))
             if own is not None:
                 tracker.end_run(read_record(own).mlflow_run)
 

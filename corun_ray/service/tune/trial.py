@@ -13,7 +13,7 @@ from corun_ray.config.jobs import ColabatorJob, TuneJob
 from corun_ray.config.trials import pretraining_of, trial_job
 from corun_ray.service.models.tracking import get_tracking_uri, read_last_metrics
 from corun_ray.service.models.user_code import UserCode, write_code
-from corun_ray.service.runs.record import last_run, read_record
+from corun_ray.service.runs.record import find_last_run, read_record
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
@@ -61,7 +61,7 @@ def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> dict[str, Any]:
 
 def _last_metrics(job: ColabatorJob) -> dict[str, float]:
     """Those of the trial's run: of one that had ended before Tune took note of it, nothing else is heard."""
-    run = last_run(job)
+    run = find_last_run(job)
     assert run is not None
     return read_last_metrics(get_tracking_uri(job), read_record(run).mlflow_run)
 

@@ -121,7 +121,7 @@ def test_a_node_gives_at_most_half_its_object_store(local_ray):
     half_mib = int(node["Resources"]["object_store_memory"] / 2) // MIB
     for cache_mib, expected in ((half_mib, []), (half_mib + 1, [f"data.cache_mib: {half_mib} MiB on some node"])):
         ray.kill(start_cache(cache_mib, board))
-        assert [note.partition(",")[0] for note in ray.get(board.take_news.remote()).notes] == expected
+        assert [note.partition(",")[0] for note in ray.get(board.take_events.remote()).notes] == expected
 
 
 @pytest.mark.parametrize("victim", ["cache", "keeper"])

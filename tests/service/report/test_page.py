@@ -14,11 +14,11 @@ from corun_ray.core.inference.pictures import thumbnail
 from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training.checkpoints import SPEC_FILE, save_network
-from corun_ray.service.report.charts import line_chart
+from corun_ray.service.report.charts import draw_line_chart
 from corun_ray.service.report.page import Listing, PageSection, Table, render
-from corun_ray.service.runs.held_out import EXAMPLES, HAZY_PICTURE, Measured, ValidationLog, picture_name
+from corun_ray.service.runs.held_out import EXAMPLES, HAZY_PICTURE, MeasuredImage, ValidationLog, name_picture
 from corun_ray.service.storage import locate
-from corun_ray.service.train.report import training_report
+from corun_ray.service.train.report import build_training_report
 from tests.conftest import photograph
 from tests.service.jobs import small_job
 
@@ -45,14 +45,14 @@ def page_file(dataset, tmp_path_factory) -> Path:
         place.mkdir(parents=True)
         (place / HAZY_PICTURE).write_bytes(thumbnail(photograph(rng, 90, 120), 640))
         for step in STEPS if number < 2 else STEPS[-1:]:
-            (place / picture_name(step)).write_bytes(thumbnail(photograph(rng, 90, 120), 640))
+            (place / name_picture(step)).write_bytes(thumbnail(photograph(rng, 90, 120), 640))
     for step in STEPS:
-        log.add(step, [Measured("val", image, {"fade": 3.0 - n / step}) for n, image in enumerate(IMAGES)])
+        log.add(step, [MeasuredImage("val", image, {"fade": 3.0 - n / step}) for n, image in enumerate(IMAGES)])
     network = CORUN(2, 4)
     save_network(folder / "network.pth", network, network)
     (folder / SPEC_FILE).write_text(NetworkSpec("corun", {"stages": 2, "width": 4}).to_json())
     facts = {"data": "8 clear <with> depth maps", "workers": "1 x 1 CPU"}
-    content = training_report(job, locate(str(folder / "run")), folder, facts, CURVES, log)
+    content = build_training_report(job, locate(str(folder / "run")), folder, facts, CURVES, log)
     path = folder / "report.html"
     path.write_bytes(content)
     return path
@@ -76,14 +76,14 @@ def test_a_run_without_held_out_images_has_a_report_too(dataset, tmp_path):
     save_network(tmp_path / "network.pth", network, network)
     (tmp_path / SPEC_FILE).write_text(NetworkSpec("corun", {"stages": 2, "width": 4}).to_json())
     job, run = small_job("pretrain", dataset, tmp_path), locate(str(tmp_path / "run"))
-    text = training_report(
+    text = build_training_report(
         job, run, tmp_path, {"data": "8 clear"}, {"loss/total": [(1, 1.0)]}, ValidationLog()
     ).decode()
     assert re.findall(r"<h2[^>]*>([^<]+)</h2>", text) == ["Curves", "Job", "Environment"]
 
 
 def test_charts_are_plain_svg_of_the_pages_width():
-    svg = line_chart("Losses <1>", {"total": [(n, 1 / n) for n in range(1, 5000)], "one": [(1, 2.0)]})
+    svg = draw_line_chart("Losses <1>", {"total": [(n, 1 / n) for n in range(1, 5000)], "one": [(1, 2.0)]})
     head = svg.partition(">")[0]
     assert svg.startswith("<svg") and "viewBox" in head and " width=" not in head and " height=" not in head
     assert "Losses &lt;1&gt;" in svg and len(svg) < 60_000

@@ -3,24 +3,24 @@
 import numpy as np
 import pytest
 
-from corun_ray.service.report.statistics import compare, interval_of
+from corun_ray.service.report.statistics import compare, estimate_interval
 
 
 def test_an_interval_is_as_wide_as_theory_says():
     values = np.random.default_rng(0).normal(20, 3, 400)
-    found = interval_of(values)
+    found = estimate_interval(values)
     half = 1.96 * values.std() / 20
     assert found.mean == pytest.approx(values.mean()) and found.count == 400
     assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half), abs=0.03)
 
 
 def test_values_that_are_missing_or_infinite_are_left_out():
-    found = interval_of(np.array([1.0, np.nan, 3.0, np.inf]))
+    found = estimate_interval(np.array([1.0, np.nan, 3.0, np.inf]))
     assert (found.mean, found.count) == (2.0, 2)
-    assert interval_of(np.array([np.nan])).count == 0
-    single = interval_of(np.array([5.0]))
+    assert estimate_interval(np.array([np.nan])).count == 0
+    single = estimate_interval(np.array([5.0]))
     assert single.mean == 5 and np.isnan(single.low) and single.span == ""
-    assert interval_of(np.array([1.0, 1.0])).span == "1.0000 to 1.0000"
+    assert estimate_interval(np.array([1.0, 1.0])).span == "1.0000 to 1.0000"
 
 
 @pytest.mark.parametrize(("lower_better", "verdict"), [(False, "better"), (True, "worse")])

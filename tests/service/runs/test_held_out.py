@@ -2,14 +2,14 @@
 
 import pytest
 
-from corun_ray.service.runs.held_out import Measured, ValidationLog
+from corun_ray.service.runs.held_out import MeasuredImage, ValidationLog
 
 
 def test_values_come_back_from_the_file_and_a_repeated_step_replaces_itself():
     log = ValidationLog()
-    log.add(10, [Measured("val", "a, b.png", {"fade": 1.5}), Measured("val/night", "c.png", {"psnr": 20.0})])
-    log.add(20, [Measured("val", "a, b.png", {"fade": 1.25})])
-    log.add(20, [Measured("val", "a, b.png", {"fade": 1.0}), Measured("val", "d.png", {"fade": 3.0})])
+    log.add(10, [MeasuredImage("val", "a, b.png", {"fade": 1.5}), MeasuredImage("val/night", "c.png", {"psnr": 20.0})])
+    log.add(20, [MeasuredImage("val", "a, b.png", {"fade": 1.25})])
+    log.add(20, [MeasuredImage("val", "a, b.png", {"fade": 1.0}), MeasuredImage("val", "d.png", {"fade": 3.0})])
     again = ValidationLog.from_csv(log.to_csv())
     assert again.values == log.values and again.last_step == 20
     assert again.at(20) == {("val", "fade"): {"a, b.png": 1.0, "d.png": 3.0}}

@@ -7,8 +7,8 @@ from corun_ray.service.runs.record import (
     JOB_FILE,
     ResumeError,
     RunRecord,
-    last_run,
-    new_run,
+    find_last_run,
+    locate_new_run,
     read_record,
     refuse_changes,
     write_record,
@@ -32,14 +32,14 @@ def job(dataset, tmp_path):
 
 
 def test_the_last_run_of_this_name_that_has_a_record(job, tmp_path):
-    assert last_run(job) is None
+    assert find_last_run(job) is None
     for name in ("test-colabator-20260101-000000", "test-colabator-20260102-000000", "test-20270101-000000"):
         begun(job, name)
     begun(job, "test-colabator-more-20270101-000000")
     locate(job.storage).child("test-colabator-20260103-000000/job.yaml").write(b"")
-    assert last_run(job).name == "test-colabator-20260102-000000"
-    assert read_record(last_run(job)) == RECORD
-    assert new_run(job).name > last_run(job).name
+    assert find_last_run(job).name == "test-colabator-20260102-000000"
+    assert read_record(find_last_run(job)) == RECORD
+    assert locate_new_run(job).name > find_last_run(job).name
 
 
 def variant(dataset, folder, **sections):

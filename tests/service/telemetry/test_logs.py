@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from corun_ray.service.telemetry import logs
-from corun_ray.service.telemetry.logs import Log, redacted
+from corun_ray.service.telemetry.logs import Log, redact
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_secrets_stay_out(lines, monkeypatch):
         assert secret not in text
     assert line["error"] == "s3 refused ***; http://***@mlflow:5000/api?token=***"
     assert line["image"] == "a/image.png" and line["other"] == "not-a-secret"
-    assert redacted("Bearer planted-token") == "Bearer ***"
+    assert redact("Bearer planted-token") == "Bearer ***"
 
 
 def test_the_console_hears_nothing(lines, capfd):

@@ -12,8 +12,8 @@ from corun_ray.service.pool.client import ReadWaits
 from corun_ray.service.pool.index import PoolCounters
 from corun_ray.service.pool.shard import PoolTelemetry
 from corun_ray.service.telemetry import prometheus as telemetry
-from corun_ray.service.telemetry.prometheus import DECLARED, GaugeRecorder, Metric
-from corun_ray.service.train.coherence import TimedCoherence
+from corun_ray.service.telemetry.prometheus import DECLARED, Metric, MetricRecorder
+from corun_ray.service.train.coherence import DeviceTimer, TimedCoherence
 from corun_ray.service.train.follower import RunTelemetry
 from corun_ray.service.train.meter import WorkerTelemetry
 
@@ -47,7 +47,7 @@ def test_names_meanings_and_labels_follow_the_custom():
 
 
 def test_totals_that_are_kept_elsewhere_are_counted_once(recorded):
-    recorder = GaugeRecorder(LABELS, shard="0")
+    recorder = MetricRecorder(LABELS, shard="0")
     for total in (0, 3, 3, 5, 1, 4):  # 1: what was counted has begun anew
         recorder.advance(telemetry.POOL_READS, total)
     recorder.add(telemetry.POOL_READS, 0)
@@ -56,7 +56,7 @@ def test_totals_that_are_kept_elsewhere_are_counted_once(recorded):
 
 
 def test_each_label_has_a_total_of_its_own(recorded):
-    recorder = GaugeRecorder(LABELS, rank="1")
+    recorder = MetricRecorder(LABELS, rank="1")
     recorder.advance(telemetry.LABEL_READS, 2, ready="yes")
     recorder.advance(telemetry.LABEL_READS, 1, ready="no")
     recorder.advance(telemetry.LABEL_READS, 3, ready="yes")
@@ -192,7 +192,7 @@ class FakeEvent:
 def test_on_cuda_a_stopwatch_counts_what_the_device_has_done_and_never_waits(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     FakeEvent.next_s = iter((1.0, 3.0, 5.0, 5.5))
-    watch = TimedCoherence(torch.device("cuda"))
+    watch = DeviceTimer(torch.device("cuda"))
     for _ in range(2):
         with watch:
             pass
@@ -206,7 +206,7 @@ def test_on_cuda_a_stopwatch_counts_what_the_device_has_done_and_never_waits(mon
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_stopwatch_on_a_real_gpu():
     device = torch.device("cuda")
-    watch, matrix = TimedCoherence(device), torch.rand(2048, 2048, device=device)
+    watch, matrix = DeviceTimer(device), torch.rand(2048, 2048, device=device)
     with watch:
         for _ in range(20):
             matrix = matrix @ matrix / 1024

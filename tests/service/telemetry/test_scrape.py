@@ -8,7 +8,7 @@ from corun_ray.config.tasks import DehazeSection
 from corun_ray.service.inference.dehaze import dehaze
 from corun_ray.service.models.sources import fetch_model
 from corun_ray.service.models.tracking import get_tracking_uri
-from corun_ray.service.runs.record import steps_saved
+from corun_ray.service.runs.record import list_checkpoint_steps
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.prometheus import DECLARED
 from tests.cluster.promql import queries, uses
@@ -102,7 +102,7 @@ def test_a_run_s_log_lines_say_what_happened_to_whom_and_when(watched_colabator)
     saved = [("checkpoint saved", step) for step in (3, 6)]
     assert set(ranks[0]) == {*ranks[1], *saved} and len(ranks[0]) == 4
     run = locate(job.storage).child(lines[0]["run"])
-    assert max(steps_saved(run)) == 6
+    assert max(list_checkpoint_steps(run)) == 6
     driver = [(line["message"], line.get("step")) for line in lines if line["component"] == "driver"]
     told = [("training started", None), ("workers started", 0), ("validated", 3), ("validated", 6)]
     assert driver == [*told, ("training ended", None)]

@@ -11,7 +11,7 @@ import torch
 from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service.models.sources import ModelSourceError, fetch_model
 from corun_ray.service.pool import snapshots
-from corun_ray.service.runs.held_out import ValidationLog, pictured_steps
+from corun_ray.service.runs.held_out import ValidationLog, find_pictured_steps
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import JobFailed, prepare, run_training
@@ -94,7 +94,7 @@ def test_the_run_keeps_every_held_out_image_of_every_validation(colabator):
     last = log.at(6)
     assert last.keys() == {("val", "fade"), ("val", "psnr"), ("val", "ssim")}
     assert all(sorted(images) == [f"photo_{i}.png" for i in range(6)] for images in last.values())
-    assert {"val/photo_0.png", "val/photo_1.png"} <= pictured_steps(run).keys()
+    assert {"val/photo_0.png", "val/photo_1.png"} <= find_pictured_steps(run).keys()
     report = run.child("report.html").read().decode()
     assert "Before and after" in report and "Labels in the pool" in report and "step 3" in report
 

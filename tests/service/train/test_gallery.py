@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from corun_ray.core.data.images import decode_image
-from corun_ray.service.runs.held_out import Measured
+from corun_ray.service.runs.held_out import MeasuredImage
 from corun_ray.service.train.validation import PICTURE_PX, Gallery
 
 VALUES = {"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0}
@@ -17,7 +17,7 @@ def test_the_chosen_the_best_and_the_worst_are_kept(order):
     gallery = Gallery({"c"})
     picture = np.full((10, 12, 3), 90, np.uint8)
     for image in order:
-        gallery.add(Measured("val", image, {"fade": VALUES[image]}), lambda: (picture, picture))
+        gallery.add(MeasuredImage("val", image, {"fade": VALUES[image]}), lambda: (picture, picture))
     found = gallery.measured()
     assert [one.image for one in found] == list(order)
     assert {one.image for one in found if one.pictures is not None} == {"b", "c", "d"}
@@ -32,7 +32,7 @@ def test_pictures_are_small_and_only_made_when_kept():
 
     gallery = Gallery(set())
     for value in (2.0, 1.0, 3.0, 2.5, 1.5, 2.2):
-        gallery.add(Measured("val", str(value), {"fade": value}), look)
+        gallery.add(MeasuredImage("val", str(value), {"fade": value}), look)
     assert len(looked) == 3
     (best,) = [one for one in gallery.measured() if one.image == "3.0"]
     assert decode_image(best.pictures.output).shape == (PICTURE_PX, PICTURE_PX // 2, 3)
@@ -42,5 +42,5 @@ def test_pictures_are_small_and_only_made_when_kept():
 def test_an_undefined_value_is_neither_best_nor_worst():
     gallery, picture = Gallery(set()), np.zeros((10, 12, 3), np.uint8)
     for image, value in {"black": float("nan"), "a": 1.0, "b": 2.0}.items():
-        gallery.add(Measured("val", image, {"fade": value}), lambda: (picture, picture))
+        gallery.add(MeasuredImage("val", image, {"fade": value}), lambda: (picture, picture))
     assert [one.image for one in gallery.measured() if one.pictures is not None] == ["a", "b"]

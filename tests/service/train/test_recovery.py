@@ -9,9 +9,9 @@ from torch import nn
 from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.training.checkpoints import TRAINING_FILE, save_run
 from corun_ray.core.training.state import TrainState
-from corun_ray.service.runs.record import folder_name
+from corun_ray.service.runs.record import name_checkpoint
 from corun_ray.service.storage import locate
-from corun_ray.service.train.recovery import STATE_FILE, last_step, start_from
+from corun_ray.service.train.recovery import STATE_FILE, find_last_step, find_start_checkpoint
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def run(tmp_path):
     for step in (6, 12):
         state = TrainState.start(nn.Conv2d(3, 3, 1))
         state.step = step
-        folder = tmp_path / folder_name(step)
+        folder = tmp_path / name_checkpoint(step)
         folder.mkdir()
         save_run(folder, state, NetworkSpec("a:B", {}), {"pool_snapshot": None})
     place = locate(str(tmp_path))
@@ -29,18 +29,18 @@ def run(tmp_path):
 
 
 def listing(*steps, version=ray.__version__):
-    results = [{"checkpoint_dir_name": folder_name(step), "metrics": {}} for step in steps]
+    results = [{"checkpoint_dir_name": name_checkpoint(step), "metrics": {}} for step in steps]
     return json.dumps({"ray_version": version, "checkpoint_results": results}).encode()
 
 
 def truncate(run, step):
-    file = run.child(folder_name(step)).child(TRAINING_FILE)
+    file = run.child(name_checkpoint(step)).child(TRAINING_FILE)
     file.write(file.read()[:-20])
 
 
 def test_ray_train_s_own_list_comes_first(run):
-    assert start_from(run) is None and run.child(STATE_FILE).exists()
-    assert last_step(run) == 12
+    assert find_start_checkpoint(run) is None and run.child(STATE_FILE).exists()
+    assert find_last_step(run) == 12
 
 
 @pytest.mark.parametrize(
@@ -48,20 +48,20 @@ def test_ray_train_s_own_list_comes_first(run):
 )
 def test_a_list_that_is_damaged_or_names_what_is_not_there_gives_way_to_the_folders(run, content):
     run.child(STATE_FILE).write(content)
-    assert start_from(run) == run.child(folder_name(12)).uri
+    assert find_start_checkpoint(run) == run.child(name_checkpoint(12)).uri
     assert not run.child(STATE_FILE).exists(), "Ray Train would refuse to start"
 
 
 def test_half_a_checkpoint_is_never_taken_for_a_good_one(run):
     run.child(STATE_FILE).delete()
     truncate(run, 12)
-    assert start_from(run) == run.child(folder_name(6)).uri and last_step(run) == 6
+    assert find_start_checkpoint(run) == run.child(name_checkpoint(6)).uri and find_last_step(run) == 6
     truncate(run, 6)
-    assert start_from(run) is None and last_step(run) is None
+    assert find_start_checkpoint(run) is None and find_last_step(run) is None
 
 
 def test_a_run_without_checkpoints_begins(tmp_path):
     run = locate(str(tmp_path / "run"))
     assert not run.exists()
     run.child("job.yaml").write(b"kind: pretrain")
-    assert start_from(run) is None and last_step(run) is None
+    assert find_start_checkpoint(run) is None and find_last_step(run) is None

@@ -9,7 +9,7 @@ import torch
 from corun_ray.core import weights as tensorfile
 from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service.pool import snapshots
-from corun_ray.service.runs.record import folder_name, last_run, steps_saved
+from corun_ray.service.runs.record import find_last_run, list_checkpoint_steps, name_checkpoint
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
 from tests.service.jobs import small_job
@@ -67,8 +67,8 @@ def runs(local_ray, dataset, tmp_path_factory):
 
 def last(folder, data):
     """The run's folder and its last checkpoint."""
-    run = last_run(traced_job(data, folder, 20))
-    return run, Path(run.path) / folder_name(20)
+    run = find_last_run(traced_job(data, folder, 20))
+    return run, Path(run.path) / name_checkpoint(20)
 
 
 def final_labels(run):
@@ -103,7 +103,7 @@ def test_snapshots_go_with_the_checkpoints_that_name_them(runs):
     for name in ("whole", "stopped", "two"):
         run, _ = last(root / name, data)
         found = {snapshots.step_of(file) for file in run.child("pool").list_files()} - {None}
-        assert found == {15, 20} == set(steps_saved(run)), "keep_checkpoints is 2"
+        assert found == {15, 20} == set(list_checkpoint_steps(run)), "keep_checkpoints is 2"
 
 
 def test_the_counters_and_positions_go_on(runs):

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from corun_ray.core.scoring.coherence import BlockScores, Coherence
-from corun_ray.service.train.coherence import SharedCoherence, shares
+from corun_ray.service.train.coherence import SharedCoherence, plan_exchange
 from corun_ray.service.train.worker import Worker
 from tests.service.jobs import small_job
 
@@ -22,7 +22,7 @@ WINNERS = [(2, 0, 1), (0, 0, 0), (0, 5, 0), (1, 0, 0)]
 
 @pytest.mark.parametrize("counts", [[0, 0], [7], [81, 0, 0, 0], [0, 1, 0, 0], [5, 3, 8], [0, 162, 81, 0, 81]])
 def test_each_rank_takes_as_many_but_for_one_and_in_order(counts: list[int]) -> None:
-    gives, takes = zip(*(shares(counts, rank) for rank in range(len(counts))), strict=True)
+    gives, takes = zip(*(plan_exchange(counts, rank) for rank in range(len(counts))), strict=True)
     assert [sum(row) for row in gives] == counts
     assert [list(column) for column in zip(*gives, strict=True)] == list(takes)
     work = [sum(taken) for taken in takes]

@@ -18,7 +18,7 @@ from corun_ray.core.data.images import decode_image
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.models.tracking import get_tracking_uri
-from corun_ray.service.runs.record import last_run, read_record
+from corun_ray.service.runs.record import find_last_run, read_record
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.tune.report import TrialResult, measure_cost, rank_trials, summarise_search
 from corun_ray.service.tune.search import run_search
@@ -35,7 +35,7 @@ def search_job(dataset, folder, **sections) -> TuneJob:
 
 
 def files_of(job):
-    run = last_run(job)
+    run = find_last_run(job)
     assert run is not None
     return run, {name: run.child(name).read() for name in ("trials.csv", "trials.png")}
 
@@ -139,7 +139,7 @@ def test_a_search_that_was_killed_repeats_no_trial_that_had_ended(dataset, tmp_p
             if re.search(r"trial 00000_\S+ ended", line):
                 break
         process.kill()
-    run = last_run(job)
+    run = find_last_run(job)
     assert run is not None and read_record(run).state == "running"
     first = Path(run.path) / "trials" / "00000_stages-2"
     before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
