@@ -9,7 +9,7 @@ from corun_ray.bench.machine import Machine, Work, count_work, measure_machine, 
 from corun_ray.core.inference.memory import fit_in_memory
 from corun_ray.core.inference.restore import restore
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.core.training.acceleration import compiled
+from corun_ray.core.training.acceleration import compile_network
 
 COUNTED_PX = 256
 """Side of the image on which operations are counted: all grow as the number of pixels does."""
@@ -64,7 +64,7 @@ def bench_dehaze(settings: DehazeSettings) -> DehazeReport:
     with torch.no_grad(), autocast:
         small = torch.rand(1, 3, COUNTED_PX, COUNTED_PX, device=device)
         counted = count_work(lambda: network(small))
-        whole = compiled(network) if settings.compile else network
+        whole = compile_network(network) if settings.compile else network
         hazy = torch.rand(1, 3, settings.height_px, settings.width_px, device=device)
         runs = whole if settings.memory_mib is None else fit_in_memory(network, hazy, settings.memory_mib)
         restore(runs, hazy)

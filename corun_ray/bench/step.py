@@ -14,11 +14,11 @@ from corun_ray.bench.machine import Machine, Work, count_work, measure_machine, 
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.timing import SpanTimes, synchronize
-from corun_ray.core.training.acceleration import compiled, keep_freed_memory
+from corun_ray.core.training.acceleration import compile_network, keep_freed_memory
 from corun_ray.core.training.labels import Label, ReadyLabels, Scores
 from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses, Vgg19Features
 from corun_ray.core.training.state import TrainState
-from corun_ray.core.training.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, pretraining_step
+from corun_ray.core.training.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, run_pretraining_step
 
 WARM_UP = 2
 LR, EMA = 5e-5, 0.999
@@ -120,7 +120,7 @@ class _Run:
         self.state = TrainState.start(network, device)
         student, teacher = self.state.student, self.state.teacher
         if settings.compile:
-            student, teacher = compiled(student), compiled(teacher)
+            student, teacher = compile_network(student), compile_network(teacher)
         self.student: nn.Module = student
         features = Vgg19Features().requires_grad_(False).eval().to(device) if settings.perceptual else None
         weights = COLABATOR_WEIGHTS if settings.method == "colabator" else PRETRAIN_WEIGHTS
@@ -149,5 +149,5 @@ class _Run:
 
     def _forward(self) -> StepOutput:
         if self.settings.method == "pretrain":
-            return pretraining_step(self.student, self.synthetic, self.losses)
+            return run_pretraining_step(self.student, self.synthetic, self.losses)
         return self.colabator.step(self.student, self.synthetic, self.real, self.state.step)

@@ -37,16 +37,16 @@ from corun_ray.core.networks.corun import CORUN, Restoration
 from corun_ray.core.scoring.coherence import BlockScores, Coherence
 from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
 from corun_ray.core.scoring.quality import load_quality
-from corun_ray.core.training.acceleration import compiled
+from corun_ray.core.training.acceleration import compile_network
 from corun_ray.core.training.labels import Label, LocalPool, Scores, decode, encode
 from corun_ray.core.training.losses import (
     COLABATOR_WEIGHTS,
     VGG_FILE,
     Losses,
     Vgg19Features,
-    contrastive,
+    compute_contrastive,
+    compute_perceptual,
     load_vgg19,
-    perceptual,
 )
 from corun_ray.core.training.state import TrainState
 from corun_ray.core.training.steps import Colabator, RealBatch, SyntheticBatch
@@ -82,16 +82,16 @@ class EagerOrder:
             for scene in (restored.scene, on_real.scene):
                 self.coherence.clarity(scene.clamp(0, 1))
         plain = Losses(replace(COLABATOR_WEIGHTS, perceptual=0, contrastive=0))
-        losses = plain.colabator(restored, synthetic.clear, on_real, real.strong, label, trust)
+        losses = plain.compute_colabator(restored, synthetic.clear, on_real, real.strong, label, trust)
         vgg, weights = self.features, COLABATOR_WEIGHTS
-        similar = perceptual(vgg(restored.scene.clamp(0, 1)), vgg(synthetic.clear))
-        contrasted = contrastive(vgg(on_real.scene), vgg(label), vgg(real.strong))
+        similar = compute_perceptual(vgg(restored.scene.clamp(0, 1)), vgg(synthetic.clear))
+        contrasted = compute_contrastive(vgg(on_real.scene), vgg(label), vgg(real.strong))
         return losses | {"perceptual": weights.perceptual * similar, "contrastive": contrasted}, won
 
     def rate_then_decide(self, candidate: Restoration, step: int) -> tuple[Tensor, Tensor, bool]:
         """J* and w* of the label that the pool then holds, and whether it is the candidate."""
         scene = candidate.scene.clamp(0, 1)
-        blocks, rated = self.coherence.block_scores(scene), self.coherence.global_scores(scene)
+        blocks, rated = self.coherence.score_blocks(scene), self.coherence.score_images(scene)
         scores = Scores(rated.clarity.item(), rated.quality.item())
         assert candidate.transmission is not None
         label, transmission = (encode(unit[0].numpy(), "uint8") for unit in (scene, candidate.transmission))
@@ -99,7 +99,7 @@ class EagerOrder:
         self.pool.offer([new])
         kept = self.pool.labels[KEY]
         kept_blocks = BlockScores(*(torch.from_numpy(s)[None] for s in (kept.block_clarity, kept.block_quality)))
-        trust = self.coherence.trust_map(kept_blocks, *scene.shape[-2:])
+        trust = self.coherence.build_trust_map(kept_blocks, *scene.shape[-2:])
         return torch.from_numpy(decode(kept.scene))[None], trust, kept is new
 
 
@@ -147,7 +147,7 @@ def measure(
     states = [TrainState.start(published), TrainState.start(network)]
     student, teacher = states[1].student, states[1].teacher
     if arguments.compile:
-        student, teacher = compiled(student), compiled(teacher)
+        student, teacher = compile_network(student), compile_network(teacher)
     eager = EagerOrder(states[0].teacher, coherence, features)
     lazy = Colabator(teacher, coherence, LocalPool(), Losses(COLABATOR_WEIGHTS, features))
     rng = np.random.default_rng(0)

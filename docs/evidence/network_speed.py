@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.core.training.acceleration import compiled
+from corun_ray.core.training.acceleration import compile_network
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.core.networks.plain_corun import PlainCORUN
@@ -40,7 +40,7 @@ def pair(stages: int, device: str) -> tuple[CORUN, PlainCORUN]:
 
 def ways(network: CORUN, plain: PlainCORUN, device: str, chosen: list[str]) -> dict[str, Way]:
     """Name → what restores a batch."""
-    whole = compiled(network)
+    whole = compile_network(network)
 
     def half(restore: nn.Module) -> Way:
         def restored(hazy: Tensor) -> tuple[Tensor, Tensor]:

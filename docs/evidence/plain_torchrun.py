@@ -27,7 +27,7 @@ from corun_ray.config.jobs import TrainingJob
 from corun_ray.config.loading import load_jobs
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training.labels import LocalPool
-from corun_ray.core.training.state import TrainState, learning_rate
+from corun_ray.core.training.state import TrainState, compute_learning_rate
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.data.sample_maker import Batch, SampleMaker
 from corun_ray.service.data.stream import remaining_phases
@@ -79,7 +79,7 @@ def train(job: TrainingJob, rank: int, workers: int) -> list[float]:
     for batch in batches(job, rank, workers):
         for _ in learner.learn(batch):
             pass
-        lr = learning_rate(state.step, cycles, job.optim.warmup_steps)
+        lr = compute_learning_rate(state.step, cycles, job.optim.warmup_steps)
         state.update(lr, job.optim.ema, len(batch["index"]) * workers)
         if state.step % job.train.log_every == 0:
             rates.append(job.train.log_every / (time.perf_counter() - since_s))

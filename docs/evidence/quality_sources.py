@@ -32,7 +32,7 @@ def main() -> int:
         for source in args.sources:
             quality = load_quality(metric, WeightsFolder(source))
             images = [to_tensor(decode_image((args.photographs / name).read_bytes())) for name in names]
-            scores.append(torch.cat([quality.raw(image) for image in images]))
+            scores.append(torch.cat([quality.compute_raw(image) for image in images]))
         orders = [score.argsort().tolist() for score in scores]
         same = all(order == orders[0] for order in orders)
         agree &= same

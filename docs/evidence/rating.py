@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from restorations import Image
 from tried_scorers import SCORERS
 
-from corun_ray.core.scoring.coherence import CLARITY, QUALITY, Coherence
+from corun_ray.core.scoring.coherence import Coherence
+from corun_ray.core.scoring.scorers import CLARITY_SCORERS, QUALITY_SCORERS
 
 Floats = NDArray[np.float64]
 Pair = tuple[str, str]
@@ -67,8 +68,8 @@ def trust_agreement(images: Image, truth: Image) -> dict[str, float]:
     side = truth.shape[0] // 32
     error = ((images - truth) ** 2).mean(-1).reshape(len(images), side, 32, side, 32).mean((2, 4))
     agreement = {}
-    for pair in product(CLARITY, QUALITY):
-        blocks = Coherence(*pair, block_px=32).block_scores(to_tensor(images))
+    for pair in product(CLARITY_SCORERS, QUALITY_SCORERS):
+        blocks = Coherence(*pair, block_px=32).score_blocks(to_tensor(images))
         trust = (blocks.clarity + blocks.quality).numpy()
         agreement[" + ".join(pair)] = float(
             np.mean([spearman(t.ravel(), -e.ravel()) for t, e in zip(trust, error, strict=True)])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from corun_ray.core.data.depth import procedural_depth
 from corun_ray.core.data.haze import Haze, add_haze, transmission
 from corun_ray.core.data.images import decode_image
-from corun_ray.core.networks.corun import scene_step, transmission_step
+from corun_ray.core.networks.corun import update_scene, update_transmission
 
 Image = NDArray[np.floating]
 SIZES_PX = (64, 96, 288)
@@ -135,8 +135,8 @@ def closed_form(hazy: Image, stages: int) -> Image:
     image = torch.from_numpy(hazy).permute(2, 0, 1)[None]
     scene, light, weight = image, torch.full_like(image[:, :1], 0.5), torch.tensor(0.3).sigmoid()
     for _ in range(stages):
-        light = transmission_step(image, light, scene, weight)
-        scene = scene_step(image, scene, light, weight)
+        light = update_transmission(image, light, scene, weight)
+        scene = update_scene(image, scene, light, weight)
     return scene[0].permute(1, 2, 0).numpy()
 
 

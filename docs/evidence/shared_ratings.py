@@ -45,7 +45,7 @@ def rate(rank: int, folder: Path, args: argparse.Namespace) -> None:
         for name, coherence in ways.items():
             dist.barrier()
             started_s = time.perf_counter()
-            found[name] = coherence.block_scores(scene)
+            found[name] = coherence.score_blocks(scene)
             dist.barrier()
             seconds[name].append(time.perf_counter() - started_s)
         difference = (found["alone"].clarity - found["together"].clarity).abs()

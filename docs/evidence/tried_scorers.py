@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corun_ray.core.metrics.fade import fade_distances
-from corun_ray.core.scoring.scorers import CLARITY, CONTRAST_PATCH_PX, QUALITY, Scorer
+from corun_ray.core.scoring.scorers import CLARITY_SCORERS, CONTRAST_PATCH_PX, QUALITY_SCORERS, Scorer
 
 
 def entropy(images: Tensor) -> Tensor:
@@ -103,4 +103,4 @@ TRIED = (
     fog_free,
     any_offer,
 )
-SCORERS: dict[str, Scorer] = {**CLARITY, **QUALITY, **{scorer.__name__: scorer for scorer in TRIED}}
+SCORERS: dict[str, Scorer] = {**CLARITY_SCORERS, **QUALITY_SCORERS, **{scorer.__name__: scorer for scorer in TRIED}}

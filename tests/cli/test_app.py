@@ -12,7 +12,7 @@ import yaml
 
 from corun_ray.config.loading import dump_job, load_jobs
 from corun_ray.core.choices import CLARITY_NAMES, DEGRADATIONS, QUALITY_NAMES, Degradation
-from corun_ray.core.scoring.scorers import CLARITY, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY
+from corun_ray.core.scoring.scorers import CLARITY_SCORERS, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY_SCORERS
 from tests.service.jobs import small_job
 
 
@@ -106,7 +106,7 @@ def test_a_model_that_is_not_there_is_one_line(dataset, tmp_path):
 
 
 def test_job_files_offer_exactly_the_scorers_that_exist():
-    assert set(CLARITY_NAMES) == {*CLARITY, "daclip"} and set(QUALITY_NAMES) == set(QUALITY)
+    assert set(CLARITY_NAMES) == {*CLARITY_SCORERS, "daclip"} and set(QUALITY_NAMES) == set(QUALITY_SCORERS)
     assert get_args(Degradation) == DEGRADATIONS
     assert CLARITY_NAMES[0] == DEFAULT_CLARITY and QUALITY_NAMES[0] == DEFAULT_QUALITY
 

@@ -24,7 +24,7 @@ HALO_PX = 3
 
 def in_bands(network: CORUN, band_px: int) -> CORUN:
     """A copy of the network whose CPMMs work on bands of about `band_px` of their pixels; for inference only."""
-    return network.with_cpmms(lambda cpmm: BandedCPMM(cpmm, band_px))
+    return network.replace_cpmms(lambda cpmm: BandedCPMM(cpmm, band_px))
 
 
 class BandedCPMM(nn.Module):
@@ -54,10 +54,10 @@ class BandedCPMM(nn.Module):
         """The block, in place."""
         (attention,) = (module for module in block.modules() if isinstance(module, SpectralAttention))
         # In float64, so that many bands add up.
-        sums = sum(attention.products(features[..., band, :]).double() for band, _ in self._bands(features, 0))
+        sums = sum(attention.compute_products(features[..., band, :]).double() for band, _ in self._bands(features, 0))
         before: Tensor | None = None
         try:
-            attention.given_mixing = attention.mixing_of(cast(Tensor, sums))
+            attention.fixed_mixing = attention.compute_mixing(cast(Tensor, sums))
             for band, outer in self._bands(features, HALO_PX):
                 seen = features[..., outer, :].clone(memory_format=torch.channels_last)
                 if before is not None:  # the margin above is as it was before its own band was written
@@ -66,7 +66,7 @@ class BandedCPMM(nn.Module):
                 before = seen[..., inner.stop - HALO_PX : inner.stop, :].clone()
                 features[..., band, :] = block(seen)[..., inner, :]
         finally:
-            attention.given_mixing = None
+            attention.fixed_mixing = None
 
     def _fused(self, up: nn.Module, fuse: nn.Module, features: Tensor, skip: Tensor) -> Tensor:
         """`fuse(up(features), skip)`, in the memory of `skip`."""

@@ -9,7 +9,7 @@ from corun_ray.core.inference.banded import MIN_ROWS, in_bands
 from corun_ray.core.inference.tiled import HALO_PX, in_tiles
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.cpmm import SIZE_MULTIPLE_PX
-from corun_ray.core.networks.spec import padded_size
+from corun_ray.core.networks.spec import compute_padded_size
 
 MIB = 2**20
 BYTES_PER_PX_AND_CHANNEL = 100
@@ -55,7 +55,7 @@ def whole_mib(network: CORUN, height: int, width: int) -> int:
 
 def banded_mib(network: CORUN, height: int, width: int, band_px: int) -> int:
     """What an image needs in bands of `band_px` pixels."""
-    rows, columns = padded_size(network, height, width)
+    rows, columns = compute_padded_size(network, height, width)
     per_px = STATE_BYTES_PER_PX + FEATURE_BYTES_PER_PX_AND_CHANNEL * network.width
     band_bytes = max(band_px, MIN_ROWS * columns) * BYTES_PER_PX_AND_CHANNEL * network.width
     return -(-(rows * columns * per_px + band_bytes) // MIB)
@@ -70,7 +70,7 @@ def images_at_once(network: nn.Module, height: int, width: int, memory_mib: int)
 
 def tile_side_px(network: CORUN, height: int, width: int, memory_mib: int) -> int:
     """The side of the largest tiles, margins included, that fit; raises `TooLarge` where the smallest do not."""
-    rows, columns = padded_size(network, height, width)
+    rows, columns = compute_padded_size(network, height, width)
     work_bytes = memory_mib * MIB - rows * columns * STATE_BYTES_PER_PX
     pixels = work_bytes // (BYTES_PER_PX_AND_CHANNEL * network.width)
     side = int(max(0, pixels) ** 0.5) // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX
@@ -82,5 +82,5 @@ def tile_side_px(network: CORUN, height: int, width: int, memory_mib: int) -> in
 
 
 def _whole_bytes(network: CORUN, height: int, width: int) -> int:
-    rows, columns = padded_size(network, height, width)
+    rows, columns = compute_padded_size(network, height, width)
     return rows * columns * (STATE_BYTES_PER_PX + BYTES_PER_PX_AND_CHANNEL * network.width)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.networks.corun import Restoration, as_restoration
-from corun_ray.core.networks.spec import padded_size
+from corun_ray.core.networks.spec import compute_padded_size
 
 MIN_SIDE_PX = 16
 
@@ -52,7 +52,7 @@ def _padded(network: nn.Module, hazy: Tensor) -> Tensor:
     height, width = hazy.shape[-2:]
     if min(height, width) < MIN_SIDE_PX:
         raise ValueError(f"an image of {width} x {height} px is too small to restore (at least {MIN_SIDE_PX} px)")
-    rows, columns = padded_size(network, height, width)
+    rows, columns = compute_padded_size(network, height, width)
     if (rows, columns) == (height, width):
         return hazy
     return hazy[..., _reflected(height, rows, hazy.device)[:, None], _reflected(width, columns, hazy.device)]

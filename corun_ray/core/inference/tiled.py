@@ -57,7 +57,7 @@ def _spans(length: int, step: int) -> Iterator[tuple[slice, slice]]:
 
 def in_tiles(network: CORUN, side_px: int) -> CORUN:
     """A copy of the network that computes in tiles of at most `side_px`, margins of `HALO_PX` included."""
-    return network.with_cpmms(lambda cpmm: TiledCPMM(cpmm, side_px))
+    return network.replace_cpmms(lambda cpmm: TiledCPMM(cpmm, side_px))
 
 
 class TiledCPMM(nn.Module):
@@ -72,19 +72,19 @@ class TiledCPMM(nn.Module):
         """As the CPMM's own."""
         height, width = estimate.shape[-2:]
         parts = list(tiles(height, width, self.side_px))
-        attentions = self.cpmm.attentions()
+        attentions = self.cpmm.list_attentions()
         try:
             for attention in attentions:
                 products = [self._products(attention, tile, estimate, partner) for tile in parts]
                 # In float64, so that many parts add up.
-                attention.given_mixing = attention.mixing_of(torch.stack(products).sum(0, dtype=torch.float64))
+                attention.fixed_mixing = attention.compute_mixing(torch.stack(products).sum(0, dtype=torch.float64))
             refined = torch.empty_like(estimate)
             for tile in parts:
                 refined[..., *tile.core] = self._run(tile, estimate, partner)[..., *tile.inner()]
             return refined
         finally:
             for attention in attentions:
-                attention.given_mixing = None
+                attention.fixed_mixing = None
 
     def _products(self, attention: SpectralAttention, tile: Tile, estimate: Tensor, partner: Tensor) -> Tensor:
         """The tile's part of the image's sums at one attention: those before it have their weights already."""
@@ -101,7 +101,7 @@ class TiledCPMM(nn.Module):
         finally:
             hook.remove()
         scale = (tile.outer[0].stop - tile.outer[0].start) // features.shape[-2]
-        return attention.products(features[..., *tile.inner(scale)])
+        return attention.compute_products(features[..., *tile.inner(scale)])
 
     def _run(self, tile: Tile, estimate: Tensor, partner: Tensor) -> Tensor:
         return self.cpmm(estimate[..., *tile.outer], partner[..., *tile.outer])

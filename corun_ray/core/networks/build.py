@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.errors import one_line
-from corun_ray.core.networks import spandrel as spandrel_networks
 from corun_ray.core.networks.corun import CORUN, Restoration, as_restoration
-from corun_ray.core.networks.spec import CORUN_TYPE, NetworkError, NetworkSpec, construct, padded_size
-
-__all__ = ["NetworkError", "NetworkSpec", "architectures", "as_restoration", "build", "probe", "requirements"]
+from corun_ray.core.networks.spandrel import EXTRA_PACKAGE, build_spandrel_network, is_extra, list_classes
+from corun_ray.core.networks.spec import CORUN_TYPE, NetworkError, NetworkSpec, compute_padded_size, construct
 
 PROBE_IMAGES = 2
 
 
-def build(spec: NetworkSpec) -> nn.Module:
+def build_network(spec: NetworkSpec) -> nn.Module:
     """A freshly initialised network on the CPU; raises `NetworkError`. A module that `spec` names is imported."""
     if spec.type == CORUN_TYPE:
         if spec.args.keys() - {"stages", "width"}:
@@ -28,30 +26,30 @@ def build(spec: NetworkSpec) -> nn.Module:
         return construct(CORUN, spec)
     if ":" in spec.type:
         return construct(_imported_class(spec.type), spec)
-    return spandrel_networks.build_spandrel(spec)
+    return build_spandrel_network(spec)
 
 
-def architectures() -> list[str]:
-    """The names of spandrel's network classes, in alphabetical order; `probe` tells those that suit restoration."""
-    return sorted(spandrel_networks.classes(), key=str.lower)
+def list_architectures() -> list[str]:
+    """List the names of spandrel's network classes, sorted; `probe_network` finds those that suit restoration."""
+    return sorted(list_classes(), key=str.lower)
 
 
-def requirements(spec: NetworkSpec) -> list[str]:
+def list_required_packages(spec: NetworkSpec) -> list[str]:
     """The packages, beside torch, that building the network needs; those of a user's own class are not known."""
     if spec.type == CORUN_TYPE or ":" in spec.type:
         return []
-    extra = [spandrel_networks.EXTRA_PACKAGE] if spandrel_networks.is_extra(spec.type) else []
+    extra = [EXTRA_PACKAGE] if is_extra(spec.type) else []
     return ["spandrel", *extra]
 
 
 @torch.no_grad()
-def probe(network: nn.Module, patch_px: int) -> None:
+def probe_network(network: nn.Module, patch_px: int) -> None:
     """Runs random square images of `patch_px` through; raises `NetworkError` unless scenes of their size come back."""
     parameter = next(network.parameters(), None)
     if parameter is None:
         raise NetworkError("it has no parameters to train")
-    if padded_size(network, patch_px, patch_px) != (patch_px, patch_px):
-        taken = padded_size(network, patch_px, patch_px)[0]
+    if compute_padded_size(network, patch_px, patch_px) != (patch_px, patch_px):
+        taken = compute_padded_size(network, patch_px, patch_px)[0]
         raise NetworkError(f"it does not take patches of {patch_px} px (the next size that it takes is {taken} px)")
     shape = (PROBE_IMAGES, 3, patch_px, patch_px)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(parameter.device)

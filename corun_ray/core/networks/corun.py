@@ -50,7 +50,7 @@ class ProximalStep(nn.Module):
         self.step_lambda = nn.Parameter(torch.tensor([0.3]).sigmoid())
 
 
-def transmission_step(hazy: Tensor, transmission: Tensor, scene_estimate: Tensor, weight: Tensor) -> Tensor:
+def update_transmission(hazy: Tensor, transmission: Tensor, scene_estimate: Tensor, weight: Tensor) -> Tensor:
     """TGDM: the transmission that best explains `hazy` given the scene, held near the previous one.
 
     `hazy` and `scene_estimate` (the previous closed-form scene) B 3 H W, `transmission` B 1 H W → B 1 H W.
@@ -64,7 +64,7 @@ def transmission_step(hazy: Tensor, transmission: Tensor, scene_estimate: Tensor
     return (numerator / denominator).clamp(TRANSMISSION_MIN, TRANSMISSION_MAX)
 
 
-def scene_step(hazy: Tensor, scene: Tensor, transmission: Tensor, weight: Tensor) -> Tensor:
+def update_scene(hazy: Tensor, scene: Tensor, transmission: Tensor, weight: Tensor) -> Tensor:
     """SGDM: the scene that best explains `hazy` given the transmission, held near the previous one; in [0, 1]."""
     squared = transmission * transmission
     return ((transmission * hazy + squared - transmission + weight * scene) / (squared + weight)).clamp(0, 1)
@@ -92,14 +92,14 @@ class Stage(nn.Module):
         # The closed-form steps divide by small numbers: float32 also under autocast.
         with torch.autocast(hazy.device.type, enabled=False):
             images = hazy, transmission.float(), scene_estimate
-            transmission_estimate = _in_bands(transmission_step, *images, weight=self.trans_prox.step_lambda)
+            transmission_estimate = _in_bands(update_transmission, *images, weight=self.trans_prox.step_lambda)
         if self.last:
             transmission = transmission_estimate
         else:
             transmission = _refine(self.trans_net, transmission_estimate, scene, recompute)
         with torch.autocast(hazy.device.type, enabled=False):
             images = hazy, scene.float(), transmission_estimate
-            scene_estimate = _in_bands(scene_step, *images, weight=self.dehaze_prox.step_lambda)
+            scene_estimate = _in_bands(update_scene, *images, weight=self.dehaze_prox.step_lambda)
         scene = _refine(self.dehaze_net, scene_estimate, transmission_estimate, recompute)
         return scene, scene_estimate, transmission, transmission_estimate
 
@@ -137,7 +137,7 @@ class CORUN(nn.Module):
             self.basic = nn.ModuleList(Stage(width, last=False) for _ in range(stages - 2))
         self.last = Stage(width, last=True)
 
-    def with_cpmms(self, wrapped: Callable[[CPMM], nn.Module]) -> "CORUN":
+    def replace_cpmms(self, wrapped: Callable[[CPMM], nn.Module]) -> "CORUN":
         """A copy for inference, each of its CPMMs replaced by what `wrapped` makes of it."""
         network = copy.deepcopy(self).eval()
         network.checkpoint_activations = False

@@ -29,8 +29,8 @@ class SpectralAttention(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.heads = channels // width
-        self.given_mixing: Tensor | None = None
-        """Set where the pixels at hand are a part of the image: what `mixing_of` made of the whole one's products."""
+        self.fixed_mixing: Tensor | None = None
+        """The mixing of the whole image, where the input is only a part of the image."""
         self.rescale = nn.Parameter(torch.ones(self.heads, 1, 1))
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(channels, channels, bias=False)
@@ -45,7 +45,7 @@ class SpectralAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """B C H W → `x + attention(x)`, B C H W."""
         value = F.linear(_pixels(x), self.to_v.weight)
-        mixing = self.mixing_of(self.products(x)) if self.given_mixing is None else self.given_mixing
+        mixing = self.compute_mixing(self.compute_products(x)) if self.fixed_mixing is None else self.fixed_mixing
         attended = torch.baddbmm(_pixels(x).to(value.dtype), value, mixing.to(value.dtype).mT)
         before, activation, after = cast(tuple[nn.Conv2d, nn.GELU, nn.Conv2d], tuple(self.pos_emb))
         position = activation(before(_planes(value, x)))
@@ -53,12 +53,12 @@ class SpectralAttention(nn.Module):
         position = F.conv2d(position, after.weight, self.proj.bias, padding=1, groups=after.groups)
         return position.add_(_planes(attended, x))
 
-    def products(self, x: Tensor) -> Tensor:
+    def compute_products(self, x: Tensor) -> Tensor:
         """`x x'`, B C C: the channels' inner products over pixels B C H W. Those of parts add up."""
         with torch.autocast(x.device.type, enabled=False):
             return cast(Tensor, _InnerProducts.apply(_pixels(x)))
 
-    def mixing_of(self, products: Tensor) -> Tensor:
+    def compute_mixing(self, products: Tensor) -> Tensor:
         """What the values of an image are mixed by, B C C: its attention maps, then the output projection."""
         heads, (batch, channels, _) = self.heads, products.shape
         width = channels // heads
@@ -195,7 +195,7 @@ class CPMM(nn.Module):
         self.bottleneck = Block(width * 2**LEVELS, width)
         nn.init.zeros_(self.mapping.weight)
 
-    def attentions(self) -> list[SpectralAttention]:
+    def list_attentions(self) -> list[SpectralAttention]:
         """In the order in which they run."""
         layers = [*self.encoder_layers, self.bottleneck, *self.decoder_layers]
         return [module for layer in layers for module in layer.modules() if isinstance(module, SpectralAttention)]

@@ -22,8 +22,8 @@ EXTRA_PACKAGE = "spandrel_extra_arches"
 OWN_CLASS = "a network of your own needs its type (module.path:ClassName) and args"
 
 
-def build_spandrel(spec: NetworkSpec) -> nn.Module:
-    """The network of one of `classes`, mapping [0, 1] to [0, 1], with the size attributes of `core.restore`.
+def build_spandrel_network(spec: NetworkSpec) -> nn.Module:
+    """The network of one of `list_classes`, mapping [0, 1] to [0, 1], with the size attributes of `core.restore`.
 
     Raises `NetworkError`.
     """
@@ -34,7 +34,7 @@ def build_spandrel(spec: NetworkSpec) -> nn.Module:
     elif spec.type in ("FBCNN", "MPRNet"):
         network.register_forward_hook(_first)
     try:
-        sizes = registry().load(network.state_dict()).size_requirements
+        sizes = load_registry().load(network.state_dict()).size_requirements
     except Exception:
         return network  # by its arguments not the image restorer that spandrel knows; probing it decides
     # Plain attributes are copied with a module and are no part of its state dict.
@@ -52,7 +52,7 @@ def recognise(params: Mapping[str, Tensor]) -> tuple[NetworkSpec, dict[str, Tens
     from spandrel import ImageModelDescriptor, UnsupportedModelError
 
     try:
-        found = registry().load(dict(params))
+        found = load_registry().load(dict(params))
     except UnsupportedModelError:
         raise NetworkError(f"neither CORUN nor an architecture that spandrel recognises; {OWN_CLASS}") from None
     except Exception as error:
@@ -62,13 +62,13 @@ def recognise(params: Mapping[str, Tensor]) -> tuple[NetworkSpec, dict[str, Tens
         what = f"{channels[0]} to {channels[1]} channels at scale {found.scale}"
         raise NetworkError(f"{found.architecture.name} of {what}; 3 to 3 channels at scale 1 are needed")
     network: Any = found.model
-    name = next(name for name, network_class in classes().items() if network_class is type(network))
+    name = next(name for name, network_class in list_classes().items() if network_class is type(network))
     args = {name: value for name, value in network.hyperparameters.items() if _is_plain(value)}
     return NetworkSpec(name, args), network.state_dict()
 
 
 @functools.cache
-def registry() -> Any:
+def load_registry() -> Any:
     """spandrel's architectures, with those of `spandrel_extra_arches` where it is installed."""
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # their use of torch.jit
         from spandrel import MAIN_REGISTRY
@@ -80,26 +80,26 @@ def registry() -> Any:
 
 
 @functools.cache
-def classes() -> dict[str, type[nn.Module]]:
+def list_classes() -> dict[str, type[nn.Module]]:
     """The network classes that the architectures export, by name; most bear the architecture's own name."""
-    modules = [importlib.import_module(type(entry.architecture).__module__) for entry in registry()]
+    modules = [importlib.import_module(type(entry.architecture).__module__) for entry in load_registry()]
     found = {name: getattr(module, name) for module in modules for name in module.__all__}
     return {name: value for name, value in found.items() if isinstance(value, type) and issubclass(value, nn.Module)}
 
 
 def is_extra(name: str) -> bool:
-    """Whether a class of `classes` comes from `spandrel_extra_arches`."""
-    return classes()[name].__module__.startswith(EXTRA_PACKAGE)
+    """Whether a class of `list_classes` comes from `spandrel_extra_arches`."""
+    return list_classes()[name].__module__.startswith(EXTRA_PACKAGE)
 
 
 def _class(name: str) -> type[nn.Module]:
-    if name in classes():
-        return classes()[name]
-    close = difflib.get_close_matches(name, classes(), 1, cutoff=0.5)
+    if name in list_classes():
+        return list_classes()[name]
+    close = difflib.get_close_matches(name, list_classes(), 1, cutoff=0.5)
     hint = f" (did you mean {close[0]}?)" if close else ""
     extra = "" if _has_extra() else f"; {EXTRA_PACKAGE}, which has more, is not installed"
     raise NetworkError(
-        f"{name} is no network of spandrel{hint}; corun_ray.core.networks.build.architectures() lists them{extra}"
+        f"{name} is no network of spandrel{hint}; corun_ray.core.networks.build.list_architectures() lists them{extra}"
     )
 
 

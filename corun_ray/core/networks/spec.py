@@ -68,7 +68,7 @@ PAD_MULTIPLE_PX = 16
 """The published recipe pads to 16, though 8 would do."""
 
 
-def padded_size(network: nn.Module, height: int, width: int) -> tuple[int, int]:
+def compute_padded_size(network: nn.Module, height: int, width: int) -> tuple[int, int]:
     """The least height and width in pixels, not below those of the image, that the network takes."""
     multiple = getattr(network, "size_multiple_px", PAD_MULTIPLE_PX)
     least = getattr(network, "size_min_px", 0)

@@ -11,18 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corun_ray.core.choices import Combine
-from corun_ray.core.scoring.scorers import CLARITY, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY, Scorer
-
-__all__ = [
-    "CLARITY",
-    "DEFAULT_CLARITY",
-    "DEFAULT_QUALITY",
-    "QUALITY",
-    "BlockScores",
-    "Coherence",
-    "GlobalScores",
-    "Scorer",
-]
+from corun_ray.core.scoring.scorers import CLARITY_SCORERS, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY_SCORERS, Scorer
 
 
 @dataclass(frozen=True)
@@ -44,7 +33,7 @@ class BlockScores:
 class Coherence:
     """Scores images with one clarity and one quality scorer, and turns block scores into trust maps.
 
-    `clarity` and `quality` are names of `CLARITY` and `QUALITY`, or scorers of one's own. `block_px` is
+    `clarity` and `quality` are names of `CLARITY_SCORERS` and `QUALITY_SCORERS`, or scorers of one's own. `block_px` is
     the side of the square blocks. Raises `ValueError` for an unknown name or way of combining.
     """
 
@@ -57,18 +46,18 @@ class Coherence:
     ) -> None:
         if combine not in ("addition", "multiplication"):
             raise ValueError(f"combine: expected addition or multiplication, got {combine!r}")
-        self.clarity = _resolve(clarity, CLARITY, "clarity")
-        self.quality = _resolve(quality, QUALITY, "quality")
+        self.clarity = _resolve(clarity, CLARITY_SCORERS, "clarity")
+        self.quality = _resolve(quality, QUALITY_SCORERS, "quality")
         self.block_px = block_px
         self.combine = combine
 
     @torch.no_grad()
-    def global_scores(self, images: Tensor) -> GlobalScores:
+    def score_images(self, images: Tensor) -> GlobalScores:
         """Rates whole images, `B 3 H W` RGB in [0, 1]."""
         return GlobalScores(self.clarity(images), self.quality(images))
 
     @torch.no_grad()
-    def block_scores(self, images: Tensor) -> BlockScores:
+    def score_blocks(self, images: Tensor) -> BlockScores:
         """Rates every `block_px` square of `B 3 H W` images in [0, 1], each as an image of its own.
 
         Raises `ValueError` where a side is no multiple of `block_px`.
@@ -91,7 +80,7 @@ class Coherence:
         return self.clarity(blocks), self.quality(blocks)
 
     @torch.no_grad()
-    def trust_map(self, blocks: BlockScores, height_px: int, width_px: int) -> Tensor:
+    def build_trust_map(self, blocks: BlockScores, height_px: int, width_px: int) -> Tensor:
         """Weights `B 1 H W` in [0, 1], higher where the blocks are clearer and better.
 
         Block scores are averaged (`addition`) or multiplied, then interpolated bilinearly between block

@@ -58,24 +58,24 @@ class DaClip(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Clarity, `B` float32 in [0, 1]."""
-        return 1 - self.density(images)
+        return 1 - self.compute_density(images)
 
-    def density(self, images: Tensor) -> Tensor:
+    def compute_density(self, images: Tensor) -> Tensor:
         """The chosen degradations' probabilities added, `B` float32 in [0, 1]."""
-        return self.probabilities(images)[:, self.chosen].sum(1).clamp(max=1)
+        return self.compute_probabilities(images)[:, self.chosen].sum(1).clamp(max=1)
 
-    def probabilities(self, images: Tensor) -> Tensor:
+    def compute_probabilities(self, images: Tensor) -> Tensor:
         """Of each of `DEGRADATIONS`, `B 10` float32 that add up to 1."""
-        return (SHARPNESS * self.cosines(images)).softmax(1)
+        return (SHARPNESS * self.compute_cosines(images)).softmax(1)
 
-    def cosines(self, images: Tensor) -> Tensor:
+    def compute_cosines(self, images: Tensor) -> Tensor:
         """Between the images and each of `DEGRADATIONS`, `B 10` float32 in [-1, 1]."""
         # A caller's own autocast would cost the digits that the softmax multiplies by a hundred.
         with torch.autocast(images.device.type, enabled=False):
             return torch.cat([self._cosines(chunk) for chunk in images.float().split(self.chunk_images)])
 
     def _cosines(self, images: Tensor) -> Tensor:
-        normalised = (middle_square(images, self.side_px) - self.mean) / self.std
+        normalised = (crop_middle_square(images, self.side_px) - self.mean) / self.std
         with torch.autocast(images.device.type, torch.float16, enabled=images.is_cuda):
             features = self.tower(normalised)
         return F.normalize(features.float(), dim=1) @ self.words.T
@@ -94,7 +94,7 @@ def load_daclip(path: Path, degradations: Sequence[str] = ("hazy",), chunk_image
     return DaClip(tower, tower.image_size[0], words, degradations, chunk_images)
 
 
-def middle_square(images: Tensor, side_px: int) -> Tensor:
+def crop_middle_square(images: Tensor, side_px: int) -> Tensor:
     """`B 3 H W` resized to a short side of `side_px`, then cropped to the square in its middle.
 
     Bicubic and antialiased, as torchvision's `Resize` and `CenterCrop` are on float tensors; nothing is clipped.

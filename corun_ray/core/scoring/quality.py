@@ -9,7 +9,7 @@ from corun_ray.core.scoring.scorers import Scorer
 from corun_ray.core.weights import WeightsSource
 
 
-class Iqa(nn.Module):
+class IqaScorer(nn.Module):
     """Quality of images by one metric: `B 3 H W` RGB in [0, 1] to `B` float32 in [0, 1], higher is better.
 
     `worst` and `best` are the metric's own scores that become 0 and 1; scores beyond them are clamped. An image
@@ -23,10 +23,10 @@ class Iqa(nn.Module):
         self.worst, self.best = worst, best
 
     def forward(self, images: Tensor) -> Tensor:
-        quality = (self.raw(images) - self.worst) / (self.best - self.worst)
+        quality = (self.compute_raw(images) - self.worst) / (self.best - self.worst)
         return quality.clamp(0, 1).nan_to_num(0.0)
 
-    def raw(self, images: Tensor) -> Tensor:
+    def compute_raw(self, images: Tensor) -> Tensor:
         """The metric's own scores, `B` float32; NaN where it is undefined."""
         return torch.cat([self._or_nan(chunk) for chunk in images.split(self.chunk_images)])
 
@@ -54,7 +54,7 @@ class Iqa(nn.Module):
 
 def load_quality(
     name: str, weights: WeightsSource, score_range: tuple[float, float] | None = None, chunk_images: int = 64
-) -> Iqa:
+) -> IqaScorer:
     """The pyiqa metric `name` as a scorer, with the files that it needs from `weights`.
 
     `score_range` are the metric's worst and best score; None takes pyiqa's own range and direction. Raises
@@ -64,16 +64,16 @@ def load_quality(
     if name not in no_reference_metrics():
         raise ValueError(f"{name!r} is no metric of pyiqa that rates single images")
     worst, best = score_range or _own_range(name)
-    return Iqa(name, build_metric(name, lambda url: weights(file_name(url))), worst, best, chunk_images)
+    return IqaScorer(name, build_metric(name, lambda url: weights(file_name(url))), worst, best, chunk_images)
 
 
-def probe(scorer: Scorer, *sides_px: int) -> None:
+def probe_scorer(scorer: Scorer, *sides_px: int) -> None:
     """Tries a scorer on two random images of each side.
 
     Raises `ValueError` where it fails, does not give one number an image, or gives one that is not finite.
     """
-    rate = scorer.rate if isinstance(scorer, Iqa) else scorer
-    name = scorer.name if isinstance(scorer, Iqa) else "the scorer"
+    rate = scorer.rate if isinstance(scorer, IqaScorer) else scorer
+    name = scorer.name if isinstance(scorer, IqaScorer) else "the scorer"
     for side_px in sides_px:
         images = torch.rand(2, 3, side_px, side_px, generator=torch.Generator().manual_seed(0))
         try:

@@ -28,7 +28,7 @@ CRUSHED_TOLERATED = 0.02  # share of black values that natural scenes also have
 CRUSHED_COST = 2.0
 
 
-def contrast(images: Tensor) -> Tensor:
+def rate_contrast(images: Tensor) -> Tensor:
     """Local contrast, less what clipping made of it.
 
     Haze scales the deviations from the airlight by the transmission, so contrast within small patches (the
@@ -44,17 +44,17 @@ def contrast(images: Tensor) -> Tensor:
     return deviation / (deviation + CONTRAST_HALF) * (1 - CLIPPING_COST * clipped).clamp_min(0)
 
 
-def fade_clarity(images: Tensor) -> Tensor:
+def rate_fade(images: Tensor) -> Tensor:
     """`1 / (1 + FADE)`, clear of fog by patch statistics; 0 where FADE is undefined (all black)."""
     return (1 / (1 + fade(images))).nan_to_num(0.0).float()
 
 
-def dark_channel(images: Tensor) -> Tensor:
+def rate_dark_channel(images: Tensor) -> Tensor:
     """1 − the mean of each pixel's smallest channel, which haze lifts (He, Sun, Tang, CVPR 2009)."""
     return 1 - images.float().amin(1).mean((1, 2))
 
 
-def clean(images: Tensor) -> Tensor:
+def rate_cleanness(images: Tensor) -> Tensor:
     """1 − excess noise − crushed shadows.
 
     Noise is Immerkaer's estimate (Comput. Vis. Image Underst. 64, 1996) divided by the image's contrast:
@@ -69,13 +69,13 @@ def clean(images: Tensor) -> Tensor:
     return (1 - excess - CRUSHED_COST * crushed).clamp_min(0)
 
 
-def unclipped(images: Tensor) -> Tensor:
+def rate_unclipped(images: Tensor) -> Tensor:
     """Share of colour values that are neither black nor white."""
     return _share((images > DARKEST) & (images < BRIGHTEST))
 
 
-CLARITY: dict[str, Scorer] = {"contrast": contrast, "fade": fade_clarity, "dark_channel": dark_channel}
-QUALITY: dict[str, Scorer] = {"clean": clean, "unclipped": unclipped}
+CLARITY_SCORERS: dict[str, Scorer] = {"contrast": rate_contrast, "fade": rate_fade, "dark_channel": rate_dark_channel}
+QUALITY_SCORERS: dict[str, Scorer] = {"clean": rate_cleanness, "unclipped": rate_unclipped}
 DEFAULT_CLARITY = "contrast"
 DEFAULT_QUALITY = "clean"
 

@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
-def compiled(network: nn.Module) -> nn.Module:
+def compile_network(network: nn.Module) -> nn.Module:
     """The same network, compiled at its first call and again for other sizes; CORUN as one graph without a break.
 
     Raises torch's own errors at the first call where the network cannot be compiled.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from corun_ray.core import weights as tensorfile
 from corun_ray.core.errors import UserError
-from corun_ray.core.networks.build import build
+from corun_ray.core.networks.build import build_network
 from corun_ray.core.networks.spandrel import recognise
 from corun_ray.core.networks.spec import CORUN_TYPE, NetworkError, NetworkSpec
 from corun_ray.core.training.state import TrainState
@@ -63,7 +63,7 @@ def load_network(path: Path) -> LoadedNetwork:
         else:
             file, params = path, _params(path)
             spec, params = _corun(params) or recognise(params)
-        network = build(spec)
+        network = build_network(spec)
     except NetworkError as error:
         raise CheckpointError(f"{path}: {error}") from None
     _refuse_misfit(params, network.state_dict(), f"{file}: does not fit {type(network).__name__}")
@@ -119,7 +119,7 @@ def save_run(folder: Path, state: TrainState, spec: NetworkSpec, extra: dict[str
     """
     save_network(folder / NETWORK_FILE, state.student, state.teacher)
     (folder / SPEC_FILE).write_text(spec.to_json())
-    tensorfile.write(folder / TRAINING_FILE, state.tensors(), state.values() | {"extra": extra})
+    tensorfile.write(folder / TRAINING_FILE, state.collect_tensors(), state.collect_values() | {"extra": extra})
 
 
 def load_run(folder: Path, state: TrainState, spec: NetworkSpec) -> dict[str, Any]:
@@ -133,8 +133,10 @@ def load_run(folder: Path, state: TrainState, spec: NetworkSpec) -> dict[str, An
     file = _training_file(folder)
     tensors, record = _read(file, tensorfile.read)
     _refuse_other_record(record, file)
-    _refuse_misfit(tensors, state.wanted(tensors.keys()), f"{file}: does not fit this run", same_dtypes=True)
-    groups = state.values()["param_groups"]
+    _refuse_misfit(
+        tensors, state.list_expected_tensors(tensors.keys()), f"{file}: does not fit this run", same_dtypes=True
+    )
+    groups = state.collect_values()["param_groups"]
     if not _is_like(record["param_groups"], groups):
         raise CheckpointError(f"{file}: its param_groups are not those of this run's AdamW, like {groups}")
     state.restore(tensors, record)

@@ -101,13 +101,13 @@ def rehaze(restoration: Restoration) -> Tensor:
     return scene * transmission + 1 - transmission
 
 
-def perceptual(found: Features, truth: Features) -> Tensor:
+def compute_perceptual(found: Features, truth: Features) -> Tensor:
     """`0.2 sum w L1(f(x), f(y))` of two images' features."""
     layers = zip(LAYER_WEIGHTS, found, truth, strict=True)
     return FEATURE_WEIGHT * torch.stack([w * _distance(x, y) for w, x, y in layers]).sum()
 
 
-def contrastive(found: Features, positive: Features, negative: Features) -> Tensor:
+def compute_contrastive(found: Features, positive: Features, negative: Features) -> Tensor:
     """`0.2 sum w L1(f(x), f(positive)) / L1(f(x), f(negative))`, each L1 a mean over the whole batch."""
     layers = zip(LAYER_WEIGHTS, found, positive, negative, strict=True)
     ratios = [w * _distance(x, near) / (_distance(x, far) + RATIO_EPSILON) for w, x, near, far in layers]
@@ -129,7 +129,7 @@ class Losses:
     density: Callable[[Tensor], Tensor] | None = None
     """`B 3 H W` in [0, 1] to the haze density of each, `B`, differentiable; for the haze-density term."""
 
-    def pretraining(self, restoration: Restoration, clear: Tensor, hazy: Tensor) -> dict[str, Tensor]:
+    def compute_pretraining(self, restoration: Restoration, clear: Tensor, hazy: Tensor) -> dict[str, Tensor]:
         """Supervised losses on a synthetic pair; `clear` and `hazy` B 3 H W in [0, 1]."""
         scene, weights, losses = restoration.scene, self.weights, {}
         if weights.pixel:
@@ -138,7 +138,7 @@ class Losses:
             losses["scattering"] = weights.scattering * (rehaze(restoration) - hazy).abs().mean()
         return losses | self._feature_losses((scene, clear), (scene, clear, hazy)) | self._density_loss(scene)
 
-    def colabator(
+    def compute_colabator(
         self,
         synthetic: Restoration,
         clear: Tensor,
@@ -183,9 +183,11 @@ class Losses:
         found = live | frozen
         losses = {}
         if "perceptual" in active:
-            losses["perceptual"] = self.weights.perceptual * perceptual(*(found[image] for image in similar))
+            losses["perceptual"] = self.weights.perceptual * compute_perceptual(*(found[image] for image in similar))
         if "contrastive" in active:
-            losses["contrastive"] = self.weights.contrastive * contrastive(*(found[image] for image in contrasted))
+            losses["contrastive"] = self.weights.contrastive * compute_contrastive(
+                *(found[image] for image in contrasted)
+            )
         return losses
 
     def _density_loss(self, scene: Tensor) -> dict[str, Tensor]:

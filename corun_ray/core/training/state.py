@@ -58,11 +58,11 @@ class TrainState:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         with span("ema"):
-            ema_step(self.teacher, self.student, ema)
+            update_ema(self.teacher, self.student, ema)
         self.step += 1
         self.num_images_seen += batch_images
 
-    def tensors(self) -> dict[str, Tensor]:
+    def collect_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, not copied: `student.NAME`, `teacher.NAME` and `optimizer.NAME.KEY`.
 
         The last are AdamW's, with every KEY of `MOMENTS` for each of the student's parameters that has had a gradient.
@@ -74,12 +74,12 @@ class TrainState:
         }
         return self._network_tensors() | moments
 
-    def values(self) -> dict[str, Any]:
+    def collect_values(self) -> dict[str, Any]:
         """Everything of the state that is no tensor, as plain values: both counters and AdamW's groups, lr included."""
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return {"step": self.step, "num_images_seen": self.num_images_seen, "param_groups": groups}
 
-    def wanted(self, stored: Collection[str]) -> dict[str, Tensor]:
+    def list_expected_tensors(self, stored: Collection[str]) -> dict[str, Tensor]:
         """What `restore` takes of a state stored under these names: tensors of the right shapes and dtypes.
 
         The names decide only which parameters have had a gradient: AdamW has all of `MOMENTS` for them, else none.
@@ -125,7 +125,7 @@ class TrainState:
 
 
 @torch.no_grad()
-def ema_step(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """`teacher = decay * teacher + (1 - decay) * student`, parameter by parameter.
 
     Buffers are copied: those that training changes (batch norm's statistics) are moving averages already.
@@ -145,7 +145,7 @@ class Cycle(NamedTuple):
     min_lr: float
 
 
-def learning_rate(step: int, cycles: Sequence[Cycle], warmup_steps: int = 0) -> float:
+def compute_learning_rate(step: int, cycles: Sequence[Cycle], warmup_steps: int = 0) -> float:
     """The learning rate of 0-based `step`: the cycles one after the other, then the last one's `min_lr`.
 
     Warm-up is a factor on that schedule: 1 / `warmup_steps` at step 0, rising by as much every step until it is 1 at

@@ -64,12 +64,12 @@ class StepOutput:
     labels: PseudoLabels | None = None
 
 
-def pretraining_step(student: nn.Module, batch: SyntheticBatch, losses: Losses) -> StepOutput:
+def run_pretraining_step(student: nn.Module, batch: SyntheticBatch, losses: Losses) -> StepOutput:
     """Supervised training on synthetic pairs."""
     with span("student"):
         restoration = as_restoration(student(batch.hazy))
     with span("losses"):
-        return StepOutput(losses.pretraining(restoration, batch.clear, batch.hazy))
+        return StepOutput(losses.compute_pretraining(restoration, batch.clear, batch.hazy))
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,19 @@ class Colabator:
 
     def step(self, student: nn.Module, synthetic: SyntheticBatch, real: RealBatch, step: int) -> StepOutput:
         """Student on the synthetic pairs and, by the best labels known, on the real images."""
-        labels = self.best_labels(real, step)
+        labels = self.choose_labels(real, step)
         # Both halves go through in one batch: the same result, and one forward pass for DDP to follow.
         with span("student"):
             restoration = as_restoration(student(torch.cat([synthetic.hazy, real.strong])))
         with span("losses"):
             on_synthetic, on_real = _split(restoration, len(synthetic.hazy))
-            losses = self.losses.colabator(
+            losses = self.losses.compute_colabator(
                 on_synthetic, synthetic.clear, on_real, real.strong, labels.scene, labels.trust
             )
         return StepOutput(losses, labels)
 
     @torch.no_grad()
-    def best_labels(self, real: RealBatch, step: int) -> PseudoLabels:
+    def choose_labels(self, real: RealBatch, step: int) -> PseudoLabels:
         """The teacher's candidates against the pool's labels; winners are offered to the pool.
 
         Only a winner's blocks are rated: a losing candidate's trust map would be thrown away.
@@ -110,7 +110,7 @@ class Colabator:
             scene, transmission = as_restoration(self.teacher(real.weak))
             scene = scene.float().clamp(0, 1)
         with span("global scores"):
-            rated = self.coherence.global_scores(scene)
+            rated = self.coherence.score_images(scene)
             # Both in one copy: the device is waited for once in a step.
             scores = [Scores(*pair) for pair in torch.stack([rated.clarity, rated.quality], 1).tolist()]
         if not all(math.isfinite(score) for pair in scores for score in pair):
@@ -140,7 +140,7 @@ class Colabator:
     ) -> dict[int, Label]:
         scene, transmission = candidates
         with span("local scores"):
-            blocks = self.coherence.block_scores(scene[winners])
+            blocks = self.coherence.score_blocks(scene[winners])
         return {
             i: Label(
                 key=keys[i],
@@ -160,7 +160,7 @@ class Colabator:
         scene = torch.from_numpy(np.stack([decode(label.scene) for label in labels]))
         clarity = torch.from_numpy(np.stack([label.block_clarity for label in labels]))
         quality = torch.from_numpy(np.stack([label.block_quality for label in labels]))
-        trust = self.coherence.trust_map(BlockScores(clarity, quality), *like.shape[-2:])
+        trust = self.coherence.build_trust_map(BlockScores(clarity, quality), *like.shape[-2:])
         num_blocks, num_fresh = clarity[0].numel(), sum(from_teacher)
         return PseudoLabels(
             scene.to(like.device),
@@ -179,7 +179,7 @@ def _split(restoration: Restoration, count: int) -> tuple[Restoration, Restorati
     return Restoration(scene[:count], transmission[:count]), Restoration(scene[count:], transmission[count:])
 
 
-def mixup(batch: SyntheticBatch, alpha: float, generator_seed: Sequence[int]) -> SyntheticBatch:
+def apply_mixup(batch: SyntheticBatch, alpha: float, generator_seed: Sequence[int]) -> SyntheticBatch:
     """Every image and its truth, mixed alike with another pair of the batch (or, by chance, with themselves).
 
     Each image draws its own share of itself from Beta(`alpha`, `alpha`), `alpha` above 0. `generator_seed` is numbers

@@ -11,7 +11,7 @@ from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.loading import dump_job
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.pictures import grid, thumbnail
-from corun_ray.core.networks.build import NetworkSpec
+from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.service.data.manifest import HeldOutSet, held_out_sets
 from corun_ray.service.models.flavor import CARD_FILE
 from corun_ray.service.models.registry import HELD_OUT_TAG, SUMMARY_TAG, ModelDescription

@@ -16,7 +16,7 @@ import numpy as np
 
 from corun_ray import PACKAGE
 from corun_ray.core.inference.restore import AnySize
-from corun_ray.core.networks.build import requirements
+from corun_ray.core.networks.build import list_required_packages
 from corun_ray.core.training.checkpoints import NETWORK_FILE, SPEC_FILE, load_network
 from corun_ray.service.models.user_code import UserCode, write_code
 
@@ -55,7 +55,7 @@ def save_model(
         plain.mkdir()
         for file in (NETWORK_FILE, SPEC_FILE):
             shutil.copy(checkpoint / file, plain)
-        pip_requirements = [*REQUIREMENTS, *requirements(network.spec)]
+        pip_requirements = [*REQUIREMENTS, *list_required_packages(network.spec)]
         mlflow.pytorch.save_model(
             AnySize(network.network),
             str(folder / PYTORCH),

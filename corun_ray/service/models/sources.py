@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from corun_ray.config.jobs import TrainingJob
 from corun_ray.core.errors import UserError
-from corun_ray.core.networks.build import NetworkError, NetworkSpec, build, probe
+from corun_ray.core.networks.build import build_network, probe_network
+from corun_ray.core.networks.spec import NetworkError, NetworkSpec
 from corun_ray.core.training.checkpoints import (
     CheckpointError,
     LoadedNetwork,
@@ -50,7 +51,7 @@ class Model:
     def build(self) -> nn.Module:
         """The network, on the CPU."""
         install_code(self.code)
-        network = build(self.spec)
+        network = build_network(self.spec)
         if self.params is not None:
             network.load_state_dict(self.params)
         return network
@@ -95,7 +96,7 @@ def load_starting_model(job: TrainingJob, folder: Path) -> Model:
         if section.type != RECOGNISED and section.init is not None:
             model = replace(model, params=_initial_params(job, network))
         if section.type != "corun":
-            probe(network, job.data.patch_px)
+            probe_network(network, job.data.patch_px)
     except NetworkError as error:
         raise ModelSourceError(f"network: {error}") from None
     return model

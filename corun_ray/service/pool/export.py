@@ -39,7 +39,7 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 def trust_map(label: Label, combine: Combine) -> NDArray[np.float32]:
     """H W in [0, 1], of the label's size: how far its regions are trusted."""
     blocks = BlockScores(*(torch.from_numpy(x.copy())[None] for x in (label.block_clarity, label.block_quality)))
-    trust = Coherence(combine=combine).trust_map(blocks, *label.scene.shape[-2:])
+    trust = Coherence(combine=combine).build_trust_map(blocks, *label.scene.shape[-2:])
     return trust[0, 0].numpy()
 
 

@@ -20,7 +20,7 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import barrier
 
-from corun_ray.core.networks.build import NetworkSpec
+from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.core.training import checkpoints
 from corun_ray.core.training.state import TrainState
 from corun_ray.service.pool import snapshots

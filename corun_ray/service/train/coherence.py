@@ -19,9 +19,10 @@ from torch import device as Device
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.training import CoherenceSection, ColabatorLossSection
 from corun_ray.core.choices import QUALITY_NAMES
-from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores, Scorer
+from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores
 from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
-from corun_ray.core.scoring.quality import load_quality, probe
+from corun_ray.core.scoring.quality import load_quality, probe_scorer
+from corun_ray.core.scoring.scorers import Scorer
 from corun_ray.core.training.losses import VGG_FILE, Losses, LossWeights, load_vgg19
 from corun_ray.core.weights import WeightsError, WeightsSource
 from corun_ray.service.weights.needed import weights_source
@@ -69,15 +70,15 @@ class TimedCoherence(Coherence):
         self.plain = plain
         self.watches = {"global": DeviceTimer(device), "blocks": DeviceTimer(device)}
 
-    def global_scores(self, images: Tensor) -> GlobalScores:
+    def score_images(self, images: Tensor) -> GlobalScores:
         """See `Coherence`."""
         with self.watches["global"]:
-            return self.plain.global_scores(images)
+            return self.plain.score_images(images)
 
-    def block_scores(self, images: Tensor) -> BlockScores:
+    def score_blocks(self, images: Tensor) -> BlockScores:
         """See `Coherence`."""
         with self.watches["blocks"]:
-            return self.plain.block_scores(images)
+            return self.plain.score_blocks(images)
 
 
 class SharedCoherence(Coherence):
@@ -165,7 +166,7 @@ def check_scoring(job: TrainingJob) -> None:
         coherence = build_coherence(job.coherence, weights_source(job.coherence.weights))
         if job.coherence.quality not in QUALITY_NAMES:
             try:
-                probe(coherence.quality, job.coherence.block_px, job.data.patch_px)
+                probe_scorer(coherence.quality, job.coherence.block_px, job.data.patch_px)
             except ValueError as error:
                 raise WeightsError(f"coherence.quality: {error}") from None
     build_losses(job, weights_source(job.loss.weights), coherence)

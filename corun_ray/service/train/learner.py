@@ -12,11 +12,18 @@ from torch import Tensor, nn
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.scoring.coherence import Coherence
-from corun_ray.core.training.acceleration import compiled
+from corun_ray.core.training.acceleration import compile_network
 from corun_ray.core.training.labels import LabelPool
 from corun_ray.core.training.losses import Losses
 from corun_ray.core.training.state import TrainState
-from corun_ray.core.training.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, mixup, pretraining_step
+from corun_ray.core.training.steps import (
+    Colabator,
+    RealBatch,
+    StepOutput,
+    SyntheticBatch,
+    apply_mixup,
+    run_pretraining_step,
+)
 from corun_ray.service.data.sample_maker import Batch
 
 
@@ -51,7 +58,7 @@ class Learner:
         self.colabator: Colabator | None = None
         if isinstance(job, ColabatorJob):
             assert pool is not None and coherence is not None
-            teacher = compiled(state.teacher) if job.optim.compile else state.teacher
+            teacher = compile_network(state.teacher) if job.optim.compile else state.teacher
             self.colabator = Colabator(teacher, coherence, pool, losses, job.pool.encoding)
 
     def learn(self, batch: Batch) -> Iterator[StepOutput]:
@@ -74,9 +81,9 @@ class Learner:
         synthetic = SyntheticBatch(self._to_device(batch["hazy"]), self._to_device(batch["clear"]))
         if job.data.mixup:
             # Every part of every step draws its own, and a step that is repeated after a restart draws it again.
-            synthetic = mixup(synthetic, job.data.mixup, (job.seed, self._state.step, place))
+            synthetic = apply_mixup(synthetic, job.data.mixup, (job.seed, self._state.step, place))
         if self.colabator is None:
-            return pretraining_step(self._student, synthetic, self._losses)
+            return run_pretraining_step(self._student, synthetic, self._losses)
         real = RealBatch(self._to_device(batch["weak"]), self._to_device(batch["strong"]), batch["key"].tolist())
         return self.colabator.step(self._student, synthetic, real, self._state.step)
 
@@ -89,7 +96,7 @@ class Learner:
 
     def _prepared(self, student: nn.Module) -> nn.Module:
         if self._job.optim.compile:
-            student = compiled(student)
+            student = compile_network(student)
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return student
         return nn.parallel.DistributedDataParallel(

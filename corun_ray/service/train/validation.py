@@ -143,7 +143,7 @@ class Validator:
 
     def _trust(self, colabator: Colabator, label: Label) -> ImageU8:
         clarity, quality = (torch.from_numpy(x.copy())[None] for x in (label.block_clarity, label.block_quality))
-        trust = colabator.coherence.trust_map(BlockScores(clarity, quality), *label.scene.shape[-2:])
+        trust = colabator.coherence.build_trust_map(BlockScores(clarity, quality), *label.scene.shape[-2:])
         return colour_map(trust[0, 0].numpy())
 
     def _sample_row(self, network: nn.Module, index: int) -> Row:

@@ -17,7 +17,7 @@ from corun_ray.config.training import OptimSection
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training import checkpoints
 from corun_ray.core.training.acceleration import keep_freed_memory
-from corun_ray.core.training.state import Cycle, TrainState, learning_rate
+from corun_ray.core.training.state import Cycle, TrainState, compute_learning_rate
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.data.sample_maker import Batch
 from corun_ray.service.data.stream import batches, remaining_phases, split_stream
@@ -93,7 +93,7 @@ class Worker:
         for batch in self.telemetry.watched(self._stream()):
             for output in self.learner.learn(batch):
                 self.meter.add(output)
-            lr = learning_rate(state.step, self.cycles, job.optim.warmup_steps)
+            lr = compute_learning_rate(state.step, self.cycles, job.optim.warmup_steps)
             state.update(lr, job.optim.ema, len(batch["index"]) * self.num_workers)
             self.meter.end_step(lr)
             if self.rank == 0:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from corun_ray.config.jobs import TuneJob
 from corun_ray.config.loading import dump_job
 from corun_ray.config.trials import trial_job
-from corun_ray.core.networks.build import build
+from corun_ray.core.networks.build import build_network
 from corun_ray.service.errors import JobFailed, find_root_cause
 from corun_ray.service.models.sources import get_network_spec
 from corun_ray.service.report.page import Listing, PageSection, PictureItem, Table, render
@@ -109,7 +109,7 @@ def rank_trials(trials: Sequence[TrialResult], metric: str, mode: str) -> list[T
 def measure_cost(job: TuneJob, trial: TrialResult) -> NetworkCost:
     """Counted on the network itself, with one patch of noise."""
     own = trial_job(job, trial.values)
-    network = build(get_network_spec(own)).eval()
+    network = build_network(get_network_spec(own)).eval()
     side_px = own.data.patch_px
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.rand(1, 3, side_px, side_px))

@@ -29,8 +29,8 @@ def test_the_margin_is_what_a_block_sees() -> None:
     torch.manual_seed(0)
     block = Block(4, 4).double()
     for module in block.modules():
-        if hasattr(module, "given_mixing"):
-            module.given_mixing = torch.randn(1, 4, 4, dtype=torch.double)
+        if hasattr(module, "fixed_mixing"):
+            module.fixed_mixing = torch.randn(1, 4, 4, dtype=torch.double)
     image = torch.rand(1, 4, 64, 8, dtype=torch.double)
     changed = image.clone()
     changed[:, :, 32] += 10

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from corun_ray.core.inference.restore import restore, stages, to_image, to_tensor
 from corun_ray.core.networks.corun import CORUN, Restoration
-from corun_ray.core.networks.spec import padded_size
+from corun_ray.core.networks.spec import compute_padded_size
 
 
 class Recorder(nn.Module):
@@ -93,7 +93,7 @@ def test_networks_say_what_sizes_they_take(attributes: dict[str, int], expected:
     assert transmission is None
     torch.testing.assert_close(scene, (2 * hazy - 0.5).bfloat16().float().clamp(0, 1))
     (padded,) = network.inputs
-    assert tuple(padded.shape[-2:]) == padded_size(network, 20, 101) == expected
+    assert tuple(padded.shape[-2:]) == compute_padded_size(network, 20, 101) == expected
     # numpy reflects to and fro where the padding is longer than the side.
     margins = ((0, 0), (0, 0), (0, expected[0] - 20), (0, expected[1] - 101))
     np.testing.assert_array_equal(padded.numpy(), np.pad(hazy.numpy(), margins, mode="reflect"))

@@ -63,9 +63,9 @@ def test_convolutions_see_no_further_than_the_margin() -> None:
     cpmm = CPMM(1, 4).double().eval()
     for parameter in cpmm.parameters():
         nn.init.normal_(parameter, std=0.3)
-    for attention in cpmm.attentions():
+    for attention in cpmm.list_attentions():
         channels = attention.proj.out_features
-        attention.given_mixing = torch.randn(1, channels, channels, dtype=torch.double) / 10
+        attention.fixed_mixing = torch.randn(1, channels, channels, dtype=torch.double) / 10
     estimate, partner = (torch.rand(1, channels, 8, 512, dtype=torch.double) for channels in (1, 3))
     with torch.no_grad():
         before = cpmm(estimate, partner)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.metrics.pyiqa import build_metric, offline
-from corun_ray.core.scoring.quality import Iqa, load_quality, probe
+from corun_ray.core.scoring.quality import IqaScorer, load_quality, probe_scorer
 from corun_ray.core.weights import WeightsError, WeightsSource
 from tests import DATA
 
@@ -108,10 +108,12 @@ def test_an_images_score_depends_neither_on_its_batch_nor_on_the_chunk(
 ) -> None:
     images = torch.cat([photographs(side_px), add_noise(photographs(side_px))])
     quality = load_quality(name, real)
-    together = quality.raw(images)
-    singles = torch.cat([quality.raw(image[None]) for image in images])
+    together = quality.compute_raw(images)
+    singles = torch.cat([quality.compute_raw(image[None]) for image in images])
     torch.testing.assert_close(together, singles, rtol=1e-4, atol=0.02)
-    torch.testing.assert_close(load_quality(name, real, chunk_images=4).raw(images), together, rtol=1e-4, atol=0.02)
+    torch.testing.assert_close(
+        load_quality(name, real, chunk_images=4).compute_raw(images), together, rtol=1e-4, atol=0.02
+    )
 
 
 @pytest.mark.parametrize("name", ["brisque", "niqe"])
@@ -132,7 +134,7 @@ def test_scores_are_computed_in_float32_under_autocast(real: WeightsSource) -> N
 
 
 def test_the_range_given_says_worst_then_best(real: WeightsSource) -> None:
-    raw = load_quality("brisque", real).raw(photographs())
+    raw = load_quality("brisque", real).compute_raw(photographs())
     given = load_quality("brisque", real, (100.0, 20.0))(photographs())
     torch.testing.assert_close(given, ((100 - raw) / 80).clamp(0, 1))
     beyond = load_quality("brisque", real, (-2.0, -1.0))(photographs())
@@ -242,7 +244,7 @@ def test_musiq_rates_blocks_and_images(tmp_path: Path) -> None:
         scores = quality(batch)
         assert scores.shape == (len(batch),) and ((scores > 0) & (scores < 1)).all()
         torch.testing.assert_close(quality(batch[1:2]), scores[1:2])
-    assert quality.raw(blocks).unique().numel() == 4
+    assert quality.compute_raw(blocks).unique().numel() == 4
     assert not quality(blocks.requires_grad_()).requires_grad
 
 
@@ -313,11 +315,11 @@ def test_a_backbone_without_weights_is_refused(in_list: bool, monkeypatch: pytes
 
 
 def test_probe_says_which_sizes_a_metric_cannot_rate(real: WeightsSource) -> None:
-    probe(load_quality("brisque", real), 32, 96)
+    probe_scorer(load_quality("brisque", real), 32, 96)
     niqe = load_quality("niqe", real)
-    probe(niqe, 96, 192)
+    probe_scorer(niqe, 96, 192)
     with pytest.raises(ValueError, match=r"^niqe cannot rate 32 px images \(.+\)$"):
-        probe(niqe, 96, 32)
+        probe_scorer(niqe, 96, 32)
 
 
 class Mean(nn.Module):
@@ -327,7 +329,7 @@ class Mean(nn.Module):
 
 def test_probe_refuses_averages_and_numbers_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match=r"mean cannot rate 32 px images \(1 scores for 2 images\)"):
-        probe(Iqa("mean", Mean(), 0.0, 1.0), 32)
+        probe_scorer(IqaScorer("mean", Mean(), 0.0, 1.0), 32)
     with pytest.raises(ValueError, match=r"^the scorer cannot rate 8 px images \(it gives \[nan, nan\] for two\)"):
-        probe(lambda images: images.mean((1, 2, 3)) * torch.nan, 8)
-    probe(lambda images: images.mean((1, 2, 3)), 8)
+        probe_scorer(lambda images: images.mean((1, 2, 3)) * torch.nan, 8)
+    probe_scorer(lambda images: images.mean((1, 2, 3)), 8)

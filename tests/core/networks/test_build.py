@@ -11,10 +11,10 @@ from spandrel import ImageModelDescriptor
 from torch import Tensor, nn
 
 from corun_ray.core.inference.restore import restore
-from corun_ray.core.networks import spandrel as spandrel_networks
-from corun_ray.core.networks.build import NetworkError, NetworkSpec, architectures, build, probe, requirements
+from corun_ray.core.networks.build import build_network, list_architectures, list_required_packages, probe_network
 from corun_ray.core.networks.corun import CORUN, Restoration, as_restoration
-from corun_ray.core.networks.spec import padded_size
+from corun_ray.core.networks.spandrel import load_registry, recognise
+from corun_ray.core.networks.spec import NetworkError, NetworkSpec, compute_padded_size
 
 SMALL: dict[str, dict[str, Any]] = {
     "NAFNet": {"width": 8, "middle_blk_num": 1, "enc_blk_nums": [1, 2], "dec_blk_nums": [1, 1]},
@@ -52,7 +52,7 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def small(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return build(NetworkSpec(name, SMALL[name])).eval()
+    return build_network(NetworkSpec(name, SMALL[name])).eval()
 
 
 def image(side_px: int, batch: int = 1) -> Tensor:
@@ -61,7 +61,7 @@ def image(side_px: int, batch: int = 1) -> Tensor:
 
 def error_line(spec: NetworkSpec) -> str:
     with pytest.raises(NetworkError) as caught:
-        build(spec)
+        build_network(spec)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -78,25 +78,25 @@ def test_outputs_of_any_network_become_a_restoration() -> None:
 
 
 def test_corun_by_description() -> None:
-    network = build(NetworkSpec("corun", {"stages": 3, "width": 4}))
+    network = build_network(NetworkSpec("corun", {"stages": 3, "width": 4}))
     assert isinstance(network, CORUN) and (network.stages, network.width) == (3, 4)
     assert "takes stages, width" in error_line(NetworkSpec("corun", {"checkpoint_activations": True}))
     assert "at least 2 stages" in error_line(NetworkSpec("corun", {"stages": 1}))
 
 
 def test_the_architectures_have_names() -> None:
-    names = architectures()
+    names = list_architectures()
     assert {*SMALL, "KBNet_s", "SwinIR", "MMRealSR", "RealPLKSR"} <= set(names)
     assert names == sorted(names, key=str.lower)
-    assert requirements(NetworkSpec("NAFNet")) == ["spandrel"]
-    assert requirements(NetworkSpec("Restormer")) == ["spandrel", "spandrel_extra_arches"]
-    assert requirements(NetworkSpec("corun")) == requirements(NetworkSpec("my.nets:Net")) == []
+    assert list_required_packages(NetworkSpec("NAFNet")) == ["spandrel"]
+    assert list_required_packages(NetworkSpec("Restormer")) == ["spandrel", "spandrel_extra_arches"]
+    assert list_required_packages(NetworkSpec("corun")) == list_required_packages(NetworkSpec("my.nets:Net")) == []
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_networks_of_spandrel_restore_images_and_learn(name: str) -> None:
     network = small(name)
-    probe(network, 128)
+    probe_network(network, 128)
     assert not network.training
     hazy = image(128)
     with torch.no_grad():
@@ -111,10 +111,10 @@ def test_networks_of_spandrel_restore_images_and_learn(name: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_a_state_dict_tells_the_network(name: str) -> None:
     network = small(name)
-    spec, params = spandrel_networks.recognise(network.state_dict())
+    spec, params = recognise(network.state_dict())
     assert spec.type == name
     assert SMALL[name].items() <= spec.args.items()
-    again = build(NetworkSpec.from_json(spec.to_json())).eval()
+    again = build_network(NetworkSpec.from_json(spec.to_json())).eval()
     again.load_state_dict(params)
     with torch.no_grad():
         assert torch.equal(again(image(128)), network(image(128)))
@@ -123,7 +123,7 @@ def test_a_state_dict_tells_the_network(name: str) -> None:
 @pytest.mark.parametrize("name", ["NAFNet", "Uformer", "FFTformer", "Restormer", "MPRNet"])
 def test_a_network_is_called_as_spandrel_calls_it(name: str) -> None:
     network = small(name)
-    descriptor = spandrel_networks.registry().load(network.state_dict())
+    descriptor = load_registry().load(network.state_dict())
     assert isinstance(descriptor, ImageModelDescriptor)
     with torch.no_grad():
         torch.testing.assert_close(network(image(128)).clamp(0, 1), descriptor(image(128)), rtol=0, atol=1e-6)
@@ -142,7 +142,7 @@ def test_mixdehazenet_works_on_signed_images_as_its_authors_trained_it() -> None
 )
 def test_sizes_follow_from_the_architecture(name: str, size: tuple[int, int]) -> None:
     network = small(name)
-    assert padded_size(network, 20, 36) == size
+    assert compute_padded_size(network, 20, 36) == size
     scene, transmission = restore(network, torch.rand(1, 3, 20, 36))
     assert scene.shape == (1, 3, 20, 36) and transmission is None
 
@@ -169,9 +169,9 @@ def test_networks_that_cannot_be_made(user_module: str, spec: NetworkSpec, expec
 
 
 def test_a_class_of_the_users_own(user_module: str) -> None:
-    network = build(NetworkSpec(f"{user_module}:Brighten", {"start": 2.0}))
+    network = build_network(NetworkSpec(f"{user_module}:Brighten", {"start": 2.0}))
     assert list(network.state_dict()) == ["gain"]
-    probe(network, 32)
+    probe_network(network, 32)
     assert network.training
     assert torch.equal(as_restoration(network(image(16))).scene, 2 * image(16))
 
@@ -205,25 +205,25 @@ class Wrong(nn.Module):
 )
 def test_unfit_networks_are_found_before_training(network: nn.Module, expected: str) -> None:
     with pytest.raises(NetworkError, match=expected) as caught:
-        probe(network.eval(), 32)
+        probe_network(network.eval(), 32)
     assert "\n" not in str(caught.value)
     assert not network.training
 
 
 def test_super_resolution_is_no_restoration() -> None:
-    network = build(NetworkSpec("SAFMN", {"dim": 8, "n_blocks": 1, "upscaling_factor": 2}))
+    network = build_network(NetworkSpec("SAFMN", {"dim": 8, "n_blocks": 1, "upscaling_factor": 2}))
     with pytest.raises(NetworkError, match=r"to \(2, 3, 64, 64\)"):
-        probe(network, 32)
+        probe_network(network, 32)
     with pytest.raises(NetworkError, match="^SAFMN of 3 to 3 channels at scale 2; 3 to 3 channels at scale 1 are"):
-        spandrel_networks.recognise(network.state_dict())
-    grey = build(NetworkSpec("DnCNN", {"nc": 8, "act_mode": "R"}))
+        recognise(network.state_dict())
+    grey = build_network(NetworkSpec("DnCNN", {"nc": 8, "act_mode": "R"}))
     with pytest.raises(NetworkError, match="^DnCNN of 1 to 1 channels"):
-        spandrel_networks.recognise(grey.state_dict())
+        recognise(grey.state_dict())
 
 
 def test_other_state_dicts_are_not_recognised() -> None:
     with pytest.raises(NetworkError, match=r"neither CORUN nor .* needs its type \(module.path:ClassName\)"):
-        spandrel_networks.recognise({"gain": torch.ones(1)})
+        recognise({"gain": torch.ones(1)})
     params = {name: tensor for name, tensor in small("NAFNet").state_dict().items() if name != "ending.bias"}
     with pytest.raises(NetworkError, match="cannot load it .*ending.bias"):
-        spandrel_networks.recognise(params)
+        recognise(params)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from corun_ray.core.networks import corun
-from corun_ray.core.networks.corun import CORUN, Restoration, transmission_step
+from corun_ray.core.networks.corun import CORUN, Restoration, update_transmission
 from corun_ray.core.networks.cpmm import CPMM
 from corun_ray.core.training.checkpoints import load_network
 from tests.core.golden import golden_outputs, golden_shapes, golden_state_dict
@@ -142,8 +142,8 @@ def test_every_step_takes_its_part_of_the_state_before() -> None:
 def test_transmission_stays_within_its_bounds() -> None:
     bright, dark, weight = torch.ones(1, 3, 1, 1), torch.zeros(1, 3, 1, 1), torch.tensor([0.5])
     low, high = torch.full((1, 1, 1, 1), 0.05), torch.ones(1, 1, 1, 1)
-    assert transmission_step(bright, low, dark, weight).item() == pytest.approx(0.05)
-    assert transmission_step(dark, high, dark, weight).item() == pytest.approx(0.999)
+    assert update_transmission(bright, low, dark, weight).item() == pytest.approx(0.05)
+    assert update_transmission(dark, high, dark, weight).item() == pytest.approx(0.999)
 
 
 def test_pure_airlight_has_a_finite_gradient() -> None:

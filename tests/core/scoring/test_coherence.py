@@ -2,15 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from corun_ray.core.scoring.coherence import (
-    CLARITY,
-    DEFAULT_CLARITY,
-    DEFAULT_QUALITY,
-    QUALITY,
-    BlockScores,
-    Coherence,
-    Scorer,
-)
+from corun_ray.core.scoring.coherence import BlockScores, Coherence
+from corun_ray.core.scoring.scorers import CLARITY_SCORERS, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY_SCORERS, Scorer
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -37,7 +30,7 @@ def add_haze(images: Tensor, transmission: float | Tensor, airlight: float = 0.9
     return images * transmission + airlight * (1 - transmission)
 
 
-EVERY = [*CLARITY.items(), *QUALITY.items()]
+EVERY = [*CLARITY_SCORERS.items(), *QUALITY_SCORERS.items()]
 
 
 @pytest.mark.parametrize(("name", "scorer"), EVERY)
@@ -58,7 +51,7 @@ def test_scores_of_an_image_do_not_depend_on_its_batch(name: str, scorer: Scorer
     torch.testing.assert_close(scorer(images), singles)
 
 
-@pytest.mark.parametrize(("name", "scorer"), CLARITY.items())
+@pytest.mark.parametrize(("name", "scorer"), CLARITY_SCORERS.items())
 def test_clarity_falls_with_haze(name: str, scorer: Scorer) -> None:
     scores = [scorer(add_haze(scene(), t)).item() for t in (1.0, 0.75, 0.5, 0.25)]
     assert scores == sorted(scores, reverse=True), scores
@@ -68,30 +61,30 @@ def test_clarity_falls_with_haze(name: str, scorer: Scorer) -> None:
 def test_block_scores_equal_the_global_scores_of_each_block() -> None:
     coherence = Coherence(block_px=32)
     images = torch.cat([scene(64, 96, seed=0), scene(64, 96, seed=1)])
-    blocks = coherence.block_scores(images)
+    blocks = coherence.score_blocks(images)
     assert blocks.clarity.shape == blocks.quality.shape == (2, 2, 3)
     for row in range(2):
         for column in range(3):
             block = images[..., row * 32 : (row + 1) * 32, column * 32 : (column + 1) * 32]
-            whole = coherence.global_scores(block)
+            whole = coherence.score_images(block)
             torch.testing.assert_close(blocks.clarity[:, row, column], whole.clarity)
             torch.testing.assert_close(blocks.quality[:, row, column], whole.quality)
 
 
 def test_block_scores_refuse_sides_that_blocks_do_not_fill() -> None:
     with pytest.raises(ValueError, match="multiples of 32 px, got 64 x 80 px"):
-        Coherence(block_px=32).block_scores(torch.zeros(1, 3, 64, 80))
+        Coherence(block_px=32).score_blocks(torch.zeros(1, 3, 64, 80))
 
 
 def test_trust_map_interpolates_between_block_centres() -> None:
     blocks = BlockScores(clarity=torch.tensor([[[0.0, 1.0]]]), quality=torch.tensor([[[0.4, 0.8]]]))
     # Averages 0.2 and 0.9 stand at columns 0.5 and 2.5 (pixel centres); outside them they are continued.
     expected = [0.2, 0.2 + 0.7 * 0.25, 0.2 + 0.7 * 0.75, 0.9]
-    averaged = Coherence(block_px=2, combine="addition").trust_map(blocks, 2, 4)
+    averaged = Coherence(block_px=2, combine="addition").build_trust_map(blocks, 2, 4)
     assert averaged.shape == (1, 1, 2, 4)
     torch.testing.assert_close(averaged[0, 0], torch.tensor([expected, expected]))
     expected = [0.0, 0.8 * 0.25, 0.8 * 0.75, 0.8]
-    multiplied = Coherence(block_px=2, combine="multiplication").trust_map(blocks, 2, 4)
+    multiplied = Coherence(block_px=2, combine="multiplication").build_trust_map(blocks, 2, 4)
     torch.testing.assert_close(multiplied[0, 0], torch.tensor([expected, expected]))
 
 
@@ -100,7 +93,7 @@ def test_trust_map_prefers_the_clear_half(combine: str) -> None:
     images = scene(96, 192)
     images[..., 96:] = add_haze(images[..., :96], 0.25)
     coherence = Coherence(block_px=32, combine=combine)  # type: ignore[arg-type]
-    trust = coherence.trust_map(coherence.block_scores(images), 96, 192)
+    trust = coherence.build_trust_map(coherence.score_blocks(images), 96, 192)
     assert trust.shape == (1, 1, 96, 192)
     assert ((trust >= 0) & (trust <= 1)).all()
     assert trust[..., :96].mean() > trust[..., 96:].mean() + 0.03
@@ -108,7 +101,7 @@ def test_trust_map_prefers_the_clear_half(combine: str) -> None:
 
 def test_scorers_of_ones_own_are_used_as_they_are() -> None:
     coherence = Coherence(clarity=brightness, quality=redness)
-    scores = coherence.global_scores(torch.tensor([0.8, 0.5, 0.2]).view(1, 3, 1, 1).expand(1, 3, 8, 8))
+    scores = coherence.score_images(torch.tensor([0.8, 0.5, 0.2]).view(1, 3, 1, 1).expand(1, 3, 8, 8))
     assert scores.clarity.item() == pytest.approx(0.5)
     assert scores.quality.item() == pytest.approx(0.8)
 
@@ -116,26 +109,26 @@ def test_scorers_of_ones_own_are_used_as_they_are() -> None:
 def test_scoring_keeps_no_gradient() -> None:
     images = scene(32, 32).requires_grad_()
     coherence = Coherence()
-    blocks = coherence.block_scores(images)
-    trust = coherence.trust_map(blocks, 32, 32)
-    for scores in (coherence.global_scores(images).clarity, blocks.quality, trust):
+    blocks = coherence.score_blocks(images)
+    trust = coherence.build_trust_map(blocks, 32, 32)
+    for scores in (coherence.score_images(images).clarity, blocks.quality, trust):
         assert not scores.requires_grad
 
 
 def test_defaults_are_registered() -> None:
-    assert DEFAULT_CLARITY in CLARITY and DEFAULT_QUALITY in QUALITY
+    assert DEFAULT_CLARITY in CLARITY_SCORERS and DEFAULT_QUALITY in QUALITY_SCORERS
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"coherence\.clarity: expected one of .*fade.*, got 'sharp'"):
+    with pytest.raises(ValueError, match=r"^clarity: expected one of .*fade.*, got 'sharp'"):
         Coherence(clarity="sharp")
-    with pytest.raises(ValueError, match=r"coherence\.quality: expected one of .*, got 'nice'"):
+    with pytest.raises(ValueError, match=r"^quality: expected one of .*, got 'nice'"):
         Coherence(quality="nice")
     with pytest.raises(ValueError, match="expected addition or multiplication, got 'sum'"):
         Coherence(combine="sum")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("name", "scorer"), QUALITY.items())
+@pytest.mark.parametrize(("name", "scorer"), QUALITY_SCORERS.items())
 def test_quality_falls_with_dehazing_too_much(name: str, scorer: Scorer) -> None:
     scores = [scorer((scene() - offset).clamp(0, 1)).item() for offset in (0.0, 0.1, 0.3, 0.5)]
     assert scores == sorted(scores, reverse=True), scores
@@ -144,7 +137,7 @@ def test_quality_falls_with_dehazing_too_much(name: str, scorer: Scorer) -> None
 
 def test_clean_falls_with_noise() -> None:
     noise = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(2))
-    scores = [QUALITY["clean"]((scene() + level * noise).clamp(0, 1)).item() for level in (0.0, 0.1, 0.2, 0.4)]
+    scores = [QUALITY_SCORERS["clean"]((scene() + level * noise).clamp(0, 1)).item() for level in (0.0, 0.1, 0.2, 0.4)]
     assert scores == sorted(scores, reverse=True), scores
     assert scores[0] > scores[-1] + 0.05
 
@@ -153,8 +146,8 @@ def test_clean_forgives_the_noise_that_lifting_haze_amplifies() -> None:
     noise = 0.08 * torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(2))
     noisy = scene() + noise
     faded = 0.3 + 0.4 * noisy
-    assert QUALITY["clean"](faded).item() == pytest.approx(QUALITY["clean"](noisy).item(), abs=0.05)
+    assert QUALITY_SCORERS["clean"](faded).item() == pytest.approx(QUALITY_SCORERS["clean"](noisy).item(), abs=0.05)
 
 
 def test_contrast_does_not_reward_dehazing_too_much() -> None:
-    assert CLARITY["contrast"](scene()) > CLARITY["contrast"](((scene() - 0.4) * 3).clamp(0, 1))
+    assert CLARITY_SCORERS["contrast"](scene()) > CLARITY_SCORERS["contrast"](((scene() - 0.4) * 3).clamp(0, 1))

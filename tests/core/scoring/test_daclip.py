@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corun_ray.core.choices import DEGRADATIONS
 from corun_ray.core.scoring.coherence import Coherence
-from corun_ray.core.scoring.daclip import DACLIP_FILE, DaClip, load_daclip, middle_square
+from corun_ray.core.scoring.daclip import DACLIP_FILE, DaClip, crop_middle_square, load_daclip
 from corun_ray.core.weights import WeightsError
 from tests import DATA
 from tests.core.golden import golden_state_dict
@@ -97,16 +97,16 @@ def test_the_published_file_rates_as_open_clips_own_towers_do(
     torch.save(WRAPPINGS[wrapping](tensors), path)
     expected = reference_cosines(clip, images)
     assert expected.std(1).min() > 0.05, "the words must differ for this to prove anything"
-    torch.testing.assert_close(load_daclip(path).cosines(images), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(load_daclip(path).compute_cosines(images), expected, rtol=0, atol=1e-5)
 
 
 def test_half_precision_files_are_rated_in_single_precision(
     tensors: dict[str, Tensor], model: DaClip, images: Tensor, tmp_path: Path
 ) -> None:
     torch.save({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / DACLIP_FILE)
-    cosines = load_daclip(tmp_path / DACLIP_FILE).cosines(images)
+    cosines = load_daclip(tmp_path / DACLIP_FILE).compute_cosines(images)
     assert cosines.dtype == torch.float32
-    torch.testing.assert_close(cosines, model.cosines(images), rtol=0, atol=0.01)
+    torch.testing.assert_close(cosines, model.compute_cosines(images), rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -118,16 +118,16 @@ def test_the_preprocessing_is_torchvisions(height: int, width: int, side: int) -
 
     images = torch.rand(2, 3, height, width)
     expected = center_crop(resize(images, [side], InterpolationMode.BICUBIC, antialias=True), [side, side])
-    torch.testing.assert_close(middle_square(images, side), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(crop_middle_square(images, side), expected, rtol=0, atol=1e-6)
 
 
 def test_density_adds_the_chosen_probabilities(file: Path, model: DaClip, images: Tensor) -> None:
-    probabilities = model.probabilities(images)
-    torch.testing.assert_close(probabilities, (100 * model.cosines(images)).softmax(1))
-    torch.testing.assert_close(model.density(images), probabilities[:, 1])
+    probabilities = model.compute_probabilities(images)
+    torch.testing.assert_close(probabilities, (100 * model.compute_cosines(images)).softmax(1))
+    torch.testing.assert_close(model.compute_density(images), probabilities[:, 1])
     torch.testing.assert_close(model(images), 1 - probabilities[:, 1])
     two = load_daclip(file, ["snowy", "low-light"])
-    torch.testing.assert_close(two.density(images), probabilities[:, 3] + probabilities[:, 8])
+    torch.testing.assert_close(two.compute_density(images), probabilities[:, 3] + probabilities[:, 8])
 
 
 def test_all_degradations_together_leave_no_clarity_and_never_less(file: Path, images: Tensor) -> None:
@@ -150,13 +150,13 @@ def test_chunks_change_nothing_but_how_many_images_are_rated_at_a_time(
     chunked = load_daclip(file, chunk_images=2)
     rated: list[int] = []
     chunked.tower.register_forward_hook(lambda _, inputs, __: rated.append(len(inputs[0])))
-    torch.testing.assert_close(chunked.cosines(images), model.cosines(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(chunked.compute_cosines(images), model.compute_cosines(images), rtol=0, atol=1e-5)
     assert rated == [2, 2, 1]
 
 
 def test_the_gradient_reaches_the_images_alone(model: DaClip, images: Tensor) -> None:
     images.requires_grad_()
-    model.density(images).sum().backward()
+    model.compute_density(images).sum().backward()
     assert images.grad is not None and images.grad.flatten(1).abs().sum(1).min() > 0
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -182,7 +182,7 @@ def test_loading_draws_no_random_numbers(file: Path) -> None:
 
 
 def test_it_rates_blocks_for_coherence(model: DaClip, images: Tensor) -> None:
-    blocks = Coherence(clarity=model, block_px=10).block_scores(images[..., :40, :])
+    blocks = Coherence(clarity=model, block_px=10).score_blocks(images[..., :40, :])
     assert blocks.clarity.shape == (5, 4, 3)
     expected = model(images[2:3, :, 10:20, 20:30])
     torch.testing.assert_close(blocks.clarity[2, 1, 2], expected[0], rtol=0, atol=1e-4)
@@ -249,8 +249,8 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_half_precision_on_cuda_rates_as_the_cpu_does(file: Path, images: Tensor) -> None:
-    expected = load_daclip(file).cosines(images)
-    found = load_daclip(file).cuda().cosines(images.cuda())
+    expected = load_daclip(file).compute_cosines(images)
+    found = load_daclip(file).cuda().compute_cosines(images.cuda())
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=5e-3)
 
@@ -285,7 +285,7 @@ def test_the_full_size_gives_the_golden_cosines_in_each_wrapping(tmp_path: Path)
         model = load_daclip(path)
         path.unlink()
         with torch.no_grad():
-            found, shares = model.cosines(images), model.probabilities(images)
+            found, shares = model.compute_cosines(images), model.compute_probabilities(images)
         print(f"{name}: cosines to {(found - cosine).abs().max():.1e}, probs to {(shares - probs).abs().max():.1e}")
         torch.testing.assert_close(found, cosine, rtol=0, atol=1e-3)
         torch.testing.assert_close(shares, probs, rtol=0, atol=1e-3)

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from corun_ray.core.networks.build import NetworkSpec, build
+from corun_ray.core.networks.build import build_network
 from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.core.training.checkpoints import (
     NETWORK_FILE,
     SPEC_FILE,
@@ -121,7 +122,7 @@ def wrappings(params: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("wrapping", ["plain", "both", "student only", "average only", "state_dict"])
 @pytest.mark.parametrize("spec", [corun_spec(), NAFNET], ids=lambda spec: spec.type)
 def test_the_state_dict_is_found_in_its_wrapping(tmp_path: Path, wrapping: str, spec: NetworkSpec) -> None:
-    network, other = build(spec), build(spec)
+    network, other = build_network(spec), build_network(spec)
     torch.save(wrappings(network.state_dict(), other.state_dict())[wrapping], tmp_path / "a.pth")
     loaded = load_network(tmp_path / "a.pth")
     assert loaded.spec.type == spec.type and spec.args.items() <= loaded.spec.args.items()
@@ -130,7 +131,7 @@ def test_the_state_dict_is_found_in_its_wrapping(tmp_path: Path, wrapping: str, 
 
 
 def test_safetensors_are_read_as_well(tmp_path: Path) -> None:
-    network = build(NAFNET)
+    network = build_network(NAFNET)
     save_file(network.state_dict(), tmp_path / "nafnet.safetensors")
     assert_equal_weights(load_network(tmp_path / "nafnet.safetensors").network, network)
 
@@ -151,7 +152,7 @@ BRIGHTEN = NetworkSpec(f"{__name__}:Brighten", {"start": 2.0})
 
 @pytest.mark.parametrize("spec", [BRIGHTEN, NAFNET], ids=["own", "spandrel"])
 def test_a_run_of_any_network_goes_on_and_is_a_model(tmp_path: Path, spec: NetworkSpec) -> None:
-    state = TrainState.start(build(spec))
+    state = TrainState.start(build_network(spec))
     hazy = torch.rand(1, 3, 16, 16)
     state.backward({"brightness": state.student(hazy).square().mean()})
     state.update(lr=1e-2, ema=0.9, batch_images=1)
@@ -164,13 +165,13 @@ def test_a_run_of_any_network_goes_on_and_is_a_model(tmp_path: Path, spec: Netwo
         not torch.equal(a, b) for a, b in zip(loaded.network.parameters(), state.student.parameters(), strict=True)
     )
 
-    resumed = TrainState.start(build(spec))
+    resumed = TrainState.start(build_network(spec))
     assert load_run(tmp_path, resumed, spec) == {"seed": 7}
     assert_equal_weights(resumed.student, state.student)
 
 
 def test_a_bare_file_of_a_users_own_class_needs_its_type(tmp_path: Path) -> None:
-    network = build(BRIGHTEN)
+    network = build_network(BRIGHTEN)
     save_network(tmp_path / "own.pth", network, network)
     assert "a network of your own needs its type (module.path:ClassName)" in error_line(tmp_path / "own.pth")
     params = load_params(tmp_path / "own.pth", Brighten())
@@ -178,8 +179,8 @@ def test_a_bare_file_of_a_users_own_class_needs_its_type(tmp_path: Path) -> None
 
 
 def test_parameters_of_another_network_are_one_line(tmp_path: Path) -> None:
-    torch.save(build(NAFNET).state_dict(), tmp_path / "a.pth")
-    wider = build(NetworkSpec("NAFNet", {**NAFNET.args, "width": 16}))
+    torch.save(build_network(NAFNET).state_dict(), tmp_path / "a.pth")
+    wider = build_network(NetworkSpec("NAFNet", {**NAFNET.args, "width": 16}))
     with pytest.raises(CheckpointError) as caught:
         load_params(tmp_path / "a.pth", wider)
     line = str(caught.value)

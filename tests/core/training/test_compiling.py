@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.core.training.acceleration import compiled
+from corun_ray.core.training.acceleration import compile_network
 
 
 @pytest.mark.slow
@@ -17,7 +17,7 @@ def test_the_compiled_network_trains_as_the_eager_one():
             nn.init.normal_(parameter, std=0.05)
     hazy = torch.rand(1, 3, 64, 64)
     gradients = []
-    for form in (network, compiled(network)):
+    for form in (network, compile_network(network)):
         network.zero_grad()
         scene, transmission = form(hazy)
         (scene.square().mean() + transmission.mean()).backward()
@@ -32,4 +32,4 @@ def test_a_network_that_is_not_ours_may_break_the_graph():
             print("here")
             return images * 2
 
-    assert torch.equal(compiled(Printing())(torch.ones(2)), torch.full((2,), 2.0))
+    assert torch.equal(compile_network(Printing())(torch.ones(2)), torch.full((2,), 2.0))

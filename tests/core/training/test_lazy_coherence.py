@@ -35,9 +35,9 @@ class EagerColabator:
         with torch.no_grad():
             scene, transmission = self.teacher(real.weak)
             scene = scene.clamp(0, 1)
-        rated = self.coherence.global_scores(scene)
-        blocks = self.coherence.block_scores(scene)
-        trust = self.coherence.trust_map(blocks, SIDE_PX, SIDE_PX)
+        rated = self.coherence.score_images(scene)
+        blocks = self.coherence.score_blocks(scene)
+        trust = self.coherence.build_trust_map(blocks, SIDE_PX, SIDE_PX)
         self.block_ratings += blocks.clarity.numel()
         wins = []
         for i, key in enumerate(real.keys):

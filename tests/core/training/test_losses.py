@@ -72,7 +72,7 @@ def test_rehaze_is_the_scattering_model_with_white_airlight() -> None:
 def test_pretraining_by_hand() -> None:
     # Errors of the scene 0.3 and 0.7 (not clamped); rehazed 0.75 and 1.15, so 0.25 and 0.65 from the hazy image.
     restoration = Restoration(filled(0.5, 1.3), channel(0.5, 0.5))
-    losses = Losses(PRETRAIN_WEIGHTS).pretraining(restoration, clear=filled(0.2, 0.6), hazy=filled(0.5, 0.5))
+    losses = Losses(PRETRAIN_WEIGHTS).compute_pretraining(restoration, clear=filled(0.2, 0.6), hazy=filled(0.5, 0.5))
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
         {"pixel": 0.5, "scattering": 0.01 * 0.45}, rel=1e-5
     )
@@ -90,7 +90,7 @@ def colabator_example() -> tuple[dict[str, Tensor], Restoration, Restoration, di
     for tensor in (*synthetic, *real, *targets.values()):
         assert tensor is not None
         tensor.requires_grad_()
-    losses = Losses(COLABATOR_WEIGHTS).colabator(synthetic=synthetic, real=real, **targets)
+    losses = Losses(COLABATOR_WEIGHTS).compute_colabator(synthetic=synthetic, real=real, **targets)
     return losses, synthetic, real, targets
 
 
@@ -132,7 +132,7 @@ def test_the_scattering_loss_teaches_scene_and_transmission_of_the_real_half() -
 
 def test_no_trust_is_no_lesson() -> None:
     real = Restoration(filled(0.5, 0.5).requires_grad_(), channel(0.5, 0.5).requires_grad_())
-    losses = Losses(COLABATOR_WEIGHTS).colabator(
+    losses = Losses(COLABATOR_WEIGHTS).compute_colabator(
         real, filled(0, 0), real, filled(0.3, 0.3), filled(0.9, 0.9), channel(0, 0)
     )
     assert losses["pixel_real"].item() == losses["scattering"].item() == 0
@@ -151,7 +151,7 @@ def contrastive_by_hand(features: Vgg19Features, x: Tensor, positive: Tensor, ne
 
 def test_pretraining_pushes_from_the_hazy_image_to_the_clear_one(features: CountingFeatures) -> None:
     scene, clear, hazy = pictures(2, 0).requires_grad_(), pictures(2, 1), pictures(2, 2)
-    losses = Losses(replace(PRETRAIN_WEIGHTS, perceptual=0.3), features).pretraining(
+    losses = Losses(replace(PRETRAIN_WEIGHTS, perceptual=0.3), features).compute_pretraining(
         Restoration(scene, None), clear, hazy
     )
     assert list(losses) == ["pixel", "perceptual", "contrastive"]
@@ -159,7 +159,7 @@ def test_pretraining_pushes_from_the_hazy_image_to_the_clear_one(features: Count
     expected = 0.3 * perceptual_by_hand(features, scene, clear), contrastive_by_hand(features, scene, clear, hazy)
     torch.testing.assert_close((losses["perceptual"], losses["contrastive"]), expected)
 
-    assert Losses(PRETRAIN_WEIGHTS).pretraining(Restoration(scene, None), clear, hazy).keys() == {"pixel"}
+    assert Losses(PRETRAIN_WEIGHTS).compute_pretraining(Restoration(scene, None), clear, hazy).keys() == {"pixel"}
 
 
 def test_colabator_s_feature_losses_and_their_gradients_are_those_of_term_by_term(features: CountingFeatures) -> None:
@@ -167,7 +167,7 @@ def test_colabator_s_feature_losses_and_their_gradients_are_those_of_term_by_ter
     clear, hazy, label = pictures(1, 3), pictures(2, 4), pictures(2, 5)
     scenes = [synthetic.requires_grad_(), real.requires_grad_()]
 
-    losses = Losses(replace(COLABATOR_WEIGHTS, pixel=0, scattering=0), features).colabator(
+    losses = Losses(replace(COLABATOR_WEIGHTS, pixel=0, scattering=0), features).compute_colabator(
         Restoration(synthetic, None), clear, Restoration(real, None), hazy, label, torch.ones(2, 1, 32, 32)
     )
     assert list(losses) == ["perceptual", "contrastive"]
@@ -195,7 +195,7 @@ def test_no_feature_is_computed_that_no_term_needs(
     features: CountingFeatures, weights: LossWeights, passes: list[tuple[int, bool]]
 ) -> None:
     synthetic, real = (Restoration(pictures(count, count), None) for count in (1, 2))
-    Losses(weights, features).colabator(
+    Losses(weights, features).compute_colabator(
         synthetic, pictures(1, 3), real, pictures(2, 4), pictures(2, 5), torch.ones(2, 1, 32, 32)
     )
     assert features.passes == passes
@@ -204,24 +204,26 @@ def test_no_feature_is_computed_that_no_term_needs(
 def test_a_term_of_weight_0_is_not_listed() -> None:
     one = Restoration(filled(0.5, 0.5), channel(0.5, 0.5))
     targets = filled(0, 0), one, filled(0.3, 0.3), filled(0.9, 0.9), channel(1, 1)
-    assert Losses(NO_WEIGHTS).colabator(one, *targets) == {}
-    assert Losses(NO_WEIGHTS).pretraining(one, filled(0, 0), filled(1, 1)) == {}
-    assert Losses(replace(NO_WEIGHTS, scattering=1)).colabator(one, *targets).keys() == {"scattering"}
+    assert Losses(NO_WEIGHTS).compute_colabator(one, *targets) == {}
+    assert Losses(NO_WEIGHTS).compute_pretraining(one, filled(0, 0), filled(1, 1)) == {}
+    assert Losses(replace(NO_WEIGHTS, scattering=1)).compute_colabator(one, *targets).keys() == {"scattering"}
 
 
 def test_features_of_few_bits_still_make_a_loss_of_many(features: CountingFeatures) -> None:
     scene, clear, hazy = pictures(1, 0).requires_grad_(), pictures(1, 1), pictures(1, 2)
     losses = Losses(PRETRAIN_WEIGHTS, features)
-    exact = losses.pretraining(Restoration(scene, None), clear, hazy)
+    exact = losses.compute_pretraining(Restoration(scene, None), clear, hazy)
     with torch.autocast("cpu", torch.bfloat16):
-        coarse = losses.pretraining(Restoration(scene.bfloat16(), None), clear, hazy)
+        coarse = losses.compute_pretraining(Restoration(scene.bfloat16(), None), clear, hazy)
     assert all(loss.dtype == torch.float32 for loss in coarse.values())
     torch.testing.assert_close(coarse, exact, rtol=0.03, atol=0)
 
 
 def test_an_image_that_was_left_as_it_is_has_a_finite_contrastive_loss(features: CountingFeatures) -> None:
     hazy = pictures(1, 2).requires_grad_()
-    losses = Losses(PRETRAIN_WEIGHTS, features).pretraining(Restoration(hazy, None), pictures(1, 1), hazy.detach())
+    losses = Losses(PRETRAIN_WEIGHTS, features).compute_pretraining(
+        Restoration(hazy, None), pictures(1, 1), hazy.detach()
+    )
     losses["contrastive"].backward()
     assert losses["contrastive"].isfinite() and hazy.grad is not None and hazy.grad.isfinite().all()
 
@@ -232,15 +234,15 @@ def test_haze_density_is_optional_and_teaches() -> None:
 
     scene = torch.cat([filled(0.2, 1.4), filled(0.4, -1)]).requires_grad_()
     targets = torch.zeros(2, 3, 1, 2)
-    assert "haze_density" not in Losses(COLABATOR_WEIGHTS, None, density).pretraining(
+    assert "haze_density" not in Losses(COLABATOR_WEIGHTS, None, density).compute_pretraining(
         Restoration(scene, None), targets, targets
     )
     losses = Losses(replace(NO_WEIGHTS, haze_density=2), None, density)
-    found = losses.pretraining(Restoration(scene, None), targets, targets)
+    found = losses.compute_pretraining(Restoration(scene, None), targets, targets)
     assert found["haze_density"].item() == pytest.approx(2 * ((0.2 + 1) / 2 + 0.4 / 2) / 2)
     found["haze_density"].backward()
     assert scene.grad is not None
     assert (scene.grad[..., 0] > 0).all() and (scene.grad[..., 1] == 0).all(), "beyond the clamp"
     other = Restoration(torch.ones(1, 3, 1, 2), None)
-    real = losses.colabator(other, targets[:1], Restoration(scene, None), targets, targets, targets[:, :1])
+    real = losses.compute_colabator(other, targets[:1], Restoration(scene, None), targets, targets, targets[:, :1])
     torch.testing.assert_close(real, found)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core.training.steps import SyntheticBatch, mixup
+from corun_ray.core.training.steps import SyntheticBatch, apply_mixup
 
 COUNT = 6
 
@@ -17,12 +17,12 @@ def corners() -> SyntheticBatch:
 
 def shares(seed: int, alpha: float = 0.7) -> np.ndarray:
     """Row i: how much of every image is in the mix i."""
-    return mixup(corners(), alpha, (seed,)).clear[:, 0, 0].numpy()
+    return apply_mixup(corners(), alpha, (seed,)).clear[:, 0, 0].numpy()
 
 
 def test_each_image_is_mixed_with_one_other_and_its_truth_alike() -> None:
     for seed in range(20):
-        mixed = mixup(corners(), 0.7, (1, seed))
+        mixed = apply_mixup(corners(), 0.7, (1, seed))
         torch.testing.assert_close(mixed.hazy, 0.5 * mixed.clear)
         rows = mixed.clear[:, 0, 0].numpy()
         np.testing.assert_allclose(rows.sum(1), 1, atol=1e-6)
@@ -44,13 +44,13 @@ def test_every_image_draws_its_own_share_from_the_beta_distribution() -> None:
 
 
 def test_a_seed_says_all() -> None:
-    first, again = mixup(corners(), 0.7, (3, 14)), mixup(corners(), 0.7, (3, 14))
+    first, again = apply_mixup(corners(), 0.7, (3, 14)), apply_mixup(corners(), 0.7, (3, 14))
     assert torch.equal(first.hazy, again.hazy) and torch.equal(first.clear, again.clear)
-    assert not torch.equal(first.clear, mixup(corners(), 0.7, (3, 15)).clear)
+    assert not torch.equal(first.clear, apply_mixup(corners(), 0.7, (3, 15)).clear)
 
 
 def test_a_lone_image_stays_as_it_is() -> None:
     clear = torch.rand(1, 3, 8, 8)
-    mixed = mixup(SyntheticBatch(clear, clear), 1.2, (0,))
+    mixed = apply_mixup(SyntheticBatch(clear, clear), 1.2, (0,))
     torch.testing.assert_close(mixed.clear, clear)
     assert mixed.clear.dtype == torch.float32

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.core.training import checkpoints
 from corun_ray.core.training.checkpoints import (
     NETWORK_FILE,
@@ -33,9 +33,9 @@ GAIN = "last.dehaze_prox.step_lambda"
 
 def assert_equal_states(ours: TrainState, expected: TrainState) -> None:
     """Every tensor bit for bit, its dtype and device, and every plain value."""
-    theirs = expected.tensors()
-    assert ours.tensors().keys() == theirs.keys() and ours.values() == expected.values()
-    for name, tensor in ours.tensors().items():
+    theirs = expected.collect_tensors()
+    assert ours.collect_tensors().keys() == theirs.keys() and ours.collect_values() == expected.collect_values()
+    for name, tensor in ours.collect_tensors().items():
         assert (tensor.dtype, tensor.device) == (theirs[name].dtype, theirs[name].device), name
         assert torch.equal(tensor, theirs[name]), name
 
@@ -125,7 +125,7 @@ def test_a_network_with_tied_weights_buffers_and_unused_parameters_goes_on(tmp_p
         step(straight)
     save_run(tmp_path, straight, spec, {})
     load_run(tmp_path, resumed, spec)
-    assert not any(".unused." in name for name in resumed.tensors())
+    assert not any(".unused." in name for name in resumed.collect_tensors())
     assert resumed.student.second.weight is resumed.student.first.weight
     for _ in range(2):
         step(straight)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from corun_ray.core.networks.build import NetworkSpec
+from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.core.training.checkpoints import TRAINING_FILE, CheckpointError, load_run, read_record
 from corun_ray.core.training.state import TrainState
 from corun_ray.core.weights import RECORD_KEY

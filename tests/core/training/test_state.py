@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.core.training.state import TrainState, ema_step
+from corun_ray.core.training.state import TrainState, update_ema
 
 
 def test_moving_average() -> None:
     teacher, student = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     expected = [0.9 * t + 0.1 * s for t, s in zip(teacher.parameters(), student.parameters(), strict=True)]
     kept = [s.clone() for s in student.parameters()]
-    ema_step(teacher, student, 0.9)
+    update_ema(teacher, student, 0.9)
     torch.testing.assert_close(list(teacher.parameters()), expected)
     torch.testing.assert_close(list(student.parameters()), kept, rtol=0, atol=0)
 
@@ -38,7 +38,7 @@ def test_any_network_starts_in_training_mode_and_is_restored() -> None:
     assert state.student.training and not state.teacher.training
     state.backward({"loss": state.student(torch.rand(1, 3, 8, 8)).mean()})
     state.update(lr=1e-3, ema=0.5, batch_images=3)
-    resumed.restore(state.tensors(), state.values())
+    resumed.restore(state.collect_tensors(), state.collect_values())
     assert (resumed.step, resumed.num_images_seen) == (1, 3)
     for ours, theirs in ((resumed.student, state.student), (resumed.teacher, state.teacher)):
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)

@@ -12,7 +12,7 @@ from corun_ray.core.networks.corun import Restoration
 from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores
 from corun_ray.core.training.labels import Label, LocalPool, ReadyLabels, Scores, decode, encode
 from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
-from corun_ray.core.training.steps import Colabator, PseudoLabels, RealBatch, SyntheticBatch, pretraining_step
+from corun_ray.core.training.steps import Colabator, PseudoLabels, RealBatch, SyntheticBatch, run_pretraining_step
 
 SIDE_PX, BLOCK_PX = 32, 16
 LOSSES = Losses(COLABATOR_WEIGHTS)
@@ -47,13 +47,13 @@ class ScriptedCoherence(Coherence):
         self.rated_globally: list[Tensor] = []
         self.rated_in_blocks: list[Tensor] = []
 
-    def global_scores(self, images: Tensor) -> GlobalScores:
+    def score_images(self, images: Tensor) -> GlobalScores:
         self.rated_globally.append(images)
         return GlobalScores(self.scores[:, 0], self.scores[:, 1])
 
-    def block_scores(self, images: Tensor) -> BlockScores:
+    def score_blocks(self, images: Tensor) -> BlockScores:
         self.rated_in_blocks.append(images)
-        return super().block_scores(images)
+        return super().score_blocks(images)
 
 
 class RecordingPool(LocalPool):
@@ -121,15 +121,15 @@ def assert_candidate(labels: PseudoLabels, row: int, weak: Tensor, gain: float) 
 
 def test_pretraining_step_is_its_losses() -> None:
     student, batch, losses = FakeNetwork(0.7), synthetic_batch(2), Losses(PRETRAIN_WEIGHTS)
-    output = pretraining_step(student, batch, losses)
-    torch.testing.assert_close(output.losses, losses.pretraining(student(batch.hazy), batch.clear, batch.hazy))
+    output = run_pretraining_step(student, batch, losses)
+    torch.testing.assert_close(output.losses, losses.compute_pretraining(student(batch.hazy), batch.clear, batch.hazy))
     assert output.labels is None
 
 
 def test_images_seen_first_take_the_teacher_s_candidate() -> None:
     pool, coherence, teacher = RecordingPool(), ScriptedCoherence([(0.0, 0.3), (0.2, 0.0)]), FakeNetwork(1.5)
     real = real_batch("a.jpg", "b/a.jpg")
-    labels = Colabator(teacher, coherence, pool, LOSSES).best_labels(real, step=17)
+    labels = Colabator(teacher, coherence, pool, LOSSES).choose_labels(real, step=17)
 
     assert pool.asked == [["a.jpg", "b/a.jpg"]]
     assert torch.equal(teacher.inputs[0], real.weak), "the teacher sees the weak view"
@@ -155,7 +155,7 @@ def test_losers_keep_the_pool_s_labels_and_no_block_is_rated() -> None:
     stored = [stored_label("a", 0.5, 0.5), stored_label("bb", 0.5, 0.5)]
     # Better in one score alone is not enough.
     pool, coherence = RecordingPool(stored), ScriptedCoherence([(0.9, 0.4), (0.4, 0.9)])
-    labels = Colabator(FakeNetwork(1.0), coherence, pool, LOSSES).best_labels(real_batch("a", "bb"), step=2)
+    labels = Colabator(FakeNetwork(1.0), coherence, pool, LOSSES).choose_labels(real_batch("a", "bb"), step=2)
     for row, label in enumerate(stored):
         assert_stored(labels, row, label)
         assert pool.labels[label.key] is label
@@ -166,7 +166,7 @@ def test_losers_keep_the_pool_s_labels_and_no_block_is_rated() -> None:
 @pytest.mark.parametrize("scores", [(0.5, 0.5), (0.5, 0.6), (0.9, 0.5)])
 def test_a_candidate_at_least_as_good_in_both_replaces_the_stored_one(scores: tuple[float, float]) -> None:
     pool, real = RecordingPool([stored_label("a", 0.5, 0.5)]), real_batch("a")
-    labels = Colabator(FakeNetwork(0.8), ScriptedCoherence([scores]), pool, LOSSES).best_labels(real, step=9)
+    labels = Colabator(FakeNetwork(0.8), ScriptedCoherence([scores]), pool, LOSSES).choose_labels(real, step=9)
     assert_candidate(labels, 0, real.weak[0], 0.8)
     assert pool.labels["a"].step == 9
 
@@ -176,7 +176,7 @@ def test_a_mixed_batch_keeps_its_order() -> None:
     pool = RecordingPool(stored)
     coherence = ScriptedCoherence([(0.6, 0.4), (0.1, 0.1), (0.6, 0.6), (0.7, 0.2)])
     real = real_batch("loses", "new", "wins", "loses too")
-    labels = Colabator(FakeNetwork(0.9), coherence, pool, LOSSES).best_labels(real, step=5)
+    labels = Colabator(FakeNetwork(0.9), coherence, pool, LOSSES).choose_labels(real, step=5)
 
     assert labels.from_teacher == [False, True, True, False]
     assert_stored(labels, 0, stored[0])
@@ -193,7 +193,7 @@ def test_a_mixed_batch_keeps_its_order() -> None:
 def test_labels_are_kept_as_the_encoding_says(encoding: Encoding) -> None:
     pool, real = RecordingPool(), real_batch("a")
     colabator = Colabator(FakeNetwork(0.9), ScriptedCoherence([(0.5, 0.5)]), pool, LOSSES, encoding)
-    labels = colabator.best_labels(real, step=0)
+    labels = colabator.choose_labels(real, step=0)
     assert pool.labels["a"].scene.dtype == encoding
     bound = 2**-12 if encoding == "float16" else 0
     torch.testing.assert_close(labels.scene, (0.9 * real.weak).detach(), rtol=0, atol=bound + 1e-7)
@@ -210,7 +210,7 @@ def test_a_colabator_step_is_the_student_s_losses_on_both_halves() -> None:
     labels = output.labels
     assert labels is not None and labels.from_teacher == [False, True]
     assert_candidate(labels, 1, real.weak[1], 0.9)
-    expected = LOSSES.colabator(
+    expected = LOSSES.compute_colabator(
         student(synthetic.hazy), synthetic.clear, student(real.strong), real.strong, labels.scene, labels.trust
     )
     torch.testing.assert_close(output.losses, expected)
@@ -229,7 +229,7 @@ def test_only_the_student_learns() -> None:
 
 def test_a_network_without_a_transmission_has_neither_its_label_nor_its_loss() -> None:
     student, pool, real = SceneNetwork(0.7), RecordingPool(), real_batch("a", "b")
-    assert list(pretraining_step(student, synthetic_batch(1), LOSSES).losses) == ["pixel"]
+    assert list(run_pretraining_step(student, synthetic_batch(1), LOSSES).losses) == ["pixel"]
     colabator = Colabator(SceneNetwork(0.9), ScriptedCoherence([(0.1, 0.1)] * 2), pool, LOSSES)
     output = colabator.step(student, synthetic_batch(1), real, step=0)
     assert list(output.losses) == ["pixel_synthetic", "pixel_real"]

@@ -14,8 +14,8 @@ from corun_ray.config.loading import job_of
 from corun_ray.config.tasks import DehazeSection
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
-from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.service.inference.dehaze import dehaze
 from corun_ray.service.inference.photos import Photo, write_photo
 from corun_ray.service.jobs import run_jobs

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from corun_ray.core.networks.build import NetworkSpec, build
+from corun_ray.core.networks.build import build_network
+from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.service.models.sources import ModelSourceError, fetch_model, load_starting_model
 from tests.service.jobs import small_job
 
@@ -15,7 +16,7 @@ def published(tmp_path):
     """NAFNet as its authors publish it."""
     torch.manual_seed(0)
     path = tmp_path / "nafnet.pth"
-    torch.save({"params": build(NAFNET).state_dict()}, path)
+    torch.save({"params": build_network(NAFNET).state_dict()}, path)
     return path
 
 

@@ -11,8 +11,8 @@ import torch
 from playwright.sync_api import Page, sync_playwright
 
 from corun_ray.core.inference.pictures import thumbnail
-from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.core.training.checkpoints import SPEC_FILE, save_network
 from corun_ray.service.report.charts import draw_line_chart
 from corun_ray.service.report.page import Listing, PageSection, Table, render

@@ -18,8 +18,8 @@ from corun_ray.config.jobs import ServeJob
 from corun_ray.config.loading import job_of
 from corun_ray.core.data.images import decode_pixels
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
-from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.service.inference.photos import Photo, write_photo
 from corun_ray.service.models.sources import Model
 from corun_ray.service.serve.deployment import Deployment

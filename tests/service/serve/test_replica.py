@@ -5,8 +5,8 @@ import ray
 import torch
 
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
-from corun_ray.core.networks.build import NetworkSpec
 from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.service.models.sources import Model
 from corun_ray.service.serve.replica import Replica
 from corun_ray.service.serve.uploads import Refusal

@@ -161,10 +161,10 @@ def test_scores_are_timed_and_stay_the_same(clock):
     plain = Coherence(slow, lambda images: images.amax((1, 2, 3)), 8, "multiplication")
     timed = TimedCoherence(plain, torch.device("cpu"))
     images = torch.rand(2, 3, 16, 16)
-    for name in ("global_scores", "block_scores"):
+    for name in ("score_images", "score_blocks"):
         mine, its = getattr(timed, name)(images), getattr(plain, name)(images)
         assert torch.equal(mine.clarity, its.clarity) and torch.equal(mine.quality, its.quality)
-    timed.global_scores(images)
+    timed.score_images(images)
     assert {scope: watch.total_s() for scope, watch in timed.watches.items()} == {"global": 6.0, "blocks": 3.0}
     assert (timed.block_px, timed.combine) == (8, "multiplication")
 

@@ -67,7 +67,7 @@ def test_a_folder_and_a_bucket_rank_photographs_the_same_way(metric, folder, buc
     scores = []
     for place in (folder, bucket):
         section = job_with(dataset, tmp_path, place, quality=metric).coherence
-        quality = build_coherence(section, weights_source(section.weights)).global_scores(images).quality
+        quality = build_coherence(section, weights_source(section.weights)).score_images(images).quality
         assert quality.unique().numel() == len(images), "without ties a ranking says something"
         scores.append(quality)
     assert torch.equal(*scores)

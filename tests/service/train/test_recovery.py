@@ -6,7 +6,7 @@ import pytest
 import ray
 from torch import nn
 
-from corun_ray.core.networks.build import NetworkSpec
+from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.core.training.checkpoints import TRAINING_FILE, save_run
 from corun_ray.core.training.state import TrainState
 from corun_ray.service.runs.record import name_checkpoint
