@@ -1,4 +1,7 @@
-"""The registered model as MLflow runs it: this file and the package travel with the model, no pickle does."""
+"""The pyfunc flavour of a registered model. MLflow runs this file from the model's folder, without a pickle.
+
+The file is copied into the model together with `corun_ray.core`, so it must import nothing else of this package.
+"""
 
 from pathlib import Path
 
@@ -14,14 +17,17 @@ class Dehazer(PythonModel):
     """Restores uint8 photographs of any size."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Loads the network from the model's checkpoint."""
+        """Load the network from the model's checkpoint."""
         self._network = load_network(Path(context.artifacts["checkpoint"])).network
 
-    # No type hints: MLflow would take them for a schema, and the model has a signature.
+    # No type hints: MLflow would read them as a schema, and the model has a signature.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """uint8 B H W 3 (RGB, at least 16 px a side) → the same shape, restored."""
-        images = np.asarray(model_input, dtype=np.uint8)
-        return np.stack([to_image(restore(self._network, to_tensor(image)).scene) for image in images])
+        """Restore uint8 images B H W 3 (RGB, at least 16 px a side); return the same shape."""
+        restored = []
+        for image in np.asarray(model_input, dtype=np.uint8):
+            scene = restore(self._network, to_tensor(image)).scene
+            restored.append(to_image(scene))
+        return np.stack(restored)
 
 
 set_model(Dehazer())

@@ -1,4 +1,4 @@
-"""MLflow: a run's params, metrics and pictures. Only the driver talks to it."""
+"""MLflow tracking: a run's params, metrics and pictures. Only the driver talks to MLflow."""
 
 import logging
 import os
@@ -15,33 +15,49 @@ from corun_ray.core.errors import UserError
 from corun_ray.service.errors import get_first_line
 
 SQLITE = "sqlite:///"
+MAX_PARAM_CHARACTERS = 500
+"""Longer values of params are cut: older MLflow servers refuse them."""
+ENVIRONMENT = {
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # An absent server becomes an error after seconds; MLflow's default retries for four minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+}
+"""Read by MLflow at import. A user's own values have precedence."""
 
 
 class TrackingError(UserError):
-    """MLflow cannot be reached or refuses; the message is one line."""
+    """MLflow cannot be reached or refuses a request; the message is one line."""
 
 
 def get_tracking_uri(job: Job) -> str:
-    """The MLflow server of a job: its own, or an SQLite file in its storage folder."""
-    return job.tracking.uri or f"{SQLITE}{Path(job.storage).expanduser().absolute()}/mlflow.db"
+    """Return the job's MLflow server, or an SQLite file in its storage folder."""
+    if job.tracking.uri:
+        return job.tracking.uri
+    return f"{SQLITE}{Path(job.storage).expanduser().absolute()}/mlflow.db"
 
 
 def connect_to_mlflow(uri: str) -> Any:
-    """MLflow, quiet and pointed at `uri`; raises `TrackingError` for one with credentials."""
+    """Import MLflow, silence it and point it at `uri`; return the module.
+
+    Raises `TrackingError` where the URI holds credentials.
+    """
     if holds_credentials(uri):
-        said = without_credentials(uri)
-        raise TrackingError(f"{said} {REFUSED} (MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN)")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # A server that is not there should be an error in seconds, not after MLflow's own four minutes of retries.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        shown = without_credentials(uri)
+        raise TrackingError(f"{shown} {REFUSED} (MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN)")
+
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     import mlflow
 
+    # Failures are raised as well: the log lines and warnings would only repeat them.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mlflow")
+
+    # SQLite makes the file, but not its folder.
     if uri.startswith(SQLITE):
         Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
@@ -49,32 +65,37 @@ def connect_to_mlflow(uri: str) -> Any:
 
 
 class Tracker:
-    """One MLflow run, from `start` to `finish`."""
+    """One MLflow run: the constructor opens the run, `finish` closes it."""
 
     def __init__(self, job: Job, name: str, earlier: str | None = None, parent: str | None = None) -> None:
-        """Opens a run called `name`, below the run `parent`, or again the one of MLflow's id `earlier`.
+        """Open a run called `name` below the run `parent`, or reopen the run `earlier`.
 
-        Raises `TrackingError`.
+        `earlier` and `parent` are MLflow's run ids. Raises `TrackingError`.
         """
         self.uri = get_tracking_uri(job)
         self._mlflow = connect_to_mlflow(self.uri)
+
         try:
-            self._mlflow.set_experiment(
-                experiment_id=get_or_create_experiment(self._mlflow, self.uri, job.tracking.experiment)
-            )
+            experiment_id = get_or_create_experiment(self._mlflow, self.uri, job.tracking.experiment)
+            self._mlflow.set_experiment(experiment_id=experiment_id)
             self._run = self._mlflow.start_run(
                 earlier,
                 run_name=name,
                 tags=None if parent is None else {"mlflow.parentRunId": parent},
                 log_system_metrics=False,
             )
-            if earlier is None:  # MLflow's params stay what the run began with
-                params = flatten(job.model_dump(mode="json"))
-                self._mlflow.log_params({key: str(value)[:500] for key, value in params.items()})
+            # MLflow refuses to change a param: a resumed run keeps the params of its first start.
+            if earlier is None:
+                self._log_params(job)
         except Exception as error:
             raise TrackingError(
                 f"tracking.uri: {self.uri} does not answer as MLflow: {get_first_line(error)}"
             ) from None
+
+    def _log_params(self, job: Job) -> None:
+        """Log every key of the job file as a param."""
+        params = flatten(job.model_dump(mode="json"))
+        self._mlflow.log_params({key: str(value)[:MAX_PARAM_CHARACTERS] for key, value in params.items()})
 
     @property
     def run_id(self) -> str:
@@ -82,52 +103,59 @@ class Tracker:
         return self._run.info.run_id
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs metrics after `step` steps; from any thread."""
-        self._mlflow.log_metrics({k: float(v) for k, v in metrics.items()}, step=step, run_id=self.run_id)
+        """Log metrics after `step` steps; may be called from any thread."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._mlflow.log_metrics(values, step=step, run_id=self.run_id)
 
     def log_file(self, name: str, content: bytes) -> None:
-        """Logs an artifact under `name`, folders included; from any thread."""
+        """Log an artifact under the path `name`; may be called from any thread."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+
             parent = str(Path(name).parent) if "/" in name else None
             self._mlflow.log_artifact(str(path), artifact_path=parent, run_id=self.run_id)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Sets tags of the run."""
+        """Set tags of the run."""
         self._mlflow.set_tags(dict(tags))
 
     def read_curves(self) -> dict[str, list[tuple[float, float]]]:
-        """Every metric over the steps, as far as it has been logged; a step that was repeated counts as it was last."""
+        """Return every metric that has been logged, as (step, value) in order of steps.
+
+        After a restart a step may have been logged twice: the latest value counts.
+        """
         client = self._mlflow.MlflowClient()
-        found = {}
+        curves = {}
         for name in client.get_run(self.run_id).data.metrics:
-            history = sorted(client.get_metric_history(self.run_id, name), key=lambda one: one.timestamp)
-            found[name] = sorted({one.step: one.value for one in history}.items())
-        return found
+            history = sorted(client.get_metric_history(self.run_id, name), key=lambda entry: entry.timestamp)
+            latest = {entry.step: entry.value for entry in history}
+            curves[name] = sorted(latest.items())
+        return curves
 
     def end_run(self, run_id: str) -> None:
-        """Closes another run, whose process was ended before it could."""
+        """Close another run whose process was killed before it could close the run."""
         self._mlflow.MlflowClient().set_terminated(run_id, "KILLED")
 
     def finish(self, succeeded: bool) -> None:
-        """Closes the run."""
+        """Close the run."""
         self._mlflow.end_run(status="FINISHED" if succeeded else "FAILED")
 
 
 def get_or_create_experiment(mlflow: Any, uri: str, name: str) -> str:
-    """The id of an experiment of the MLflow at `uri`, made where there is none."""
+    """Return the id of an experiment of the MLflow at `uri`; create the experiment where there is none."""
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is not None:
         return experiment.experiment_id
-    # A server has its own place for artifacts; with an SQLite file they go beside it.
-    beside = None
+
+    # A server decides where artifacts go. With an SQLite file, they go into a folder beside the file.
+    artifact_location = None
     if uri.startswith(SQLITE):
-        beside = Path(uri.removeprefix(SQLITE)).absolute().with_name("mlartifacts").as_uri()
-    return mlflow.create_experiment(name, artifact_location=beside)
+        artifact_location = Path(uri.removeprefix(SQLITE)).absolute().with_name("mlartifacts").as_uri()
+    return mlflow.create_experiment(name, artifact_location=artifact_location)
 
 
 def read_last_metrics(uri: str, run_id: str) -> dict[str, float]:
-    """What a run of the MLflow at `uri` logged last, by metric."""
+    """Return the last value of every metric of a run of the MLflow at `uri`."""
     return dict(connect_to_mlflow(uri).MlflowClient().get_run(run_id).data.metrics)

@@ -1,47 +1,60 @@
-"""A user's own network class: its module travels from beside the job file to every process that builds it."""
+"""A user's own network class: its module travels from the job file's folder to every process that builds it."""
 
 import hashlib
 import sys
 import tempfile
 from pathlib import Path
 
+MARKER_PREFIX = "corun-ray-code-"
+"""Begins the name of the temporary folder from which a process imports a user's module."""
+DIGEST_CHARACTERS = 16
+
 UserCode = dict[str, bytes]
-"""The files of one module or package, by their paths below the folder that goes on `sys.path`."""
+"""The files of one module or package, by their paths below the folder that stands in `sys.path`."""
 
 
 def collect_code(network_type: str, folder: Path) -> UserCode:
-    """The files of the module that `module.path:ClassName` names, if it lies in `folder`; else none.
+    """Read the module that `module.path:ClassName` names from `folder`.
 
-    A module that is not there has to be installed wherever the network is built.
+    Returns no files where `network_type` names no module, or where the module is not in `folder`. Such a module has to
+    be installed wherever the network is built.
     """
     module, colon, _ = network_type.partition(":")
     if not colon:
         return {}
+
+    # A module is one file; a package is all files below its folder.
     top = module.partition(".")[0]
     single = folder / f"{top}.py"
-    found = [single] if single.is_file() else sorted((folder / top).rglob("*.py"))
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    paths = [single] if single.is_file() else sorted((folder / top).rglob("*.py"))
+
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def write_code(code: UserCode, folder: Path) -> list[Path]:
-    """Writes the files below `folder`; returns what lies at its top: a module or a package."""
+    """Write the files below `folder`; return the module or package at its top."""
+    top_paths = set()
     for name, content in code.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    return sorted({folder / name.partition("/")[0] for name in code})
+        top_paths.add(folder / name.partition("/")[0])
+    return sorted(top_paths)
 
 
 def install_code(code: UserCode) -> None:
-    """Makes the module importable in this process, once."""
+    """Make the module importable in this process; a second call does nothing."""
     if not code:
         return
+
+    # The digest of the files names the folder: the same code is installed once, changed code again.
     digest = hashlib.sha256()
     for name, content in sorted(code.items()):
         digest.update(name.encode() + b"\0" + content + b"\0")
-    marker = f"corun-ray-code-{digest.hexdigest()[:16]}"
+    marker = f"{MARKER_PREFIX}{digest.hexdigest()[:DIGEST_CHARACTERS]}"
     if any(marker in entry for entry in sys.path):
         return
+
     folder = Path(tempfile.mkdtemp(prefix=f"{marker}-"))
     write_code(code, folder)
     sys.path.insert(0, str(folder))
