@@ -102,7 +102,7 @@ def test_a_model_that_is_not_there_is_one_line(dataset, tmp_path):
     assert result.returncode == 2 and "nothing there" in result.stderr and len(result.stderr.splitlines()) == 1
     tracking = f"sqlite:///{tmp_path}/mlflow.db"
     result = corun_ray("dehaze", dataset / "hazy", tmp_path / "out", "--model", "models:/x@y", "--tracking", tracking)
-    assert result.returncode == 2 and result.stderr.startswith("models:/x@y: not to be had from")
+    assert result.returncode == 2 and result.stderr.startswith("models:/x@y: cannot be read from")
 
 
 def test_job_files_offer_exactly_the_scorers_that_exist():

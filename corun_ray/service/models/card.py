@@ -1,7 +1,8 @@
-"""What is known of a trained model, for people (a card with pictures) and for programs (tags)."""
+"""The description of a trained model: a card with pictures for people, tags for programs."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -14,14 +15,18 @@ from corun_ray.core.inference.pictures import grid, thumbnail
 from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.service.data.manifest import HeldOutSet, held_out_sets
 from corun_ray.service.models.flavor import CARD_FILE
-from corun_ray.service.models.registry import HELD_OUT_TAG, SUMMARY_TAG, ModelDescription
-from corun_ray.service.report.statistics import estimate_interval
-from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog, read_examples
+from corun_ray.service.models.registry import SUMMARY_TAG, VALIDATION_SETS_TAG, ModelDescription
+from corun_ray.service.report.statistics import Interval, interval_of
+from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog, examples_at
 from corun_ray.service.runs.record import JOB_FILE
 from corun_ray.service.storage import Location
 
 PICTURES_FILE = "pictures.jpg"
-PICTURED, CELL_PX = 4, 360
+MAX_PICTURED = 4
+"""Images in the card's picture."""
+CELL_PX = 360
+CELL_MARGIN_PX = 40
+DIGEST_CHARACTERS = 16
 
 CARD = """\
 # {title}
@@ -45,8 +50,8 @@ network = mlflow.pytorch.load_model("models:/NAME@champion")
 clear = network(hazy)  # float, B 3 H W in [0, 1], any size from 16 px
 ```
 
-`corun-ray dehaze PHOTOS OUT --model models:/NAME@champion` does a folder; `corun-ray pull` writes plain files;
-`network.init: models:/NAME@champion` in a job file trains on from here.
+`corun-ray dehaze PHOTOS OUT --model models:/NAME@champion` restores a folder; `corun-ray pull` writes plain files;
+`network.init: models:/NAME@champion` in a job file starts a training from this model.
 
 ## How it was trained
 
@@ -58,83 +63,116 @@ Data: `{data}` (digest of the list of images). Code: `{code}`.
 ## Limits
 
 A restoration is an estimate: where haze has hidden a thing, what appears there is made up. Do not measure from it. The
-numbers above hold for the images named in the job file, and for others only as far as they are alike.
+numbers above hold for the images named in the job file, and for other images only as far as these are alike.
 """
 
 
 def describe_model(
-    job: TrainingJob, spec: NetworkSpec, data: str, run: Location, log: ValidationLog
+    job: TrainingJob, spec: NetworkSpec, data_digest: str, run: Location, log: ValidationLog
 ) -> ModelDescription:
-    """The tags and files of a job's model: `data` is the digest of its manifest, `run` its folder."""
-    last = log.last_step
-    values = {} if last is None else log.at(last)
-    means = {
-        f"{prefix}/{metric}": estimate_interval(np.array([*images.values()]))
-        for (prefix, metric), images in values.items()
-    }
+    """Return the tags and files of a job's model.
+
+    `data_digest` is that of the job's manifest, `run` the run's folder, `log` the run's validation values.
+    """
+    # Reduce the last validation to a mean and an interval for each metric, such as `val/psnr`.
+    last_step = log.last_step
+    last_values = {} if last_step is None else log.at(last_step)
+    intervals = {}
+    for (prefix, metric), values_of_images in last_values.items():
+        intervals[f"{prefix}/{metric}"] = interval_of(np.array(list(values_of_images.values())))
+
+    job_text = dump_job(job)
+    set_digests = [f"{images.prefix}={_digest_images(images)}" for images in held_out_sets(job)]
     tags = {
         "corun_ray.kind": job.kind,
-        "corun_ray.job": dump_job(job),
-        "corun_ray.data": data,
+        "corun_ray.job": job_text,
+        "corun_ray.data": data_digest,
         "corun_ray.code": read_code_version(),
         "corun_ray.network": json.dumps({"type": spec.type, **spec.args}),
         "corun_ray.steps": str(job.train.steps),
-        HELD_OUT_TAG: " ".join(f"{held.prefix}={_digest(held)}" for held in held_out_sets(job)),
-        SUMMARY_TAG: _summary(job, spec),
-        **{name: f"{interval.mean:.6g}" for name, interval in means.items()},
+        VALIDATION_SETS_TAG: " ".join(set_digests),
+        SUMMARY_TAG: _summarise(job, spec),
     }
-    rows = [f"| {name} | {found.mean:.4f} | {found.span} | {found.count} |" for name, found in means.items()]
-    head = ["| metric | mean | 95 % interval | images |", "| --- | --- | --- | --- |"]
-    pictures = _pictures(run, last)
+    for name, interval in intervals.items():
+        tags[name] = f"{interval.mean:.6g}"
+
+    # The picture is left out where the run has no validation images.
+    pictures = _draw_pictures(run, last_step)
     card = CARD.format(
-        title=_title(spec),
+        title=_make_title(spec),
         summary=tags[SUMMARY_TAG],
         pictures=f"![hazy above, restored below]({PICTURES_FILE})\n" if pictures else "",
-        measured="\n".join([*head, *rows]) if rows else "On nothing: the job names no `data.validation`.",
-        job=tags["corun_ray.job"],
-        data=data,
+        measured=_tabulate(intervals) if intervals else "On nothing: the job names no `data.validation`.",
+        job=job_text,
+        data=data_digest,
         code=tags["corun_ray.code"],
     )
-    files = {CARD_FILE: card.encode(), JOB_FILE: tags["corun_ray.job"].encode(), VALIDATION_FILE: log.to_csv()}
-    return ModelDescription(tags, files | ({PICTURES_FILE: pictures} if pictures else {}))
+    files = {CARD_FILE: card.encode(), JOB_FILE: job_text.encode(), VALIDATION_FILE: log.to_csv()}
+    if pictures:
+        files[PICTURES_FILE] = pictures
+    return ModelDescription(tags, files)
 
 
 def read_code_version() -> str:
-    """The package's version and a digest of its sources, which tells two checkouts of one version apart."""
+    """Return the package's version and a digest of its sources.
+
+    The digest distinguishes two checkouts of one version.
+    """
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+
+    # A job that runs from an uploaded working directory has no installed package.
     try:
         number = version("corun-ray")
-    except PackageNotFoundError:  # runs from an uploaded working directory, where nothing is installed
+    except PackageNotFoundError:
         number = "uninstalled"
-    return f"{number} sources {digest.hexdigest()[:16]}"
+    return f"{number} sources {digest.hexdigest()[:DIGEST_CHARACTERS]}"
 
 
-def _digest(held: HeldOutSet) -> str:
-    listing = json.dumps([held.hazy_root, held.clear_root, held.pairs])
-    return hashlib.sha256(listing.encode()).hexdigest()[:16]
+def _digest_images(images: HeldOutSet) -> str:
+    """Return a digest of a validation set's file names."""
+    listing = json.dumps([images.hazy_root, images.clear_root, images.pairs])
+    return hashlib.sha256(listing.encode()).hexdigest()[:DIGEST_CHARACTERS]
 
 
-def _title(spec: NetworkSpec) -> str:
+def _make_title(spec: NetworkSpec) -> str:
+    """Name the network for a heading."""
     if spec.type == "corun":
         return f"CORUN, {spec.args['stages']} stages, width {spec.args['width']}"
     return spec.type
 
 
-def _summary(job: TrainingJob, spec: NetworkSpec) -> str:
-    how = "by Colabator on real haze" if isinstance(job, ColabatorJob) else "on synthetic haze"
-    if job.data.paired is not None:
-        how = how.replace("synthetic haze", "pairs of degraded and clean images")
+def _summarise(job: TrainingJob, spec: NetworkSpec) -> str:
+    """Tell in one sentence how the model was trained."""
+    synthetic = "on synthetic haze" if job.data.paired is None else "on pairs of degraded and clean images"
+    method = "by Colabator on real haze" if isinstance(job, ColabatorJob) else synthetic
     start = f", from {job.network.init}" if job.network.init else ""
-    return f"{_title(spec)}, trained {how} by the job {job.name} in {job.train.steps} steps{start}."
+    return f"{_make_title(spec)}, trained {method} by the job {job.name} in {job.train.steps} steps{start}."
 
 
-def _pictures(run: Location, step: int | None) -> bytes | None:
-    """The first pictured images of the last validation, hazy above restored."""
-    examples = [] if step is None else read_examples(run, step)[:PICTURED]
+def _tabulate(intervals: Mapping[str, Interval]) -> str:
+    """Return the validation's means as a Markdown table."""
+    lines = ["| metric | mean | 95 % interval | images |", "| --- | --- | --- | --- |"]
+    for name, interval in intervals.items():
+        lines.append(f"| {name} | {interval.mean:.4f} | {interval.span} | {interval.count} |")
+    return "\n".join(lines)
+
+
+def _draw_pictures(run: Location, step: int | None) -> bytes | None:
+    """Draw the first validation images, hazy above restored.
+
+    Returns a JPEG of the validation after `step`.
+    Returns None without a step or without images. Raises `StorageError`.
+    """
+    examples = [] if step is None else examples_at(run, step)[:MAX_PICTURED]
     if not examples:
         return None
-    sides = ([example.hazy for example in examples], [example.output for example in examples])
-    rows = [{str(number): decode_image(jpeg) for number, jpeg in enumerate(side, 1)} for side in sides]
-    return thumbnail(grid(rows, CELL_PX, ["hazy", "restored"]), PICTURED * (CELL_PX + 40))
+
+    # One column for each image; its heading is its number.
+    hazy, restored = {}, {}
+    for number, example in enumerate(examples, 1):
+        hazy[str(number)] = decode_image(example.hazy)
+        restored[str(number)] = decode_image(example.output)
+    picture = grid([hazy, restored], CELL_PX, ["hazy", "restored"])
+    return thumbnail(picture, MAX_PICTURED * (CELL_PX + CELL_MARGIN_PX))

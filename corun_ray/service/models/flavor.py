@@ -109,7 +109,7 @@ def _save_flavours(path: Path, mlflow_model: "Model", checkpoint: Path, code: Us
 
 
 def _copy_package_code(folder: Path) -> Path:
-    """Copy the part of this package that the model needs to run."""
+    """Copy the part of this package that the model needs."""
     code = folder / PACKAGE.name
     shutil.copytree(PACKAGE / "core", code / "core", ignore=shutil.ignore_patterns("__pycache__", "demo"))
     shutil.copy(PACKAGE / "__init__.py", code)

@@ -22,7 +22,10 @@ class Dehazer(PythonModel):
 
     # No type hints: MLflow would read them as a schema, and the model has a signature.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """Restore uint8 images B H W 3 (RGB, at least 16 px a side); return the same shape."""
+        """Restore a batch of images.
+
+        `model_input` is uint8 B H W 3 (RGB, at least 16 px a side); the result has the same shape.
+        """
         restored = []
         for image in np.asarray(model_input, dtype=np.uint8):
             scene = restore(self._network, to_tensor(image)).scene

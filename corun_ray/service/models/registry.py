@@ -1,16 +1,17 @@
-"""MLflow's registry: models with what is known of them, their versions, and taking one out.
+"""MLflow's model registry: logging a model, its versions and their descriptions, downloading one.
 
-When a version becomes the champion: only if held-out images show that it is better."""
+Also when a version becomes the champion: with `--if-better`, only where the images of the validation set show it.
+"""
 
 import contextlib
 import io
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from corun_ray.core.metrics.catalog import all_metrics
 from corun_ray.core.training.checkpoints import NETWORK_FILE
@@ -22,56 +23,26 @@ from corun_ray.service.models.user_code import UserCode
 from corun_ray.service.report.statistics import compare
 from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog
 
-OURS = ("corun_ray.", "val/")
-"""What the names of our tags begin with."""
+OUR_TAGS = ("corun_ray.", "val/")
+"""The names of our tags begin with these."""
 SUMMARY_TAG = "corun_ray.summary"
+VALIDATION_SETS_TAG = "corun_ray.held_out"
+"""The tag that tells on which images a version was measured: `SET=DIGEST` for each set, separated by spaces."""
 CANDIDATE, CHAMPION = "candidate", "champion"
+"""Aliases of a registered model: the newest version, and the version in use."""
+MAX_NAMED_VERSIONS = 10
+NOT_FOUND_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow's error codes for a version or an alias that does not exist."""
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What is known of a trained model beside its weights; see `model_card`."""
+    """The description of a trained model: everything but its weights."""
 
     tags: Mapping[str, str]
-    """Of the logged model, and of every version made of it."""
+    """Tags of the logged model, and of every version made of it."""
     files: Mapping[str, bytes]
-    """Kept in the model's folder `about`; `README.md` is its card."""
-
-
-def log_model(uri: str, checkpoint: Path, code: UserCode, about: ModelDescription) -> str:
-    """Logs the network of a checkpoint folder with the active run of the MLflow at `uri`; returns the model's URI."""
-    connect_to_mlflow(uri)
-    from mlflow.models import Model
-
-    with contextlib.redirect_stderr(io.StringIO()):  # MLflow prints its own account; what goes wrong is raised
-        info = Model.log(
-            artifact_path=None,
-            name="model",
-            flavor=flavor,
-            tags=dict(about.tags),
-            checkpoint=checkpoint,
-            code=code,
-            about=about.files,
-        )
-    return info.model_uri
-
-
-def register_model(uri: str, model_uri: str, name: str) -> str:
-    """Makes a logged model a new version, with its tags and the alias `candidate`; a name's first is also `champion`.
-
-    Returns the version's URI.
-    """
-    mlflow = connect_to_mlflow(uri)
-    client = mlflow.MlflowClient()
-    logged = client.get_logged_model(model_uri.removeprefix("models:/"))
-    tags = {name: value for name, value in logged.tags.items() if name.startswith(OURS)}
-    with contextlib.redirect_stderr(io.StringIO()):
-        version = str(mlflow.register_model(model_uri, name, tags=tags).version)
-    client.update_model_version(name, version, description=tags.get(SUMMARY_TAG, ""))
-    client.set_registered_model_alias(name, CANDIDATE, version)
-    if version == "1":
-        client.set_registered_model_alias(name, CHAMPION, version)
-    return f"models:/{name}/{version}"
+    """Files of the model's folder `about`, by name; `README.md` is the model card."""
 
 
 @dataclass(frozen=True)
@@ -86,95 +57,9 @@ class ModelVersion:
         return f"version {self.number}"
 
 
-class Registry:
-    """The registered models of an MLflow."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self._mlflow = connect_to_mlflow(uri)
-        self._client = self._mlflow.MlflowClient()
-
-    def find_version(self, name: str, version_or_alias: str) -> ModelVersion:
-        """A version by its number or alias; raises `TrackingError`."""
-        found = self._find(name, version_or_alias)
-        if found is None:
-            raise TrackingError(
-                f"{name}: no version or alias {version_or_alias} in {self.uri}{self._name_versions(name)}"
-            )
-        return found
-
-    def find_champion(self, name: str) -> ModelVersion | None:
-        """The version that is used; None where none has been chosen. Raises `TrackingError`."""
-        return self._find(name, CHAMPION)
-
-    def set_champion(self, version: ModelVersion) -> None:
-        """Makes a version its name's champion."""
-        with self._translate_errors(f"{version.name}: {CHAMPION} not moved"):
-            self._client.set_registered_model_alias(version.name, CHAMPION, version.number)
-
-    def read_validation(self, version: ModelVersion) -> ValidationLog:
-        """Every held-out image's values, empty for a version that came without; raises `TrackingError`."""
-        about = f"models:/{version.name}/{version.number}/{ABOUT_FOLDER}"
-        with self._translate_errors(f"{about}: not to be had"), tempfile.TemporaryDirectory() as folder:
-            listed = self._mlflow.artifacts.list_artifacts(artifact_uri=about)
-            if not any(file.path.endswith(VALIDATION_FILE) for file in listed):
-                return ValidationLog()
-            path = self._mlflow.artifacts.download_artifacts(f"{about}/{VALIDATION_FILE}", dst_path=folder)
-            return ValidationLog.from_csv(Path(path).read_bytes())
-
-    def _find(self, name: str, version_or_alias: str) -> ModelVersion | None:
-        from mlflow.exceptions import MlflowException
-
-        is_number = version_or_alias.isdecimal()
-        get = self._client.get_model_version if is_number else self._client.get_model_version_by_alias
-        with self._translate_errors(f"{name}: not to be had"):
-            try:
-                found = get(name, version_or_alias)
-            except MlflowException as error:
-                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                    return None
-                raise
-        return ModelVersion(name, str(found.version), dict(found.tags))
-
-    def _name_versions(self, name: str) -> str:
-        with self._translate_errors(f"{name}: not to be had"):
-            known = self._client.search_model_versions(f"name = '{name}'")
-        numbers = sorted((int(version.version) for version in known), reverse=True)
-        return f" (versions {', '.join(map(str, numbers[:10]))})" if numbers else ""
-
-    @contextlib.contextmanager
-    def _translate_errors(self, what: str) -> Any:
-        try:
-            yield
-        except TrackingError:
-            raise
-        except Exception as error:
-            raise TrackingError(f"{what} in {self.uri}: {get_first_line(error)}") from None
-
-
-def download_model(uri: str, source: str, folder: Path) -> Path:
-    """Fetches a model (`models:/…`, `runs:/…`) from the MLflow at `uri`; returns its checkpoint folder.
-
-    Raises `TrackingError`.
-    """
-    mlflow = connect_to_mlflow(uri)
-    try:
-        model = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder)))
-    except Exception as error:
-        raise TrackingError(f"{source}: not to be had from {uri}: {get_first_line(error)}") from None
-    found = sorted(model.rglob(NETWORK_FILE))
-    if not found:
-        raise TrackingError(f"{source}: a model without {NETWORK_FILE}; not one of corun_ray's")
-    return found[0].parent
-
-
-HELD_OUT_TAG = "corun_ray.held_out"
-"""The tag of a version that tells on which images it was measured: a digest of each set, `SET=DIGEST` by spaces."""
-
-
 @dataclass(frozen=True)
 class Decision:
-    """Whether the champion moves, and why."""
+    """Whether the champion changes, and why."""
 
     moves: bool
     reason: str
@@ -182,60 +67,246 @@ class Decision:
 
 @dataclass(frozen=True)
 class VersionScores:
-    """What one version was measured at in the end."""
+    """The values of a version at its last validation."""
 
     label: str
     values: Mapping[str, Mapping[str, float]]
     """Metric such as `val/fade` → image → value."""
-    held_out: Mapping[str, str]
-    """Set → digest of what is in it."""
+    set_digests: Mapping[str, str]
+    """Validation set (`val`, `val/NAME`) → digest of its list of images."""
+
+
+# --- Logging and registering a model ---
+
+
+def log_model(uri: str, checkpoint: Path, code: UserCode, description: ModelDescription) -> str:
+    """Log a checkpoint's network with the active MLflow run.
+
+    Returns the model's URI.
+    `uri` is the MLflow server; `code` is that of the network's class where it is a user's own.
+    """
+    connect_to_mlflow(uri)
+    from mlflow.models import Model
+
+    # MLflow prints messages of its own here; failures are raised.
+    with contextlib.redirect_stderr(io.StringIO()):
+        info = Model.log(
+            artifact_path=None,
+            name="model",
+            flavor=flavor,
+            tags=dict(description.tags),
+            checkpoint=checkpoint,
+            code=code,
+            about=description.files,
+        )
+    return info.model_uri
+
+
+def register_model(uri: str, model_uri: str, name: str) -> str:
+    """Register a logged model as a new version of `name`.
+
+    Returns the version's URI.
+    The version gets the model's tags and the alias `candidate`. The first version of a name also becomes `champion`.
+    """
+    mlflow = connect_to_mlflow(uri)
+    client = mlflow.MlflowClient()
+
+    # MLflow sets tags of its own on a logged model: pass on only ours.
+    logged = client.get_logged_model(model_uri.removeprefix("models:/"))
+    tags = {tag: value for tag, value in logged.tags.items() if tag.startswith(OUR_TAGS)}
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        version = str(mlflow.register_model(model_uri, name, tags=tags).version)
+    client.update_model_version(name, version, description=tags.get(SUMMARY_TAG, ""))
+
+    client.set_registered_model_alias(name, CANDIDATE, version)
+    if version == "1":
+        client.set_registered_model_alias(name, CHAMPION, version)
+    return f"models:/{name}/{version}"
+
+
+# --- Versions ---
+
+
+class Registry:
+    """The registered models of one MLflow server."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._mlflow = connect_to_mlflow(uri)
+        self._client = self._mlflow.MlflowClient()
+
+    def find_version(self, name: str, version_or_alias: str) -> ModelVersion:
+        """Return a version by its number or alias.
+
+        Raises `TrackingError` where there is none, naming the versions that exist.
+        """
+        version = self._find(name, version_or_alias)
+        if version is None:
+            known = self._name_versions(name)
+            raise TrackingError(f"{name}: no version or alias {version_or_alias} in {self.uri}{known}")
+        return version
+
+    def find_champion(self, name: str) -> ModelVersion | None:
+        """Return the version in use, None without one.
+
+        Raises `TrackingError`.
+        """
+        return self._find(name, CHAMPION)
+
+    def set_champion(self, version: ModelVersion) -> None:
+        """Make a version the champion of its name.
+
+        Raises `TrackingError`.
+        """
+        with self._translate_errors(f"{version.name}: cannot set the alias {CHAMPION}"):
+            self._client.set_registered_model_alias(version.name, CHAMPION, version.number)
+
+    def read_validation(self, version: ModelVersion) -> ValidationLog:
+        """Return the validation values of every image.
+
+        The log is empty for a version without validation.
+
+        Raises `TrackingError`.
+        """
+        about = f"models:/{version.name}/{version.number}/{ABOUT_FOLDER}"
+        with self._translate_errors(f"{about}: cannot be read"), tempfile.TemporaryDirectory() as folder:
+            # A version without the file is not an error, so look before downloading.
+            listed = self._mlflow.artifacts.list_artifacts(artifact_uri=about)
+            if not any(file.path.endswith(VALIDATION_FILE) for file in listed):
+                return ValidationLog()
+
+            path = self._mlflow.artifacts.download_artifacts(f"{about}/{VALIDATION_FILE}", dst_path=folder)
+            return ValidationLog.from_csv(Path(path).read_bytes())
+
+    def _find(self, name: str, version_or_alias: str) -> ModelVersion | None:
+        """Return a version by number or alias, else None."""
+        from mlflow.exceptions import MlflowException
+
+        is_number = version_or_alias.isdecimal()
+        get = self._client.get_model_version if is_number else self._client.get_model_version_by_alias
+        with self._translate_errors(f"{name}: cannot be read"):
+            try:
+                found = get(name, version_or_alias)
+            except MlflowException as error:
+                if error.error_code in NOT_FOUND_CODES:
+                    return None
+                raise
+        return ModelVersion(name, str(found.version), dict(found.tags))
+
+    def _name_versions(self, name: str) -> str:
+        """Name the newest versions for an error message.
+
+        Returns text in parentheses, or nothing where no version exists.
+        """
+        with self._translate_errors(f"{name}: cannot be read"):
+            known = self._client.search_model_versions(f"name = '{name}'")
+
+        numbers = sorted((int(version.version) for version in known), reverse=True)
+        if not numbers:
+            return ""
+        return f" (versions {', '.join(map(str, numbers[:MAX_NAMED_VERSIONS]))})"
+
+    @contextlib.contextmanager
+    def _translate_errors(self, problem: str) -> Iterator[None]:
+        """Raise MLflow's errors as a `TrackingError` about `problem`."""
+        try:
+            yield
+        except TrackingError:
+            raise
+        except Exception as error:
+            raise TrackingError(f"{problem} ({self.uri}): {get_first_line(error)}") from None
+
+
+def download_model(uri: str, source: str, folder: Path) -> Path:
+    """Download a model into `folder`; return its checkpoint folder.
+
+    `source` is `models:/…` or `runs:/…`. Raises `TrackingError`.
+    """
+    mlflow = connect_to_mlflow(uri)
+    try:
+        model = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder)))
+    except Exception as error:
+        raise TrackingError(f"{source}: cannot be read from {uri}: {get_first_line(error)}") from None
+
+    networks = sorted(model.rglob(NETWORK_FILE))
+    if not networks:
+        raise TrackingError(f"{source}: holds no {NETWORK_FILE}, so it is not a model of corun_ray")
+    return networks[0].parent
+
+
+# --- Promotion ---
 
 
 def promote(registry: Registry, name: str, version_or_alias: str, if_better: str | None) -> Decision:
-    """Makes a version the champion, with `if_better` only where that metric shows it to be better.
+    """Make a version the champion.
 
-    Raises `TrackingError`, also for a metric that nobody measures.
+    With a metric `if_better`, only where that metric shows the version to be better than the champion.
+    Raises `TrackingError`, also where `if_better` is not a known metric.
     """
     version, champion = registry.find_version(name, version_or_alias), registry.find_champion(name)
     if if_better is not None and if_better.rpartition("/")[2] not in all_metrics():
-        raise TrackingError(f"--if-better {if_better}: no metric of pictures (val/fade, val/psnr, ...)")
+        raise TrackingError(f"--if-better {if_better}: not a metric of images (val/fade, val/psnr, ...)")
+
     if champion is not None and champion.number == version.number:
         return Decision(False, f"{version} is the champion already")
-    if if_better is None or champion is None:
-        old = "there was none before" if champion is None else f"it was {champion}"
-        decision = Decision(True, old)
+
+    # Without a champion, or without a metric, there is nothing to compare.
+    if champion is None:
+        decision = Decision(True, "there was none before")
+    elif if_better is None:
+        decision = Decision(True, f"it was {champion}")
     else:
-        decision = decide(_record(registry, version), _record(registry, champion), if_better)
+        decision = decide(_read_scores(registry, version), _read_scores(registry, champion), if_better)
+
     if decision.moves:
         registry.set_champion(version)
     return decision
 
 
 def decide(new: VersionScores, old: VersionScores, metric: str) -> Decision:
-    """Whether `new` takes the place of `old`."""
-    for record in (new, old):
-        if metric not in record.values:
-            known = ", ".join(record.values) or "nothing"
-            return Decision(False, f"{record.label} was not measured by {metric} (it has {known})")
+    """Decide by a metric whether `new` replaces the champion `old`."""
+    for scores in (new, old):
+        if metric not in scores.values:
+            known = ", ".join(scores.values) or "nothing"
+            return Decision(False, f"{scores.label} was not measured by {metric} (it has {known})")
+
+    # Values of different images cannot be compared image by image.
     prefix, _, name = metric.rpartition("/")
-    if new.held_out.get(prefix) != old.held_out.get(prefix):
+    if new.set_digests.get(prefix) != old.set_digests.get(prefix):
         return Decision(False, f"{new.label} and {old.label} were measured on different images ({prefix})")
+
+    # The sign-flip test over the common images decides; the mean alone could be noise.
     images = sorted(new.values[metric].keys() & old.values[metric].keys())
-    mine, theirs = (np.array([record.values[metric][image] for image in images]) for record in (new, old))
-    found = compare(mine, theirs, all_metrics()[name].lower_better)
-    account = (
-        f"{metric} {mine.mean():.4f} against {theirs.mean():.4f} of {old.label}, "
-        f"better on {found.better} of {found.difference.count} images (p {found.p_value:.3f}): {found.verdict}"
+    new_values = _select_values(new, metric, images)
+    old_values = _select_values(old, metric, images)
+    comparison = compare(new_values, old_values, all_metrics()[name].lower_better)
+
+    reason = (
+        f"{metric} {new_values.mean():.4f} against {old_values.mean():.4f} of {old.label}, "
+        f"better on {comparison.better} of {comparison.difference.count} images "
+        f"(p {comparison.p_value:.3f}): {comparison.verdict}"
     )
-    return Decision(found.verdict == "better", account)
+    return Decision(comparison.verdict == "better", reason)
 
 
-def _record(registry: Registry, version: ModelVersion) -> VersionScores:
-    log: ValidationLog = registry.read_validation(version)
-    last = {} if log.last_step is None else log.at(log.last_step)
-    pairs = (part.partition("=") for part in version.tags.get(HELD_OUT_TAG, "").split())
-    return VersionScores(
-        str(version),
-        {f"{prefix}/{metric}": images for (prefix, metric), images in last.items()},
-        {prefix: digest for prefix, _, digest in pairs},
-    )
+def _select_values(scores: VersionScores, metric: str, images: list[str]) -> NDArray[np.float64]:
+    """Return one metric's values of `images`, in their order."""
+    return np.array([scores.values[metric][image] for image in images])
+
+
+def _read_scores(registry: Registry, version: ModelVersion) -> VersionScores:
+    """Return the values of a version's last validation.
+
+    Raises `TrackingError`.
+    """
+    log = registry.read_validation(version)
+    last_values = {} if log.last_step is None else log.at(log.last_step)
+    values = {f"{prefix}/{metric}": images for (prefix, metric), images in last_values.items()}
+
+    set_digests = {}
+    for entry in version.tags.get(VALIDATION_SETS_TAG, "").split():
+        prefix, _, digest = entry.partition("=")
+        set_digests[prefix] = digest
+
+    return VersionScores(str(version), values, set_digests)

@@ -1,6 +1,7 @@
-"""Models: what a job starts from, and what a source names (an MLflow URI, a checkpoint folder or URI, a file).
+"""Where a network comes from: an MLflow URI, a checkpoint folder or URI, a weights file, or a job's own section.
 
-A model as plain files: weights, configuration, and its card."""
+Also writes a model as plain files: weights, configuration and card.
+"""
 
 import json
 import shutil
@@ -24,14 +25,14 @@ from corun_ray.core.training.checkpoints import (
     read_spec,
     save_model,
 )
-from corun_ray.service.models.flavor import ABOUT_FOLDER
+from corun_ray.service.models.flavor import ABOUT_FOLDER, CODE_FOLDER
 from corun_ray.service.models.registry import download_model
 from corun_ray.service.models.tracking import TrackingError, get_tracking_uri
 from corun_ray.service.models.user_code import UserCode, collect_code, install_code, write_code
 from corun_ray.service.storage import StorageError, locate
 
 MLFLOW_SCHEMES = ("models:/", "runs:/")
-RECOGNISED = "spandrel"
+RECOGNISED_TYPE = "spandrel"
 """The network type of a job whose checkpoint says which architecture it is."""
 
 
@@ -49,7 +50,7 @@ class Model:
     code: UserCode
 
     def build(self) -> nn.Module:
-        """The network, on the CPU."""
+        """Build the network on the CPU."""
         install_code(self.code)
         network = build_network(self.spec)
         if self.params is not None:
@@ -57,21 +58,54 @@ class Model:
         return network
 
 
-def fetch_model(source: str, tracking: str) -> Model:
-    """The model that `source` names; `tracking` is the MLflow of `models:/` and `runs:/`.
+# --- A model from a source ---
 
-    A class of a user's own is looked for in the registered model, whose code runs as it would under pyfunc, or in
-    the current folder. Raises `ModelSourceError`.
+
+def fetch_model(source: str, tracking: str) -> Model:
+    """Return the model that `source` names.
+
+    `tracking` is the MLflow server of `models:/` and `runs:/`.
+    The class of a user's own network comes from the registered model, whose code runs as it would under pyfunc, or
+    else from the current folder. Raises `ModelSourceError`.
     """
     with open_source(source, tracking) as path:
         loaded, code = load_source(source, path)
     return Model(loaded.spec, loaded.network.state_dict(), code)
 
 
+@contextmanager
+def open_source(source: str, tracking: str) -> Iterator[Path]:
+    """Yield the local file or checkpoint folder of a source.
+
+    A download is deleted when the context ends.
+    Raises `ModelSourceError`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if source.startswith(MLFLOW_SCHEMES):
+                yield download_model(tracking, source, Path(folder))
+                return
+
+            location = locate(source)
+            if not location.exists():
+                raise ModelSourceError(f"{source}: nothing there (expected a checkpoint folder or a .pth)")
+            # Local files are used in place.
+            path = Path(location.path) if location.is_local else location.download(Path(folder))
+        except (TrackingError, StorageError) as error:
+            raise ModelSourceError(str(error)) from None
+        yield path
+
+
 def load_source(source: str, path: Path) -> tuple[LoadedNetwork, UserCode]:
-    """The network of what `open_source` gives, and the code of a class of a user's own; raises `ModelSourceError`."""
-    code_folder = path.parent.parent / "code" if source.startswith(MLFLOW_SCHEMES) else Path.cwd()
+    """Load a source's network, and the code of its class.
+
+    `path` is that of `open_source`. The code is empty unless the class is a user's own.
+    Raises `ModelSourceError`.
+    """
+    # A registered model holds its checkpoint in artifacts/checkpoint, and its code beside artifacts.
+    code_folder = path.parent.parent / CODE_FOLDER if source.startswith(MLFLOW_SCHEMES) else Path.cwd()
     try:
+        # Only a folder has a specification that may name a user's own class.
         code = collect_code(read_spec(path).type, code_folder) if path.is_dir() else {}
         install_code(code)
         return load_network(path), code
@@ -79,22 +113,31 @@ def load_source(source: str, path: Path) -> tuple[LoadedNetwork, UserCode]:
         raise ModelSourceError(f"{source}: {error}") from None
 
 
-def load_starting_model(job: TrainingJob, folder: Path) -> Model:
-    """What a job trains: its network with the parameters of `network.init`, if any; a class may lie in `folder`.
+# --- The model that a training job starts from ---
 
-    Raises `ModelSourceError`, naming the key of the job file.
+
+def load_starting_model(job: TrainingJob, folder: Path) -> Model:
+    """Return the network that a job trains.
+
+    The parameters come from `network.init` where the job names one.
+    The class of a user's own network may be in `folder`. Raises `ModelSourceError`, naming the key of the job file.
     """
     section = job.network
-    if section.type == RECOGNISED:
+
+    # With the type spandrel, the checkpoint decides the architecture; otherwise the job file does.
+    if section.type == RECOGNISED_TYPE:
         if section.init is None:
             raise ModelSourceError("network.init: missing (type spandrel takes the architecture from a checkpoint)")
         model = fetch_model(section.init, get_tracking_uri(job))
     else:
         model = Model(get_network_spec(job), None, collect_code(section.type, folder))
+
+    # Build the network once here: a mistake should be told before any worker starts.
     try:
         network = model.build()
-        if section.type != RECOGNISED and section.init is not None:
-            model = replace(model, params=_initial_params(job, network))
+        if section.type != RECOGNISED_TYPE and section.init is not None:
+            params = _load_initial_params(job, section.init, network)
+            model = replace(model, params=params)
         if section.type != "corun":
             probe_network(network, job.data.patch_px)
     except NetworkError as error:
@@ -103,69 +146,66 @@ def load_starting_model(job: TrainingJob, folder: Path) -> Model:
 
 
 def get_network_spec(job: TrainingJob) -> NetworkSpec:
-    """The network that the job file asks for."""
+    """Return the network that the job file describes."""
     section = job.network
     if section.type == "corun":
         return NetworkSpec("corun", {"stages": section.stages, "width": section.width})
+    # A checkpoint stores the arguments as JSON: lists, not tuples.
     return NetworkSpec(section.type, json.loads(json.dumps(section.args)))
 
 
-def _initial_params(job: TrainingJob, network: nn.Module) -> dict[str, Tensor]:
-    source = job.network.init
-    assert source is not None
+def _load_initial_params(job: TrainingJob, source: str, network: nn.Module) -> dict[str, Tensor]:
+    """Load the parameters of `network.init` for the job's network.
+
+    Raises `ModelSourceError`.
+    """
     with open_source(source, get_tracking_uri(job)) as path:
         try:
-            if job.network.type == "corun":
-                found = load_network(path)
-                _refuse_other_sizes(job, found.spec)
-                return found.network.state_dict()
-            return load_params(path, network)
+            if job.network.type != "corun":
+                return load_params(path, network)
+            loaded = load_network(path)
+            _check_corun_size(job, loaded.spec)
+            return loaded.network.state_dict()
         except (CheckpointError, NetworkError) as error:
             raise ModelSourceError(f"network.init: {error}") from None
 
 
-def _refuse_other_sizes(job: TrainingJob, found: NetworkSpec) -> None:
+def _check_corun_size(job: TrainingJob, found: NetworkSpec) -> None:
+    """Refuse a checkpoint that is not the job's CORUN.
+
+    Raises `ModelSourceError`.
+    """
     if found.type != "corun":
         raise ModelSourceError(f"network.type: corun, but {job.network.init} is a {found.type}")
+
     for key in ("stages", "width"):
         wanted = getattr(job.network, key)
         if wanted != found.args[key]:
             raise ModelSourceError(f"network.{key}: {wanted}, but {job.network.init} has {found.args[key]}")
 
 
-@contextmanager
-def open_source(source: str, tracking: str) -> Iterator[Path]:
-    """The file or checkpoint folder behind a source, on this machine for as long as the context lasts.
-
-    Raises `ModelSourceError`.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            if source.startswith(MLFLOW_SCHEMES):
-                yield download_model(tracking, source, Path(folder))
-                return
-            location = locate(source)
-            if not location.exists():
-                raise ModelSourceError(f"{source}: nothing there (expected a checkpoint folder or a .pth)")
-            path = Path(location.path) if location.is_local else location.download(Path(folder))
-        except (TrackingError, StorageError) as error:
-            raise ModelSourceError(str(error)) from None
-        yield path
+# --- A model as plain files ---
 
 
 def pull_model(source: str, folder: Path, tracking: str) -> list[Path]:
-    """Writes the model that `source` names into a new or empty folder; returns the files.
+    """Write a source's model as plain files; return them.
 
-    The code of a class of a user's own comes along. Raises `ModelSourceError`.
+    `folder` must be new or empty.
+    The code of a user's own class is written too. Raises `ModelSourceError`.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelSourceError(f"{folder}: exists and is not empty (a new or empty folder was expected)")
+
     with open_source(source, tracking) as path:
+        # Load before the folder is made: a source that fails leaves nothing behind.
         loaded, code = load_source(source, path)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder, loaded)
         write_code(code, folder)
+
+        # A registered model has its description two levels above the checkpoint.
         about = path.parent.parent / ABOUT_FOLDER
         if about.is_dir():
             shutil.copytree(about, folder, dirs_exist_ok=True)
+
     return sorted(path for path in folder.rglob("*") if path.is_file())

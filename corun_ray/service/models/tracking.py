@@ -33,14 +33,17 @@ class TrackingError(UserError):
 
 
 def get_tracking_uri(job: Job) -> str:
-    """Return the job's MLflow server, or an SQLite file in its storage folder."""
+    """Return the URI of the job's MLflow.
+
+    The default is an SQLite file in the job's storage folder.
+    """
     if job.tracking.uri:
         return job.tracking.uri
     return f"{SQLITE}{Path(job.storage).expanduser().absolute()}/mlflow.db"
 
 
 def connect_to_mlflow(uri: str) -> Any:
-    """Import MLflow, silence it and point it at `uri`; return the module.
+    """Import MLflow and point it at `uri`; return the module.
 
     Raises `TrackingError` where the URI holds credentials.
     """
@@ -52,7 +55,7 @@ def connect_to_mlflow(uri: str) -> Any:
         os.environ.setdefault(variable, value)
     import mlflow
 
-    # Failures are raised as well: the log lines and warnings would only repeat them.
+    # Failures are raised as errors; warnings would only clutter the job's output.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mlflow")
@@ -68,8 +71,9 @@ class Tracker:
     """One MLflow run: the constructor opens the run, `finish` closes it."""
 
     def __init__(self, job: Job, name: str, earlier: str | None = None, parent: str | None = None) -> None:
-        """Open a run called `name` below the run `parent`, or reopen the run `earlier`.
+        """Open a new run, or reopen the run `earlier`.
 
+        A new run is called `name` and lies below the run `parent`.
         `earlier` and `parent` are MLflow's run ids. Raises `TrackingError`.
         """
         self.uri = get_tracking_uri(job)
@@ -103,12 +107,12 @@ class Tracker:
         return self._run.info.run_id
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log metrics after `step` steps; may be called from any thread."""
+        """Log metrics after `step` steps, from any thread."""
         values = {name: float(value) for name, value in metrics.items()}
         self._mlflow.log_metrics(values, step=step, run_id=self.run_id)
 
     def log_file(self, name: str, content: bytes) -> None:
-        """Log an artifact under the path `name`; may be called from any thread."""
+        """Log an artifact under the path `name`, from any thread."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +126,7 @@ class Tracker:
         self._mlflow.set_tags(dict(tags))
 
     def read_curves(self) -> dict[str, list[tuple[float, float]]]:
-        """Return every metric that has been logged, as (step, value) in order of steps.
+        """Return every logged metric as (step, value) pairs.
 
         After a restart a step may have been logged twice: the latest value counts.
         """
@@ -135,7 +139,7 @@ class Tracker:
         return curves
 
     def end_run(self, run_id: str) -> None:
-        """Close another run whose process was killed before it could close the run."""
+        """Close another run whose process was killed."""
         self._mlflow.MlflowClient().set_terminated(run_id, "KILLED")
 
     def finish(self, succeeded: bool) -> None:
@@ -144,7 +148,10 @@ class Tracker:
 
 
 def get_or_create_experiment(mlflow: Any, uri: str, name: str) -> str:
-    """Return the id of an experiment of the MLflow at `uri`; create the experiment where there is none."""
+    """Return an experiment's id; create a missing one.
+
+    `uri` is that of the MLflow.
+    """
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is not None:
         return experiment.experiment_id
@@ -157,5 +164,8 @@ def get_or_create_experiment(mlflow: Any, uri: str, name: str) -> str:
 
 
 def read_last_metrics(uri: str, run_id: str) -> dict[str, float]:
-    """Return the last value of every metric of a run of the MLflow at `uri`."""
+    """Return the last value of every metric of a run.
+
+    `uri` is that of the MLflow.
+    """
     return dict(connect_to_mlflow(uri).MlflowClient().get_run(run_id).data.metrics)

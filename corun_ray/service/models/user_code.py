@@ -32,7 +32,7 @@ def collect_code(network_type: str, folder: Path) -> UserCode:
 
 
 def write_code(code: UserCode, folder: Path) -> list[Path]:
-    """Write the files below `folder`; return the module or package at its top."""
+    """Write the files below `folder`; return their top level."""
     top_paths = set()
     for name, content in code.items():
         path = folder / name
@@ -43,7 +43,7 @@ def write_code(code: UserCode, folder: Path) -> list[Path]:
 
 
 def install_code(code: UserCode) -> None:
-    """Make the module importable in this process; a second call does nothing."""
+    """Make the module importable in this process, once."""
     if not code:
         return
 

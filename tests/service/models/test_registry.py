@@ -89,7 +89,7 @@ def test_promotion_refuses_the_worse_and_takes_the_better(trained):
     for arguments, told in {
         ("nobody", "1", None): "nobody",
         (NAME, "9", None): "no version or alias 9",
-        (NAME, "2", "val/beauty"): "no metric of pictures",
+        (NAME, "2", "val/beauty"): "not a metric of images",
     }.items():
         with pytest.raises(TrackingError, match=told):
             promote(registry, *arguments)
@@ -116,7 +116,7 @@ def test_a_model_is_pulled_as_plain_files_that_are_a_model(trained, dataset, tmp
         assert torch.equal(tensor, served.params[name])
     with pytest.raises(ModelSourceError, match="exists and is not empty"):
         pull_model(f"models:/{NAME}/1", tmp_path / "model", trained)
-    with pytest.raises(ModelSourceError, match="not to be had"):
+    with pytest.raises(ModelSourceError, match="cannot be read"):
         pull_model("models:/nobody/1", tmp_path / "other", trained)
 
 
