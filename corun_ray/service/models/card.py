@@ -16,8 +16,8 @@ from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.service.data.manifest import HeldOutSet, held_out_sets
 from corun_ray.service.models.flavor import CARD_FILE
 from corun_ray.service.models.registry import SUMMARY_TAG, VALIDATION_SETS_TAG, ModelDescription
-from corun_ray.service.report.statistics import Interval, interval_of
-from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog, examples_at
+from corun_ray.service.report.statistics import Interval, estimate_interval
+from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog, read_examples
 from corun_ray.service.runs.record import JOB_FILE
 from corun_ray.service.storage import Location
 
@@ -79,7 +79,7 @@ def describe_model(
     last_values = {} if last_step is None else log.at(last_step)
     intervals = {}
     for (prefix, metric), values_of_images in last_values.items():
-        intervals[f"{prefix}/{metric}"] = interval_of(np.array(list(values_of_images.values())))
+        intervals[f"{prefix}/{metric}"] = estimate_interval(np.array(list(values_of_images.values())))
 
     job_text = dump_job(job)
     set_digests = [f"{images.prefix}={_digest_images(images)}" for images in held_out_sets(job)]
@@ -165,7 +165,7 @@ def _draw_pictures(run: Location, step: int | None) -> bytes | None:
     Returns a JPEG of the validation after `step`.
     Returns None without a step or without images. Raises `StorageError`.
     """
-    examples = [] if step is None else examples_at(run, step)[:MAX_PICTURED]
+    examples = [] if step is None else read_examples(run, step)[:MAX_PICTURED]
     if not examples:
         return None
 

@@ -77,7 +77,7 @@ def _save_flavours(path: Path, mlflow_model: "Model", checkpoint: Path, code: Us
         shutil.copy(checkpoint / file, network_folder)
 
     # The pytorch flavour is saved beside the model first, because each flavour wants a folder of its own.
-    pip_requirements = [*REQUIREMENTS, *requirements(network.spec)]
+    pip_requirements = [*REQUIREMENTS, *list_required_packages(network.spec)]
     mlflow.pytorch.save_model(
         AnySize(network.network),
         str(work_folder / PYTORCH_FOLDER),
