@@ -47,7 +47,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             place = locate(folder)
             segments.write(place, "one", labels)
-            size = Path(segments.images_at(place, "one").path).stat().st_size / len(labels)
+            size = Path(segments.locate_images(place, "one").path).stat().st_size / len(labels)
         psnr = -10 * np.log10(np.square(errors).mean()) if errors.any() else np.inf
         print(
             f"{encoding:<10} {errors.max():13.2e} {errors.mean():11.2e} {psnr:8.1f} "

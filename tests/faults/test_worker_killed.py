@@ -32,6 +32,6 @@ def test_the_workers_go_on_from_the_last_checkpoint_when_one_is_killed(local_ray
     record = read_record(Path(run.path) / name_checkpoint(8))
     assert (record["step"], record["num_images_seen"]) == (8, 16)
     snapshot = snapshots.read(run.child("pool").child(record["extra"]["pool_snapshot"]))
-    assert {label.key for label in snapshots.labels(run.child("pool"), snapshot)} == {
+    assert {label.key for label in snapshots.read_labels(run.child("pool"), snapshot)} == {
         f"photo_{i}.png" for i in range(6)
     }

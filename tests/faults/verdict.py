@@ -43,8 +43,8 @@ def last_labels(storage: Location) -> dict[str, Head]:
 def _labels(place: Location, checkpoint: Path) -> dict[str, Head]:
     pool = place.child("pool")
     snapshot = snapshots.read(pool.child(read_record(checkpoint)["extra"]["pool_snapshot"]))
-    assert sum(1 for _ in snapshots.labels(pool, snapshot)) == snapshot.labels, "every label has its images"
-    return {key: head for key, (head, _) in snapshots.index(pool, snapshot).items()}
+    assert sum(1 for _ in snapshots.read_labels(pool, snapshot)) == snapshot.labels, "every label has its images"
+    return {key: head for key, (head, _) in snapshots.read_index(pool, snapshot).items()}
 
 
 def problems(code: int, storage: Location, held: dict[str, Head], steps: int = STEPS) -> Iterator[str]:

@@ -29,8 +29,7 @@ from corun_ray.bench.label_pool.figures import (
 )
 from corun_ray.bench.label_pool.load import Crew, LabelMaker
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.client import MIB
-from corun_ray.service.pool.keeper import PoolKeeper, count, start_pool
+from corun_ray.service.pool.keeper import MIB, PoolKeeper, collect_counters, start_pool
 from corun_ray.service.storage import Location
 
 ROUND_LABELS = 5000
@@ -180,7 +179,7 @@ class PoolTrial:
         try:
             ray.get([shard.ping.remote() for shard in shards])
             started_s = time.perf_counter()
-            generation = PoolKeeper(shards, self._place).restore(snapshots.name_of(self._step))
+            generation = PoolKeeper(shards, self._place).restore(snapshots.format_name(self._step))
             restored_s = time.perf_counter()
             self._crew.join(shards, generation)
             (first_read_s,) = self._crew.read(numbers[:num_first], num_first)
@@ -214,7 +213,7 @@ class PoolTrial:
         return bench_probe.object_store_bytes(), bench_probe.private_bytes(self._shards)
 
     def _resident_bytes(self) -> float:
-        return count(self._shards)["memory_mib"] * MIB
+        return collect_counters(self._shards)["memory_mib"] * MIB
 
     def _numbers_in_memory(self) -> range:
         """Images whose labels are in memory: all, or, of those that are, the newer half."""

@@ -1,203 +1,95 @@
-"""The optimal label pool that all training workers share: its shards, and one worker's client to them.
+"""One worker's client to the label pool that all training workers share.
 
-A shard that dies comes back and restores its labels from the last snapshot; what workers made since, they still hold
-and hand over again. Meanwhile training goes on: a label that cannot be had is taken from the teacher.
-
-
-One process's line to one shard of the label pool: what it does while the shard is away, and when it is back."""
+A shard that dies is restarted and restores its labels from the last snapshot. Workers still hold the labels that they
+made since, and offer them again. Meanwhile training continues: a missing label is replaced by the teacher's.
+"""
 
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.actor import ActorProxy
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from corun_ray.core.training.labels import Label
-from corun_ray.service.pool.shard import Reply, shard_of
+from corun_ray.service.pool.shard import PoolShard, Reply, assign_shard
 
 READ_TIMEOUT_S = 20.0
-"""A shard that does not answer for so long counts as away, and its labels as missing, until it answers again."""
+"""A shard that does not answer a read for so long counts as away, and its labels as missing, until it answers."""
 RETURN_TIMEOUT_S = 300.0
-"""For so long a checkpoint waits for a shard that is away."""
-PING_S = 5.0
+"""How long a checkpoint waits for a shard that is away."""
+PING_TIMEOUT_S = 5.0
 PAUSE_S = 0.2
-Call = Callable[[Any], ray.ObjectRef]
+"""Between two pings of a shard that is away."""
+FETCHER = ThreadPoolExecutor(1, thread_name_prefix="label-pool")
+"""Reads for all clients of a process. One thread only: with more, Ray (2.60) can lose track of an object while it
+fetches the object, if another thread releases the same object at that moment. The fetch then never ends."""
+
+T = TypeVar("T")
 
 
 class PoolError(Exception):
     """The pool cannot be saved; the message is one line."""
 
 
-class ShardLink:
-    """One worker's view of one shard: whether it answers, and the labels that only this worker may still hold.
-
-    `read`, `reply` and `forget` may run in another thread than the rest.
-    """
-
-    def __init__(self, actor: Any, number: int, generation: int) -> None:
-        self.actor, self.number, self.generation = actor, number, generation
-        self._lock = threading.RLock()
-        self._incarnation: int | None = None
-        self._probe: ray.ObjectRef | None = None
-        """A ping under way to a shard that did not answer; None while it does."""
-        self._held: dict[str, Label] = {}
-        """Labels offered since the last snapshot."""
-
-    def read(self, keys: Sequence[str]) -> ray.ObjectRef | None:
-        """Starts reading; None if the shard is away."""
-        return self.actor.read.remote(list(keys)) if self._answers() else None
-
-    def offer(self, labels: Sequence[Label]) -> None:
-        """Hands labels over without waiting, and holds them until storage has them."""
-        with self._lock:
-            self._held |= {label.key: label for label in labels}
-            if self._answers():
-                self.actor.offer.remote(self.generation, list(labels))
-
-    def reply(self, ref: ray.ObjectRef | None) -> list[ray.ObjectRef | None] | None:
-        """What a read gave; None if the shard turned out to be away."""
-        if ref is None:
-            return None
-        try:
-            reply: Reply = ray.get(ref, timeout=READ_TIMEOUT_S)
-        except (RayActorError, GetTimeoutError):
-            self._lose()
-            return None
-        self._hear(reply.incarnation, reply.saved_step)
-        return reply.labels
-
-    def settle(self, deadline_s: float) -> None:
-        """Waits until everything offered so far has been decided, if need be until the shard is back.
-
-        Raises `PoolError` past the deadline (of `time.monotonic`).
-        """
-        while time.monotonic() < deadline_s:
-            try:
-                heard = ray.get(self.actor.ping.remote(), timeout=PING_S)
-                if not self._hear(*heard):
-                    self._probe = None
-                    return
-            except (RayActorError, GetTimeoutError):
-                self._lose()
-            time.sleep(PAUSE_S)
-        raise PoolError(f"label pool: shard {self.number} has not come back in {RETURN_TIMEOUT_S:.0f} s")
-
-    def forget(self, key: str, label: ray.ObjectRef) -> None:
-        """Tells the shard that this label of `key` could not be had."""
-        self.actor.forget.remote(self.generation, [(key, label)])
-
-    def _answers(self) -> bool:
-        with self._lock:
-            if self._probe is None:
-                return True
-            if ray.wait([self._probe], timeout=0)[0]:
-                try:
-                    incarnation, saved_step = ray.get(self._probe)
-                    if incarnation is not None:
-                        self._probe = None
-                        self._hear(incarnation, saved_step)
-                        return True
-                except RayActorError:
-                    pass
-                self._lose()
-            return False
-
-    def _lose(self) -> None:
-        with self._lock:
-            self._probe = self.actor.ping.remote()
-
-    def _hear(self, incarnation: int | None, saved_step: int) -> bool:
-        """Takes note of how the shard stands; says whether it must be asked again.
-
-        A shard that has restarted is handed what it cannot have from storage.
-        """
-        with self._lock:
-            if incarnation is None:
-                self._lose()
-                return True
-            self._held = {key: label for key, label in self._held.items() if label.step >= saved_step}
-            is_new = self._incarnation not in (None, incarnation)
-            self._incarnation = incarnation
-            if is_new and self._held:
-                self.actor.offer.remote(self.generation, list(self._held.values()))
-            return is_new
-
-
-def insist(shard: Any, call: Call, number: int, deadline_s: float, first: ray.ObjectRef | None = None) -> Any:
-    """A shard's answer, asked for until it comes; raises what the shard raises, and `PoolError` past the deadline."""
-    ref = call(shard) if first is None else first
-    while True:
-        try:
-            return ray.get(ref, timeout=max(0.0, deadline_s - time.monotonic()))
-        except RayTaskError as error:
-            raise error.cause from None
-        except (RayActorError, GetTimeoutError):
-            if time.monotonic() > deadline_s:
-                raise PoolError(f"label pool: shard {number} has not come back in {RETURN_TIMEOUT_S:.0f} s") from None
-        time.sleep(PAUSE_S)
-        ref = call(shard)
-
-
-MIB = 2**20
-FETCHER = ThreadPoolExecutor(1, thread_name_prefix="label-pool")
-"""Reads for all clients of a process. With more threads than one, Ray (2.60) can forget where an object is
-while it fetches it: when another thread gives up the same object at that moment, the fetch never ends."""
-
-
 @dataclass
 class ReadWaits:
-    """How the reads of a client went, as those who asked saw it."""
+    """Statistics of a client's reads, as seen by the callers."""
 
     ready: int = 0
-    """Reads whose labels were there when they were asked for."""
+    """Reads whose labels had arrived when they were asked for."""
     late: int = 0
     waited_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class PendingRead:
-    """A read under way; a `core.labels.PendingLabels`."""
+    """A read under way; implements `core.training.labels.PendingLabels`."""
 
     _future: Future[list[Label | None]]
     _waits: ReadWaits
 
     def result(self) -> list[Label | None]:
-        """See `PendingLabels`."""
-        is_ready, asked_s = self._future.done(), time.perf_counter()
-        found = self._future.result()
-        self._waits.waited_s += time.perf_counter() - asked_s
-        self._waits.ready += is_ready
-        self._waits.late += not is_ready
-        return found
+        """Wait for the labels, one for each key, None where the pool has none."""
+        is_ready = self._future.done()
+        start_s = time.perf_counter()
+        labels = self._future.result()
+
+        self._waits.waited_s += time.perf_counter() - start_s
+        if is_ready:
+            self._waits.ready += 1
+        else:
+            self._waits.late += 1
+        return labels
 
 
 class PoolClient:
-    """One worker's view of the shared pool; a `core.labels.LabelPool`.
+    """One worker's view of the shared pool; implements `core.training.labels.LabelPool`.
 
-    A step costs one round trip to each shard that it touches, and a thread makes it. What a worker has offered, it
-    reads back; what it offers while a read is under way, that read may see or not.
+    A read costs one round trip to each shard that holds one of its keys, made by a thread beside the step. A worker
+    reads back everything it has offered, except that a read under way may miss labels offered meanwhile.
     """
 
-    def __init__(self, shards: Sequence[Any], generation: int) -> None:
-        self._links = [ShardLink(actor, number, generation) for number, actor in enumerate(shards)]
+    def __init__(self, shards: Sequence[ActorProxy[PoolShard]], generation: int) -> None:
+        self._links = [ShardLink(shard, number, generation) for number, shard in enumerate(shards)]
         self.waits = ReadWaits()
 
     def prefetch(self, keys: Sequence[str]) -> PendingRead:
-        """Starts reading the labels of `keys`; arrays are read in place on the node that holds them."""
+        """Start reading the labels of `keys`; arrays are read in place on the node that holds them."""
         return PendingRead(FETCHER.submit(self._read, keys), self.waits)
 
     def offer(self, labels: Sequence[Label]) -> None:
-        """Hands labels over without waiting; the shards compare each again."""
-        for link, some in self._by_link((label.key, label) for label in labels):
-            link.offer(some)
+        """Hand over labels without waiting; the shards compare each one again."""
+        for link, labels_of_shard in self._group_by_link((label.key, label) for label in labels):
+            link.offer(labels_of_shard)
 
     def settle(self) -> None:
-        """Waits until everything offered by this worker has been decided.
+        """Wait until every label offered by this worker has been decided.
 
         Raises `PoolError` if a shard is away for more than `RETURN_TIMEOUT_S`.
         """
@@ -206,34 +98,165 @@ class PoolClient:
             link.settle(deadline_s)
 
     def _read(self, keys: Sequence[str]) -> list[Label | None]:
-        """Asks all shards at once, then waits for the labels; None where there is none, or it cannot be had now."""
-        asked = [(link, some, link.read(some)) for link, some in self._by_link((key, key) for key in keys)]
-        refs = {
-            key: (link, ref)
-            for link, some, reply in asked
-            for key, ref in zip(some, link.reply(reply) or (), strict=False)
-            if ref is not None
-        }
+        """Return the labels of `keys`, None where there is none or where it cannot be fetched now."""
+        # Ask all shards at once.
+        asked = []
+        for link, keys_of_shard in self._group_by_link((key, key) for key in keys):
+            asked.append((link, keys_of_shard, link.read(keys_of_shard)))
+
+        # Collect the references of each shard. A shard that is away gives none.
+        refs: dict[str, tuple[ShardLink, ray.ObjectRef]] = {}
+        for link, keys_of_shard, reply in asked:
+            refs_of_shard = link.receive(reply) or [None] * len(keys_of_shard)
+            for key, ref in zip(keys_of_shard, refs_of_shard, strict=True):
+                if ref is not None:
+                    refs[key] = (link, ref)
+
+        # Fetch all labels together. If one is lost, fetch them one by one to keep the others.
+        labels: dict[str, Label | None]
         try:
             found = ray.get([ref for _, ref in refs.values()], timeout=READ_TIMEOUT_S)
             labels = dict(zip(refs, found, strict=True))
         except RayError:
-            labels = {key: label for key, (link, ref) in refs.items() if (label := _fetch_one(link, key, ref))}
+            labels = {key: _fetch_one(link, key, ref) for key, (link, ref) in refs.items()}
         return [labels.get(key) for key in keys]
 
-    def _by_link(self, items: Iterable[tuple[str, Any]]) -> list[tuple[ShardLink, list[Any]]]:
-        found = defaultdict(list)
-        for key, item in items:
-            found[shard_of(key, len(self._links))].append(item)
-        return [(self._links[number], some) for number, some in found.items()]
+    def _group_by_link(self, keyed: Iterable[tuple[str, T]]) -> list[tuple["ShardLink", list[T]]]:
+        """Group items by the shards of their keys."""
+        by_shard: defaultdict[int, list[T]] = defaultdict(list)
+        for key, item in keyed:
+            by_shard[assign_shard(key, len(self._links))].append(item)
+        return [(self._links[number], items) for number, items in by_shard.items()]
 
 
-def _fetch_one(link: ShardLink, key: str, ref: ray.ObjectRef) -> Label | None:
-    """One label where not all could be had: its shard may have died since, or its segment be out of reach."""
+def _fetch_one(link: "ShardLink", key: str, ref: ray.ObjectRef) -> Label | None:
+    """Fetch one label where not all could be fetched: its shard may have died, or its segment be out of reach."""
     try:
-        return ray.get(ref, timeout=PING_S)
+        return ray.get(ref, timeout=PING_TIMEOUT_S)
     except GetTimeoutError:
-        return None  # still on its way
+        return None  # The label is still on its way.
     except RayError:
         link.forget(key, ref)
         return None
+
+
+class ShardLink:
+    """One worker's view of one shard: whether it answers, and the labels that only this worker may still hold.
+
+    A shard is either present or away. It is away from a call that was not answered until a ping is answered; meanwhile
+    reads give nothing, and offers are only held. A shard that has lost its process comes back with the labels of the
+    last snapshot, and is offered everything made since. `read`, `receive` and `forget` may run in another thread than
+    the rest.
+    """
+
+    def __init__(self, shard: ActorProxy[PoolShard], number: int, generation: int) -> None:
+        self._shard, self._number, self._generation = shard, number, generation
+        self._lock = threading.RLock()
+        self._incarnation: int | None = None
+        """Which start of the shard's process answered last."""
+        self._probe: ray.ObjectRef | None = None
+        """A ping under way to a shard that is away; None while the shard is present."""
+        self._unsaved: dict[str, Label] = {}
+        """Labels offered since the last snapshot."""
+
+    def read(self, keys: Sequence[str]) -> "ray.ObjectRef[Reply] | None":
+        """Start reading; return None if the shard is away."""
+        return self._shard.read.remote(list(keys)) if self._is_present() else None
+
+    def receive(self, ref: "ray.ObjectRef[Reply] | None") -> list[ray.ObjectRef | None] | None:
+        """Wait for the reply to `read`; return None if the shard turned out to be away."""
+        if ref is None:
+            return None
+
+        # A read that is not answered makes the shard away: later reads do not wait for it.
+        try:
+            reply = ray.get(ref, timeout=READ_TIMEOUT_S)
+        except (RayActorError, GetTimeoutError):
+            self._start_probe()
+            return None
+
+        # Every reply tells which process answers, and so whether labels must be offered again.
+        self._note_state(reply.incarnation, reply.saved_step)
+        return reply.labels
+
+    def offer(self, labels: Sequence[Label]) -> None:
+        """Hand over labels without waiting, and hold them until storage has them."""
+        with self._lock:
+            # Hold them first: a shard that is away is offered them when it is back.
+            for label in labels:
+                self._unsaved[label.key] = label
+            if self._is_present():
+                self._shard.offer.remote(self._generation, list(labels))
+
+    def settle(self, deadline_s: float) -> None:
+        """Wait until every label offered so far has been decided, if need be until the shard is back.
+
+        Raises `PoolError` past the deadline (of `time.monotonic`).
+        """
+        while time.monotonic() < deadline_s:
+            # Calls are answered in order: a ping's answer means that all offers before it have been decided. Unless
+            # the shard has restarted: then its labels have just been offered again, and another ping must follow.
+            try:
+                state = ray.get(self._shard.ping.remote(), timeout=PING_TIMEOUT_S)
+                if not self._note_state(*state):
+                    self._probe = None
+                    return
+            except (RayActorError, GetTimeoutError):
+                self._start_probe()
+            time.sleep(PAUSE_S)
+        raise PoolError(f"label pool: shard {self._number} has not come back in {RETURN_TIMEOUT_S:.0f} s")
+
+    def forget(self, key: str, label: ray.ObjectRef) -> None:
+        """Tell the shard that this label of `key` could not be fetched."""
+        self._shard.forget.remote(self._generation, [(key, label)])
+
+    def _is_present(self) -> bool:
+        """Return whether the shard answers, without waiting."""
+        with self._lock:
+            # No ping is under way: the shard answered the last call.
+            if self._probe is None:
+                return True
+
+            # The ping is not answered yet: the shard is still away.
+            if not ray.wait([self._probe], timeout=0)[0]:
+                return False
+
+            # The ping is answered: the shard is back, unless it has yet to restore its labels.
+            try:
+                incarnation, saved_step = ray.get(self._probe)
+                if incarnation is not None:
+                    self._probe = None
+                    self._note_state(incarnation, saved_step)
+                    return True
+            except RayActorError:
+                pass
+
+            # The ping failed: try the next one.
+            self._start_probe()
+            return False
+
+    def _start_probe(self) -> None:
+        """Take the shard as away until a ping is answered."""
+        with self._lock:
+            self._probe = self._shard.ping.remote()
+
+    def _note_state(self, incarnation: int | None, saved_step: int) -> bool:
+        """Take note of the shard's state; return whether it must be asked again.
+
+        A shard that has restarted is offered the labels that it cannot have from storage.
+        """
+        with self._lock:
+            # The shard answers, but has yet to restore its labels: it is as good as away.
+            if incarnation is None:
+                self._start_probe()
+                return True
+
+            # A complete snapshot has every label made before its step: hold the later ones alone.
+            self._unsaved = {key: label for key, label in self._unsaved.items() if label.step >= saved_step}
+
+            # Another incarnation than last time means that the shard's process has restarted and lost its memory.
+            has_restarted = self._incarnation not in (None, incarnation)
+            self._incarnation = incarnation
+            if has_restarted and self._unsaved:
+                self._shard.offer.remote(self._generation, list(self._unsaved.values()))
+            return has_restarted

@@ -156,7 +156,7 @@ def export(
         with (root / LIST_FILE).open("x", encoding="utf-8", newline="") as file:
             listing = csv.writer(file)
             listing.writerow(COLUMNS)
-            for number, label in enumerate(snapshots.labels(source.pool, source.snapshot), 1):
+            for number, label in enumerate(snapshots.read_labels(source.pool, source.snapshot), 1):
                 if label.key not in index:
                     raise StorageError(f"{source.uri}: one of its segments has other labels than its index names")
                 _export_label(label, root, kinds, combine, done)

@@ -1,21 +1,31 @@
-"""One shard of the label pool, pure: its index, its rule, what is saved where. No process, no storage.
+"""The index of one shard of the label pool: its rule, and which label storage holds where.
 
-Labels themselves are `payload`s that the index only passes on: references to Ray's object store in the service.
-
-
-What the label pool's parts tell each other: labels without images, places, segments, saves, counters."""
+The index is pure: it starts no process and touches no storage. A label's images are a `payload` that the index only
+passes on; in the service, the payload is a reference to Ray's object store.
+"""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from corun_ray.core.training.labels import Scores, supersedes
 
+ROWS_PER_SEGMENT = 512
+"""The most labels of a segment: 170 MB at 288 px in uint8."""
+SMALL_SEGMENT_ROWS = 128
+"""A segment with fewer labels is small."""
+MAX_SMALL_SEGMENTS = 16
+"""The most small segments that may stand before they are merged."""
+MIN_LIVE_FRACTION = 0.5
+"""A segment with a smaller fraction of labels in use is rewritten without the others."""
+MAX_MOVED_ROWS = 4 * ROWS_PER_SEGMENT
+"""The most labels that one save moves out of old segments, so that the cost of a save stays bounded."""
+
 
 class Head(NamedTuple):
-    """What the index knows of a label without its images."""
+    """A label without its images, as the index knows it."""
 
     key: str
     scores: Scores
@@ -24,14 +34,14 @@ class Head(NamedTuple):
 
 
 class SegmentRow(NamedTuple):
-    """Where storage holds a label."""
+    """The row of a segment in which storage holds a label."""
 
     segment: str
     row: int
 
 
 class Segment(NamedTuple):
-    """A saved segment. Where two segments hold the same key, the one of higher `order` is right."""
+    """A segment of the saved pool. If two segments hold the same key, the segment of higher `order` is right."""
 
     name: str
     order: int
@@ -40,12 +50,13 @@ class Segment(NamedTuple):
 
 @dataclass(slots=True)
 class Entry:
-    """A label of the pool; at least one of `payload` and `place` is there."""
+    """A label of the pool, in memory (`payload`), in storage (`segment_row`), or in both."""
 
     head: Head
     version: int
+    """Differs for every label that the shard has taken, so that a replaced label is recognised."""
     payload: Any = None
-    place: SegmentRow | None = None
+    segment_row: SegmentRow | None = None
 
 
 @dataclass
@@ -54,235 +65,303 @@ class PoolCounters:
 
     labels: int = 0
     resident_bytes: int = 0
-    """Size of the labels that are in the object store; the others are read back from storage when asked for."""
+    """Size of the labels in the object store. The others are read back from storage on demand."""
     offers: int = 0
     wins: int = 0
-    """Offers that the pool took."""
+    """Offers that the pool accepted."""
     reads: int = 0
     hits: int = 0
     """Reads that found a label."""
     loads: int = 0
     """Labels read back from storage."""
     evictions: int = 0
-    """Labels dropped from memory, since storage has them."""
+    """Labels dropped from memory because storage has them."""
     wins_by_step: Counter[int] = field(default_factory=Counter)
 
     def __add__(self, other: "PoolCounters") -> "PoolCounters":
-        return PoolCounters(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        totals = {}
+        for counter in fields(self):
+            totals[counter.name] = getattr(self, counter.name) + getattr(other, counter.name)
+        return PoolCounters(**totals)
 
 
-class Part(NamedTuple):
-    """A segment to be written: its rows, each a payload or, for labels that only storage has, a place."""
+class NewSegment(NamedTuple):
+    """A segment to be written: for each row a payload, or the old row of a label that only storage has."""
 
     segment: Segment
     rows: list[Any]
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """The pool's content at one moment: segments that exist, and those that must be written to complete it."""
+class FrozenIndex:
+    """A shard's content at one moment: segments that exist already, and those to be written to complete it."""
 
-    save: int
+    save_id: int
     kept: list[Segment]
-    parts: list[Part]
-
-
-ROWS_PER_SEGMENT = 512
-"""Labels in a segment at most: 170 MB at 288 px in uint8."""
-SMALL_ROWS = 128
-MAX_SMALL_SEGMENTS = 16
-"""As many segments of fewer than `SMALL_ROWS` labels may stand before they are merged."""
-MIN_LIVE_FRACTION = 0.5
-"""A segment with a smaller share of labels still in use is rewritten without the others."""
-COMPACTED_ROWS = 4 * ROWS_PER_SEGMENT
-"""Labels that one save moves out of old segments at most, so that its cost stays bounded."""
+    new: list[NewSegment]
 
 
 class PoolIndex:
-    """The content of one shard and its rule.
+    """The content of one shard, and its rule.
 
-    `budget_bytes` bounds what stays in memory: beyond it, the labels that were not asked for longest are dropped as
-    soon as storage has them.
+    `writer` goes into the names of the segments: no two processes that write may have the same. `budget_bytes` bounds
+    the labels in memory: beyond it, the least recently used are dropped as soon as storage has them.
     """
 
     def __init__(self, writer: str = "0", budget_bytes: float = math.inf) -> None:
-        """`writer` goes into the names of the segments: no two processes that write may have the same."""
         self.writer = writer
         self.budget_bytes = budget_bytes
         self.counters = PoolCounters()
         self._entries: dict[str, Entry] = {}
         self._resident: dict[str, None] = {}
-        """Keys of the labels in memory, the longest unused first."""
+        """Keys of the labels in memory, the least recently used first."""
         self._segments: dict[str, Segment] = {}
         self._live: Counter[str] = Counter()
-        """Labels in use by segment."""
+        """Labels in use, by segment."""
         self._pending: dict[int, dict[str, tuple[int, SegmentRow]]] = {}
-        """Saves under way: key → version and place."""
-        self._version = 0
-        self._save = 0
+        """Saves under way: save id → key → version of the saved label, and its row."""
+        self._last_version = 0
+        self._last_save_id = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def heads(self) -> Iterator[Head]:
-        """Every label of the shard, without its images."""
-        return (entry.head for entry in self._entries.values())
+    # --- The rule ---
 
     def read(self, keys: Sequence[str]) -> list[Entry | None]:
-        """The stored labels of `keys`, None where there is none."""
+        """Return the stored labels of `keys`, None where there is none."""
         found = [self._entries.get(key) for key in keys]
+
+        # Labels that are read stay in memory longest.
         for entry in found:
             if entry is not None and entry.payload is not None:
-                self._touch(entry.head.key)
+                self._mark_used(entry.head.key)
+
         self.counters.reads += len(keys)
         self.counters.hits += sum(entry is not None for entry in found)
         return found
 
     def offer(self, head: Head, store: Callable[[], Any]) -> bool:
-        """Keeps a label if it supersedes the stored one, its payload being what `store` returns."""
+        """Compare a label with the stored one and set it if it is better; return whether the pool holds it.
+
+        `store` is called for a winner alone and returns its payload. The comparison here is the one that decides:
+        the worker's own was made against a label that may have been replaced since.
+        """
+        # The same label may arrive twice, from a worker that could not know of its arrival: it is neither a new offer
+        # nor a second win.
         stored = self._entries.get(head.key)
         if stored is not None and stored.head == head:
-            return True  # the same label again, from a worker that could not know that it had arrived
+            return True
+
+        # Compare: both scores must be at least as good as the stored label's.
         self.counters.offers += 1
         if not supersedes(head.scores, stored.head.scores if stored else None):
             return False
+
+        # Set: the new version tells a save under way that its label has been replaced.
         self.counters.wins += 1
         self.counters.wins_by_step[head.step] += 1
         self._remove(head.key)
-        self._version += 1
-        self._entries[head.key] = Entry(head, self._version)
+        self._add(head)
         self.attach(head.key, store())
         return True
 
+    # --- Memory ---
+
     def attach(self, key: str, payload: Any) -> None:
-        """The label of `key` is in memory (again)."""
+        """Take note that the label of `key` is in memory (again)."""
         entry = self._entries[key]
         if entry.payload is None:
             self.counters.resident_bytes += entry.head.size_bytes
         entry.payload = payload
-        self._touch(key)
+        self._mark_used(key)
 
     def forget(self, key: str, payload: Any) -> None:
-        """This payload of `key` turned out to be lost: from now on storage has the label, or nobody."""
+        """Drop a payload of `key` that turned out to be lost, and the label itself if storage lacks it."""
+        # Another payload means that the label has been replaced or read back since: nothing to do.
         entry = self._entries.get(key)
-        if entry is not None and entry.payload == payload:
-            self._drop(entry)
-            if entry.place is None:
-                self._remove(key)
+        if entry is None or entry.payload != payload:
+            return
+
+        self._drop_payload(entry)
+        if entry.segment_row is None:
+            self._remove(key)
 
     def evict(self) -> bool:
-        """Drops labels from memory until the budget holds; says whether it still does not, for want of saved ones."""
-        excess = self.counters.resident_bytes - self.budget_bytes
-        dropped = []
+        """Drop saved labels from memory until the budget holds; return whether memory is still over budget."""
+        # Choose victims, the least recently used first. A label that only memory has must stay.
+        excess_bytes = self.counters.resident_bytes - self.budget_bytes
+        victims = []
         for key in self._resident:
-            if excess <= 0:
+            if excess_bytes <= 0:
                 break
             entry = self._entries[key]
-            if entry.place is not None:
-                dropped.append(entry)
-                excess -= entry.head.size_bytes
-        for entry in dropped:
-            self._drop(entry)
-        self.counters.evictions += len(dropped)
-        return excess > 0
+            if entry.segment_row is not None:
+                victims.append(entry)
+                excess_bytes -= entry.head.size_bytes
 
-    def freeze(self) -> Frozen:
-        """What storage must hold for the pool to be saved as it is now: old segments, and new ones to be written.
+        for entry in victims:
+            self._drop_payload(entry)
+        self.counters.evictions += len(victims)
+        return excess_bytes > 0
 
-        New ones take the labels that are not saved yet, and those that are worth moving out of old segments.
+    # --- Saving and restoring ---
+
+    def freeze(self) -> FrozenIndex:
+        """Fix the shard's content as of now: the segments that stay, and those to be written.
+
+        New segments take the labels that storage lacks, and those worth moving out of old segments. The shard may
+        change while they are written; `mark_saved` then finds out which of its labels storage has.
         """
-        victims = self._worth_rewriting()
-        moved = [e for e in self._entries.values() if e.place is None or e.place.segment in victims]
-        kept = [s for s in self._segments.values() if s.name not in victims and self._live[s.name] > 0]
-        order = 1 + max((segment.order for segment in self._segments.values()), default=0)
-        self._save += 1
-        parts: list[Part] = []
-        places: dict[str, tuple[int, SegmentRow]] = {}
-        for count, first in enumerate(range(0, len(moved), ROWS_PER_SEGMENT)):
-            entries = moved[first : first + ROWS_PER_SEGMENT]
-            name = f"{order:08d}-{self.writer}-{self._save:04d}-{count:04d}"
-            segment = Segment(name, order, len(entries))
-            self._segments[name] = segment
-            parts.append(Part(segment, [e.place if e.payload is None else e.payload for e in entries]))
-            places |= {e.head.key: (e.version, SegmentRow(name, row)) for row, e in enumerate(entries)}
-        self._pending[self._save] = places
-        return Frozen(self._save, kept, parts)
+        # Choose old segments to rewrite: those mostly superseded, and small ones once there are many.
+        rewritten = self._choose_segments_to_rewrite()
 
-    def saved(self, save: int) -> None:
-        """The segments of a save are written: its labels, unless replaced meanwhile, are on storage."""
-        for key, (version, place) in self._pending.pop(save, {}).items():
+        # Collect the labels of the new segments: the unsaved ones, and those still in use of the segments to rewrite.
+        moved = []
+        for entry in self._entries.values():
+            if entry.segment_row is None or entry.segment_row.segment in rewritten:
+                moved.append(entry)
+
+        # Keep the other segments that hold at least one label in use. The rest drops out of the snapshot.
+        kept = []
+        for segment in self._segments.values():
+            if segment.name not in rewritten and self._live[segment.name] > 0:
+                kept.append(segment)
+
+        # Place the new segments after all others: if two segments hold the same key, the later one is right.
+        order = 1 + max((segment.order for segment in self._segments.values()), default=0)
+
+        # Cut the labels into segments of bounded size.
+        self._last_save_id += 1
+        save_id = self._last_save_id
+        new: list[NewSegment] = []
+        pending: dict[str, tuple[int, SegmentRow]] = {}
+        for number, first in enumerate(range(0, len(moved), ROWS_PER_SEGMENT)):
+            entries = moved[first : first + ROWS_PER_SEGMENT]
+            name = f"{order:08d}-{self.writer}-{save_id:04d}-{number:04d}"
+            segment = Segment(name, order, len(entries))
+
+            # List the segment from now on, though no label is in it yet: a sweep must not delete its files.
+            self._segments[name] = segment
+
+            # A label in memory is written from there. Any other is copied from its old row.
+            rows = [entry.segment_row if entry.payload is None else entry.payload for entry in entries]
+            new.append(NewSegment(segment, rows))
+
+            # Remember versions: a label that is replaced during the save must not count as saved.
+            for row, entry in enumerate(entries):
+                pending[entry.head.key] = (entry.version, SegmentRow(name, row))
+
+        self._pending[save_id] = pending
+        return FrozenIndex(save_id, kept, new)
+
+    def mark_saved(self, save_id: int) -> None:
+        """Take note that the segments of a save are written: its labels, unless replaced meanwhile, are in storage."""
+        # Point each label to its new row. Labels replaced since the freeze have another version, and are still unsaved.
+        for key, (version, segment_row) in self._pending.pop(save_id, {}).items():
             entry = self._entries.get(key)
             if entry is not None and entry.version == version:
-                self._move(entry, place)
-        unfinished = {place.segment for places in self._pending.values() for _, place in places.values()}
-        dead = [name for name in self._segments if not self._live[name] and name not in unfinished]
-        for name in dead:
-            del self._segments[name]
+                self._move(entry, segment_row)
 
-    def segment_names(self) -> set[str]:
-        """Segments that hold labels of this shard or are being written."""
+        # A segment of a save that is still under way stays, though no label is in it yet.
+        unfinished = set()
+        for pending in self._pending.values():
+            for _, segment_row in pending.values():
+                unfinished.add(segment_row.segment)
+
+        # Forget the segments without a label in use. The next sweep deletes their files.
+        for name in list(self._segments):
+            if not self._live[name] and name not in unfinished:
+                del self._segments[name]
+
+    def get_segment_names(self) -> set[str]:
+        """Return the segments that hold labels of this shard or are being written."""
         return set(self._segments)
 
     def restore(
         self, segments: Iterable[Segment], rows: Iterable[tuple[Head, SegmentRow]], counters: PoolCounters | None = None
     ) -> None:
-        """Makes the shard what a snapshot holds; labels that are in memory already stay there."""
+        """Replace the shard's content by a snapshot's; labels in memory that the snapshot holds stay there."""
+        # Forget everything, saves under way included: no label of theirs may count as saved.
         before = self._entries
         self.counters = counters or PoolCounters()
         self.counters.resident_bytes = 0
         self._entries, self._resident, self._pending = {}, {}, {}
         self._live = Counter()
+
+        # Take the snapshot's labels, all of them in storage alone. Of two with the same key, the later one is right.
         self._segments = {segment.name: segment for segment in segments}
-        for head, place in rows:
-            self._version += 1
+        for head, segment_row in rows:
             self._remove(head.key)
-            self._entries[head.key] = Entry(head, self._version)
-            self._move(self._entries[head.key], place)
+            self._move(self._add(head), segment_row)
+
+        # Keep the payloads of labels that are the same as before: reading them back would cost a request each.
         for key, entry in self._entries.items():
             old = before.get(key)
             if old is not None and old.head == entry.head and old.payload is not None:
                 self.attach(key, old.payload)
 
-    def totals(self) -> PoolCounters:
-        """The counters as of now."""
+    def get_counters(self) -> PoolCounters:
+        """Return the counters as of now."""
         self.counters.labels = len(self._entries)
         return self.counters
 
-    def _touch(self, key: str) -> None:
+    def _add(self, head: Head) -> Entry:
+        """Add a label under a version of its own, without payload or row."""
+        self._last_version += 1
+        entry = Entry(head, self._last_version)
+        self._entries[head.key] = entry
+        return entry
+
+    def _mark_used(self, key: str) -> None:
+        """Move a key to the end of `_resident`: the most recently used."""
         self._resident.pop(key, None)
         self._resident[key] = None
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop_payload(self, entry: Entry) -> None:
         if entry.payload is not None:
             entry.payload = None
             del self._resident[entry.head.key]
             self.counters.resident_bytes -= entry.head.size_bytes
 
     def _remove(self, key: str) -> None:
+        """Remove the label of a key, if there is one, from memory and from its segment's count."""
         entry = self._entries.pop(key, None)
         if entry is not None:
-            self._drop(entry)
-            if entry.place is not None:
-                self._live[entry.place.segment] -= 1
+            self._drop_payload(entry)
+            if entry.segment_row is not None:
+                self._live[entry.segment_row.segment] -= 1
 
-    def _move(self, entry: Entry, place: SegmentRow) -> None:
-        if entry.place is not None:
-            self._live[entry.place.segment] -= 1
-        entry.place = place
-        self._live[place.segment] += 1
+    def _move(self, entry: Entry, segment_row: SegmentRow) -> None:
+        """Point a label to its row of a segment, and keep the segments' counts of labels in use."""
+        if entry.segment_row is not None:
+            self._live[entry.segment_row.segment] -= 1
+        entry.segment_row = segment_row
+        self._live[segment_row.segment] += 1
 
-    def _worth_rewriting(self) -> set[str]:
-        """Segments that are mostly superseded, and small ones once there are many; `COMPACTED_ROWS` labels at most."""
-        standing = [s for s in self._segments.values() if self._live[s.name] > 0]
-        small = [s for s in standing if s.rows < SMALL_ROWS]
-        found = [s for s in standing if self._live[s.name] < MIN_LIVE_FRACTION * s.rows]
+    def _choose_segments_to_rewrite(self) -> set[str]:
+        """Choose segments that are mostly superseded, and small ones once there are many."""
+        in_use = [segment for segment in self._segments.values() if self._live[segment.name] > 0]
+
+        # Segments of superseded labels take room, and time whenever an index is read.
+        found = []
+        for segment in in_use:
+            if self._live[segment.name] < MIN_LIVE_FRACTION * segment.rows:
+                found.append(segment)
+
+        # Many small segments cost a request each when a pool is restored.
+        small = [segment for segment in in_use if segment.rows < SMALL_SEGMENT_ROWS]
         if len(small) > MAX_SMALL_SEGMENTS:
-            found += [s for s in small if s not in found]
-        victims: set[str] = set()
-        rows = 0
+            for segment in small:
+                if segment not in found:
+                    found.append(segment)
+
+        # Bound the labels that one save moves. The next save continues.
+        chosen: set[str] = set()
+        moved_rows = 0
         for segment in found:
-            rows += self._live[segment.name]
-            if rows > COMPACTED_ROWS:
+            moved_rows += self._live[segment.name]
+            if moved_rows > MAX_MOVED_ROWS:
                 break
-            victims.add(segment.name)
-        return victims
+            chosen.add(segment.name)
+        return chosen

@@ -1,76 +1,104 @@
-"""What one worker, of rank 0, does with the whole label pool: restore it, save it, sweep up."""
+"""The label pool as a whole: its start by the driver, and restoring, saving and sweeping by the worker of rank 0."""
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import ray
+from ray.actor import ActorProxy
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.client import MIB, PING_S, RETURN_TIMEOUT_S, Call, PoolError, insist
+from corun_ray.service.pool.client import PAUSE_S, PING_TIMEOUT_S, RETURN_TIMEOUT_S, PoolError
 from corun_ray.service.pool.index import PoolCounters
-from corun_ray.service.pool.shard import PartOfSave, PoolShard
+from corun_ray.service.pool.shard import PoolShard, ShardSave
 from corun_ray.service.storage import Location
 from corun_ray.service.telemetry.prometheus import NO_JOB
 
+MIB = 2**20
+POOL_LABEL = ("corun-role", "pool")
+"""Label of the nodes reserved for the label pool: `ray start --labels=corun-role=pool`."""
+ANY_NODE: list[dict[str, Any]] = [{"label_selector": {}}]
+LOGGED_COUNTERS = ("labels", "offers", "wins", "reads", "hits", "loads", "evictions")
+
+T = TypeVar("T")
+
 
 class PoolKeeper:
-    """The pool as a whole, in the hands of one worker. `finish` may run in another thread than the rest."""
+    """The whole pool in the hands of one worker. `finish` and `sweep` may run in another thread than the rest."""
 
-    def __init__(self, shards: Sequence[Any], pool: Location) -> None:
+    def __init__(self, shards: Sequence[ActorProxy[PoolShard]], pool: Location) -> None:
         self._shards, self._pool = shards, pool
         self._generation = 0
 
     def restore(self, snapshot: str | None) -> int:
-        """Makes the pool what a snapshot (None: nothing) holds; returns the generation that offers must name.
+        """Replace the pool's content by a snapshot's (None: nothing); return the generation that offers must name.
 
         Raises `StorageError` and `PoolError`.
         """
-        # The step may repeat (a crash before the first checkpoint), a start of the workers does not.
+        # Number this start of the workers by the clock. The step would not do: it repeats if the workers crash before
+        # the first checkpoint.
         self._generation = time.time_ns()
+
+        # First tell where the pool is to stand, so that a shard that dies from now on restores the same.
         snapshots.write_current(self._pool, snapshots.Current(generation=self._generation, snapshot=snapshot))
-        self._ask_all(lambda shard: shard.restore.remote(snapshot, self._generation))
+        self._call_all(lambda shard: shard.restore.remote(snapshot, self._generation))
         return self._generation
 
-    def freeze(self) -> list[PartOfSave]:
-        """Fixes the content of all shards as of now; the writing goes on beside the training. Raises `PoolError`."""
-        return self._ask_all(self._freeze)
+    def freeze(self) -> list[ShardSave]:
+        """Fix the content of all shards as of now; they write it while training continues.
 
-    def finish(self, step: int, parts: Sequence[PartOfSave]) -> None:
-        """Waits for what `freeze` has started and makes the snapshot of `step` visible.
-
-        A shard that died meanwhile is saved as it stands once it is back. Raises `StorageError`, and `PoolError`
-        where it does not come back.
+        Raises `PoolError`.
         """
+        return self._call_all(self._freeze_shard)
+
+    def finish(self, step: int, parts: Sequence[ShardSave]) -> None:
+        """Wait for the writing that `freeze` has started, and make the snapshot of `step` visible.
+
+        A shard that died meanwhile is saved as it stands once it is back. Raises `StorageError`, and `PoolError` where
+        a shard does not come back.
+        """
+        # A worker of an earlier generation must not replace what the present one restored.
         if snapshots.read_current(self._pool).generation != self._generation:
             raise PoolError("label pool: another start of the workers has taken over")
-        whole = [self._written(number, part) for number, part in enumerate(parts)]
-        counters = [part.counters for part in whole]
+
+        # Wait for all segments: a snapshot may name written segments alone.
+        written = [self._await_segments(number, part) for number, part in enumerate(parts)]
+
+        # Write the snapshot, which makes it visible.
+        segments_by_shard = [[*part.kept, *part.new] for part in written]
+        counters = [part.counters for part in written]
         labels = sum(shard.labels for shard in counters)
-        snapshots.write(self._pool, step, labels, [[*part.kept, *part.new] for part in whole], counters)
-        current = snapshots.Current(generation=self._generation, snapshot=snapshots.name_of(step))
+        snapshots.write(self._pool, step, labels, segments_by_shard, counters)
+
+        # From now on, a shard that dies restores this snapshot.
+        current = snapshots.Current(generation=self._generation, snapshot=snapshots.format_name(step))
         snapshots.write_current(self._pool, current)
+
+        # Only then may workers let go of the labels that it holds.
         for shard in self._shards:
             shard.confirm.remote(self._generation, step)
 
     def sweep(self, keep_steps: Iterable[int]) -> None:
-        """Deletes snapshots other than those of `keep_steps`, and what only they held.
+        """Delete the snapshots other than those of `keep_steps`, and the segments that only they named.
 
         Raises `StorageError` and `PoolError`.
         """
 
-        def in_use() -> Iterable[str]:
-            for names in self._ask_all(lambda shard: shard.segment_names.remote(self._generation)):
+        # A generator: the shards are asked when it is consumed, after the files have been listed.
+        def find_segments_in_use() -> Iterable[str]:
+            for names in self._call_all(lambda shard: shard.get_segment_names.remote(self._generation)):
                 yield from names
 
-        snapshots.sweep(self._pool, {snapshots.name_of(step) for step in keep_steps}, in_use())
+        keep = {snapshots.format_name(step) for step in keep_steps}
+        snapshots.sweep(self._pool, keep, find_segments_in_use())
 
-    def _freeze(self, shard: Any) -> ray.ObjectRef:
+    def _freeze_shard(self, shard: ActorProxy[PoolShard]) -> "ray.ObjectRef[ShardSave]":
         return shard.freeze.remote(self._generation)
 
-    def _written(self, number: int, part: PartOfSave) -> PartOfSave:
+    def _await_segments(self, number: int, part: ShardSave) -> ShardSave:
+        """Wait until a shard's new segments are written; return its part in the snapshot."""
         deadline_s = time.monotonic() + RETURN_TIMEOUT_S
         while part.written is not None:
             try:
@@ -78,72 +106,110 @@ class PoolKeeper:
                 break
             except RayTaskError as error:
                 raise error.cause from None
-            except RayError:  # what was frozen has died with its shard
-                part = insist(self._shards[number], self._freeze, number, deadline_s)
+            except RayError:
+                # The shard has died, and with it the labels of the frozen part: freeze it again once it is back.
+                shard = self._shards[number]
+                part = _call_until_answered(shard, self._freeze_shard, number, deadline_s)
         return part
 
-    def _ask_all(self, call: Call) -> list[Any]:
-        """Asks all shards at once and, until they are back, those again that do not answer."""
+    def _call_all(self, call: "Callable[[ActorProxy[PoolShard]], ray.ObjectRef[T]]") -> list[T]:
+        """Call all shards at once; call those again that do not answer."""
         deadline_s = time.monotonic() + RETURN_TIMEOUT_S
-        asked = [call(shard) for shard in self._shards]
-        return [
-            insist(shard, call, number, deadline_s, first=ref)
-            for number, (shard, ref) in enumerate(zip(self._shards, asked, strict=True))
-        ]
+        refs = [call(shard) for shard in self._shards]
+
+        answers = []
+        for number, (shard, ref) in enumerate(zip(self._shards, refs, strict=True)):
+            answers.append(_call_until_answered(shard, call, number, deadline_s, ref))
+        return answers
 
 
-POOL_LABEL = ("corun-role", "pool")
-"""Of nodes that are kept for the label pool: `ray start --labels=corun-role=pool`."""
+def _call_until_answered(
+    shard: ActorProxy[PoolShard],
+    call: "Callable[[ActorProxy[PoolShard]], ray.ObjectRef[T]]",
+    number: int,
+    deadline_s: float,
+    ref: "ray.ObjectRef[T] | None" = None,
+) -> T:
+    """Return a shard's answer; call again while the shard is away. `ref` is a call made already.
+
+    Raises the errors of the shard, and `PoolError` past the deadline (of `time.monotonic`).
+    """
+    ref = call(shard) if ref is None else ref
+    while True:
+        try:
+            return ray.get(ref, timeout=max(0.0, deadline_s - time.monotonic()))
+        except RayTaskError as error:
+            raise error.cause from None
+        except (RayActorError, GetTimeoutError):
+            if time.monotonic() > deadline_s:
+                raise PoolError(f"label pool: shard {number} has not come back in {RETURN_TIMEOUT_S:.0f} s") from None
+        time.sleep(PAUSE_S)
+        ref = call(shard)
 
 
-ANY_NODE: list[dict[str, Any]] = [{"label_selector": {}}]
+# --- Starting the shards ---
 
 
 def start_pool(
     num_shards: int, pool: Location, memory_mib: int | None = None, labels: Mapping[str, str] = NO_JOB
-) -> list[Any]:
-    """The shards as actors, alive as long as the driver holds the handles, spread over the nodes meant for them.
+) -> list[ActorProxy[PoolShard]]:
+    """Start the shards as actors, spread over the nodes meant for them.
 
+    They live as long as the driver holds the handles. `memory_mib` bounds the labels in memory of all shards together;
     `labels` are those of the job's metrics.
     """
     budget_bytes = math.inf if memory_mib is None else memory_mib * MIB / num_shards
-    nodes = nodes_in_turn(ray.nodes(), ray.get_runtime_context().get_node_id())
+    nodes = order_nodes(ray.nodes(), ray.get_runtime_context().get_node_id())
+
     shards = []
     for number in range(num_shards):
-        # Ray's own spreading goes by resources, of which a shard needs none. Once its node is gone, any will do.
+        # Choose the node here: Ray spreads actors by resources, and a shard needs none. Once the node is gone, a
+        # restarted shard may run on any other.
         node = {"ray.io/node-id": nodes[number % len(nodes)]}
         shard = ray.remote(num_cpus=0, max_restarts=-1, label_selector=node, fallback_strategy=ANY_NODE)(PoolShard)
         shards.append(shard.remote(number, num_shards, pool.uri, budget_bytes, labels))
     return shards
 
 
-def nodes_in_turn(nodes: Iterable[Mapping[str, Any]], here: str) -> list[str]:
-    """The ids of the nodes for shards, of Ray's descriptions: those labelled `POOL_LABEL`, else all that are alive.
+def order_nodes(nodes: Iterable[Mapping[str, Any]], driver_node: str) -> list[str]:
+    """Return the ids of the nodes for shards: those labelled `POOL_LABEL`, else all that are alive.
 
-    The driver's own, `here`, comes last: what is lost with it costs the run anyway.
+    `nodes` are the descriptions of `ray.nodes()`. The driver's node comes last: if it is lost, so is the run.
     """
     alive = [node for node in nodes if node["Alive"]]
+
     name, value = POOL_LABEL
-    meant = [node for node in alive if node.get("Labels", {}).get(name) == value]
-    return sorted((node["NodeID"] for node in meant or alive), key=lambda node: (node == here, node))
+    reserved = [node for node in alive if node.get("Labels", {}).get(name) == value]
+
+    ids = [node["NodeID"] for node in reserved or alive]
+    return sorted(ids, key=lambda node_id: (node_id == driver_node, node_id))
 
 
-def count(shards: Sequence[Any]) -> dict[str, float]:
-    """What there is to log: the totals of all shards that answer, and, where there are several, of each."""
-    asked = [shard.counters.remote() for shard in shards]
+# --- Counting ---
+
+
+def collect_counters(shards: Sequence[ActorProxy[PoolShard]]) -> dict[str, float]:
+    """Collect the metrics to log: the totals of all shards and, where there are several, those of each.
+
+    A shard that does not answer is missing from them.
+    """
+    refs = [shard.get_counters.remote() for shard in shards]
+
     metrics: dict[str, float] = {}
     total = PoolCounters()
-    for number, ref in enumerate(asked):
+    for number, ref in enumerate(refs):
         try:
-            counters = ray.get(ref, timeout=PING_S)
+            counters = ray.get(ref, timeout=PING_TIMEOUT_S)
         except (RayActorError, GetTimeoutError):
-            continue  # it is away: what it counts is missing from this line alone
+            continue
         total += counters
         if len(shards) > 1:
-            metrics |= {f"shard_{number}/{name}": value for name, value in _plain(counters).items()}
-    return metrics | _plain(total)
+            for name, value in _select_logged(counters).items():
+                metrics[f"shard_{number}/{name}"] = value
+    return metrics | _select_logged(total)
 
 
-def _plain(counters: PoolCounters) -> dict[str, float]:
-    names = ("labels", "offers", "wins", "reads", "hits", "loads", "evictions")
-    return {name: getattr(counters, name) for name in names} | {"memory_mib": counters.resident_bytes / MIB}
+def _select_logged(counters: PoolCounters) -> dict[str, float]:
+    values = {name: getattr(counters, name) for name in LOGGED_COUNTERS}
+    values["memory_mib"] = counters.resident_bytes / MIB
+    return values

@@ -1,11 +1,9 @@
-"""One shard of the label pool as a Ray actor: `PoolIndex` with Ray's object store for its labels.
+"""One shard of the label pool as a Ray actor: a `PoolIndex` with its labels in Ray's object store.
 
-The actor puts each label into the object store itself and so owns it: labels outlive the worker that made them, are
-read in place on a node, pulled between nodes, and spilled to disk by Ray where memory runs out. Segments are written by
-tasks, labels read back from them by an actor of its own; the shard only answers.
-
-
-The metrics of one shard of the label pool, from the counters that it keeps anyway."""
+The shard puts each label into the object store itself, and so owns it: labels outlive the worker that made them, are
+read in place on their node, pulled between nodes, and spilled to disk where memory runs out. Tasks write the segments
+and an actor beside the shard reads labels back from them, so that the shard itself always answers quickly.
+"""
 
 import functools
 import hashlib
@@ -17,76 +15,58 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ray
+from ray.actor import ActorProxy
 
 from corun_ray.core.training.labels import Label
 from corun_ray.service.pool import segments, snapshots
-from corun_ray.service.pool.index import Entry, Frozen, Head, Part, PoolCounters, PoolIndex, Segment, SegmentRow
-from corun_ray.service.pool.segments import READS_AT_ONCE, SegmentReader
+from corun_ray.service.pool.index import (
+    Entry,
+    FrozenIndex,
+    Head,
+    NewSegment,
+    PoolCounters,
+    PoolIndex,
+    Segment,
+    SegmentRow,
+)
+from corun_ray.service.pool.segments import CONCURRENT_READS, SegmentReader
 from corun_ray.service.storage import Location, StorageError, locate
-from corun_ray.service.telemetry import prometheus as telemetry
+from corun_ray.service.telemetry import prometheus
 from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.telemetry.prometheus import NO_JOB, Metric, MetricRecorder
 
-
-class PoolTelemetry:
-    """Tells what a shard counts."""
-
-    def __init__(self, labels: Mapping[str, str], number: int) -> None:
-        self._recorder = MetricRecorder(labels, shard=str(number))
-
-    def tell(self, counters: PoolCounters) -> None:
-        """The shard as of now."""
-        self._recorder.set(telemetry.POOL_LABELS, counters.labels)
-        self._recorder.set(telemetry.POOL_BYTES, counters.resident_bytes)
-        for metric, total in _totals(counters).items():
-            self._recorder.advance(metric, total)
-
-    def restored(self, counters: PoolCounters) -> None:
-        """The shard goes on counting from here; what was counted before has been told by others."""
-        for metric, total in _totals(counters).items():
-            self._recorder.skip(metric, total)
-        self._recorder.add(telemetry.POOL_RESTORES)
-        self.tell(counters)
-
-
-def _totals(counters: PoolCounters) -> dict[Metric, int]:
-    return {
-        telemetry.POOL_OFFERS: counters.offers,
-        telemetry.POOL_WINS: counters.wins,
-        telemetry.POOL_READS: counters.reads,
-        telemetry.POOL_HITS: counters.hits,
-    }
-
-
 LABELS_AT_ONCE = 32
-"""Labels that a writing task has in memory beside the segment that it makes."""
+"""Labels that a writing task fetches at a time; it holds them beside the segment that it makes."""
+NOT_RESTORED = (None, 0)
+"""Incarnation and saved step of a shard that has yet to restore its labels."""
 
 
 class Reply(NamedTuple):
-    """What a shard answers to a read."""
+    """A shard's answer to a read."""
 
     incarnation: int | None
-    """Which start of the shard's process answers; None while it has yet to restore its labels."""
+    """Which start of the shard's process answers; None while the shard has yet to restore its labels."""
     saved_step: int
-    """Labels made before this step are on storage."""
+    """Labels made before this step are in storage."""
     labels: list[ray.ObjectRef | None]
 
 
-class PartOfSave(NamedTuple):
-    """A shard's part in a snapshot under way."""
+class ShardSave(NamedTuple):
+    """One shard's part in a snapshot under way."""
 
     kept: list[Segment]
     new: list[Segment]
     written: ray.ObjectRef | None
-    """Ready when the new segments are; None if there are none."""
+    """Ready when the new segments are written; None if there are none."""
     counters: PoolCounters
 
 
 class PoolShard:
-    """Shard `number` of `num_shards`, its segments below `pool_uri`. At most one call runs at a time.
+    """Shard `number` of `num_shards`, its segments below `pool_uri`. One call runs at a time.
 
-    `generation` numbers the starts of the worker group. A restored pool stands where the checkpoint stood, and an
-    offer that a dead worker left under way must not undo that.
+    `generation` numbers the starts of the worker group. A restored pool stands where the checkpoint stood, and a late
+    offer of a dead worker must not change it: calls that name another generation have no effect. `ray.method` gives
+    each method's `.remote` its types.
     """
 
     def __init__(
@@ -99,181 +79,288 @@ class PoolShard:
     ) -> None:
         self._number, self._num_shards, self._pool_uri = number, num_shards, pool_uri
         self._index = PoolIndex(f"{number:03d}-{uuid.uuid4().hex[:12]}", budget_bytes)
-        self._telemetry, self._log = PoolTelemetry(labels, number), Log("shard", labels, shard=number)
+        self._telemetry = ShardTelemetry(labels, number)
+        self._log = Log("shard", labels, shard=number)
         self._incarnation = time.time_ns()
         self._generation = 0
         self._saved_step = 0
         self._flush: ray.ObjectRef | None = None
+        """Writes labels so that they can leave memory; None while no such task runs."""
+        # A process that Ray has restarted lost its index. Restore it before the first answer.
         self._has_to_restore = ray.get_runtime_context().was_current_actor_reconstructed
 
+    # --- Calls of the workers ---
+
+    @ray.method
     def read(self, keys: Sequence[str]) -> Reply:
-        """References to the stored labels of `keys`, None where there is none."""
-        if not self._is_whole():
-            return Reply(None, 0, [None] * len(keys))
+        """Return references to the stored labels of `keys`, None where there is none."""
+        if not self._ensure_restored():
+            return Reply(*NOT_RESTORED, [None] * len(keys))
+
+        # Begin to read back what only storage has. The reader waits for the reference, not the shard.
         entries = self._index.read(keys)
         self._load(entry for entry in entries if entry is not None and entry.payload is None)
-        found = [None if entry is None else entry.payload for entry in entries]
-        self._keep_to_budget()
-        self._telemetry.tell(self._index.totals())
-        return Reply(self._incarnation, self._saved_step, found)
+        labels = [None if entry is None else entry.payload for entry in entries]
 
+        self._keep_to_budget()
+        self._telemetry.report(self._index.get_counters())
+        return Reply(self._incarnation, self._saved_step, labels)
+
+    @ray.method
     def offer(self, generation: int, labels: Sequence[Label]) -> list[bool]:
-        """Keeps each label that supersedes the stored one; says which."""
-        if not self._is_whole() or generation != self._generation:
+        """Keep each label that supersedes the stored one; return which the pool holds now."""
+        if not self._ensure_restored() or generation != self._generation:
             return [False] * len(labels)
-        taken = [self._index.offer(head_of(label), functools.partial(ray.put, label)) for label in labels]
-        self._keep_to_budget()
-        self._telemetry.tell(self._index.totals())
-        return taken
 
+        # Calls come one at a time, so no other offer can come between a comparison and its set.
+        accepted = []
+        for label in labels:
+            accepted.append(self._index.offer(make_head(label), functools.partial(ray.put, label)))
+
+        self._keep_to_budget()
+        self._telemetry.report(self._index.get_counters())
+        return accepted
+
+    @ray.method
     def forget(self, generation: int, lost: Sequence[tuple[str, ray.ObjectRef]]) -> None:
-        """A reader could not get these labels: from now on they are read back from storage, if it has them."""
+        """Drop references that a reader could not fetch; the labels are read back from storage, if it has them."""
         if generation == self._generation:
             for key, label in lost:
                 self._index.forget(key, label)
 
-    def freeze(self, generation: int) -> PartOfSave:
-        """Fixes the pool's content as of now and starts writing what storage lacks of it.
+    @ray.method
+    def ping(self) -> tuple[int | None, int]:
+        """Return incarnation and saved step, as in a `Reply`; all calls made before have been decided."""
+        return (self._incarnation, self._saved_step) if self._ensure_restored() else NOT_RESTORED
 
-        Raises RuntimeError for a worker of an earlier start and `StorageError` where the shard cannot restore.
+    @ray.method
+    def get_counters(self) -> PoolCounters:
+        """Return the shard's counters as of now."""
+        return self._index.get_counters()
+
+    # --- Calls of the keeper ---
+
+    @ray.method
+    def freeze(self, generation: int) -> ShardSave:
+        """Fix the shard's content as of now, and start writing what storage lacks of it.
+
+        Raises `RuntimeError` for a worker of an earlier generation, and `StorageError` where the shard cannot restore.
         """
         self._restore_if_due()
-        self._refuse_other(generation)
-        frozen = self._index.freeze()
-        written = self._write(frozen)
-        return PartOfSave(frozen.kept, [part.segment for part in frozen.parts], written, self._index.totals())
+        self._check_generation(generation)
 
-    def saved(self, save: int) -> None:
-        """The segments of a save are written."""
-        self._index.saved(save)
+        # The index keeps its old rows until the task reports that the new segments are written.
+        frozen = self._index.freeze()
+        written = self._start_writing(frozen)
+        new = [segment for segment, _ in frozen.new]
+        return ShardSave(frozen.kept, new, written, self._index.get_counters())
+
+    @ray.method
+    def mark_saved(self, save_id: int) -> None:
+        """Take note that the segments of a save are written; called by the task that wrote them."""
+        self._index.mark_saved(save_id)
         self._flush = None
         self._index.evict()
 
+    @ray.method
     def confirm(self, generation: int, step: int) -> None:
-        """The snapshot of `step` is complete."""
+        """Take note that the snapshot of `step` is complete: workers need not hold older labels any longer."""
         if generation == self._generation:
             self._saved_step = max(self._saved_step, step)
 
-    def segment_names(self, generation: int) -> set[str]:
-        """Segments that this shard uses or is writing; raises RuntimeError for a worker of an earlier start."""
-        self._restore_if_due()
-        self._refuse_other(generation)
-        return self._index.segment_names()
+    @ray.method
+    def get_segment_names(self, generation: int) -> set[str]:
+        """Return the segments that this shard uses or is writing.
 
-    def restore(self, snapshot: str | None, generation: int) -> int:
-        """Makes the shard its part of a snapshot (None: empty) for this start of the workers; returns its labels.
-
-        Only the index is read; labels follow when they are asked for. Raises `StorageError`.
+        Raises `RuntimeError` for a worker of an earlier generation, and `StorageError` where the shard cannot restore.
         """
+        self._restore_if_due()
+        self._check_generation(generation)
+        return self._index.get_segment_names()
+
+    @ray.method
+    def restore(self, snapshot: str | None, generation: int) -> int:
+        """Replace the shard's content by its part of a snapshot (None: empty); return its number of labels.
+
+        From now on, only calls of this `generation` count. Raises `StorageError`.
+        """
+        return self._restore(snapshot, generation)
+
+    # --- Restoring ---
+
+    def _restore(self, snapshot: str | None, generation: int) -> int:
+        """Restore the index alone: the labels follow when they are read."""
         if snapshot is None:
             self._index.restore((), ())
             self._saved_step = 0
         else:
+            # Read the indexes of the segments that can hold labels of this shard. If the pool was saved by another
+            # number of shards, these are all segments.
             content = snapshots.read(self._pool.child(snapshot))
-            counters = snapshots.counters_of_shard(content, self._number, self._num_shards)
-            records = snapshots.segments_of_shard(content, self._number, self._num_shards)
-            rows = snapshots.index(self._pool, content, records)
-            mine = (row for key, row in rows.items() if shard_of(key, self._num_shards) == self._number)
+            records = snapshots.select_segments(content, self._number, self._num_shards)
+            index = snapshots.read_index(self._pool, content, records)
+
+            # Take the labels whose keys fall to this shard.
+            rows = []
+            for key, row in index.items():
+                if assign_shard(key, self._num_shards) == self._number:
+                    rows.append(row)
+
+            # Put them in place of what the shard held. Labels that are the same keep their place in memory.
+            counters = snapshots.select_counters(content, self._number, self._num_shards)
             kept = [Segment(record.name, record.order, record.rows) for record in records]
-            self._index.restore(kept, mine, counters)
+            self._index.restore(kept, rows, counters)
             self._saved_step = content.step
+
+        # Only now: had storage failed above, the next call would try again.
         self._generation, self._has_to_restore = generation, False
-        self._telemetry.restored(self._index.totals())
+        self._telemetry.report_restore(self._index.get_counters())
         self._log.info("label pool restored", snapshot=snapshot or "none", labels=len(self._index))
         return len(self._index)
 
-    def counters(self) -> PoolCounters:
-        """See `PoolCounters`."""
-        return self._index.totals()
-
-    def ping(self) -> tuple[int | None, int]:
-        """Incarnation and saved step, as of a `Reply`; everything that was sent before has been decided."""
-        return (self._incarnation, self._saved_step) if self._is_whole() else (None, 0)
-
-    @property
-    def _pool(self) -> Location:
-        return locate(self._pool_uri)
-
     def _restore_if_due(self) -> None:
+        """Restore a restarted shard from what `current.json` names.
+
+        Raises `StorageError`.
+        """
         if self._has_to_restore:
             current = snapshots.read_current(self._pool)
-            self.restore(current.snapshot, current.generation)
+            self._restore(current.snapshot, current.generation)
 
-    def _is_whole(self) -> bool:
-        """Whether the shard holds what it should; while storage is out of reach it does not, and workers go on."""
+    def _ensure_restored(self) -> bool:
+        """Restore if due; return False while storage is out of reach, so that workers continue without labels."""
         try:
             self._restore_if_due()
         except StorageError:
             return False
         return True
 
-    def _refuse_other(self, generation: int) -> None:
+    def _check_generation(self, generation: int) -> None:
         if generation != self._generation:
             raise RuntimeError(f"label pool: generation {generation} of the workers is over, {self._generation} runs")
 
-    def _load(self, entries: Iterable[Entry]) -> None:
-        """Starts reading labels back."""
-        for entry in entries:
-            assert entry.place is not None
-            self._index.attach(entry.head.key, self._reader.read.remote(*entry.place))
-            self._index.counters.loads += 1
+    # --- Storage and memory ---
+
+    @property
+    def _pool(self) -> Location:
+        return locate(self._pool_uri)
 
     @functools.cached_property
     def _reader(self) -> Any:
-        """Beside the shard, which owns what it reads; it goes when the shard goes."""
+        """The `SegmentReader` actor, on the shard's node. The shard owns what it reads; it ends with the shard."""
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        reader: Any = ray.remote(SegmentReader)
-        options = reader.options(num_cpus=0, max_restarts=-1, max_concurrency=READS_AT_ONCE, label_selector=here)
-        return options.remote(self._pool.child(snapshots.SEGMENTS).uri)
+        reader = ray.remote(SegmentReader).options(
+            num_cpus=0, max_restarts=-1, max_concurrency=CONCURRENT_READS, label_selector=here
+        )
+        return reader.remote(self._pool.child(snapshots.SEGMENTS_FOLDER).uri)
 
-    def _write(self, frozen: Frozen) -> ray.ObjectRef | None:
-        if not frozen.parts:
-            self._index.saved(frozen.save)
+    def _load(self, entries: Iterable[Entry]) -> None:
+        """Start reading labels back from storage; their payloads are references to the results."""
+        for entry in entries:
+            assert entry.segment_row is not None
+            self._index.attach(entry.head.key, self._reader.read.remote(*entry.segment_row))
+            self._index.counters.loads += 1
+
+    def _start_writing(self, frozen: FrozenIndex) -> ray.ObjectRef | None:
+        """Start a task that writes the new segments; return None where there are none."""
+        if not frozen.new:
+            self._index.mark_saved(frozen.save_id)
             return None
         me = ray.get_runtime_context().current_actor
-        return write_parts.remote(self._pool_uri, frozen.parts, me, frozen.save)
+        return write_segments.remote(self._pool_uri, frozen.new, me, frozen.save_id)
 
     def _keep_to_budget(self) -> None:
-        """Drops labels that storage has; where that is not enough, has the others written there."""
+        """Drop saved labels from memory; where that is not enough, have the others written to storage."""
+        # A flush that has ended is over, whether it failed or its report is on the way.
         if self._flush is not None and ray.wait([self._flush], timeout=0)[0]:
-            self._flush = None  # it failed, or its word is on the way
+            self._flush = None
+
         if self._index.evict() and self._flush is None:
-            self._flush = self._write(self._index.freeze())
+            self._flush = self._start_writing(self._index.freeze())
 
 
-def shard_of(key: str, num_shards: int) -> int:
-    """The shard of a key: the same in every process and at every time."""
+def assign_shard(key: str, num_shards: int) -> int:
+    """Return the number of a key's shard: the same in every process and at every time."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % num_shards
 
 
-def head_of(label: Label) -> Head:
-    """A label without its images."""
+def make_head(label: Label) -> Head:
+    """Return a label without its images."""
     return Head(label.key, label.scores, label.step, label.size_bytes)
 
 
+# --- Writing segments ---
+
+
 @ray.remote(num_cpus=0)
-def write_parts(pool_uri: str, parts: Sequence[Part], shard: Any, save: int) -> None:
-    """Writes segments one after the other and tells the shard. Raises `StorageError`."""
-    folder = locate(pool_uri).child(snapshots.SEGMENTS)
-    for part in parts:
-        segments.write(folder, part.segment.name, _gathered(folder, part.rows))
-    shard.saved.remote(save)
+def write_segments(
+    pool_uri: str, new_segments: Sequence[NewSegment], shard: ActorProxy[PoolShard], save_id: int
+) -> None:
+    """Write segments one after the other, then report to the shard.
+
+    Raises `StorageError`.
+    """
+    folder = locate(pool_uri).child(snapshots.SEGMENTS_FOLDER)
+    for segment, rows in new_segments:
+        segments.write(folder, segment.name, _gather_labels(folder, rows))
+    shard.mark_saved.remote(save_id)
 
 
-def _gathered(folder: Location, rows: Sequence[Any]) -> Iterator[Label]:
-    """The labels of a part in its order, those that only storage has read back segment by segment."""
-    by_segment: dict[str, list[int]] = defaultdict(list)
-    for row in rows:
-        if isinstance(row, SegmentRow):
-            by_segment[row.segment].append(row.row)
-    stored: dict[SegmentRow, Label] = {}
-    for name, wanted in by_segment.items():
-        wanted.sort()
-        stored |= {
-            SegmentRow(name, row): label
-            for row, label in zip(wanted, segments.read_labels(folder, name, wanted), strict=True)
-        }
+def _gather_labels(folder: Location, rows: Sequence[Any]) -> Iterator[Label]:
+    """Yield the labels of a new segment in the order of its rows."""
+    # Labels that only storage has are read back first, each old segment once.
+    stored = _read_rows(folder, [row for row in rows if isinstance(row, SegmentRow)])
+
+    # Labels in memory are fetched a few at a time, so that this task never holds all of them beside their segment.
     for first in range(0, len(rows), LABELS_AT_ONCE):
-        some = rows[first : first + LABELS_AT_ONCE]
-        held = iter(ray.get([row for row in some if not isinstance(row, SegmentRow)]))
-        yield from (stored[row] if isinstance(row, SegmentRow) else next(held) for row in some)
+        batch = rows[first : first + LABELS_AT_ONCE]
+        fetched = iter(ray.get([row for row in batch if not isinstance(row, SegmentRow)]))
+        for row in batch:
+            yield stored[row] if isinstance(row, SegmentRow) else next(fetched)
+
+
+def _read_rows(folder: Location, rows: Iterable[SegmentRow]) -> dict[SegmentRow, Label]:
+    """Read labels from their rows, segment by segment."""
+    rows_by_segment: defaultdict[str, list[int]] = defaultdict(list)
+    for segment, row in rows:
+        rows_by_segment[segment].append(row)
+
+    labels = {}
+    for segment, numbers in rows_by_segment.items():
+        numbers.sort()
+        for number, label in zip(numbers, segments.read_labels(folder, segment, numbers), strict=True):
+            labels[SegmentRow(segment, number)] = label
+    return labels
+
+
+# --- Metrics ---
+
+
+class ShardTelemetry:
+    """The Prometheus metrics of one shard, from the counters that it keeps anyway."""
+
+    def __init__(self, labels: Mapping[str, str], number: int) -> None:
+        self._recorder = MetricRecorder(labels, shard=str(number))
+
+    def report(self, counters: PoolCounters) -> None:
+        """Report the shard as of now."""
+        self._recorder.set(prometheus.POOL_LABELS, counters.labels)
+        self._recorder.set(prometheus.POOL_BYTES, counters.resident_bytes)
+        for metric, total in _list_totals(counters).items():
+            self._recorder.advance(metric, total)
+
+    def report_restore(self, counters: PoolCounters) -> None:
+        """Report a restored shard; earlier processes have reported what its counters start from."""
+        for metric, total in _list_totals(counters).items():
+            self._recorder.skip(metric, total)
+        self._recorder.add(prometheus.POOL_RESTORES)
+        self.report(counters)
+
+
+def _list_totals(counters: PoolCounters) -> dict[Metric, int]:
+    return {
+        prometheus.POOL_OFFERS: counters.offers,
+        prometheus.POOL_WINS: counters.wins,
+        prometheus.POOL_READS: counters.reads,
+        prometheus.POOL_HITS: counters.hits,
+    }

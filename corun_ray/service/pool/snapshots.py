@@ -1,8 +1,8 @@
-"""Snapshots of a label pool: which segments, in which order, are the pool as it was after a step.
+"""Snapshots of a label pool: the segments that are the pool as it was after one step, and their order.
 
-A run keeps its pool in one folder: `segments/`, `step_00000500.json` for each snapshot, and `current.json`, which says
-where a shard that comes back must stand. A snapshot's file is written when all of its segments are, so that a crash
-leaves the last good one; segments that no snapshot names are deleted by the next sweep.
+A run keeps its pool in one folder: `segments/`, one `step_00000500.json` for each snapshot, and `current.json`, which
+tells a restarted shard what to restore. The file of a snapshot is written after all of its segments, so that a crash
+leaves the last good snapshot. Segments that no snapshot names are deleted by the next sweep.
 """
 
 import functools
@@ -20,12 +20,14 @@ from corun_ray.service.pool.index import Head, PoolCounters, Segment, SegmentRow
 from corun_ray.service.storage import Location, StorageError
 
 CURRENT_FILE = "current.json"
-SEGMENTS = "segments"
+SEGMENTS_FOLDER = "segments"
 FORMAT = 2
-INDEXES_AT_ONCE = 16
-"""So many requests to an object store hide how long one takes."""
+CONCURRENT_INDEX_READS = 16
+"""Requests to an object store under way: enough to hide how long a single one takes."""
 _SNAPSHOT_NAME = re.compile(r"step_(\d{8,})\.json")
 
+Index = dict[str, tuple[Head, SegmentRow]]
+"""Labels without their images, by key, and the rows that hold them."""
 SegmentName = Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,100}$")]
 Number = Annotated[int, Field(ge=0)]
 
@@ -35,17 +37,17 @@ class _Checked(BaseModel):
 
 
 class SegmentRecord(_Checked):
-    """See `poolindex.Segment`; a name has no separators, so it stays in its folder."""
+    """An `index.Segment` as a snapshot names it. The name has no separators, so it cannot lead out of its folder."""
 
     name: SegmentName
     order: Number
     rows: Number
     shards: tuple[Number, ...]
-    """Those whose labels it holds."""
+    """Numbers of the shards whose labels it holds."""
 
 
 class CounterRecord(_Checked):
-    """See `PoolCounters`, of one shard."""
+    """The `PoolCounters` of one shard that outlive a restart."""
 
     offers: Number
     wins: Number
@@ -67,133 +69,201 @@ class Snapshot(_Checked):
 
 
 class Current(_Checked):
-    """Where the pool of a running job stands: what a shard that was restarted restores."""
+    """The content of `current.json`: what a restarted shard of a running job restores."""
 
     generation: Number
     snapshot: Annotated[str, Field(pattern=r"^step_\d{8,}\.json$")] | None
 
 
-def name_of(step: int) -> str:
-    """The file of the snapshot taken after `step` steps."""
+# --- Files of a pool ---
+
+
+def format_name(step: int) -> str:
+    """Return the file name of the snapshot taken after `step` steps."""
     return f"step_{step:08d}.json"
 
 
-def step_of(name: str) -> int | None:
-    """The inverse of `name_of`; None for other files."""
+def parse_step(name: str) -> int | None:
+    """Return the step of a snapshot's file name; None for any other file."""
     match = _SNAPSHOT_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def write(
-    pool: Location, step: int, labels: int, parts: Iterable[Iterable[Segment]], counters: Iterable[PoolCounters]
+    pool: Location,
+    step: int,
+    labels: int,
+    segments_by_shard: Iterable[Iterable[Segment]],
+    counters: Iterable[PoolCounters],
 ) -> None:
-    """Makes a snapshot visible, once all its segments are written: one list of segments and counters per shard."""
-    shards: defaultdict[Segment, list[int]] = defaultdict(list)
-    for number, part in enumerate(parts):
-        for segment in part:
-            shards[segment].append(number)
-    ordered = sorted(shards, key=lambda segment: (segment.order, segment.name))
+    """Write the snapshot of a step, which makes it visible. All of its segments must be written before.
+
+    `segments_by_shard` and `counters` have one item a shard. Raises `StorageError`.
+    """
+    # Several shards may name the same segment, once their number has changed: list it once, with all of its shards.
+    shards_of: defaultdict[Segment, list[int]] = defaultdict(list)
+    for number, named in enumerate(segments_by_shard):
+        for segment in named:
+            shards_of[segment].append(number)
+
+    # Sort by order: if two segments hold the same key, the later one is right.
+    records = []
+    for segment in sorted(shards_of, key=lambda segment: (segment.order, segment.name)):
+        records.append(SegmentRecord(**segment._asdict(), shards=tuple(shards_of[segment])))
+
+    # One small file, replaced as a whole: a reader never sees half of a snapshot.
     snapshot = Snapshot(
         format=FORMAT,
         step=step,
         labels=labels,
-        segments=tuple(SegmentRecord(**segment._asdict(), shards=tuple(shards[segment])) for segment in ordered),
-        shards=tuple(_counter_record(shard) for shard in counters),
+        segments=tuple(records),
+        shards=tuple(_make_counter_record(shard) for shard in counters),
     )
-    pool.child(name_of(step)).write(snapshot.model_dump_json(indent=1).encode())
+    pool.child(format_name(step)).write(snapshot.model_dump_json(indent=1).encode())
 
 
 def read(place: Location) -> Snapshot:
-    """A snapshot's file, checked; raises `StorageError`."""
-    return _read(place, Snapshot, "snapshot of a label pool")
+    """Read and check a snapshot's file.
+
+    Raises `StorageError`.
+    """
+    return _read_model(place, Snapshot, "snapshot of a label pool")
 
 
 def write_current(pool: Location, current: Current) -> None:
-    """Says where the pool stands."""
+    """Write what a restarted shard restores from now on.
+
+    Raises `StorageError`.
+    """
     pool.child(CURRENT_FILE).write(current.model_dump_json().encode())
 
 
 def read_current(pool: Location) -> Current:
-    """See `Current`; raises `StorageError`."""
-    return _read(pool.child(CURRENT_FILE), Current, "label pool's state")
+    """Read what a restarted shard restores.
+
+    Raises `StorageError`.
+    """
+    return _read_model(pool.child(CURRENT_FILE), Current, "label pool's state")
 
 
-def index(
-    pool: Location, snapshot: Snapshot, some: Iterable[SegmentRecord] | None = None
-) -> dict[str, tuple[Head, SegmentRow]]:
-    """Every label of a snapshot, or of some of its segments, without images, and where it is; raises `StorageError`."""
-    among = snapshot.segments if some is None else some
-    in_order = [one.name for one in sorted(among, key=lambda segment: segment.order)]
-    found: dict[str, tuple[Head, SegmentRow]] = {}
-    with ThreadPoolExecutor(INDEXES_AT_ONCE) as threads:
-        indexes = threads.map(functools.partial(segments.read_index, pool.child(SEGMENTS)), in_order)
-        for name, heads in zip(in_order, indexes, strict=True):
-            found |= {head.key: (head, SegmentRow(name, row)) for row, head in enumerate(heads)}
-    return found
+# --- Content of a snapshot ---
 
 
-def labels(pool: Location, snapshot: Snapshot) -> Iterator[Label]:
-    """Every label of a snapshot; raises `StorageError`."""
-    rows: dict[str, list[int]] = {}
-    for _, place in index(pool, snapshot).values():
-        rows.setdefault(place.segment, []).append(place.row)
-    for name, wanted in rows.items():
-        yield from segments.read_labels(pool.child(SEGMENTS), name, sorted(wanted))
+def read_index(pool: Location, snapshot: Snapshot, records: Iterable[SegmentRecord] | None = None) -> Index:
+    """Read the labels of a snapshot without their images, or those of some of its segments.
+
+    Raises `StorageError`.
+    """
+    records = snapshot.segments if records is None else records
+    names = [record.name for record in sorted(records, key=lambda record: record.order)]
+
+    # Read many indexes at once, and merge them in order: the later segment is right.
+    index: Index = {}
+    with ThreadPoolExecutor(CONCURRENT_INDEX_READS) as threads:
+        read_one = functools.partial(segments.read_index, pool.child(SEGMENTS_FOLDER))
+        for name, heads in zip(names, threads.map(read_one, names), strict=True):
+            for row, head in enumerate(heads):
+                index[head.key] = (head, SegmentRow(name, row))
+    return index
 
 
-def counters_of_shard(snapshot: Snapshot, number: int, num_shards: int) -> PoolCounters:
-    """With what a shard goes on counting: its own counters, or, where shards have changed, all of them on the first."""
+def read_labels(pool: Location, snapshot: Snapshot) -> Iterator[Label]:
+    """Read every label of a snapshot, segment by segment.
+
+    Raises `StorageError`.
+    """
+    # The index leaves out the rows that a later segment has superseded.
+    rows_by_segment: defaultdict[str, list[int]] = defaultdict(list)
+    for _, (segment, row) in read_index(pool, snapshot).values():
+        rows_by_segment[segment].append(row)
+
+    for segment, rows in rows_by_segment.items():
+        yield from segments.read_labels(pool.child(SEGMENTS_FOLDER), segment, sorted(rows))
+
+
+def select_segments(snapshot: Snapshot, number: int, num_shards: int) -> list[SegmentRecord]:
+    """Select the segments that hold labels of shard `number` of `num_shards`.
+
+    All segments, if the pool had another number of shards: its labels are spread over the shards anew.
+    """
+    if num_shards != len(snapshot.shards):
+        return list(snapshot.segments)
+    return [segment for segment in snapshot.segments if number in segment.shards]
+
+
+def select_counters(snapshot: Snapshot, number: int, num_shards: int) -> PoolCounters:
+    """Return the counters with which shard `number` of `num_shards` resumes.
+
+    They are its own or, if the pool had another number of shards, the sum of all on shard 0 and zero elsewhere.
+    """
     if num_shards == len(snapshot.shards):
-        return _counters(snapshot.shards[number])
-    return total_counters(snapshot) if number == 0 else PoolCounters()
+        return _parse_counters(snapshot.shards[number])
+    return sum_counters(snapshot) if number == 0 else PoolCounters()
 
 
-def segments_of_shard(snapshot: Snapshot, number: int, num_shards: int) -> list[SegmentRecord]:
-    """Where a shard has to look for its labels: in its own segments, or, where shards have changed, in all."""
-    is_same = num_shards == len(snapshot.shards)
-    return [segment for segment in snapshot.segments if not is_same or number in segment.shards]
+def sum_counters(snapshot: Snapshot) -> PoolCounters:
+    """Add up the counters of all shards."""
+    total = PoolCounters()
+    for record in snapshot.shards:
+        total += _parse_counters(record)
+    return total
 
 
-def total_counters(snapshot: Snapshot) -> PoolCounters:
-    """The counters of all shards, added up."""
-    return sum(map(_counters, snapshot.shards), PoolCounters())
+# --- Deleting ---
 
 
 def sweep(pool: Location, keep: set[str], in_use: Iterable[str]) -> None:
-    """Deletes snapshots not among `keep` (file names), and segments that neither they nor `in_use` name.
+    """Delete snapshots not among `keep` (file names), and segments named neither there nor by `in_use`.
 
-    `in_use` must be learnt after the files have been listed: it is consumed only then.
+    `in_use` yields names of segments and must ask for them only when it is consumed, which is after the listing: a
+    segment begun in between is then not in the listing, so it cannot be deleted. Raises `StorageError`.
     """
     files = pool.list_files()
-    named: set[str] = set()
+
+    # Delete old snapshots first, then segments: a crash in between leaves unnamed segments for the next sweep, but no
+    # snapshot without its segments.
+    needed: set[str] = set()
     for file in files:
-        if step_of(file) is not None and file not in keep:
+        if file in keep:
+            needed.update(segment.name for segment in read(pool.child(file)).segments)
+        elif parse_step(file) is not None:
             pool.child(file).delete()
-        elif file in keep:
-            named |= {segment.name for segment in read(pool.child(file)).segments}
-    named.update(in_use)
+
+    # Shards also need the segments that no snapshot names yet.
+    needed.update(in_use)
+
+    # Both files of a segment have its name up to the first dot.
     for file in files:
         folder, _, base = file.rpartition("/")
-        if folder == SEGMENTS and base.partition(".")[0] not in named:
+        if folder == SEGMENTS_FOLDER and base.partition(".")[0] not in needed:
             pool.child(file).delete()
 
 
-def _read(place: Location, model: type[Any], what: str) -> Any:
+def _read_model(place: Location, model: type[Any], kind: str) -> Any:
+    """Read a JSON file into a pydantic model.
+
+    Raises `StorageError` for the first mistake.
+    """
     try:
         return model.model_validate_json(place.read())
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise StorageError(f"{place.uri} is no {what}: {where + ': ' if where else ''}{first['msg']}") from None
+        key = ".".join(map(str, first["loc"]))
+        reason = f"{key}: {first['msg']}" if key else first["msg"]
+        raise StorageError(f"{place.uri} is no {kind}: {reason}") from None
 
 
-def _counter_record(counters: PoolCounters) -> CounterRecord:
-    names = [name for name in CounterRecord.model_fields if name != "wins_by_step"]
-    by_step = {str(step): wins for step, wins in sorted(counters.wins_by_step.items())}
-    return CounterRecord(**{name: getattr(counters, name) for name in names}, wins_by_step=by_step)
+def _make_counter_record(counters: PoolCounters) -> CounterRecord:
+    totals = {}
+    for name in CounterRecord.model_fields:
+        totals[name] = getattr(counters, name)
+
+    # Keys of JSON are strings.
+    totals["wins_by_step"] = {str(step): wins for step, wins in sorted(counters.wins_by_step.items())}
+    return CounterRecord(**totals)
 
 
-def _counters(record: CounterRecord) -> PoolCounters:
-    values = record.model_dump()
-    by_step = {int(step): wins for step, wins in values.pop("wins_by_step").items()}
-    return PoolCounters(**values, wins_by_step=Counter(by_step))
+def _parse_counters(record: CounterRecord) -> PoolCounters:
+    totals = record.model_dump()
+    totals["wins_by_step"] = Counter({int(step): wins for step, wins in record.wins_by_step.items()})
+    return PoolCounters(**totals)

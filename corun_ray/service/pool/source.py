@@ -60,15 +60,15 @@ class SavedPool:
 
     def index(self) -> Index:
         """Every label without its images, by key; raises `StorageError`."""
-        return snapshots.index(self.pool, self.snapshot)
+        return snapshots.read_index(self.pool, self.snapshot)
 
     def label(self, key: str, place: SegmentRow) -> Label:
         """One label of the index; raises `StorageError`."""
-        folder = self.pool.child(snapshots.SEGMENTS)
+        folder = self.pool.child(snapshots.SEGMENTS_FOLDER)
         for label in segments.read_labels(folder, place.segment, [place.row]):
             if label.key == key:
                 return label
-        raise StorageError(f"{segments.images_at(folder, place.segment).uri}: not the labels that its index names")
+        raise StorageError(f"{segments.locate_images(folder, place.segment).uri}: not the labels that its index names")
 
     def image_kinds(self, index: Index) -> list[ImageKind]:
         """How the labels' images are stored, the most frequent kind first; raises `StorageError`.
@@ -87,7 +87,7 @@ class SavedPool:
         """Size of the files of the snapshot's segments, indices included; raises `StorageError`."""
         names = {segment.name for segment in self.snapshot.segments}
         # Both files of a segment have its name up to the first dot.
-        files = entries(self.pool.child(snapshots.SEGMENTS))
+        files = entries(self.pool.child(snapshots.SEGMENTS_FOLDER))
         return sum(file.size for file in files if file.base_name.partition(".")[0] in names)
 
     def job(self) -> ColabatorJob:
@@ -109,12 +109,12 @@ def find(source: str) -> SavedPool:
     Raises `StorageError`.
     """
     place = locate(source)
-    if snapshots.step_of(place.name) is not None:
+    if snapshots.parse_step(place.name) is not None:
         return _open(_parent(place), place.name)
     if parse_checkpoint_step(place.name) is not None:
         return _open(_parent(place).child(POOL_FOLDER), _named_by(place))
     names = [info.base_name for info in entries(place)]
-    if place.name == POOL_FOLDER or any(snapshots.step_of(name) is not None for name in names):
+    if place.name == POOL_FOLDER or any(snapshots.parse_step(name) is not None for name in names):
         return _open(place, _newest(place))
     if POOL_FOLDER in names:
         return _of_run(place)
@@ -134,7 +134,7 @@ def entries(folder: Location) -> list[fs.FileInfo]:
 def snapshots_in(pool: Location) -> list[str]:
     """The files of a pool's snapshots, oldest first; raises `StorageError`."""
     names = (info.base_name for info in entries(pool))
-    return sorted((n for n in names if snapshots.step_of(n) is not None), key=lambda n: snapshots.step_of(n) or 0)
+    return sorted((n for n in names if snapshots.parse_step(n) is not None), key=lambda n: snapshots.parse_step(n) or 0)
 
 
 def _open(pool: Location, name: str) -> SavedPool:
@@ -164,7 +164,7 @@ def _named_by(checkpoint: Location) -> str:
     name = _record(checkpoint)["extra"].get("pool_snapshot")
     if name is None:
         raise StorageError(f"{checkpoint.uri}: a checkpoint without a label pool")
-    if not isinstance(name, str) or snapshots.step_of(name) is None:
+    if not isinstance(name, str) or snapshots.parse_step(name) is None:
         raise StorageError(
             f"{checkpoint.uri}: names {name!r} as its pool's snapshot, which is none (step_00000500.json)"
         )

@@ -96,7 +96,7 @@ class Change:
 def summarise(source: SavedPool, index: Index) -> PoolSummary:
     """What a snapshot holds; raises `StorageError`."""
     heads = [head for head, _ in index.values()]
-    content, counters = source.snapshot, snapshots.total_counters(source.snapshot)
+    content, counters = source.snapshot, snapshots.sum_counters(source.snapshot)
     ages = [content.step - head.step for head in heads]
     return PoolSummary(
         snapshot=source.uri,

@@ -26,7 +26,7 @@ from corun_ray.core.training.state import TrainState
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolClient, PoolError
 from corun_ray.service.pool.keeper import PoolKeeper
-from corun_ray.service.pool.shard import PartOfSave
+from corun_ray.service.pool.shard import ShardSave
 from corun_ray.service.runs.record import list_checkpoint_steps, name_checkpoint, parse_checkpoint_step
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry.logs import Log
@@ -65,7 +65,7 @@ class Checkpointer:
             ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
         folder = tempfile.mkdtemp(prefix="corun-checkpoint-")
-        snapshot = None if keeper is None else snapshots.name_of(step)
+        snapshot = None if keeper is None else snapshots.format_name(step)
         extra = {"pool_snapshot": snapshot, "seed": self._seed}
         checkpoints.save_run(Path(folder), self._state, self._spec, extra)
         self._is_idle.clear()
@@ -97,7 +97,7 @@ class Checkpointer:
                 self._run.child(name_checkpoint(step)).delete()
 
     def _upload(
-        self, checkpoint: Checkpoint, name: str, keeper: PoolKeeper | None, parts: list[PartOfSave] | None
+        self, checkpoint: Checkpoint, name: str, keeper: PoolKeeper | None, parts: list[ShardSave] | None
     ) -> Checkpoint:
         """Runs in a thread of Ray Train's, which tries again where an object store asks for it."""
         step, started_s = parse_checkpoint_step(name), time.monotonic()

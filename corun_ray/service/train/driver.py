@@ -161,7 +161,9 @@ def _train(session: Session, console: Console, listen: Listener | None) -> tuple
     _list_bad_files(job, session.manifest, plan.board, tracker, run)
     if isinstance(job, ColabatorJob):
         # Ray Train deletes old checkpoints after the workers' last sweep.
-        snapshots.sweep(run.child(POOL_FOLDER), {snapshots.name_of(step) for step in list_checkpoint_steps(run)}, ())
+        snapshots.sweep(
+            run.child(POOL_FOLDER), {snapshots.format_name(step) for step in list_checkpoint_steps(run)}, ()
+        )
     model_uri = publish_outcome(session, result, follower.validation)
     write_record(run, record.model_copy(update={"state": "finished", "model": model_uri}))
     return model_uri, follower.summary()

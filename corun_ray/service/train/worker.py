@@ -23,7 +23,7 @@ from corun_ray.service.data.sample_maker import Batch
 from corun_ray.service.data.stream import batches, remaining_phases, split_stream
 from corun_ray.service.models.sources import Model
 from corun_ray.service.pool.client import PoolClient
-from corun_ray.service.pool.keeper import PoolKeeper, count
+from corun_ray.service.pool.keeper import PoolKeeper, collect_counters
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.train.board import Attempt
@@ -163,7 +163,7 @@ class Worker:
         metrics = self.meter.reduce()
         if self.rank == 0:
             if self.plan.shards:
-                metrics |= {f"pool/{name}": n for name, n in count(self.plan.shards).items()}
+                metrics |= {f"pool/{name}": n for name, n in collect_counters(self.plan.shards).items()}
             num_bad = ray.get(self.plan.board.count_bad_files.remote())
             metrics["data/bad_files"] = num_bad
             self.plan.board.post_metrics.remote(self.state.step, metrics)

@@ -273,7 +273,7 @@ def test_a_run_trains_on_packs_pictures_them_and_lists_a_damaged_image_that_it_t
     (line,) = log_lines(message="image set aside", image=f"{tmp_path}/clear/view_3.png")
     assert line["levelname"] == "WARNING" and line["reason"].startswith("not an image") and line["job"] == job.name
     pool = locate(str(run / "pool"))
-    keys = [*snapshots.index(pool, snapshots.read(pool.child(snapshots.name_of(8))))]
+    keys = [*snapshots.read_index(pool, snapshots.read(pool.child(snapshots.format_name(8))))]
     assert keys
     for key in keys:
         in_pack, in_folder = (hazy_image(root, key, 32, 32) for root in ("hazy", str(dataset / "hazy")))

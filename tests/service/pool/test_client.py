@@ -12,8 +12,8 @@ import ray
 from corun_ray.core.training.labels import Label, LocalPool, Scores
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolClient, PoolError
-from corun_ray.service.pool.keeper import PoolKeeper, count, nodes_in_turn, start_pool
-from corun_ray.service.pool.shard import shard_of
+from corun_ray.service.pool.keeper import PoolKeeper, collect_counters, order_nodes, start_pool
+from corun_ray.service.pool.shard import assign_shard
 from corun_ray.service.storage import locate
 from tests.service.labels import assert_equal, label, photo_label
 
@@ -45,8 +45,8 @@ class Pool:
         self.keeper.finish(step, self.keeper.freeze())
 
     def content(self, step):
-        found = snapshots.read(self.folder.child(snapshots.name_of(step)))
-        return {one.key: one for one in snapshots.labels(self.folder, found)}
+        found = snapshots.read(self.folder.child(snapshots.format_name(step)))
+        return {one.key: one for one in snapshots.read_labels(self.folder, found)}
 
     def processes(self):
         """The shards' processes, by the ids that Ray knows them by."""
@@ -85,8 +85,8 @@ def test_one_worker_decides_as_the_method_says(local_ray, tmp_path, shards):
 
 
 def test_keys_have_the_same_shard_everywhere_and_spread_evenly():
-    assert [shard_of(key, 4) for key in ("a.png", "b/c.jpg", "ä.png")] == [2, 3, 0]
-    filled = np.bincount([shard_of(f"{i:05d}.jpg", 4) for i in range(10_000)])
+    assert [assign_shard(key, 4) for key in ("a.png", "b/c.jpg", "ä.png")] == [2, 3, 0]
+    filled = np.bincount([assign_shard(f"{i:05d}.jpg", 4) for i in range(10_000)])
     assert filled.min() > 2300
 
 
@@ -118,10 +118,10 @@ class Rank:
 
 def test_shards_go_to_the_nodes_that_are_meant_for_them_the_drivers_last():
     nodes = [{"NodeID": name, "Alive": name != "dead", "Labels": {}} for name in ("b", "a", "here", "dead")]
-    assert nodes_in_turn(nodes, "here") == ["a", "b", "here"]
+    assert order_nodes(nodes, "here") == ["a", "b", "here"]
     meant = [{"NodeID": name, "Alive": name != "q", "Labels": {"corun-role": "pool"}} for name in ("r", "q", "p")]
-    assert nodes_in_turn(nodes + meant, "here") == ["p", "r"]
-    assert nodes_in_turn(nodes + meant[:1], "r") == ["r"]
+    assert order_nodes(nodes + meant, "here") == ["p", "r"]
+    assert order_nodes(nodes + meant[:1], "r") == ["r"]
 
 
 def test_a_label_offered_by_one_worker_process_is_served_to_another_and_outlives_it(local_ray, tmp_path):
@@ -143,7 +143,7 @@ def test_of_two_writers_that_race_the_better_label_remains(local_ray, tmp_path):
     bests = ray.get([rank.race.remote(seed, 10_000) for seed, rank in enumerate(ranks)])
     for key in bests[0]:
         assert pool.read(key)[0].scores.clarity == max(best[key] for best in bests)
-    assert count(pool.shards)["offers"] == 20_000
+    assert collect_counters(pool.shards)["offers"] == 20_000
 
 
 def test_counters_count(local_ray, tmp_path):
@@ -151,7 +151,7 @@ def test_counters_count(local_ray, tmp_path):
     pool.offer(label("a"), label("b"))
     pool.offer(label("a", 0.4, 0.9), label("a", 0.6, 0.6))
     pool.read("a", "b", "c")
-    counted = count(pool.shards)
+    counted = collect_counters(pool.shards)
     names = ("labels", "offers", "wins", "reads", "hits", "loads", "evictions")
     assert [counted[name] for name in names] == [2, 4, 3, 3, 2, 0, 0]
     assert counted["memory_mib"] == pytest.approx(2 * label("a").size_bytes / 2**20)
@@ -164,14 +164,14 @@ def test_a_restored_pool_stands_where_it_stood_and_late_offers_do_not_change_it(
     pool.save(3)
     pool.offer(label("a", 0.9, 0.9, 5), label("c", 0.1, 0.1, 6))
     late = pool.client
-    generation = pool.keeper.restore(snapshots.name_of(3))
+    generation = pool.keeper.restore(snapshots.format_name(3))
     late.offer([label("a", 1.0, 1.0, 7)])
     late.settle()
     again = PoolClient(pool.shards, generation)
     assert [found and found.step for found in again.prefetch(["a", "b", "c"]).result()] == [1, 2, None]
     again.offer([label("a", 0.9, 0.9, 8)])
     assert again.prefetch(["a"]).result()[0].step == 8
-    assert count(pool.shards)["offers"] == 3, "the counters go on from the snapshot"
+    assert collect_counters(pool.shards)["offers"] == 3, "the counters go on from the snapshot"
 
 
 def test_a_stale_keeper_can_neither_save_nor_sweep(local_ray, tmp_path):
@@ -207,11 +207,11 @@ def test_a_snapshot_is_restored_whole_by_any_number_of_shards(local_ray, tmp_pat
     pool.offer(*labels[8:])
     pool.save(4)
     assert pool.content(4).keys() == {one.key for one in labels} and len(pool.content(2)) == 8
-    again = Pool(tmp_path, shards, snapshot=snapshots.name_of(4))
-    assert count(again.shards)["labels"] == 12 and count(again.shards)["memory_mib"] == 0
+    again = Pool(tmp_path, shards, snapshot=snapshots.format_name(4))
+    assert collect_counters(again.shards)["labels"] == 12 and collect_counters(again.shards)["memory_mib"] == 0
     for before, after in zip(labels, again.read(*(one.key for one in labels)), strict=True):
         assert_equal(before, after)
-    assert count(again.shards)["loads"] == 12
+    assert collect_counters(again.shards)["loads"] == 12
     again.save(6)
     assert again.content(6).keys() == pool.content(4).keys()
 
@@ -223,10 +223,10 @@ def test_beyond_its_budget_labels_come_from_storage(local_ray, tmp_path):
     labels = [Label(f"{i}", Scores(0.5, 0.5), i, picture + np.uint8(i), None, blocks, blocks) for i in range(20)]
     for one in labels:
         pool.offer(one)
-    wait_until(lambda: pool.offer(labels[-1]) or count(pool.shards)["memory_mib"] <= 1)
+    wait_until(lambda: pool.offer(labels[-1]) or collect_counters(pool.shards)["memory_mib"] <= 1)
     for before, after in zip(labels, pool.read(*(one.key for one in labels)), strict=True):
         assert_equal(before, after)
-    assert count(pool.shards)["loads"] > 0 and count(pool.shards)["memory_mib"] <= 1
+    assert collect_counters(pool.shards)["loads"] > 0 and collect_counters(pool.shards)["memory_mib"] <= 1
 
 
 def test_a_shard_that_is_killed_comes_back_with_everything(local_ray, tmp_path):
@@ -239,10 +239,10 @@ def test_a_shard_that_is_killed_comes_back_with_everything(local_ray, tmp_path):
     expected = pool.steps(*keys)
     assert expected == [3] * 4 + [1] * 6
     pool.kill(0)
-    gone = {key for key in keys if shard_of(key, 2) == 0}
+    gone = {key for key in keys if assign_shard(key, 2) == 0}
     assert {key for key, step in zip(keys, pool.steps(*keys), strict=True) if step is None} <= gone
     wait_until(lambda: pool.steps(*keys) == expected)
-    assert count(pool.shards)["labels"] == 10
+    assert collect_counters(pool.shards)["labels"] == 10
 
 
 def test_a_label_offered_while_its_shard_is_away_arrives(local_ray, tmp_path):
@@ -261,7 +261,7 @@ def test_a_shard_that_dies_while_it_is_saved_is_saved_when_it_is_back(local_ray,
     pool.save(2)
     pool.offer(label("late", step=3))
     parts = pool.keeper.freeze()
-    number = shard_of("late", 2)
+    number = assign_shard("late", 2)
     pool.kill(number)
     pool.client.settle()  # which notices, and hands over what only this worker holds
     pool.keeper.finish(4, parts)
@@ -274,7 +274,7 @@ def test_a_sweep_keeps_what_the_pool_needs(local_ray, tmp_path):
         pool.offer(*(label(f"{i}.png", 0.1 * step, 0.1 * step, step - 1) for i in range(6)))
         pool.save(step)
     pool.keeper.sweep([3, 4])
-    assert {snapshots.step_of(file) for file in pool.folder.list_files()} - {None} == {3, 4}
+    assert {snapshots.parse_step(file) for file in pool.folder.list_files()} - {None} == {3, 4}
     assert all(len(pool.content(step)) == 6 for step in (3, 4))
     segment_files = [file for file in pool.folder.list_files() if file.startswith("segments/")]
     assert len(segment_files) == 2 * 2 * 2, "images and index of two snapshots of two shards"

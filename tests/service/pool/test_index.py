@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from corun_ray.core.training.labels import Scores, supersedes
-from corun_ray.service.pool import index as poolindex
-from corun_ray.service.pool.index import Head, PoolIndex, SegmentRow
+from corun_ray.service.pool.index import MAX_SMALL_SEGMENTS, Head, PoolIndex, SegmentRow
 
 SIZE = 100
 
@@ -21,11 +20,11 @@ def offer(index: PoolIndex, *heads: Head) -> list[bool]:
 def save(index: PoolIndex, storage: dict) -> list[str]:
     """Writes what a freeze asks for into a dict of segments; returns the names that make the snapshot."""
     frozen = index.freeze()
-    for part in frozen.parts:
+    for part in frozen.new:
         rows = [storage[row.segment][row.row] if isinstance(row, SegmentRow) else row[1] for row in part.rows]
         storage[part.segment.name] = rows
-    index.saved(frozen.save)
-    return [segment.name for segment in (*frozen.kept, *(part.segment for part in frozen.parts))]
+    index.mark_saved(frozen.save_id)
+    return [segment.name for segment in (*frozen.kept, *(part.segment for part in frozen.new))]
 
 
 def content(names: list[str], storage: dict) -> dict[str, Head]:
@@ -48,9 +47,11 @@ def test_a_thousand_random_offers_saves_and_evictions_lose_nothing():
         index.evict()
         (entry,) = index.read([one.key])
         assert entry.head == oracle[one.key]
-        assert entry.payload == ("payload", entry.head) or storage[entry.place.segment][entry.place.row] == entry.head
+        if entry.payload != ("payload", entry.head):
+            segment, row = entry.segment_row
+            assert storage[segment][row] == entry.head
     assert len(index) == len(oracle) == 40
-    counted = index.totals()
+    counted = index.get_counters()
     assert counted.evictions > 50 and counted.offers == 1000 and counted.wins == sum(counted.wins_by_step.values())
 
 
@@ -77,7 +78,7 @@ def test_only_changes_are_written():
 
 
 def test_segments_are_bounded(monkeypatch):
-    monkeypatch.setattr(poolindex, "ROWS_PER_SEGMENT", 10)
+    monkeypatch.setattr("corun_ray.service.pool.index.ROWS_PER_SEGMENT", 10)
     index, storage = PoolIndex(), {}
     offer(index, *(head(str(i)) for i in range(25)))
     assert [len(storage[name]) for name in save(index, storage)] == [10, 10, 5]
@@ -92,16 +93,16 @@ def test_mostly_superseded_segments_are_rewritten_and_forgotten():
     offer(index, head("5", 0.9, 2))
     names = save(index, storage)
     assert first not in names, "with 4 of 10 labels in use, they move out"
-    assert content(names, storage) == {one.key: one for one in index.heads()}
-    assert len(index) == 10 and first not in index.segment_names()
+    assert content(names, storage) == {entry.head.key: entry.head for entry in index.read([str(i) for i in range(10)])}
+    assert len(index) == 10 and first not in index.get_segment_names()
 
 
 def test_many_small_segments_become_one():
     index, storage = PoolIndex(), {}
-    for i in range(poolindex.MAX_SMALL_SEGMENTS + 1):
+    for i in range(MAX_SMALL_SEGMENTS + 1):
         offer(index, head(str(i)))
         names = save(index, storage)
-    assert len(names) == poolindex.MAX_SMALL_SEGMENTS + 1
+    assert len(names) == MAX_SMALL_SEGMENTS + 1
     assert len(save(index, storage)) == 1
 
 
@@ -110,10 +111,10 @@ def test_a_label_replaced_while_it_is_saved_is_not_taken_for_saved():
     offer(index, head("a", 0.5, 1))
     frozen = index.freeze()
     offer(index, head("a", 0.6, 2))
-    index.saved(frozen.save)
+    index.mark_saved(frozen.save_id)
     assert index.evict(), "the new label is in memory alone"
     (entry,) = index.read(["a"])
-    assert entry.place is None and entry.payload == ("payload", head("a", 0.6, 2))
+    assert entry.segment_row is None and entry.payload == ("payload", head("a", 0.6, 2))
 
 
 def test_the_same_label_again_is_no_second_win():
@@ -127,14 +128,14 @@ def test_a_restored_index_keeps_payloads_that_still_fit():
     index, storage = PoolIndex(), {}
     offer(index, head("same", 0.5, 1), head("better", 0.5, 1))
     frozen = index.freeze()
-    index.saved(frozen.save)
-    rows = [(one.head, one.place) for one in index.read(["same", "better"])]
+    index.mark_saved(frozen.save_id)
+    rows = [(one.head, one.segment_row) for one in index.read(["same", "better"])]
     offer(index, head("better", 0.9, 2), head("new", 0.1, 3))
-    index.restore([part.segment for part in frozen.parts], rows)
+    index.restore([part.segment for part in frozen.new], rows)
     same, better, new = index.read(["same", "better", "new"])
     assert same.payload is not None and better.payload is None and new is None
     assert better.head.step == 1 and index.counters.resident_bytes == SIZE
-    storage[frozen.parts[0].segment.name] = [one for one, _ in rows]
+    storage[frozen.new[0].segment.name] = [one for one, _ in rows]
     assert content(save(index, storage), storage).keys() == {"same", "better"}
 
 
@@ -148,7 +149,7 @@ def test_a_lost_payload_is_read_back_or_the_label_is_gone():
     for key in ("saved", "unsaved"):
         index.forget(key, index.read([key])[0].payload)
     saved, unsaved = index.read(["saved", "unsaved"])
-    assert saved.payload is None and saved.place is not None and unsaved is None
+    assert saved.payload is None and saved.segment_row is not None and unsaved is None
     assert index.counters.resident_bytes == 0
 
 
@@ -156,5 +157,5 @@ def test_a_lost_payload_is_read_back_or_the_label_is_gone():
 def test_counters_add_up(number):
     index = PoolIndex()
     offer(index, head("a", step=number))
-    total = index.totals() + index.totals()
+    total = index.get_counters() + index.get_counters()
     assert (total.labels, total.offers, total.wins_by_step) == (2, 2, {number: 2})

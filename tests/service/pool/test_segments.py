@@ -53,7 +53,7 @@ def test_other_files_are_refused(folder, content, name):
 
 def test_a_truncated_file_is_refused(folder):
     segments.write(folder, "one", [photo_label(str(i)) for i in range(20)])
-    place = segments.images_at(folder, "one")
+    place = segments.locate_images(folder, "one")
     place.write(place.read()[:-500])
     with pytest.raises(StorageError, match="cannot be read as labels"):
         list(segments.read_labels(folder, "one"))
@@ -75,7 +75,7 @@ def test_a_truncated_file_is_refused(folder):
 )
 def test_sizes_and_types_are_checked_before_use(folder, column, value, message):
     segments.write(folder, "one", [photo_label("a.png")])
-    path = segments.images_at(folder, "one").path
+    path = segments.locate_images(folder, "one").path
     rows = pq.read_table(path).to_pylist()
     rows[0][column] = value
     pq.write_table(pa.Table.from_pylist(rows, schema=segments.SCHEMA), path)
@@ -85,8 +85,8 @@ def test_sizes_and_types_are_checked_before_use(folder, column, value, message):
 
 def test_other_columns_are_refused(folder):
     segments.write(folder, "one", [photo_label("a.png")])
-    pq.write_table(pa.table({"key": ["a"]}), segments.images_at(folder, "one").path)
-    pq.write_table(pa.table({"key": ["a"]}), segments.index_at(folder, "one").path)
+    pq.write_table(pa.table({"key": ["a"]}), segments.locate_images(folder, "one").path)
+    pq.write_table(pa.table({"key": ["a"]}), segments.locate_index(folder, "one").path)
     with pytest.raises(StorageError, match="other columns than a segment's"):
         list(segments.read_labels(folder, "one"))
     with pytest.raises(StorageError, match="cannot be read as labels"):

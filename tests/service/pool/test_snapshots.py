@@ -26,25 +26,29 @@ def test_the_later_segment_is_right(pool):
     snapshots.write(pool, 6, 3, [[old, new], [old, other]], [PoolCounters(), PoolCounters()])
     content = snapshots.read(pool.child("step_00000006.json"))
     assert [segment.name for segment in content.segments] == ["a", "c", "b"]
-    assert {key: head.step for key, (head, _) in snapshots.index(pool, content).items()} == {"x": 1, "y": 5, "z": 2}
-    assert {one.key: one.step for one in snapshots.labels(pool, content)} == {"x": 1, "y": 5, "z": 2}
-    names = [[one.name for one in snapshots.segments_of_shard(content, n, 2)] for n in range(2)]
+    assert {key: head.step for key, (head, _) in snapshots.read_index(pool, content).items()} == {
+        "x": 1,
+        "y": 5,
+        "z": 2,
+    }
+    assert {one.key: one.step for one in snapshots.read_labels(pool, content)} == {"x": 1, "y": 5, "z": 2}
+    names = [[one.name for one in snapshots.select_segments(content, n, 2)] for n in range(2)]
     assert names == [["a", "b"], ["a", "c"]]
-    assert [one.name for one in snapshots.segments_of_shard(content, 0, 3)] == ["a", "c", "b"]
+    assert [one.name for one in snapshots.select_segments(content, 0, 3)] == ["a", "c", "b"]
 
 
 def test_an_empty_pool_is_a_snapshot_too(pool):
     snapshots.write(pool, 0, 0, [[]], [PoolCounters()])
-    assert snapshots.index(pool, snapshots.read(pool.child(snapshots.name_of(0)))) == {}
+    assert snapshots.read_index(pool, snapshots.read(pool.child(snapshots.format_name(0)))) == {}
 
 
 def test_counters_come_back_by_shard_or_all_on_the_first(pool):
     counters = [PoolCounters(offers=n, wins=n, wins_by_step=Counter({n: 1})) for n in (1, 2)]
     snapshots.write(pool, 1, 0, [[], []], counters)
-    content = snapshots.read(pool.child(snapshots.name_of(1)))
-    assert [snapshots.counters_of_shard(content, n, 2).offers for n in range(2)] == [1, 2]
-    assert [snapshots.counters_of_shard(content, n, 3).offers for n in range(3)] == [3, 0, 0]
-    assert snapshots.total_counters(content).wins_by_step == {1: 1, 2: 1}
+    content = snapshots.read(pool.child(snapshots.format_name(1)))
+    assert [snapshots.select_counters(content, n, 2).offers for n in range(2)] == [1, 2]
+    assert [snapshots.select_counters(content, n, 3).offers for n in range(3)] == [3, 0, 0]
+    assert snapshots.sum_counters(content).wins_by_step == {1: 1, 2: 1}
 
 
 def damaged(**changes):

@@ -57,7 +57,7 @@ def run(tmp_path):
     for step in (10, 20, 30):
         save_pool(pool, step, [label("x", step=step - 1)])
     for step in (10, 20):
-        save_checkpoint(tmp_path / "run", step, snapshots.name_of(step))
+        save_checkpoint(tmp_path / "run", step, snapshots.format_name(step))
     return tmp_path / "run"
 
 
@@ -74,7 +74,7 @@ def run(tmp_path):
 )
 def test_every_kind_of_source(run, source, step):
     found = find(f"{run}/{source}")
-    assert found.snapshot.step == step and found.uri == f"{run}/pool/{snapshots.name_of(step)}"
+    assert found.snapshot.step == step and found.uri == f"{run}/pool/{snapshots.format_name(step)}"
     assert {head.step for head, _ in found.index().values()} == {step - 1}
 
 
@@ -105,7 +105,7 @@ def test_without_a_whole_checkpoint_a_run_has_its_newest_snapshot(run):
 def test_anything_else_is_one_line(run):
     save_checkpoint(run, 40, None)
     save_checkpoint(run, 50, "../../secret.json")
-    save_checkpoint(run, 60, snapshots.name_of(60))
+    save_checkpoint(run, 60, snapshots.format_name(60))
     (run / "notes.txt").write_text("mine")
     (run / "other" / "pool").mkdir(parents=True)
     for source, reason in {

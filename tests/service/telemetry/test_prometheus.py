@@ -10,7 +10,7 @@ import torch
 from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.service.pool.client import ReadWaits
 from corun_ray.service.pool.index import PoolCounters
-from corun_ray.service.pool.shard import PoolTelemetry
+from corun_ray.service.pool.shard import ShardTelemetry
 from corun_ray.service.telemetry import prometheus as telemetry
 from corun_ray.service.telemetry.prometheus import DECLARED, Metric, MetricRecorder
 from corun_ray.service.train.coherence import DeviceTimer, TimedCoherence
@@ -64,9 +64,9 @@ def test_each_label_has_a_total_of_its_own(recorded):
 
 
 def test_a_restored_shard_counts_on_without_what_was_counted_before(recorded):
-    shard = PoolTelemetry(LABELS, 2)
-    shard.restored(PoolCounters(labels=5, offers=40, wins=30, reads=90, hits=80))
-    shard.tell(PoolCounters(labels=6, resident_bytes=700, offers=41, wins=31, reads=92, hits=81))
+    shard = ShardTelemetry(LABELS, 2)
+    shard.report_restore(PoolCounters(labels=5, offers=40, wins=30, reads=90, hits=80))
+    shard.report(PoolCounters(labels=6, resident_bytes=700, offers=41, wins=31, reads=92, hits=81))
     counted = {name: value for name, value, _ in recorded if name.endswith("_total")}
     assert counted == {
         "corun_pool_restores_total": 1,

@@ -34,7 +34,7 @@ def run_folder(job):
 def labels_of(job, snapshot):
     """The labels of a snapshot of the job's run, by key."""
     pool = run_folder(job).child("pool")
-    return {label.key: label for label in snapshots.labels(pool, snapshots.read(pool.child(snapshot)))}
+    return {label.key: label for label in snapshots.read_labels(pool, snapshots.read(pool.child(snapshot)))}
 
 
 def last_checkpoint(job):

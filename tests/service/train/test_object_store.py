@@ -90,7 +90,7 @@ def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, trained, tmp_path)
     assert fetch_model(checkpoint.uri, "").spec.args["stages"] == 2
     record = read_record(checkpoint.download(tmp_path))
     pool = locate(f"{bucket}/runs").child(last.partition("/")[0]).child("pool")
-    content = snapshots.index(pool, snapshots.read(pool.child(record["extra"]["pool_snapshot"])))
+    content = snapshots.read_index(pool, snapshots.read(pool.child(record["extra"]["pool_snapshot"])))
     assert sorted(content) == [f"photo_{i}.png" for i in range(6)]
 
 

@@ -74,7 +74,7 @@ def last(folder, data):
 def final_labels(run):
     """Scores and steps of the labels at the end."""
     pool = run.child("pool")
-    content = snapshots.index(pool, snapshots.read(pool.child(snapshots.name_of(20))))
+    content = snapshots.read_index(pool, snapshots.read(pool.child(snapshots.format_name(20))))
     return {key: head for key, (head, _) in content.items()}
 
 
@@ -102,7 +102,7 @@ def test_snapshots_go_with_the_checkpoints_that_name_them(runs):
     root, data, *_ = runs
     for name in ("whole", "stopped", "two"):
         run, _ = last(root / name, data)
-        found = {snapshots.step_of(file) for file in run.child("pool").list_files()} - {None}
+        found = {snapshots.parse_step(file) for file in run.child("pool").list_files()} - {None}
         assert found == {15, 20} == set(list_checkpoint_steps(run)), "keep_checkpoints is 2"
 
 
@@ -113,7 +113,7 @@ def test_the_counters_and_positions_go_on(runs):
         record = read_record(folder)
         assert (record["step"], record["num_images_seen"]) == (20, 80)
         pool = run.child("pool")
-        total = snapshots.total_counters(snapshots.read(pool.child(snapshots.name_of(20))))
+        total = snapshots.sum_counters(snapshots.read(pool.child(snapshots.format_name(20))))
         assert total.reads >= 80 and sum(total.wins_by_step.values()) == total.wins
 
 
