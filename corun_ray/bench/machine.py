@@ -50,7 +50,7 @@ class Work:
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     """How long one call takes, until the device is done."""
     times = SpanTimes(device)
-    with times.timed("call"):
+    with times.add_time("call"):
         run()
     return times.seconds["call"]
 

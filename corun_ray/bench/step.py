@@ -70,7 +70,7 @@ def bench_step(settings: StepSettings, trace: Path | None = None) -> StepReport:
         whole = [seconds(run.step, settings.device) for _ in range(settings.repeats)]
         peak_bytes = peak()
     times = SpanTimes(settings.device)
-    with times.listening():
+    with times.listen():
         for _ in range(settings.repeats):
             run.step()
     if trace is not None:

@@ -104,7 +104,7 @@ def _measure(job: TrainingJob, settings: StreamSettings, tell: Callable[[int], N
     whole_s, phases_s = [], []
     for repeat in range(settings.repeats):
         times, started_s = PhaseTimes(), time.perf_counter()
-        with times.listening():
+        with times.listen():
             for index in range(repeat * settings.samples, (repeat + 1) * settings.samples):
                 make.sample(index)
                 tell(index + 1)

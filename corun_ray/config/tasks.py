@@ -36,7 +36,7 @@ from corun_ray.config.types import (
     Workers,
     some_once,
 )
-from corun_ray.core.metrics.catalog import OWN, all_metrics
+from corun_ray.core.metrics.catalog import OWN_METRICS, list_metrics
 
 
 class RangeSection(Section):
@@ -110,10 +110,10 @@ Baseline = Literal["hazy", "dark_channel"]
 
 
 def _known_metric(name: str) -> str:
-    if name not in all_metrics():
-        close = difflib.get_close_matches(name, all_metrics(), 1)
+    if name not in list_metrics():
+        close = difflib.get_close_matches(name, list_metrics(), 1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f'"{name}" is neither of {", ".join(OWN)} nor a metric of pyiqa for images{hint}')
+        raise ValueError(f'"{name}" is neither of {", ".join(OWN_METRICS)} nor a metric of pyiqa for images{hint}')
     return name
 
 
@@ -129,7 +129,7 @@ class EvaluateSection(Section):
         get_args(Baseline), description="hazy: the input as it is; dark_channel: dehazed by the dark channel prior"
     )
     metrics: Annotated[tuple[Annotated[str, AfterValidator(_known_metric)], ...], AfterValidator(some_once)] = Field(
-        default_factory=lambda earlier: tuple(OWN) if earlier["clear"] else ("fade",),
+        default_factory=lambda earlier: tuple(OWN_METRICS) if earlier["clear"] else ("fade",),
         description="psnr, ssim, fade or any metric of pyiqa (musiq, lpips, ...); null clear: those that need no truth",
     )
     weights: OptionalText = Field(None, description="a folder or URI of pyiqa's weights (see corun-ray weights)")
@@ -140,7 +140,7 @@ class EvaluateSection(Section):
     @field_validator("metrics")
     @classmethod
     def _truth_for_references(cls, metrics: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        needing = [metric for metric in metrics if all_metrics()[metric].needs_truth]
+        needing = [metric for metric in metrics if list_metrics()[metric].needs_truth]
         if needing and info.data.get("clear", "") is None:
             raise ValueError(f"{' and '.join(needing)} cannot be measured without evaluate.clear")
         return metrics

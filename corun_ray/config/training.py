@@ -36,13 +36,13 @@ from corun_ray.config.types import (
     some_once,
 )
 from corun_ray.core.choices import QUALITY_NAMES, Clarity, Combine, Degradation, DepthKind, Encoding
-from corun_ray.core.metrics.catalog import no_reference_metrics
+from corun_ray.core.metrics.catalog import list_no_reference_metrics
 
 TermWeight = Annotated[float, Field(ge=0)]
 
 
 def _known_quality(name: str) -> str:
-    known = [*QUALITY_NAMES, *no_reference_metrics()]
+    known = [*QUALITY_NAMES, *list_no_reference_metrics()]
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -143,7 +143,7 @@ class CoherenceSection(Section):
             if self.quality_range is not None:
                 raise Mismatch("coherence.quality_range", f"not used by {self.quality}")
         elif self.quality_range is None:
-            facts = no_reference_metrics()[self.quality]
+            facts = list_no_reference_metrics()[self.quality]
             if facts.low is None or facts.high is None:
                 raise Mismatch("coherence.quality_range", f"missing (pyiqa gives {self.quality} no range)")
         elif self.quality_range[0] == self.quality_range[1]:

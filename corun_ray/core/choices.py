@@ -1,6 +1,8 @@
-"""The closed lists of names that arguments may take, without torch, so that job files can use them."""
+"""Closed lists of names that arguments may take, without torch, so that job files can use them."""
 
 from typing import Literal, get_args
+
+# --- Scorers of pseudo labels ---
 
 Clarity = Literal["contrast", "fade", "dark_channel", "daclip"]
 """Scorers of haze density."""
@@ -27,10 +29,12 @@ Degradation = Literal[
 DEGRADATIONS: tuple[Degradation, ...] = get_args(Degradation)
 
 Combine = Literal["addition", "multiplication"]
-"""Ways to make one trust weight of clarity and quality."""
+"""Ways to combine clarity and quality into one trust weight."""
+
+# --- Storage and input ---
 
 Encoding = Literal["uint8", "float16", "float32"]
-"""Number types in which a label is kept."""
+"""Number types in which a label is stored."""
 
 DepthKind = Literal["inverse", "metres"]
-"""Units of a depth map: inverse depth (near is large), or metres (far is large, 0 is no reading)."""
+"""Units of a depth map: inverse depth (near is large), or metres (far is large, 0 means no reading)."""

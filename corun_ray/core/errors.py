@@ -1,10 +1,16 @@
 """The base of all errors that tell a user what to change."""
 
+MAX_ERROR_CHARS = 300
+
 
 class UserError(Exception):
-    """A mistake of the user; the message has one line for each mistake, without a traceback."""
+    """A mistake of the user; the message has one line for each mistake and is shown without a traceback."""
 
 
-def one_line(error: Exception) -> str:
-    """Return an error's text as one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def format_error(error: Exception) -> str:
+    """Return an error's text as one line of at most 300 characters.
+
+    An error without a text is named by its class.
+    """
+    text = " ".join(str(error).split())
+    return text[:MAX_ERROR_CHARS] or type(error).__name__

@@ -1,9 +1,7 @@
-"""Named parts of work, for whoever wants to know how long each takes: those of making a sample are named here.
+"""Timing of named parts of work: phases of making a sample, spans of a training step.
 
-Without torch, since a process that only makes samples need not import it; `spans` adds what a device needs.
-
-
-Named parts of a training step: phases that profiler traces show too, and that wait for the device they run on."""
+A phase costs next to nothing while nobody listens. A span is a phase that profiler traces show too.
+"""
 
 import time
 from collections import defaultdict
@@ -15,31 +13,50 @@ import torch
 from torch.profiler import record_function
 
 PHASES = ("read", "decode", "depth", "synthesis", "jpeg", "resize", "strong view")
-"""Of a sample, in order; a sample of two images goes through some of them twice."""
+"""Phases of making a sample, in order; a sample of two images passes some of them twice."""
 
 _listening: ContextVar["PhaseTimes | None"] = ContextVar("listening", default=None)
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Marks the work done inside; phases do not lie within each other."""
+    """Time the work inside as one phase, if this thread has a listener.
+
+    Phases must not be nested.
+    """
     times = _listening.get()
     if times is None:
         yield
     else:
-        with times.timed(name):
+        with times.add_time(name):
             yield
 
 
+@contextmanager
+def span(name: str) -> Iterator[None]:
+    """Time the work inside as a phase and show it in profiler traces.
+
+    Costs some microseconds where nobody listens.
+    """
+    with record_function(name), phase(name):
+        yield
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all submitted work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class PhaseTimes:
-    """Seconds spent in every phase while it listens, phases of one name added up."""
+    """Seconds spent in every phase while listening; phases of one name are added up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listens to the phases of this thread."""
+    def listen(self) -> Iterator[None]:
+        """Listen to the phases of this thread."""
         token = _listening.set(self)
         try:
             yield
@@ -47,8 +64,8 @@ class PhaseTimes:
             _listening.reset(token)
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the time until it is left, also by an error, to that of `name`."""
+    def add_time(self, name: str) -> Iterator[None]:
+        """Add the time of the work inside to `name`, also where it raises."""
         started_s = self.now_s()
         try:
             yield
@@ -56,28 +73,15 @@ class PhaseTimes:
             self.seconds[name] += self.now_s() - started_s
 
     def now_s(self) -> float:
-        """The clock that phases are timed by."""
+        """Return the time in seconds by the clock that times phases."""
         return time.perf_counter()
 
 
-@contextmanager
-def span(name: str) -> Iterator[None]:
-    """Marks the work done inside; costs some microseconds where nobody listens."""
-    with record_function(name), phase(name):
-        yield
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class SpanTimes(PhaseTimes):
-    """Seconds spent in every span while it listens.
+    """Seconds spent in every span while listening, on a device that may work asynchronously.
 
-    On CUDA the device is waited for at both ends of a span, so that each answers for its own work: a step is slower
-    while this listens.
+    On CUDA, both ends of a span wait for the device, so that each span is charged with its own work. A training step
+    is slower while this listens.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -85,6 +89,6 @@ class SpanTimes(PhaseTimes):
         self._device = device
 
     def now_s(self) -> float:
-        """The clock when all work that was begun on the device is done."""
+        """Return the time in seconds once the device has finished all submitted work."""
         synchronize(self._device)
         return super().now_s()

@@ -7,7 +7,7 @@ from corun_ray.config.jobs import ColabatorJob, DehazeJob, EvaluateJob, Job, Ser
 from corun_ray.config.trials import example
 from corun_ray.core.choices import QUALITY_NAMES
 from corun_ray.core.errors import UserError
-from corun_ray.core.metrics.catalog import OWN
+from corun_ray.core.metrics.catalog import OWN_METRICS
 from corun_ray.service.cluster.gpus import gpus_of_driver
 from corun_ray.service.data.manifest import Manifest, build_manifest, held_out, held_out_sets, images_below
 from corun_ray.service.storage import locate
@@ -88,7 +88,7 @@ def _models(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
 def _needs_weights(job: Job) -> bool:
     """Whether anything may need a file of weights; to find out which takes seconds."""
     if isinstance(job, EvaluateJob):
-        return not set(job.evaluate.metrics) <= OWN.keys()
+        return not set(job.evaluate.metrics) <= OWN_METRICS.keys()
     scored = isinstance(job, ColabatorJob) and (
         job.coherence.clarity == "daclip" or job.coherence.quality not in QUALITY_NAMES
     )

@@ -91,7 +91,7 @@ def by_turns(job: TrainingJob, keeper: ray.actor.ActorHandle, samples: int) -> d
     listeners, times_ms = defaultdict(PhaseTimes), defaultdict(list)
 
     def measured(row: str, maker: str, index: int) -> dict[str, np.ndarray]:
-        with listeners[row].listening():
+        with listeners[row].listen():
             start_s = time.perf_counter()
             made = makers[maker].sample(index)
             times_ms[row].append(1000 * (time.perf_counter() - start_s))

@@ -13,7 +13,7 @@ import torch
 
 from corun_ray.core.choices import Encoding
 from corun_ray.core.data.images import decode_image
-from corun_ray.core.data.samples import real_views
+from corun_ray.core.data.samples import make_real_views
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training.labels import Label, Scores, decode, encode
 from corun_ray.service.pool import segments
@@ -26,7 +26,7 @@ PATCH_PX = 288
 def restored(path: Path, network: CORUN) -> np.ndarray:
     """Scene and transmission of a photograph, 4 H W float32 in [0, 1]."""
     image = decode_image(path.read_bytes())
-    weak = real_views(image, np.random.default_rng(0), patch_px=PATCH_PX, jpeg_quality=None).weak
+    weak = make_real_views(image, np.random.default_rng(0), patch_px=PATCH_PX, jpeg_quality=None).weak
     scene, transmission = network(torch.from_numpy(weak).permute(2, 0, 1)[None].float() / 255)[:2]
     return torch.cat([scene.clamp(0, 1), transmission], 1)[0].numpy()
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from corun_ray.core.data.depth import DepthMap
 from corun_ray.core.data.haze import HazeRange
 from corun_ray.core.data.images import decode_image
-from corun_ray.core.data.samples import real_views, synthetic_sample
+from corun_ray.core.data.samples import make_real_views, make_synthetic_pair
 from corun_ray.core.networks.corun import CORUN, Restoration
 from corun_ray.core.scoring.coherence import BlockScores, Coherence
 from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
@@ -198,10 +198,15 @@ def batch(photograph: np.ndarray, side_px: int, rng: np.random.Generator) -> tup
     """One image for each half, made as the stream makes them; its depth falls from the lower to the upper edge."""
     height_px, width_px = photograph.shape[:2]
     ramp = np.repeat(np.linspace(0, 1, height_px, dtype=np.float32)[:, None], width_px, 1)
-    pair = synthetic_sample(
-        photograph, DepthMap.of(ramp, "inverse"), rng, patch_px=side_px, haze_range=HazeRange(), random_resize=True
+    pair = make_synthetic_pair(
+        photograph,
+        DepthMap.from_pixels(ramp, "inverse"),
+        rng,
+        patch_px=side_px,
+        haze_range=HazeRange(),
+        random_resize=True,
     )
-    views = real_views(photograph, rng, patch_px=side_px, jpeg_quality=pair.jpeg_quality)
+    views = make_real_views(photograph, rng, patch_px=side_px, jpeg_quality=pair.jpeg_quality)
     hazy, clear, weak, strong = (
         torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255
         for image in (pair.hazy, pair.clear, views.weak, views.strong)

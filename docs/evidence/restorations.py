@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from corun_ray.core.data.depth import procedural_depth
-from corun_ray.core.data.haze import Haze, add_haze, transmission
+from corun_ray.core.data.depth import draw_procedural_depth
+from corun_ray.core.data.haze import Haze, add_haze, compute_transmission
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.networks.corun import update_scene, update_transmission
 
@@ -48,8 +48,8 @@ def synthetic_scene(clear: Image, size_px: int, rng: np.random.Generator) -> Sce
     else:
         truth = shrink(clear, size_px)
     haze = Haze(rng.uniform(0.3, 1.6), tuple(np.clip(rng.uniform(0.6, 1) + rng.uniform(-0.025, 0.025, 3), 0, 1)))
-    depth_map = procedural_depth(rng, size_px, size_px)
-    light = transmission(depth_map.inverse(depth_map.pixels), haze.beta)
+    depth_map = draw_procedural_depth(rng, size_px, size_px)
+    light = compute_transmission(depth_map.to_inverse(depth_map.pixels), haze.beta)
     hazy = add_haze(truth, light, haze)
     if rng.random() < 0.5:
         hazy = quantise(hazy + rng.normal(0, rng.integers(2, 8) / 255, hazy.shape))

@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 
 from corun_ray.config.jobs import ColabatorJob, PretrainJob, TrainingJob
-from corun_ray.core.data.depth import DepthMap, procedural_depth
+from corun_ray.core.data.depth import DepthMap, draw_procedural_depth
 from corun_ray.core.data.haze import HazeRange
 from corun_ray.core.data.images import decode_depth, decode_image
 from corun_ray.core.timing import PHASES, PhaseTimes, phase
@@ -53,14 +53,14 @@ class PlainMaker:
         clear = decoded(data.clear, manifest.clear[image])
         if manifest.depth is None:
             with phase("depth"):
-                depth_map = procedural_depth(rng, *clear.shape[:2])
-                depth = depth_map.inverse(depth_map.pixels)
+                depth_map = draw_procedural_depth(rng, *clear.shape[:2])
+                depth = depth_map.to_inverse(depth_map.pixels)
         else:
             file = Path(data.depth, manifest.depth[image])
             content = read(file)
             with phase("depth"):
-                depth_map = DepthMap.of(decode_depth(content, file.suffix), data.depth_kind)
-                depth = depth_map.inverse(depth_map.pixels)
+                depth_map = DepthMap.from_pixels(decode_depth(content, file.suffix), data.depth_kind)
+                depth = depth_map.to_inverse(depth_map.pixels)
         options = {"patch_px": PATCH_PX, "random_resize": data.random_resize}
         pair = plain_pair(clear, depth, rng, haze_range=HazeRange(), **options)
         if isinstance(self.job, ColabatorJob):
@@ -150,7 +150,7 @@ def compare(job: TrainingJob, samples: int, packed: TrainingJob | None = None) -
     listeners, times_ms = (PhaseTimes(), PhaseTimes()), ([], [])
     for index in range(-1, samples):
         for which in (0, 1) if index % 2 else (1, 0):
-            with (listeners[which] if index >= 0 else PhaseTimes()).listening():
+            with (listeners[which] if index >= 0 else PhaseTimes()).listen():
                 start_s = time.perf_counter()
                 makers[which].sample(max(index, 0))
             if index >= 0:  # the first one warms up

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corun_ray.core.metrics.fade import fade_distances
+from corun_ray.core.metrics.fade import compute_distances
 from corun_ray.core.scoring.scorers import CLARITY_SCORERS, CONTRAST_PATCH_PX, QUALITY_SCORERS, Scorer
 
 
@@ -76,7 +76,7 @@ def natural_mscn(images: Tensor) -> Tensor:
 
 def fog_free(images: Tensor) -> Tensor:
     """Nearness of the patches to FADE's model of fog-free photographs."""
-    return -fade_distances(images)[0].nanmean((1, 2)).float()
+    return -compute_distances(images)[0].nanmean((1, 2)).float()
 
 
 def any_offer(images: Tensor) -> Tensor:

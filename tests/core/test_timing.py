@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 def test_a_listener_adds_up_the_phases_of_its_thread_also_those_that_fail():
     times = PhaseTimes()
-    with times.listening():
+    with times.listen():
         for _ in range(2):
             with phase("decode"):
                 time.sleep(0.01)
@@ -30,7 +30,7 @@ def test_a_listener_adds_up_the_phases_of_its_thread_also_those_that_fail():
 def test_whoever_listens_is_told_of_spans():
     times, phases = SpanTimes(CPU), PhaseTimes()
     for listener in (times, phases):
-        with listener.listening():
+        with listener.listen():
             with span("student"):
                 torch.ones(10).sum()
             with pytest.raises(OSError), span("teacher"):

@@ -18,7 +18,7 @@ ImageU8 = NDArray[np.uint8]
 # --- Geometry ---
 
 
-class Cuttable(Protocol):
+class Sliceable(Protocol):
     """An image `H W …` of which a region can be had: an array, or a file that is decoded no further than for that."""
 
     @property
@@ -42,7 +42,7 @@ class Crop:
     quarter_turns: int = 0
     """Turns by 90 degrees, counter-clockwise, after the flip."""
 
-    def cut(self, pixels: Cuttable) -> NDArray:
+    def cut(self, pixels: Sliceable) -> NDArray:
         """The region at the source's own resolution, `side side …`; of an array `H W …` a view."""
         rows = slice(self.top_px, self.top_px + self.side_px)
         return pixels[rows, self.left_px : self.left_px + self.side_px]
@@ -119,7 +119,7 @@ def degrade(rng: np.random.Generator, clear: ImageU8, camera: Camera) -> NDArray
     """The camera's shot of a clear image `H W 3`, float in [0, 1]."""
     shot = darken(clear, camera.gamma)
     if camera.noise is not None:
-        independent = unit_noise(rng, (*clear.shape[:2], len(camera.noise)))
+        independent = draw_unit_noise(rng, (*clear.shape[:2], len(camera.noise)))
         if len(camera.noise) == 1:
             shot += cv2.merge([independent * level for level in camera.noise[0]])
         else:
@@ -134,7 +134,7 @@ def darken(rgb: ImageU8, gamma: float) -> NDArray[np.float32]:
     return np.asarray(cv2.LUT(rgb, levels.astype(np.float32)), np.float32)
 
 
-def unit_noise(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def draw_unit_noise(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Independent draws from a normal distribution of mean 0 and deviation 1, up to 4.3 from it.
 
     Each is one of 65,536 equally likely quantiles: `rng.standard_normal` takes four times as long, and what it has
@@ -172,7 +172,7 @@ def sample_jpeg_quality(rng: np.random.Generator) -> int | None:
     return int(rng.integers(30, 96)) if rng.random() < 0.5 else None
 
 
-def jpeg_round_trip(rgb: ImageU8, quality: int, *, top_px: int = 0, left_px: int = 0) -> ImageU8:
+def apply_jpeg(rgb: ImageU8, quality: int, *, top_px: int = 0, left_px: int = 0) -> ImageU8:
     """Encodes and decodes as JPEG.
 
     `top_px` and `left_px` say where in its image a cut region began: its blocks then lie as they would had
@@ -188,7 +188,7 @@ def jpeg_round_trip(rgb: ImageU8, quality: int, *, top_px: int = 0, left_px: int
 # --- Strong view ---
 
 
-def strong_view(rng: np.random.Generator, rgb: ImageU8) -> ImageU8:
+def make_strong_view(rng: np.random.Generator, rgb: ImageU8) -> ImageU8:
     """The student's view: two operations, drawn with replacement, one after the other."""
     for operation, strength in sample_strong_operations(rng):
         rgb = operation(rgb, strength)
@@ -204,13 +204,13 @@ def sample_strong_operations(rng: np.random.Generator) -> list[tuple[StrongOpera
     return [(operation, strength(rng)) for operation, strength in drawn]
 
 
-def contrast(rgb: ImageU8, factor: float) -> ImageU8:
+def adjust_contrast(rgb: ImageU8, factor: float) -> ImageU8:
     """Blends the image (factor 1) with its mean grey (factor 0)."""
     mean_grey = float(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY).mean())
     return _map_levels(rgb, mean_grey + factor * (np.arange(256) - mean_grey))
 
 
-def brightness(rgb: ImageU8, factor: float) -> ImageU8:
+def adjust_brightness(rgb: ImageU8, factor: float) -> ImageU8:
     """Blends the image (factor 1) with black (factor 0)."""
     return _map_levels(rgb, factor * np.arange(256))
 
@@ -220,7 +220,7 @@ def posterize(rgb: ImageU8, bits: float) -> ImageU8:
     return rgb & np.uint8(256 - 2 ** (8 - int(bits)))
 
 
-def sharpness(rgb: ImageU8, factor: float) -> ImageU8:
+def adjust_sharpness(rgb: ImageU8, factor: float) -> ImageU8:
     """Blends the image (factor 1) with a 3 × 3 smoothed one (factor 0) that keeps the outermost pixels."""
     kernel = np.ones((3, 3), np.float32)
     kernel[1, 1] = 5
@@ -229,7 +229,7 @@ def sharpness(rgb: ImageU8, factor: float) -> ImageU8:
     return np.asarray(cv2.addWeighted(rgb, factor, smooth, 1 - factor, 0), np.uint8)
 
 
-def gaussian_blur(rgb: ImageU8, radius_px: float) -> ImageU8:
+def blur(rgb: ImageU8, radius_px: float) -> ImageU8:
     """Blurs by a Gaussian whose standard deviation is `radius_px`."""
     return np.asarray(cv2.GaussianBlur(rgb, (0, 0), radius_px), np.uint8)
 
@@ -239,10 +239,10 @@ def _map_levels(rgb: ImageU8, levels: NDArray[np.floating]) -> ImageU8:
 
 
 _STRONG_OPERATIONS: tuple[tuple[StrongOperation, Callable[[np.random.Generator], float]], ...] = (
-    (contrast, lambda rng: rng.uniform(0.05, 0.95)),
-    (brightness, lambda rng: rng.uniform(0.05, 0.95)),
-    (contrast, lambda rng: rng.uniform(0.25, 0.95)),
+    (adjust_contrast, lambda rng: rng.uniform(0.05, 0.95)),
+    (adjust_brightness, lambda rng: rng.uniform(0.05, 0.95)),
+    (adjust_contrast, lambda rng: rng.uniform(0.25, 0.95)),
     (posterize, lambda rng: float(rng.integers(4, 9))),
-    (sharpness, lambda rng: rng.uniform(0.05, 0.95)),
-    (gaussian_blur, lambda rng: float(rng.choice([1, 3, 5], p=[1 / 2, 1 / 3, 1 / 6]))),
+    (adjust_sharpness, lambda rng: rng.uniform(0.05, 0.95)),
+    (blur, lambda rng: float(rng.choice([1, 3, 5], p=[1 / 2, 1 / 3, 1 / 6]))),
 )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class HazeRange:
-    """What haze is drawn from, uniformly: `beta` of any positive range, `airlight` within [0, 1].
+    """Ranges of the uniform draws of a haze: any positive `beta`, `airlight` within [0, 1].
 
     `airlight_tint` is the largest deviation of one channel's airlight from the drawn grey.
     """
@@ -32,22 +32,33 @@ class Haze:
 
 
 def sample_haze(rng: np.random.Generator, haze_range: HazeRange) -> Haze:
-    """Draws a haze; a tinted airlight is clipped to [0, 1]."""
+    """Draw a haze; a tinted airlight is clipped to [0, 1]."""
     beta = rng.uniform(*haze_range.beta)
+
+    # The tint is drawn before the grey: the order decides the random numbers.
     tint = rng.uniform(-haze_range.airlight_tint, haze_range.airlight_tint, size=3)
-    red, green, blue = np.clip(rng.uniform(*haze_range.airlight) + tint, 0.0, 1.0)
+    grey = rng.uniform(*haze_range.airlight)
+
+    red, green, blue = np.clip(grey + tint, 0.0, 1.0)
     return Haze(float(beta), (float(red), float(green), float(blue)))
 
 
-def transmission(inverse_depth: NDArray[np.float32], beta: float) -> NDArray[np.float32]:
-    """`T = exp(−2β(1 − d))`, `H W` in (0, 1], from the inverse depth `d`, `H W` in [0, 1]."""
+def compute_transmission(inverse_depth: NDArray[np.float32], beta: float) -> NDArray[np.float32]:
+    """Compute `T = exp(−2β(1 − d))`, `H W` in (0, 1].
+
+    `inverse_depth` is `d`, `H W` in [0, 1].
+    """
     return np.exp(2 * beta * (inverse_depth - 1))
 
 
 def add_haze(scene: NDArray[np.float32], transmission: NDArray[np.float32], haze: Haze) -> NDArray[np.float32]:
-    """`scene · T + A · (1 − T)`, `H W 3` in [0, 1]; scene `H W 3` in [0, 1], transmission `H W` in (0, 1]."""
+    """Compute `scene · T + A · (1 − T)`, `H W 3` in [0, 1].
+
+    `scene` is `H W 3` in [0, 1], `transmission` is `H W` in (0, 1].
+    """
+    # Written as `(scene − A) · T + A`: two passes less.
+    # OpenCV works on all channels of a pixel at once, twice as fast as numpy channel by channel.
     airlight = np.array((*haze.airlight, 0.0))
-    # OpenCV's passes over pixels of channels: twice as fast as numpy's, channel by channel.
     hazy = cv2.subtract(scene, airlight)
     cv2.multiply(hazy, cv2.merge((transmission, transmission, transmission)), dst=hazy)
     return np.asarray(cv2.add(hazy, airlight, dst=hazy), np.float32)

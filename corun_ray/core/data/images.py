@@ -13,8 +13,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from corun_ray.core.data import images as jpeg
-
 MIN_SIDE_PX = 8
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -43,7 +41,7 @@ def decode_image(data: bytes, least_px: int | None = None) -> NDArray[np.uint8]:
     With `least_px`, for those who will make it smaller anyway, a JPEG comes at a half, a quarter or an eighth of its
     size as long as both sides keep so many pixels: most of the work of its decoder is then never done.
     """
-    image = decode_pixels(data, 1 if least_px is None else jpeg.reduction(data, least_px))
+    image = decode_pixels(data, 1 if least_px is None else choose_reduction(data, least_px))
     if image.dtype == np.uint16:
         return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return image.astype(np.uint8, copy=False)
@@ -58,7 +56,7 @@ def decode_pixels(data: bytes, reduction: int = 1) -> NDArray[np.uint8] | NDArra
     Raises `BadImage` if the file is empty, truncated, damaged, no image, of floating-point pixels, or has a
     side under 8 px.
     """
-    if jpeg.is_jpeg(data):
+    if is_jpeg(data):
         image: NDArray = _decode(data, _JPEG_FLAGS[reduction])
     else:
         # Not IMREAD_COLOR_RGB: OpenCV 5.0 gives wrong pixels for TIFF files of 16 bits then.
@@ -76,7 +74,7 @@ def decode_depth(data: bytes, suffix: str) -> NDArray:
 
     `suffix` is the file's: `.npy` (`H W` or `1 H W`, any real dtype) or `.png` (8 or 16 bit, grey).
 
-    Raises `BadImage` if the file cannot be read or has another shape; `DepthMap.of` looks at the values.
+    Raises `BadImage` if the file cannot be read or has another shape; `DepthMap.from_pixels` looks at the values.
     """
     match suffix.lower():
         case ".npy":
@@ -101,7 +99,7 @@ def _decode(data: bytes, flags: int) -> NDArray:
     if not data:
         raise BadImage("empty file")
     # Whether half an image passes depends on the decoder's version: so look for the end here.
-    if jpeg.is_jpeg(data) and not jpeg.has_end(data):
+    if is_jpeg(data) and not has_jpeg_end(data):
         raise BadImage("truncated JPEG")
     if data.startswith(_PNG_START) and not _png_has_end(data):
         raise BadImage("truncated PNG")
@@ -165,18 +163,18 @@ def is_jpeg(data: bytes) -> bool:
     return data.startswith(_START)
 
 
-def has_end(data: bytes) -> bool:
+def has_jpeg_end(data: bytes) -> bool:
     """Whether a JPEG's last segment is there."""
     return any(marker == _END for marker, _ in _segments(data))
 
 
-def reduction(data: bytes, least_px: int) -> int:
+def choose_reduction(data: bytes, least_px: int) -> int:
     """By how much (1, 2, 4, 8) a file may be reduced for both sides to keep `least_px`; 1 for all but JPEG."""
     height_px, width_px = _sides(data) if is_jpeg(data) else (0, 0)
     return next((by for by in (8, 4, 2) if min(height_px, width_px) >= by * least_px), 1)
 
 
-def shortened(data: bytes, rows: int) -> bytes:
+def limit_jpeg_height(data: bytes, rows: int) -> bytes:
     """The same file, but that its header promises no more than `rows` pixels of height: decoders stop there.
 
     Up to the last 16, rows have the pixels of the whole: colours at half the resolution are interpolated across blocks.

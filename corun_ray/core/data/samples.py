@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from corun_ray.core.data import augment
-from corun_ray.core.data import haze as scattering
+from corun_ray.core.data.augment import Sliceable
 from corun_ray.core.data.depth import DepthMap
-from corun_ray.core.data.images import BadImage
+from corun_ray.core.data.haze import HazeRange, add_haze, compute_transmission, sample_haze
+from corun_ray.core.data.images import BadImage, ImageU8
 from corun_ray.core.timing import phase
 
-ImageU8 = NDArray[np.uint8]
-
-_BAND_PX = 32  # rows worked on at a time: what they take stays in the processor's cache
-_REAL_OVERSIZE = 1.75  # less, and the reduced decoding of a JPEG would blur the resized image visibly
+# Haze is laid over bands of so many rows: their temporaries stay in the processor's cache.
+_BAND_ROWS = 32
+# Real images are decoded larger than the patch: with less, a JPEG's reduced decoding would blur the patch visibly.
+_REAL_OVERSIZE = 1.75
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Pair:
     hazy: ImageU8
     clear: ImageU8
     jpeg_quality: int | None
-    """Of the JPEG round trip that the hazy patch took here, if any."""
+    """Quality of the JPEG round trip of the hazy patch; None: it took none here."""
 
 
 @dataclass(frozen=True)
@@ -40,56 +40,67 @@ class RealViews:
     strong: ImageU8
 
 
-def synthetic_sample(
-    clear: augment.Cuttable,
+def make_synthetic_pair(
+    clear: Sliceable,
     depth_map: DepthMap,
     rng: np.random.Generator,
     *,
     patch_px: int,
-    haze_range: scattering.HazeRange,
+    haze_range: HazeRange,
     random_resize: bool,
     rotation: bool = False,
 ) -> Pair:
-    """Lays random haze over a random crop of a clear image `H W 3`.
+    """Lay random haze over a random crop of a clear image `H W 3`.
 
-    `depth_map` is the whole image's; one of another resolution is resized. Only the region that the crop keeps is
-    worked on, at its own resolution, because noise and JPEG are the camera's: resizing to the patch softens them.
+    `depth_map` is the whole image's; a map of another resolution is resized. Only the region that the crop keeps is
+    processed, at its own resolution: noise and JPEG are the camera's, so resizing to the patch softens them.
 
     Raises `BadImage` if the depth map has another aspect ratio than the image.
     """
     height_px, width_px = clear.shape[:2]
+
+    # Choose the crop, then cut it from the image and its depth.
     with phase("depth"):
-        depth_map = depth_map.fitted(height_px, width_px)
+        depth_map = depth_map.fit_to_image(height_px, width_px)
         crop = augment.sample_crop(
             rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
         )
-    truth, region = crop.cut(clear), crop.cut(depth_map.pixels)
+    truth, depth = crop.cut(clear), crop.cut(depth_map.pixels)
+
+    # Take a worse shot of the clear region, then lay haze over it, band by band.
     with phase("synthesis"):
-        haze, camera = scattering.sample_haze(rng, haze_range), augment.sample_camera(rng)
+        haze = sample_haze(rng, haze_range)
+        camera = augment.sample_camera(rng)
         hazy = np.empty(truth.shape, np.uint8)
-        for top in range(0, crop.side_px, _BAND_PX):
-            band = slice(top, top + _BAND_PX)
+        for top in range(0, crop.side_px, _BAND_ROWS):
+            band = slice(top, top + _BAND_ROWS)
             shot = augment.degrade(rng, truth[band], camera)
-            transmission = scattering.transmission(depth_map.inverse(region[band]), haze.beta)
-            hazy[band] = cv2.convertScaleAbs(scattering.add_haze(shot, transmission, haze), alpha=255)  # rounds
+            transmission = compute_transmission(depth_map.to_inverse(depth[band]), haze.beta)
+            # convertScaleAbs rounds to uint8.
+            hazy[band] = cv2.convertScaleAbs(add_haze(shot, transmission, haze), alpha=255)
+
+    # Compress with the blocks where the whole image would have them.
     with phase("jpeg"):
         jpeg_quality = augment.sample_jpeg_quality(rng)
         if jpeg_quality is not None:
-            hazy = augment.jpeg_round_trip(hazy, jpeg_quality, top_px=crop.top_px, left_px=crop.left_px)
+            hazy = augment.apply_jpeg(hazy, jpeg_quality, top_px=crop.top_px, left_px=crop.left_px)
+
     with phase("resize"):
         return Pair(crop.finish(hazy, patch_px), crop.finish(truth, patch_px), jpeg_quality)
 
 
-def paired_sample(
-    hazy: augment.Cuttable,
-    clear: augment.Cuttable,
+def crop_pair(
+    hazy: Sliceable,
+    clear: Sliceable,
     rng: np.random.Generator,
     *,
     patch_px: int,
     random_resize: bool,
     rotation: bool = False,
 ) -> Pair:
-    """The same random crop, flip and turn of a degraded image and its clean truth, `H W 3` both; nothing is added.
+    """Crop the same random patch from a degraded image and its clear truth.
+
+    Both images are `H W 3` and get the same flip and turn. Nothing is added to the degraded image.
 
     Raises `BadImage` if the two differ in size.
     """
@@ -99,6 +110,8 @@ def paired_sample(
             f"degraded image of {hazy.shape[1]} x {hazy.shape[0]} px does not fit its clean one "
             f"of {width_px} x {height_px} px"
         )
+
+    # Cutting decodes: only the resizing counts as phase "resize".
     crop = augment.sample_crop(
         rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
     )
@@ -107,21 +120,24 @@ def paired_sample(
         return Pair(crop.finish(degraded, patch_px), crop.finish(truth, patch_px), None)
 
 
-def real_side_px(patch_px: int) -> int:
-    """How large, on both sides at least, a real hazy image must be decoded to become a patch."""
+def compute_real_side_px(patch_px: int) -> int:
+    """Return the least side in pixels at which a real hazy image must be decoded."""
     return math.ceil(_REAL_OVERSIZE * patch_px)
 
 
-def real_views(hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, jpeg_quality: int | None) -> RealViews:
-    """Resizes a real hazy image `H W 3`, both sides to `patch_px`, and derives the strong from the weak view.
+def make_real_views(hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, jpeg_quality: int | None) -> RealViews:
+    """Resize a real hazy image to the weak view and derive the strong view from it.
 
-    It is neither cropped nor flipped, so that its label is aligned whenever it comes round. `jpeg_quality` is
-    that of the synthetic half of the same sample.
+    `hazy` is `H W 3`; both sides become `patch_px`. The image is neither cropped nor flipped, so that its pseudo
+    label stays aligned over epochs. `jpeg_quality` is the quality of the synthetic half of the same sample.
     """
     with phase("resize"):
         weak = augment.resize(hazy, patch_px, patch_px)
+
+    # The same JPEG damage as in the synthetic half.
     with phase("jpeg"):
         if jpeg_quality is not None:
-            weak = augment.jpeg_round_trip(weak, jpeg_quality)
+            weak = augment.apply_jpeg(weak, jpeg_quality)
+
     with phase("strong view"):
-        return RealViews(weak, augment.strong_view(rng, weak))
+        return RealViews(weak, augment.make_strong_view(rng, weak))

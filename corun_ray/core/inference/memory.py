@@ -41,19 +41,19 @@ def fit_in_memory(network: nn.Module, hazy: Tensor, memory_mib: int) -> nn.Modul
     band_px = CPU_BAND_PX if on_cpu else GPU_BAND_PX
     # A band stays in a processor's cache: there, bands are also faster than the whole.
     bands_are_faster = on_cpu and height * width > 2 * band_px
-    if whole_mib(network, height, width) <= memory_mib and not bands_are_faster:
+    if estimate_whole_mib(network, height, width) <= memory_mib and not bands_are_faster:
         return network
-    if banded_mib(network, height, width, band_px) <= memory_mib:
+    if estimate_banded_mib(network, height, width, band_px) <= memory_mib:
         return in_bands(network, band_px)
-    return in_tiles(network, tile_side_px(network, height, width, memory_mib))
+    return in_tiles(network, choose_tile_side_px(network, height, width, memory_mib))
 
 
-def whole_mib(network: CORUN, height: int, width: int) -> int:
+def estimate_whole_mib(network: CORUN, height: int, width: int) -> int:
     """What an image needs as a whole."""
     return -(-_whole_bytes(network, height, width) // MIB)
 
 
-def banded_mib(network: CORUN, height: int, width: int, band_px: int) -> int:
+def estimate_banded_mib(network: CORUN, height: int, width: int, band_px: int) -> int:
     """What an image needs in bands of `band_px` pixels."""
     rows, columns = compute_padded_size(network, height, width)
     per_px = STATE_BYTES_PER_PX + FEATURE_BYTES_PER_PX_AND_CHANNEL * network.width
@@ -61,14 +61,14 @@ def banded_mib(network: CORUN, height: int, width: int, band_px: int) -> int:
     return -(-(rows * columns * per_px + band_bytes) // MIB)
 
 
-def images_at_once(network: nn.Module, height: int, width: int, memory_mib: int) -> int | None:
+def compute_batch_size(network: nn.Module, height: int, width: int, memory_mib: int) -> int | None:
     """How many images of this size a CORUN restores side by side in `memory_mib`, at least 1; None: not known."""
     if not isinstance(network, CORUN):
         return None
     return max(1, memory_mib * MIB // _whole_bytes(network, height, width))
 
 
-def tile_side_px(network: CORUN, height: int, width: int, memory_mib: int) -> int:
+def choose_tile_side_px(network: CORUN, height: int, width: int, memory_mib: int) -> int:
     """The side of the largest tiles, margins included, that fit; raises `TooLarge` where the smallest do not."""
     rows, columns = compute_padded_size(network, height, width)
     work_bytes = memory_mib * MIB - rows * columns * STATE_BYTES_PER_PX

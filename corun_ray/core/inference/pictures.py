@@ -22,13 +22,13 @@ ERROR_GAIN = 4
 """What a re-hazed image still gets wrong is small: a quarter of the range has the brightest colour."""
 
 
-def colour_map(values: NDArray[np.floating]) -> ImageU8:
+def apply_colour_map(values: NDArray[np.floating]) -> ImageU8:
     """H W in [0, 1] → H W 3: dark violet is 0, yellow is 1."""
     levels = (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
     return cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
 
 
-def grid(rows: Sequence[Mapping[str, ImageU8 | None]], cell_px: int = 192, labels: Sequence[str] = ()) -> ImageU8:
+def draw_grid(rows: Sequence[Mapping[str, ImageU8 | None]], cell_px: int = 192, labels: Sequence[str] = ()) -> ImageU8:
     """One line of pictures a row, one column a name (as in the first row), its name above it.
 
     Pictures keep their shape, their longer side at `cell_px`; None leaves the cell empty. `labels`, one a row, stand
@@ -54,7 +54,7 @@ def grid(rows: Sequence[Mapping[str, ImageU8 | None]], cell_px: int = 192, label
     return canvas
 
 
-def thumbnail(picture: ImageU8, longest_px: int) -> bytes:
+def encode_thumbnail(picture: ImageU8, longest_px: int) -> bytes:
     """A JPEG of the picture, its longer side at most `longest_px`."""
     if max(picture.shape[:2]) > longest_px:
         fitted = _fit(picture, longest_px)
@@ -64,7 +64,7 @@ def thumbnail(picture: ImageU8, longest_px: int) -> bytes:
     return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, THUMBNAIL_QUALITY])[1].tobytes()
 
 
-def stage_rows(restorations: Iterable[Restoration], hazy: Tensor) -> dict[str, dict[str, ImageU8 | None]]:
+def build_stage_rows(restorations: Iterable[Restoration], hazy: Tensor) -> dict[str, dict[str, ImageU8 | None]]:
     """The rows of a grid by their labels: the hazy image, then what every stage made of it.
 
     `hazy` 1 3 H W in [0, 1]; `restorations` of the same size, first stage first. A stage shows its scene, its
@@ -79,8 +79,8 @@ def stage_rows(restorations: Iterable[Restoration], hazy: Tensor) -> dict[str, d
         if transmission is not None:
             rehazed = (scene * transmission + 1 - transmission).clamp(0, 1)
             error = (rehazed - hazy).abs().mean(1)[0]
-            row["transmission"] = colour_map(transmission[0, 0].cpu().numpy())
-            row["re-hazed"], row[error_name] = to_image(rehazed), colour_map(ERROR_GAIN * error.cpu().numpy())
+            row["transmission"] = apply_colour_map(transmission[0, 0].cpu().numpy())
+            row["re-hazed"], row[error_name] = to_image(rehazed), apply_colour_map(ERROR_GAIN * error.cpu().numpy())
     return rows
 
 
@@ -100,4 +100,4 @@ def _fit(picture: ImageU8 | None, cell_px: int) -> ImageU8 | None:
     return resize(picture, height, width)
 
 
-Row = dict[str, ImageU8 | None]
+PictureRow = dict[str, ImageU8 | None]

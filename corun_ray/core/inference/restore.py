@@ -24,7 +24,7 @@ def restore(network: nn.Module, hazy: Tensor) -> Restoration:
 
 
 @torch.no_grad()
-def stages(network: nn.Module, hazy: Tensor) -> list[Restoration]:
+def restore_stages(network: nn.Module, hazy: Tensor) -> list[Restoration]:
     """What every stage of an unfolding network makes of `hazy`, as `restore` gives the last one's.
 
     Raises ValueError for small images, and for a network without stages (without a method `unfold`).

@@ -38,7 +38,7 @@ class Tile:
         return rows, columns
 
 
-def tiles(height: int, width: int, side_px: int) -> Iterator[Tile]:
+def split_into_tiles(height: int, width: int, side_px: int) -> Iterator[Tile]:
     """Tiles of at most `side_px` with their margins, row by row; all sides are multiples of 8."""
     step = side_px - 2 * HALO_PX
     if step < SIZE_MULTIPLE_PX:
@@ -71,7 +71,7 @@ class TiledCPMM(nn.Module):
     def forward(self, estimate: Tensor, partner: Tensor) -> Tensor:
         """As the CPMM's own."""
         height, width = estimate.shape[-2:]
-        parts = list(tiles(height, width, self.side_px))
+        parts = list(split_into_tiles(height, width, self.side_px))
         attentions = self.cpmm.list_attentions()
         try:
             for attention in attentions:

@@ -29,7 +29,7 @@ class IqaFacts:
     needs_truth: bool = False
 
 
-OWN = {
+OWN_METRICS = {
     "psnr": IqaFacts(0, None, lower_better=False, needs_truth=True),
     "ssim": IqaFacts(-1, 1, lower_better=False, needs_truth=True),
     "fade": IqaFacts(0, None, lower_better=True),
@@ -38,13 +38,15 @@ OWN = {
 
 
 @cache
-def all_metrics() -> dict[str, IqaFacts]:
+def list_metrics() -> dict[str, IqaFacts]:
     """Name → facts of every metric that an image can be measured by: ours first."""
-    return OWN | {name: facts for name, facts in (_of_pyiqa("NR") | _of_pyiqa("FR")).items() if name not in OWN}
+    return OWN_METRICS | {
+        name: facts for name, facts in (_of_pyiqa("NR") | _of_pyiqa("FR")).items() if name not in OWN_METRICS
+    }
 
 
 @cache
-def no_reference_metrics() -> dict[str, IqaFacts]:
+def list_no_reference_metrics() -> dict[str, IqaFacts]:
     """Name → facts of every metric of pyiqa that rates one image by itself from files of plain numbers."""
     return _of_pyiqa("NR")
 

@@ -53,21 +53,21 @@ def fade(images: Tensor) -> Tensor:
     image without one patch that can be rated (an all-black one) scores NaN. Raises `ValueError` for other
     shapes and for sides under 16 px.
     """
-    to_clear, to_foggy = fade_distances(images)
+    to_clear, to_foggy = compute_distances(images)
     return to_clear.nanmean((1, 2)) / (to_foggy.nanmean((1, 2)) + 1)
 
 
-def fade_density(images: Tensor) -> Tensor:
+def compute_density_map(images: Tensor) -> Tensor:
     """Fog density of each 8 x 8 patch: `B 3 H W` in [0, 1] to `B 1 H/8 W/8`, lower is clearer.
 
     Patches whose statistics are undefined are NaN; otherwise as :func:`fade`.
     """
-    to_clear, to_foggy = fade_distances(images)
+    to_clear, to_foggy = compute_distances(images)
     return (to_clear / (to_foggy + 1)).unsqueeze(1)
 
 
 @torch.no_grad()
-def fade_distances(images: Tensor) -> tuple[Tensor, Tensor]:
+def compute_distances(images: Tensor) -> tuple[Tensor, Tensor]:
     """Distances of every patch to the fog-free and to the foggy model, each `B H/8 W/8`; see `fade`."""
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < MIN_SIDE_PX:
         shape = tuple(images.shape)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corun_ray.core.errors import one_line
-from corun_ray.core.metrics.catalog import OWN, all_metrics
+from corun_ray.core.errors import format_error
+from corun_ray.core.metrics.catalog import OWN_METRICS, list_metrics
 from corun_ray.core.metrics.fade import fade
-from corun_ray.core.metrics.pyiqa import build_metric, file_name
+from corun_ray.core.metrics.pyiqa import build_metric, get_file_name
 from corun_ray.core.weights import WeightsSource
 
 SSIM_SIGMA_PX = 1.5
@@ -55,15 +55,15 @@ class Unmeasured(ValueError):
 
 
 def load_measure(name: str, weights: WeightsSource, device: torch.device | str = "cpu") -> Measure:
-    """The metric `name` of `all_metrics`, with the files that it needs from `weights`.
+    """The metric `name` of `list_metrics`, with the files that it needs from `weights`.
 
     What it returns raises `Unmeasured`. Raises `WeightsError` where the weights are missing or hold anything but
     plain tensors, and `ValueError` for an unknown name.
     """
-    if name not in all_metrics():
+    if name not in list_metrics():
         raise ValueError(f"{name!r} is no metric of pictures")
-    needs_truth = all_metrics()[name].needs_truth
-    rate = _own(name) if name in OWN else _of_pyiqa(name, weights, device)
+    needs_truth = list_metrics()[name].needs_truth
+    rate = _own(name) if name in OWN_METRICS else _of_pyiqa(name, weights, device)
 
     @torch.no_grad()
     def measure(picture: Tensor, truth: Tensor | None) -> float:
@@ -75,7 +75,7 @@ def load_measure(name: str, weights: WeightsSource, device: torch.device | str =
         try:
             score = rate(picture, truth if needs_truth else None)
         except Exception as error:  # each metric refuses in its own way what it cannot rate
-            raise Unmeasured(one_line(error)) from None
+            raise Unmeasured(format_error(error)) from None
         if score.numel() != 1:
             raise Unmeasured(f"{score.numel()} scores for one image")
         if score.isnan().any():
@@ -95,7 +95,7 @@ def _own(name: str) -> Callable[[Tensor, Tensor | None], Tensor]:
 def _of_pyiqa(
     name: str, weights: WeightsSource, device: torch.device | str
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
-    metric = build_metric(name, lambda url: weights(file_name(url))).to(device)
+    metric = build_metric(name, lambda url: weights(get_file_name(url))).to(device)
 
     def rate(picture: Tensor, truth: Tensor | None) -> Tensor:
         with torch.autocast(picture.device.type, enabled=False):

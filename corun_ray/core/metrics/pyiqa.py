@@ -24,12 +24,12 @@ from torch import nn
 
 from corun_ray.core.weights import WeightsError
 
-Find = Callable[[str], Path]
+FindFile = Callable[[str], Path]
 """Address of a file on the internet → where it lies on this machine."""
 
 
 @contextlib.contextmanager
-def offline(find: Find) -> Iterator[list[str]]:
+def keep_pyiqa_offline(find: FindFile) -> Iterator[list[str]]:
     """Lets pyiqa reach no file but those that `find` gives, and read them as data only.
 
     Backbones that timm would fill with weights of its own are filled with NaN, which the metric's own file must
@@ -131,7 +131,7 @@ def _pkg_resources() -> Iterator[None]:
 _BUILDING = threading.Lock()  # what is replaced belongs to the whole process
 
 
-def build_metric(name: str, find: Find) -> nn.Module:
+def build_metric(name: str, find: FindFile) -> nn.Module:
     """pyiqa's metric `name` on the CPU, frozen, with every file that it would download given by `find`.
 
     Raises `WeightsError`.
@@ -141,11 +141,16 @@ def build_metric(name: str, find: Find) -> nn.Module:
     files: list[str] = []
 
     def found(url: str) -> Path:
-        files.append(file_name(url))
+        files.append(get_file_name(url))
         return find(url)
 
     try:
-        with _BUILDING, offline(found) as backbones, contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        with (
+            _BUILDING,
+            keep_pyiqa_offline(found) as backbones,
+            contextlib.redirect_stdout(io.StringIO()),
+            torch.no_grad(),
+        ):
             metric = create_metric(name, device="cpu", check_input_range=False)
     except WeightsError:
         raise
@@ -159,7 +164,7 @@ def build_metric(name: str, find: Find) -> nn.Module:
     return metric
 
 
-def file_name(url: str) -> str:
+def get_file_name(url: str) -> str:
     """The name under which a weights folder holds what pyiqa has at `url`."""
     return Path(urlparse(url).path).name
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.errors import one_line
+from corun_ray.core.errors import format_error
 from corun_ray.core.networks.corun import CORUN, Restoration, as_restoration
 from corun_ray.core.networks.spandrel import EXTRA_PACKAGE, build_spandrel_network, is_extra, list_classes
 from corun_ray.core.networks.spec import CORUN_TYPE, NetworkError, NetworkSpec, compute_padded_size, construct
@@ -59,7 +59,7 @@ def probe_network(network: nn.Module, patch_px: int) -> None:
     except NetworkError:
         raise
     except Exception as error:
-        raise NetworkError(f"it fails on {patch_px} px RGB images in a batch of 2 ({one_line(error)})") from None
+        raise NetworkError(f"it fails on {patch_px} px RGB images in a batch of 2 ({format_error(error)})") from None
     finally:
         network.train(was_training)
 
@@ -78,7 +78,7 @@ def _imported_class(path: str) -> type[nn.Module]:
     try:
         module: Any = importlib.import_module(module_name)
     except Exception as error:
-        raise NetworkError(f"{path}: {module_name} cannot be imported ({one_line(error)})") from None
+        raise NetworkError(f"{path}: {module_name} cannot be imported ({format_error(error)})") from None
     found = getattr(module, class_name, None)
     if not isinstance(found, type) or not issubclass(found, nn.Module):
         what = "has no such name" if found is None else "has it, but as no subclass of torch.nn.Module"

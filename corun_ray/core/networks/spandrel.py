@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from corun_ray.core.errors import one_line
+from corun_ray.core.errors import format_error
 from corun_ray.core.networks.spec import PAD_MULTIPLE_PX, NetworkError, NetworkSpec, construct
 
 EXTRA_PACKAGE = "spandrel_extra_arches"
@@ -56,7 +56,7 @@ def recognise(params: Mapping[str, Tensor]) -> tuple[NetworkSpec, dict[str, Tens
     except UnsupportedModelError:
         raise NetworkError(f"neither CORUN nor an architecture that spandrel recognises; {OWN_CLASS}") from None
     except Exception as error:
-        raise NetworkError(f"spandrel recognises it but cannot load it ({one_line(error)}); {OWN_CLASS}") from None
+        raise NetworkError(f"spandrel recognises it but cannot load it ({format_error(error)}); {OWN_CLASS}") from None
     channels = found.input_channels, found.output_channels
     if not isinstance(found, ImageModelDescriptor) or found.scale != 1 or channels != (3, 3):
         what = f"{channels[0]} to {channels[1]} channels at scale {found.scale}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from corun_ray.core.errors import UserError, one_line
+from corun_ray.core.errors import UserError, format_error
 
 CORUN_TYPE = "corun"
 TYPE_PATTERN = re.compile(r"[A-Za-z]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -36,7 +36,7 @@ class NetworkSpec:
         try:
             plain = json.loads(json.dumps(self.args, allow_nan=False))
         except (TypeError, ValueError) as error:
-            raise NetworkError(f"{self.type}: args are not plain values ({one_line(error)})") from None
+            raise NetworkError(f"{self.type}: args are not plain values ({format_error(error)})") from None
         object.__setattr__(self, "args", plain)
 
     def to_json(self) -> str:
@@ -49,7 +49,7 @@ class NetworkSpec:
         try:
             content = json.loads(text)
         except ValueError as error:
-            raise NetworkError(f"not JSON ({one_line(error)})") from None
+            raise NetworkError(f"not JSON ({format_error(error)})") from None
         if not isinstance(content, dict) or content.keys() != {"type", "args"}:
             raise NetworkError("not a network's description: an object of exactly `type` and `args` was expected")
         return cls(content["type"], content["args"])
@@ -61,7 +61,7 @@ def construct(network_class: type[nn.Module], spec: NetworkSpec) -> nn.Module:
         return network_class(**spec.args)
     except Exception as error:
         accepted = ", ".join(inspect.signature(network_class).parameters) or "none"
-        raise NetworkError(f"{spec.type} refuses its args ({one_line(error)}); it takes {accepted}") from None
+        raise NetworkError(f"{spec.type} refuses its args ({format_error(error)}); it takes {accepted}") from None
 
 
 PAD_MULTIPLE_PX = 16

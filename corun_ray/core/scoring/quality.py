@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.metrics.catalog import no_reference_metrics
-from corun_ray.core.metrics.pyiqa import build_metric, file_name
+from corun_ray.core.metrics.catalog import list_no_reference_metrics
+from corun_ray.core.metrics.pyiqa import build_metric, get_file_name
 from corun_ray.core.scoring.scorers import Scorer
 from corun_ray.core.weights import WeightsSource
 
@@ -61,10 +61,10 @@ def load_quality(
     `ValueError` for an unknown name, or where pyiqa gives no range, and `WeightsError` where the weights are
     missing, hold anything but plain tensors, or leave a part of the network without values.
     """
-    if name not in no_reference_metrics():
+    if name not in list_no_reference_metrics():
         raise ValueError(f"{name!r} is no metric of pyiqa that rates single images")
     worst, best = score_range or _own_range(name)
-    return IqaScorer(name, build_metric(name, lambda url: weights(file_name(url))), worst, best, chunk_images)
+    return IqaScorer(name, build_metric(name, lambda url: weights(get_file_name(url))), worst, best, chunk_images)
 
 
 def probe_scorer(scorer: Scorer, *sides_px: int) -> None:
@@ -86,7 +86,7 @@ def probe_scorer(scorer: Scorer, *sides_px: int) -> None:
 
 
 def _own_range(name: str) -> tuple[float, float]:
-    facts = no_reference_metrics()[name]
+    facts = list_no_reference_metrics()[name]
     if facts.low is None or facts.high is None:
         raise ValueError(f"score_range: missing (pyiqa gives {name} no range)")
     return (facts.high, facts.low) if facts.lower_better else (facts.low, facts.high)

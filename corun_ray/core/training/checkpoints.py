@@ -16,13 +16,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core import weights as tensorfile
 from corun_ray.core.errors import UserError
 from corun_ray.core.networks.build import build_network
 from corun_ray.core.networks.spandrel import recognise
 from corun_ray.core.networks.spec import CORUN_TYPE, NetworkError, NetworkSpec
 from corun_ray.core.training.state import TrainState
-from corun_ray.core.weights import WeightsError, read_weights
+from corun_ray.core.weights import WeightsError, read_tensors, read_tensors_record, read_weights, write_tensors
 
 T = TypeVar("T")
 
@@ -96,7 +95,7 @@ def read_spec(folder: Path) -> NetworkSpec:
 def save_model(folder: Path, loaded: LoadedNetwork) -> None:
     """A plain model folder: the weights alone as safetensors, and what builds the network; no pickle in it."""
     record = {"type": loaded.spec.type, "args": loaded.spec.args}
-    tensorfile.write(folder / MODEL_FILE, loaded.network.state_dict(), record)
+    write_tensors(folder / MODEL_FILE, loaded.network.state_dict(), record)
     (folder / CONFIG_FILE).write_text(loaded.spec.to_json())
 
 
@@ -119,7 +118,7 @@ def save_run(folder: Path, state: TrainState, spec: NetworkSpec, extra: dict[str
     """
     save_network(folder / NETWORK_FILE, state.student, state.teacher)
     (folder / SPEC_FILE).write_text(spec.to_json())
-    tensorfile.write(folder / TRAINING_FILE, state.collect_tensors(), state.collect_values() | {"extra": extra})
+    write_tensors(folder / TRAINING_FILE, state.collect_tensors(), state.collect_values() | {"extra": extra})
 
 
 def load_run(folder: Path, state: TrainState, spec: NetworkSpec) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def load_run(folder: Path, state: TrainState, spec: NetworkSpec) -> dict[str, An
     if found != spec:
         raise CheckpointError(f"{folder}: a run of {found.type} {found.args}, not of {spec.type} {spec.args}")
     file = _training_file(folder)
-    tensors, record = _read(file, tensorfile.read)
+    tensors, record = _read(file, read_tensors)
     _refuse_other_record(record, file)
     _refuse_misfit(
         tensors, state.list_expected_tensors(tensors.keys()), f"{file}: does not fit this run", same_dtypes=True
@@ -146,7 +145,7 @@ def load_run(folder: Path, state: TrainState, spec: NetworkSpec) -> dict[str, An
 def read_record(folder: Path) -> dict[str, Any]:
     """The `step`, `num_images_seen` and `extra` of a checkpoint folder, plain values; raises `CheckpointError`."""
     file = _training_file(folder)
-    record = _read(file, tensorfile.read_record)
+    record = _read(file, read_tensors_record)
     _refuse_other_record(record, file)
     return {name: record[name] for name in ("step", "num_images_seen", "extra")}
 

@@ -23,12 +23,19 @@ from PIL.ExifTags import Base
 from PIL.JpegImagePlugin import JpegImageFile
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
-from corun_ray.core.data import haze as scattering
-from corun_ray.core.data import images as jpeg
 from corun_ray.core.data import samples
-from corun_ray.core.data.augment import Cuttable
-from corun_ray.core.data.depth import DepthMap, procedural_depth
-from corun_ray.core.data.images import MIN_SIDE_PX, BadImage, decode_depth, decode_image
+from corun_ray.core.data.augment import Sliceable
+from corun_ray.core.data.depth import DepthMap, draw_procedural_depth
+from corun_ray.core.data.haze import HazeRange
+from corun_ray.core.data.images import (
+    MIN_SIDE_PX,
+    BadImage,
+    decode_depth,
+    decode_image,
+    has_jpeg_end,
+    is_jpeg,
+    limit_jpeg_height,
+)
 from corun_ray.core.timing import phase
 from corun_ray.service.data.cache import Decoded
 from corun_ray.service.data.manifest import Manifest
@@ -45,7 +52,7 @@ def cuttable_sides(data: bytes) -> tuple[int, int] | None:
 
     That is every whole JPEG of three colours of 8 bits which its EXIF orientation does not turn.
     """
-    if not jpeg.is_jpeg(data) or not jpeg.has_end(data):
+    if not is_jpeg(data) or not has_jpeg_end(data):
         return None
     try:
         file = JpegImageFile(io.BytesIO(data))
@@ -63,7 +70,7 @@ def decode_region(data: bytes, rows: slice, columns: slice) -> NDArray[np.uint8]
     Raises `BadImage` as that does, but not for what is damaged below the region.
     """
     try:
-        file = JpegImageFile(io.BytesIO(jpeg.shortened(data, rows.stop + CONTEXT_ROWS)))
+        file = JpegImageFile(io.BytesIO(limit_jpeg_height(data, rows.stop + CONTEXT_ROWS)))
         return np.asarray(file.crop((columns.start, rows.start, columns.stop, rows.stop)))
     except OSError:  # Pillow gives up on it: OpenCV has the last word, as on every other file
         return decode_image(data)[rows, columns]
@@ -144,7 +151,7 @@ class SampleMaker:
         hazy = self._cuttable(data.paired.hazy, hazy_key)
         clear = self._cuttable(data.paired.clear, self.manifest.clear[image])
         with BlameFile(data.paired.hazy, hazy_key):
-            return samples.paired_sample(
+            return samples.crop_pair(
                 hazy, clear, rng, patch_px=self.patch_px, random_resize=data.random_resize, rotation=data.rotation
             )
 
@@ -156,18 +163,18 @@ class SampleMaker:
         if self.manifest.depth is None:
             depth_root, depth_key = data.clear, clear_key
             with phase("depth"):
-                depth_map = procedural_depth(rng, clear.shape[0], clear.shape[1])
+                depth_map = draw_procedural_depth(rng, clear.shape[0], clear.shape[1])
         else:
             assert data.depth is not None
             depth_root, depth_key = data.depth, self.manifest.depth[image]
             depth_map = self._depth(depth_root, depth_key)
         with BlameFile(depth_root, depth_key):
-            return samples.synthetic_sample(
+            return samples.make_synthetic_pair(
                 clear,
                 depth_map,
                 rng,
                 patch_px=self.patch_px,
-                haze_range=scattering.HazeRange(haze.beta, haze.airlight, haze.airlight_tint),
+                haze_range=HazeRange(haze.beta, haze.airlight, haze.airlight_tint),
                 random_resize=data.random_resize,
                 rotation=data.rotation,
             )
@@ -175,11 +182,11 @@ class SampleMaker:
     def _real(self, image: int, rng: np.random.Generator, jpeg_quality: int | None) -> tuple[str, samples.RealViews]:
         assert isinstance(self.job, ColabatorJob)
         key = self.manifest.hazy[image]
-        least_px = samples.real_side_px(self.patch_px)
+        least_px = samples.compute_real_side_px(self.patch_px)
         hazy = self._image(self.job.data.hazy, key, least_px)
-        return key, samples.real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=jpeg_quality)
+        return key, samples.make_real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=jpeg_quality)
 
-    def _cuttable(self, root: str, key: str) -> Cuttable:
+    def _cuttable(self, root: str, key: str) -> Sliceable:
         """An image for those who take a region of it: decoded no further, unless the whole is to be kept."""
         if self.cache is not None:
             return self._image(root, key)
@@ -214,7 +221,7 @@ class SampleMaker:
                 content = self.manifest.read_depth(root, key)
             with phase("depth"):
                 raw = decode_depth(content, posixpath.splitext(key)[1].lower())
-                return DepthMap.of(raw, self.job.data.depth_kind)
+                return DepthMap.from_pixels(raw, self.job.data.depth_kind)
 
 
 class _Unusable(Exception):

@@ -17,8 +17,8 @@ from corun_ray.config.jobs import DehazeJob
 from corun_ray.config.tasks import DehazeSection
 from corun_ray.core.data.images import BadImage, encode_png
 from corun_ray.core.inference.memory import fit_in_memory
-from corun_ray.core.inference.pictures import grid, stage_rows
-from corun_ray.core.inference.restore import restore, stages, to_image, to_tensor
+from corun_ray.core.inference.pictures import build_stage_rows, draw_grid
+from corun_ray.core.inference.restore import restore, restore_stages, to_image, to_tensor
 from corun_ray.core.networks.corun import Restoration
 from corun_ray.service.cluster import connect as cluster
 from corun_ray.service.data.actors import actor_slots, rows_of
@@ -80,9 +80,9 @@ class ImageDehazer(RestorerActor):
         network = fit_in_memory(self.networks["model"], hazy, self.memory_mib)
         if not self.section.stages:
             return restore(network, hazy)
-        unfolded = stages(network, hazy)
-        rows = stage_rows(unfolded, hazy)
-        picture = grid(list(rows.values()), STAGE_CELL_PX, list(rows))
+        unfolded = restore_stages(network, hazy)
+        rows = build_stage_rows(unfolded, hazy)
+        picture = draw_grid(list(rows.values()), STAGE_CELL_PX, list(rows))
         self.target.child(f"{stem(key)}.stages.png").write(encode_png(picture))
         return unfolded[-1]
 

@@ -20,7 +20,7 @@ from corun_ray.config.tasks import EvaluateSection
 from corun_ray.core.data.images import BadImage, decode_image, encode_png
 from corun_ray.core.inference import dark_channel
 from corun_ray.core.inference.memory import fit_in_memory
-from corun_ray.core.inference.pictures import Row, grid
+from corun_ray.core.inference.pictures import PictureRow, draw_grid
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.metrics.measure import Unmeasured, load_measure
 from corun_ray.service.cluster import connect as cluster
@@ -157,12 +157,12 @@ def _contact_sheet(section: EvaluateSection, truths: dict[str, str | None], stri
     rows = []
     for key, strip in sorted(strips.items()):
         pictures = np.split(decode_image(strip), len(section.names), axis=1)
-        row: Row = dict(zip(section.names, pictures, strict=True))
+        row: PictureRow = dict(zip(section.names, pictures, strict=True))
         truth = truths[key]
         if section.clear is not None and truth is not None:
             row["truth"] = load_image(section.clear, truth)
         rows.append(row)
-    return encode_png(grid(rows, cell_px=240))
+    return encode_png(draw_grid(rows, cell_px=240))
 
 
 NAMED_UNMEASURED = 10

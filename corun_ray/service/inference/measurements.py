@@ -10,7 +10,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from corun_ray.core.metrics.catalog import all_metrics
+from corun_ray.core.metrics.catalog import list_metrics
 from corun_ray.service.report.statistics import Comparison, Interval, compare, estimate_interval
 
 
@@ -39,7 +39,7 @@ class Measurements:
         """Model → metric → how it compares with the model or baseline `reference`."""
         return {
             model: {
-                metric: compare(self.of(model, metric), self.of(reference, metric), all_metrics()[metric].lower_better)
+                metric: compare(self.of(model, metric), self.of(reference, metric), list_metrics()[metric].lower_better)
                 for metric in self.metrics
             }
             for model in self.models
@@ -58,7 +58,7 @@ class Measurements:
 def summary_cells(intervals: dict[str, dict[str, Interval]]) -> list[list[str]]:
     """A heading, then a row a model: means with their intervals, an arrow to where a metric is better."""
     metrics = list(next(iter(intervals.values())))
-    heads = [f"{metric} {'↓' if all_metrics()[metric].lower_better else '↑'}" for metric in metrics]
+    heads = [f"{metric} {'↓' if list_metrics()[metric].lower_better else '↑'}" for metric in metrics]
     return [["", *heads], *([model, *map(_cell, row.values())] for model, row in intervals.items())]
 
 

@@ -11,7 +11,7 @@ from corun_ray import PACKAGE
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.loading import dump_job
 from corun_ray.core.data.images import decode_image
-from corun_ray.core.inference.pictures import grid, thumbnail
+from corun_ray.core.inference.pictures import draw_grid, encode_thumbnail
 from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.service.data.manifest import HeldOutSet, held_out_sets
 from corun_ray.service.models.flavor import CARD_FILE
@@ -174,5 +174,5 @@ def _draw_pictures(run: Location, step: int | None) -> bytes | None:
     for number, example in enumerate(examples, 1):
         hazy[str(number)] = decode_image(example.hazy)
         restored[str(number)] = decode_image(example.output)
-    picture = grid([hazy, restored], CELL_PX, ["hazy", "restored"])
-    return thumbnail(picture, MAX_PICTURED * (CELL_PX + CELL_MARGIN_PX))
+    picture = draw_grid([hazy, restored], CELL_PX, ["hazy", "restored"])
+    return encode_thumbnail(picture, MAX_PICTURED * (CELL_PX + CELL_MARGIN_PX))

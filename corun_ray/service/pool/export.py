@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from corun_ray.core.choices import Combine
 from corun_ray.core.data.augment import resize
 from corun_ray.core.data.images import BadImage, ImageU8, decode_image, encode_png
-from corun_ray.core.inference.pictures import colour_map, grid
+from corun_ray.core.inference.pictures import apply_colour_map, draw_grid
 from corun_ray.core.scoring.coherence import BlockScores, Coherence
 from corun_ray.core.training.labels import Label, decode, encode
 from corun_ray.service.data.packs import INDEX, open_pack
@@ -69,10 +69,10 @@ def picture(label: Label, hazy: ImageU8, combine: Combine) -> bytes:
     row = {
         "hazy": hazy,
         "label": _scene(label),
-        "transmission": None if label.transmission is None else colour_map(decode(label.transmission)[0]),
-        "trust map": colour_map(trust_map(label, combine)),
+        "transmission": None if label.transmission is None else apply_colour_map(decode(label.transmission)[0]),
+        "trust map": apply_colour_map(trust_map(label, combine)),
     }
-    return encode_png(grid([row], max(CELL_PX, *label.scene.shape[-2:])))
+    return encode_png(draw_grid([row], max(CELL_PX, *label.scene.shape[-2:])))
 
 
 def _scene(label: Label) -> ImageU8:

@@ -14,7 +14,7 @@ import torch
 from ray import serve
 
 from corun_ray.core.data.images import BadImage
-from corun_ray.core.inference.memory import fit_in_memory, images_at_once
+from corun_ray.core.inference.memory import compute_batch_size, fit_in_memory
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.service.inference.photos import Pixels, read_photo, write_photo
 from corun_ray.service.inference.restorers import RestorerActor
@@ -99,7 +99,7 @@ class Replica(RestorerActor):
         return [found[position] for position in range(len(images))]
 
     def _at_once(self, size: tuple[int, ...]) -> int:
-        fitting = images_at_once(self.networks["model"], size[0], size[1], self.memory_mib)
+        fitting = compute_batch_size(self.networks["model"], size[0], size[1], self.memory_mib)
         return self.max_batch if fitting is None else fitting
 
     def _restore_group(self, images: list[Pixels]) -> Sequence[Restored | Refusal]:

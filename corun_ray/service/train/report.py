@@ -13,9 +13,9 @@ import ray
 from corun_ray.config.jobs import TrainingJob
 from corun_ray.config.loading import dump_job
 from corun_ray.core.data.images import decode_image, encode_png
-from corun_ray.core.inference.pictures import grid, stage_rows, thumbnail
-from corun_ray.core.inference.restore import stages, to_tensor
-from corun_ray.core.metrics.catalog import all_metrics
+from corun_ray.core.inference.pictures import build_stage_rows, draw_grid, encode_thumbnail
+from corun_ray.core.inference.restore import restore_stages, to_tensor
+from corun_ray.core.metrics.catalog import list_metrics
 from corun_ray.core.training.checkpoints import load_network
 from corun_ray.service.models.card import read_code_version
 from corun_ray.service.report.charts import Points, draw_line_chart
@@ -83,7 +83,7 @@ def _result(log: ValidationLog) -> list[Table]:
     rows = []
     for (prefix, metric), images in log.at(log.last_step).items():
         found = estimate_interval(np.array([*images.values()]))
-        better = "less" if all_metrics()[metric].lower_better else "more"
+        better = "less" if list_metrics()[metric].lower_better else "more"
         rows.append([f"{prefix}/{metric}", f"{found.mean:.4f}", found.span, str(found.count), better])
     return [Table(["metric", "mean", "interval", "images", "better is"], rows)]
 
@@ -105,7 +105,7 @@ def _extremes(run: Location, log: ValidationLog, pictured: Mapping[str, Sequence
     found = []
     for (prefix, metric), images in log.at(last).items():
         known = [image for image, value in images.items() if not math.isnan(value)]
-        ranked = sorted(known, key=images.__getitem__, reverse=not all_metrics()[metric].lower_better)
+        ranked = sorted(known, key=images.__getitem__, reverse=not list_metrics()[metric].lower_better)
         for word, image in (("best", ranked[0]), ("worst", ranked[-1])) if ranked else ():
             name = f"{prefix}/{image}"
             if last in pictured.get(name, ()):
@@ -116,7 +116,7 @@ def _extremes(run: Location, log: ValidationLog, pictured: Mapping[str, Sequence
 
 def _side_by_side(one: Example) -> bytes:
     row = {"hazy": decode_image(one.hazy), "restored": decode_image(one.output)}
-    return thumbnail(grid([row], EXTREME_CELL_PX), 2 * EXTREME_CELL_PX + 40)
+    return encode_thumbnail(draw_grid([row], EXTREME_CELL_PX), 2 * EXTREME_CELL_PX + 40)
 
 
 def _charts(curves: Mapping[str, Points], wanted: Mapping[str, Sequence[str]]) -> list[Charts]:
@@ -145,9 +145,11 @@ def _stages(run: Location, checkpoint: Path, shown: Sequence[str], last: int | N
         return []
     pictures = []
     for name in shown[:STAGE_IMAGES]:
-        tensor = to_tensor(decode_image(thumbnail(decode_image(read_example(run, name, last).hazy), STAGE_IMAGE_PX)))
-        rows = stage_rows(stages(network, tensor), tensor)
-        pictures.append((name, encode_png(grid(list(rows.values()), STAGE_CELL_PX, list(rows)))))
+        tensor = to_tensor(
+            decode_image(encode_thumbnail(decode_image(read_example(run, name, last).hazy), STAGE_IMAGE_PX))
+        )
+        rows = build_stage_rows(restore_stages(network, tensor), tensor)
+        pictures.append((name, encode_png(draw_grid(list(rows.values()), STAGE_CELL_PX, list(rows)))))
     return [PictureItem(pictures, is_wide=True)] if pictures else []
 
 

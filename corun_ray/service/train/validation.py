@@ -14,8 +14,8 @@ from torch import nn
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.core.data.images import BadImage, ImageU8, decode_image, encode_png
-from corun_ray.core.data.samples import real_views
-from corun_ray.core.inference.pictures import Row, colour_map, grid, thumbnail
+from corun_ray.core.data.samples import make_real_views
+from corun_ray.core.inference.pictures import PictureRow, apply_colour_map, draw_grid, encode_thumbnail
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.metrics.fade import fade
 from corun_ray.core.metrics.measure import psnr, ssim
@@ -49,7 +49,7 @@ class Gallery:
                     self._extremes[metric, sign] = (sign * value, measured.image)
         wanted = self._shown | {image for _, image in self._extremes.values()}
         if measured.image in wanted:
-            self._kept[measured.image] = PicturePair(*(thumbnail(picture, PICTURE_PX) for picture in look()))
+            self._kept[measured.image] = PicturePair(*(encode_thumbnail(picture, PICTURE_PX) for picture in look()))
         self._kept = {image: pictures for image, pictures in self._kept.items() if image in wanted}
 
     def measured(self) -> list[MeasuredImage]:
@@ -118,7 +118,7 @@ class Validator:
             rows = [self._sample_row(network, index) for index in range(count)]
         # Sets with and without a truth share one grid.
         columns = dict.fromkeys(name for row in rows for name in row)
-        return encode_png(grid([{name: row.get(name) for name in columns} for row in rows]))
+        return encode_png(draw_grid([{name: row.get(name) for name in columns} for row in rows]))
 
     def _photos(self, root: str, count: int) -> dict[str, ImageU8]:
         """The first real photographs that can be used: what the stream sets aside must not fail a picture."""
@@ -130,11 +130,13 @@ class Validator:
                 found[key] = decode_image(self.manifest.read_image(root, key))
         return found
 
-    def _label_rows(self, network: nn.Module, colabator: Colabator, photos: dict[str, ImageU8]) -> list[Row]:
+    def _label_rows(self, network: nn.Module, colabator: Colabator, photos: dict[str, ImageU8]) -> list[PictureRow]:
         rows = []
         labels = colabator.pool.prefetch(list(photos)).result()
         for image, label in zip(photos.values(), labels, strict=True):
-            weak = real_views(image, np.random.default_rng(0), patch_px=self.job.data.patch_px, jpeg_quality=None).weak
+            weak = make_real_views(
+                image, np.random.default_rng(0), patch_px=self.job.data.patch_px, jpeg_quality=None
+            ).weak
             row = self._restored(network, weak)
             row["label"] = None if label is None else to_image(torch.from_numpy(decode(label.scene))[None])
             row["trust map"] = None if label is None else self._trust(colabator, label)
@@ -144,24 +146,24 @@ class Validator:
     def _trust(self, colabator: Colabator, label: Label) -> ImageU8:
         clarity, quality = (torch.from_numpy(x.copy())[None] for x in (label.block_clarity, label.block_quality))
         trust = colabator.coherence.build_trust_map(BlockScores(clarity, quality), *label.scene.shape[-2:])
-        return colour_map(trust[0, 0].numpy())
+        return apply_colour_map(trust[0, 0].numpy())
 
-    def _sample_row(self, network: nn.Module, index: int) -> Row:
+    def _sample_row(self, network: nn.Module, index: int) -> PictureRow:
         sample = SampleMaker(self.job, self.manifest, self.job.data.patch_px, lambda bad_files: None).sample(index)
         return {**self._restored(network, sample["hazy"]), "truth": sample["clear"]}
 
-    def _held_out_row(self, network: nn.Module, held: HeldOutSet, hazy_key: str, clear_key: str | None) -> Row:
+    def _held_out_row(self, network: nn.Module, held: HeldOutSet, hazy_key: str, clear_key: str | None) -> PictureRow:
         row = self._restored(network, load_image(held.hazy_root, hazy_key))
         if clear_key is not None:
             assert held.clear_root is not None
             row["truth"] = load_image(held.clear_root, clear_key)
         return row
 
-    def _restored(self, network: nn.Module, hazy: ImageU8) -> Row:
+    def _restored(self, network: nn.Module, hazy: ImageU8) -> PictureRow:
         scene, transmission = restore(network, to_tensor(hazy).to(self.device))
-        row: Row = {"hazy": hazy, "output": to_image(scene)}
+        row: PictureRow = {"hazy": hazy, "output": to_image(scene)}
         if transmission is not None:
-            row["transmission"] = colour_map(transmission[0, 0].cpu().numpy())
+            row["transmission"] = apply_colour_map(transmission[0, 0].cpu().numpy())
         return row
 
     def _tensor(self, root: str, key: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
-from corun_ray.core.metrics.catalog import no_reference_metrics
+from corun_ray.core.metrics.catalog import list_no_reference_metrics
 from corun_ray.core.scoring import quality as iqa
 from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.weights import WeightsError
@@ -34,7 +34,7 @@ def fetch(folder: Path, what: Sequence[str], progress: Progress = print) -> None
     Files that are there as the index says are kept. `progress` gets one line a file. Raises `WeightsError` for a name
     that is none of these, for a host that cannot be reached and for a file that is not what it should be.
     """
-    if unknown := sorted({*what} - {"vgg19", "daclip", *no_reference_metrics()}):
+    if unknown := sorted({*what} - {"vgg19", "daclip", *list_no_reference_metrics()}):
         raise WeightsError(f"{', '.join(unknown)}: expected vgg19, daclip or a no-reference metric of pyiqa")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def _fetch_metric(name: str, folder: Path, progress: Progress) -> None:
     def find(url: str) -> Path:
         if url not in fetched:
             raise _Wanted(url)
-        return folder / iqa.file_name(url)
+        return folder / iqa.get_file_name(url)
 
     while True:
         try:
@@ -72,7 +72,7 @@ def _fetch_metric(name: str, folder: Path, progress: Progress) -> None:
 def _fetch_file(url: str, folder: Path, progress: Progress) -> None:
     """Puts a file into the folder and its index, unless it is there as the index says."""
     contents = read_index(str(folder)) if (folder / INDEX).exists() else {}
-    name = iqa.file_name(url)
+    name = iqa.get_file_name(url)
     path = folder / name
     if path.is_file() and contents.get(name) == file_content(path):
         progress(f"{name}  {_megabytes(contents[name])}  already there")
@@ -94,12 +94,12 @@ def _download(url: str, scratch: Path) -> Path:
         # OpenAI's URLs hold the whole digest, torchvision's file names its first digits.
         whole, start = re.search(r"/([0-9a-f]{64})/", url), re.search(r"-([0-9a-f]{8,})\.\w+$", url)
         digest = whole or start
-        path = scratch / iqa.file_name(url)
+        path = scratch / iqa.get_file_name(url)
         torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress=sys.stderr.isatty())
         return _as_state_dict(path) if whole else path
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise WeightsError(f"{iqa.file_name(url)}: cannot be had from {urlparse(url).netloc} ({reason})") from None
+        raise WeightsError(f"{iqa.get_file_name(url)}: cannot be had from {urlparse(url).netloc} ({reason})") from None
 
 
 def _from_hub(repository: str, name: str, scratch: Path) -> Path:

@@ -10,7 +10,7 @@ from corun_ray.core.metrics.measure import load_measure
 from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.scoring.quality import load_quality
 from corun_ray.core.training.losses import VGG_FILE
-from corun_ray.core.weights import WeightsError, WeightsSource, no_weights
+from corun_ray.core.weights import WeightsError, WeightsSource, refuse_weights
 from corun_ray.service.weights.folder import RecordingSource, WeightsFolder, lacking
 
 NeededFiles = dict[str | None, dict[str, str]]
@@ -19,7 +19,7 @@ NeededFiles = dict[str | None, dict[str, str]]
 
 def weights_source(uri: str | None) -> WeightsSource:
     """The weights below a folder or URI of the job file, checked and kept on this node."""
-    return no_weights if uri is None else WeightsFolder(uri)
+    return refuse_weights if uri is None else WeightsFolder(uri)
 
 
 def missing_weights(needed: NeededFiles) -> list[str]:

@@ -38,7 +38,7 @@ def plain_pair(
     with phase("jpeg"):
         jpeg_quality = augment.sample_jpeg_quality(rng)
         if jpeg_quality is not None:
-            hazy = augment.jpeg_round_trip(hazy, jpeg_quality)
+            hazy = augment.apply_jpeg(hazy, jpeg_quality)
     with phase("resize"):
         return Pair(*(_scaled_and_cropped(image, crop, patch_px) for image in (hazy, clear)), jpeg_quality)
 
@@ -48,9 +48,9 @@ def plain_views(hazy: np.ndarray, rng: np.random.Generator, *, patch_px: int, jp
     with phase("resize"):
         weak = augment.resize(hazy, patch_px, patch_px)
     with phase("jpeg"):
-        weak = weak if jpeg_quality is None else augment.jpeg_round_trip(weak, jpeg_quality)
+        weak = weak if jpeg_quality is None else augment.apply_jpeg(weak, jpeg_quality)
     with phase("strong view"):
-        return RealViews(weak, augment.strong_view(rng, weak))
+        return RealViews(weak, augment.make_strong_view(rng, weak))
 
 
 def _scaled_and_cropped(image: np.ndarray, crop: augment.Crop, patch_px: int) -> np.ndarray:

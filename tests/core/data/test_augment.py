@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from corun_ray.core.data import augment
-from corun_ray.core.data.augment import Crop, jpeg_round_trip, resize, sample_crop, sample_noise
+from corun_ray.core.data.augment import Crop, apply_jpeg, resize, sample_crop, sample_noise
 
 
 def textured(height_px: int, width_px: int, sigma_px: float = 1.5) -> np.ndarray:
@@ -158,7 +158,7 @@ def test_noise_comes_in_three_kinds_at_its_rates_and_levels():
 
 
 def test_unit_noise_is_normal_and_independent():
-    noise = augment.unit_noise(np.random.default_rng(10), (400, 500, 3))
+    noise = augment.draw_unit_noise(np.random.default_rng(10), (400, 500, 3))
     assert noise.dtype == np.float32 and noise.shape == (400, 500, 3)
     assert noise.mean() == pytest.approx(0, abs=0.005) and noise.std() == pytest.approx(1, abs=0.005)
     assert (noise**4).mean() == pytest.approx(3, abs=0.05)
@@ -167,7 +167,7 @@ def test_unit_noise_is_normal_and_independent():
     for shifted in (noise[1:], noise[:, 1:], noise[..., 1:]):
         rows, columns, channels = shifted.shape
         assert abs((shifted * noise[:rows, :columns, :channels]).mean()) < 0.005
-    np.testing.assert_array_equal(noise, augment.unit_noise(np.random.default_rng(10), (400, 500, 3)))
+    np.testing.assert_array_equal(noise, augment.draw_unit_noise(np.random.default_rng(10), (400, 500, 3)))
 
 
 def test_degrade_darkens_half_and_adds_noise_to_half():
@@ -198,19 +198,19 @@ def test_degrade_adds_noise_of_the_sampled_covariance(monkeypatch):
 
 def test_jpeg_loses_more_at_a_lower_quality():
     rgb = textured(64, 80) // np.array([1, 2, 4], np.uint8)  # red, so that swapped channels would show
-    error = [np.abs(jpeg_round_trip(rgb, quality).astype(int) - rgb).mean() for quality in (95, 60, 30)]
+    error = [np.abs(apply_jpeg(rgb, quality).astype(int) - rgb).mean() for quality in (95, 60, 30)]
     assert 0 < error[0] < error[1] < error[2] < 20
-    assert jpeg_round_trip(rgb, 50).shape == rgb.shape
+    assert apply_jpeg(rgb, 50).shape == rgb.shape
 
 
 def test_jpeg_of_a_region_has_its_blocks_where_the_whole_image_would():
     rgb = textured(128, 128)
     region = slice(21, 117), slice(27, 123)
-    whole = jpeg_round_trip(rgb, 40)[region][32:64, 32:64]
-    aligned = jpeg_round_trip(rgb[region], 40, top_px=21, left_px=27)
+    whole = apply_jpeg(rgb, 40)[region][32:64, 32:64]
+    aligned = apply_jpeg(rgb[region], 40, top_px=21, left_px=27)
     assert aligned.shape == (96, 96, 3)
     np.testing.assert_array_equal(aligned[32:64, 32:64], whole)
-    assert (jpeg_round_trip(rgb[region], 40)[32:64, 32:64] != whole).any()
+    assert (apply_jpeg(rgb[region], 40)[32:64, 32:64] != whole).any()
 
 
 def test_jpeg_qualities_are_drawn_for_half():
@@ -230,16 +230,16 @@ def test_strong_operations_are_drawn_at_their_rates_and_ranges():
         for operation, strength in pair:
             strengths[operation.__name__].append(strength)
     share = {name: len(values) / 12000 for name, values in strengths.items()}
-    assert share.pop("contrast") == pytest.approx(1 / 3, abs=0.02)  # it stands twice in the list
-    assert set(share) == {"brightness", "posterize", "sharpness", "gaussian_blur"}
+    assert share.pop("adjust_contrast") == pytest.approx(1 / 3, abs=0.02)  # it stands twice in the list
+    assert set(share) == {"adjust_brightness", "posterize", "adjust_sharpness", "blur"}
     assert all(value == pytest.approx(1 / 6, abs=0.02) for value in share.values())
-    for name in ("contrast", "brightness", "sharpness"):
+    for name in ("adjust_contrast", "adjust_brightness", "adjust_sharpness"):
         assert 0.05 <= min(strengths[name]) < 0.06 and 0.94 < max(strengths[name]) <= 0.95
     # Contrast factors under 0.25 come from one of its two entries only.
-    assert np.mean(np.array(strengths["contrast"]) < 0.25) == pytest.approx(0.5 * 0.2 / 0.9, abs=0.03)
+    assert np.mean(np.array(strengths["adjust_contrast"]) < 0.25) == pytest.approx(0.5 * 0.2 / 0.9, abs=0.03)
     assert set(strengths["posterize"]) == {4, 5, 6, 7, 8}
-    radii = [strengths["gaussian_blur"].count(radius) for radius in (1, 3, 5)]
-    assert sum(radii) == len(strengths["gaussian_blur"]) and radii[0] > radii[1] > radii[2] > 200
+    radii = [strengths["blur"].count(radius) for radius in (1, 3, 5)]
+    assert sum(radii) == len(strengths["blur"]) and radii[0] > radii[1] > radii[2] > 200
     repeated = np.mean([first[0] is second[0] for first, second in pairs])
     assert repeated == pytest.approx((2**2 + 4) / 6**2, abs=0.03)
 
@@ -248,12 +248,12 @@ def test_contrast_blends_with_the_mean_grey():
     rgb = textured(40, 50)
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY).mean()
     expected = grey + 0.3 * (rgb.astype(float) - grey)
-    np.testing.assert_allclose(augment.contrast(rgb, 0.3), expected, atol=0.5001)
+    np.testing.assert_allclose(augment.adjust_contrast(rgb, 0.3), expected, atol=0.5001)
 
 
 def test_brightness_blends_with_black():
     rgb = textured(40, 50)
-    np.testing.assert_allclose(augment.brightness(rgb, 0.4), 0.4 * rgb, atol=0.5001)
+    np.testing.assert_allclose(augment.adjust_brightness(rgb, 0.4), 0.4 * rgb, atol=0.5001)
 
 
 def test_posterize_keeps_the_high_bits():
@@ -266,22 +266,22 @@ def test_posterize_keeps_the_high_bits():
 def test_sharpness_blends_with_a_smoothed_image():
     rgb = np.zeros((9, 9, 3), np.uint8)
     rgb[4, 4] = rgb[0, 0] = 130
-    softer = augment.sharpness(rgb, 0.2)
+    softer = augment.adjust_sharpness(rgb, 0.2)
     assert softer[4, 4, 0] == round(0.2 * 130 + 0.8 * 50) and softer[3, 4, 0] == 8
     assert softer[0, 0, 0] == 130 and softer[0, 1, 0] == 0
 
 
 def test_blur_grows_with_its_radius():
     rgb = textured(64, 64)
-    detail = [float(augment.gaussian_blur(rgb, radius).std()) for radius in (1, 3, 5)]
+    detail = [float(augment.blur(rgb, radius).std()) for radius in (1, 3, 5)]
     assert rgb.std() > detail[0] > detail[1] > detail[2]
 
 
 def test_a_strong_view_keeps_shape_and_source_and_follows_its_seed():
     rgb = textured(32, 32)
     source = rgb.copy()
-    views = [augment.strong_view(np.random.default_rng(seed), rgb) for seed in range(30)]
+    views = [augment.make_strong_view(np.random.default_rng(seed), rgb) for seed in range(30)]
     assert all(view.shape == rgb.shape and view.dtype == np.uint8 for view in views)
     assert sum((view != rgb).any() for view in views) >= 28  # posterizing to 8 bits twice changes nothing
     np.testing.assert_array_equal(rgb, source)
-    np.testing.assert_array_equal(augment.strong_view(np.random.default_rng(3), rgb), views[3])
+    np.testing.assert_array_equal(augment.make_strong_view(np.random.default_rng(3), rgb), views[3])

@@ -5,15 +5,15 @@ from corun_ray.core.data.haze import (
     Haze,
     HazeRange,
     add_haze,
+    compute_transmission,
     sample_haze,
-    transmission,
 )
 
 
 def test_transmission_at_given_values():
     nearness = np.array([[1.0, 0.5, 0.0]], np.float32)
     expected = [[1.0, np.exp(-1.3), np.exp(-2.6)]]
-    result = transmission(nearness, beta=1.3)
+    result = compute_transmission(nearness, beta=1.3)
     assert result.dtype == np.float32
     np.testing.assert_allclose(result, expected, rtol=1e-6)
 

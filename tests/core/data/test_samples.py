@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from corun_ray.core.data import augment
-from corun_ray.core.data.depth import DepthMap, procedural_depth
+from corun_ray.core.data.depth import DepthMap, draw_procedural_depth
 from corun_ray.core.data.haze import HazeRange
 from corun_ray.core.data.images import BadImage, decode_image
-from corun_ray.core.data.samples import paired_sample, real_side_px, real_views, synthetic_sample
+from corun_ray.core.data.samples import compute_real_side_px, crop_pair, make_real_views, make_synthetic_pair
 
 HAZE = HazeRange()
 
@@ -29,9 +29,9 @@ def as_it_is(inverse_depth: np.ndarray) -> DepthMap:
 def sample(seed: int, *, image: np.ndarray | None = None, depth: np.ndarray | None = None, **options):
     rng = np.random.default_rng(seed)
     image = scene() if image is None else image
-    depth_map = procedural_depth(rng, *image.shape[:2]) if depth is None else as_it_is(depth)
+    depth_map = draw_procedural_depth(rng, *image.shape[:2]) if depth is None else as_it_is(depth)
     defaults: dict[str, Any] = {"patch_px": 48, "haze_range": HAZE, "random_resize": True}
-    return synthetic_sample(image, depth_map, rng, **(defaults | options))
+    return make_synthetic_pair(image, depth_map, rng, **(defaults | options))
 
 
 def same_bytes(first, second) -> bool:
@@ -53,7 +53,7 @@ def test_the_same_seed_makes_the_same_bytes_and_another_seed_others():
 
 
 def test_the_source_is_left_as_it_was():
-    image, depth = scene(), procedural_depth(np.random.default_rng(0), 90, 130).pixels
+    image, depth = scene(), draw_procedural_depth(np.random.default_rng(0), 90, 130).pixels
     image_before, depth_before = image.copy(), depth.copy()
     for seed in range(10):
         sample(seed, image=image, depth=depth)
@@ -96,8 +96,8 @@ def test_the_clear_patch_is_never_degraded():
 
 def test_half_of_the_hazy_patches_went_through_jpeg(monkeypatch):
     drawn = []
-    round_trip = augment.jpeg_round_trip
-    monkeypatch.setattr(augment, "jpeg_round_trip", lambda *a, **k: drawn.append(a[1]) or round_trip(*a, **k))
+    round_trip = augment.apply_jpeg
+    monkeypatch.setattr(augment, "apply_jpeg", lambda *a, **k: drawn.append(a[1]) or round_trip(*a, **k))
     qualities = [sample(seed).jpeg_quality for seed in range(300)]
     compressed = [quality for quality in qualities if quality is not None]
     assert 120 < len(compressed) < 180
@@ -106,7 +106,7 @@ def test_half_of_the_hazy_patches_went_through_jpeg(monkeypatch):
 
 def test_jpeg_is_told_where_the_region_lies(monkeypatch):
     places = []
-    monkeypatch.setattr(augment, "jpeg_round_trip", lambda rgb, quality, **where: places.append(where) or rgb)
+    monkeypatch.setattr(augment, "apply_jpeg", lambda rgb, quality, **where: places.append(where) or rgb)
     monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: 50)
     monkeypatch.setattr(augment, "sample_crop", lambda *a, **k: augment.Crop(5, 11, 48, flip=False))
     sample(0)
@@ -170,7 +170,7 @@ def test_rotation_turns_both_patches_alike_and_changes_nothing_else(monkeypatch)
 
 def paired(seed: int, hazy: np.ndarray, clear: np.ndarray, **options):
     defaults: dict[str, Any] = {"patch_px": 48, "random_resize": True, "rotation": True}
-    return paired_sample(hazy, clear, np.random.default_rng(seed), **(defaults | options))
+    return crop_pair(hazy, clear, np.random.default_rng(seed), **(defaults | options))
 
 
 @pytest.mark.parametrize("size_px", [(90, 130), (48, 48), (30, 70)])
@@ -208,25 +208,25 @@ def test_a_pair_of_two_sizes_is_refused():
 def test_real_views_show_the_whole_image_at_the_patch_size(size_px):
     image = np.zeros((*size_px, 3), np.uint8)
     image[: size_px[0] // 2] = 100
-    views = real_views(image, np.random.default_rng(0), patch_px=48, jpeg_quality=None)
+    views = make_real_views(image, np.random.default_rng(0), patch_px=48, jpeg_quality=None)
     for view in (views.weak, views.strong):
         assert view.shape == (48, 48, 3) and view.dtype == np.uint8
     assert (views.weak[:22] == 100).all() and (views.weak[26:] == 0).all()
 
 
 def test_the_weak_view_is_the_same_every_time_and_the_strong_one_is_not():
-    views = [real_views(scene(), np.random.default_rng(seed), patch_px=48, jpeg_quality=60) for seed in range(4)]
+    views = [make_real_views(scene(), np.random.default_rng(seed), patch_px=48, jpeg_quality=60) for seed in range(4)]
     assert all(np.array_equal(view.weak, views[0].weak) for view in views)
     assert len({view.strong.tobytes() for view in views}) > 1
-    again = real_views(scene(), np.random.default_rng(0), patch_px=48, jpeg_quality=60)
+    again = make_real_views(scene(), np.random.default_rng(0), patch_px=48, jpeg_quality=60)
     assert same_bytes(again, views[0])
 
 
 def test_the_strong_view_starts_from_the_compressed_weak_view(monkeypatch):
-    monkeypatch.setattr(augment, "strong_view", lambda rng, rgb: rgb // 2)
-    plain = real_views(scene(), np.random.default_rng(0), patch_px=48, jpeg_quality=None)
-    compressed = real_views(scene(), np.random.default_rng(0), patch_px=48, jpeg_quality=40)
-    np.testing.assert_array_equal(compressed.weak, augment.jpeg_round_trip(plain.weak, 40))
+    monkeypatch.setattr(augment, "make_strong_view", lambda rng, rgb: rgb // 2)
+    plain = make_real_views(scene(), np.random.default_rng(0), patch_px=48, jpeg_quality=None)
+    compressed = make_real_views(scene(), np.random.default_rng(0), patch_px=48, jpeg_quality=40)
+    np.testing.assert_array_equal(compressed.weak, augment.apply_jpeg(plain.weak, 40))
     np.testing.assert_array_equal(compressed.strong, compressed.weak // 2)
 
 
@@ -240,8 +240,7 @@ def test_real_images_decoded_small_are_no_softer(short_px):
     ]
     photograph = np.clip(128 + 0.5 * sum(octaves), 0, 255).astype(np.uint8)
     data = cv2.imencode(".jpg", photograph, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
-    whole, small = (
-        augment.resize(decode_image(data, least_px), patch_px, patch_px) for least_px in (None, real_side_px(patch_px))
-    )
+    whole = augment.resize(decode_image(data), patch_px, patch_px)
+    small = augment.resize(decode_image(data, compute_real_side_px(patch_px)), patch_px, patch_px)
     detail = [cv2.Laplacian(patch, cv2.CV_32F).std() for patch in (whole, small)]
     assert detail[1] == pytest.approx(detail[0], rel=0.08)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from corun_ray.core.data.augment import resize
-from corun_ray.core.data.depth import procedural_depth
+from corun_ray.core.data.depth import draw_procedural_depth
 from corun_ray.core.data.haze import HazeRange
 from corun_ray.core.data.images import decode_image
-from corun_ray.core.data.samples import Pair, real_side_px, real_views, synthetic_sample
+from corun_ray.core.data.samples import Pair, compute_real_side_px, make_real_views, make_synthetic_pair
 from tests.core.data.plain_samples import plain_pair, plain_views
 
 PATCH_PX, SEEDS = 64, range(400)
@@ -32,10 +32,10 @@ def photograph(height_px: int, width_px: int) -> np.ndarray:
 @lru_cache
 def samples(random_resize: bool) -> tuple[list[Pair], list[Pair]]:
     """Ours and the straightforward ones, of the same seeds."""
-    clear, depth_map = photograph(200, 280), procedural_depth(np.random.default_rng(2), 200, 280)
+    clear, depth_map = photograph(200, 280), draw_procedural_depth(np.random.default_rng(2), 200, 280)
     options = {"patch_px": PATCH_PX, "haze_range": HazeRange(), "random_resize": random_resize}
-    ours = [synthetic_sample(clear, depth_map, np.random.default_rng(seed), **options) for seed in SEEDS]
-    depth = depth_map.inverse(depth_map.pixels)
+    ours = [make_synthetic_pair(clear, depth_map, np.random.default_rng(seed), **options) for seed in SEEDS]
+    depth = depth_map.to_inverse(depth_map.pixels)
     return ours, [plain_pair(clear, depth, np.random.default_rng(seed), **options) for seed in SEEDS]
 
 
@@ -98,7 +98,7 @@ def test_jpeg_is_drawn_as_often_and_as_strong():
 @pytest.mark.parametrize("size_px", [(250, 330), (460, 600), (920, 1200)])
 def test_real_images_decoded_small_look_as_those_decoded_whole(size_px):
     data = cv2.imencode(".jpg", photograph(*size_px), [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
-    whole, small = decode_image(data), decode_image(data, real_side_px(PATCH_PX))
+    whole, small = decode_image(data), decode_image(data, compute_real_side_px(PATCH_PX))
     assert min(small.shape[:2]) >= 1.75 * PATCH_PX and small.size < whole.size / 3.9
     weak = [resize(image, PATCH_PX, PATCH_PX) for image in (small, whole)]
     assert np.abs(weak[0].astype(int) - weak[1]).mean() < 2
@@ -112,7 +112,7 @@ def test_views_of_an_image_decoded_whole_are_those_of_the_straightforward_order(
     for seed, jpeg_quality in ((0, None), (1, 60)):
         ours, plain = (
             make(image, np.random.default_rng(seed), patch_px=PATCH_PX, jpeg_quality=jpeg_quality)
-            for make in (real_views, plain_views)
+            for make in (make_real_views, plain_views)
         )
         np.testing.assert_array_equal(ours.weak, plain.weak)
         np.testing.assert_array_equal(ours.strong, plain.strong)

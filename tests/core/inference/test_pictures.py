@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core.inference.pictures import BACKGROUND, ERROR_GAIN, GAP_PX, HEADING_PX, colour_map, grid, stage_rows
+from corun_ray.core.inference.pictures import (
+    BACKGROUND,
+    ERROR_GAIN,
+    GAP_PX,
+    HEADING_PX,
+    apply_colour_map,
+    build_stage_rows,
+    draw_grid,
+)
 from corun_ray.core.networks.corun import Restoration
 
 
@@ -21,7 +29,7 @@ def box(canvas: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int, int
 
 
 def test_colour_map_goes_from_dark_violet_to_yellow() -> None:
-    picture = colour_map(np.array([[-1.0, 0.0, 0.25], [0.75, 1.0, 2.0]]))
+    picture = apply_colour_map(np.array([[-1.0, 0.0, 0.25], [0.75, 1.0, 2.0]]))
     assert picture.shape == (2, 3, 3) and picture.dtype == np.uint8
     red, green, blue = picture[0, 1].astype(int)
     assert blue > red > green and max(red, green, blue) < 100
@@ -35,7 +43,7 @@ def test_colour_map_goes_from_dark_violet_to_yellow() -> None:
 
 def test_a_grid_places_every_picture_in_its_cell() -> None:
     red, green, blue = (200, 0, 0), (0, 200, 0), (0, 0, 200)
-    canvas = grid(
+    canvas = draw_grid(
         [
             {"hazy": plain(20, 40, red), "scene": plain(80, 40, green)},  # wide, tall
             {"hazy": None, "scene": plain(10, 40, blue)},
@@ -52,7 +60,7 @@ def test_a_grid_places_every_picture_in_its_cell() -> None:
 
 
 def test_columns_have_their_names_above_them() -> None:
-    canvas = grid([{"a": plain(30, 30, (0, 0, 0)), "": plain(30, 30, (0, 0, 0))}], cell_px=30)
+    canvas = draw_grid([{"a": plain(30, 30, (0, 0, 0)), "": plain(30, 30, (0, 0, 0))}], cell_px=30)
     heading = canvas[:HEADING_PX]
     assert heading[:, : GAP_PX + 30].min() < 150
     assert (heading[:, GAP_PX + 30 + GAP_PX :] == BACKGROUND).all()
@@ -60,14 +68,14 @@ def test_columns_have_their_names_above_them() -> None:
 
 def test_pictures_are_enlarged_and_reduced_to_the_cell() -> None:
     small, large = plain(4, 8, (200, 0, 0)), plain(300, 600, (0, 200, 0))
-    canvas = grid([{"small": small, "large": large}], cell_px=60)
+    canvas = draw_grid([{"small": small, "large": large}], cell_px=60)
     assert box(canvas, (200, 0, 0))[2:] == box(canvas, (0, 200, 0))[2:] == (30, 60)
 
 
 def test_rows_have_their_labels_to_the_left() -> None:
     red, green = (200, 0, 0), (0, 200, 0)
     rows = [{"scene": plain(30, 30, red)}, {"scene": plain(30, 30, green)}]
-    bare, labelled = grid(rows, cell_px=30), grid(rows, cell_px=30, labels=["hazy", "2"])
+    bare, labelled = draw_grid(rows, cell_px=30), draw_grid(rows, cell_px=30, labels=["hazy", "2"])
     margin = labelled.shape[1] - bare.shape[1]
     assert margin > 20 and labelled.shape[0] == bare.shape[0]
     np.testing.assert_array_equal(labelled[:, margin + GAP_PX :], bare[:, GAP_PX:])
@@ -75,21 +83,21 @@ def test_rows_have_their_labels_to_the_left() -> None:
         assert labelled[top : top + 30, :margin].min() < 150
     assert (labelled[:HEADING_PX, :margin] == BACKGROUND).all()
     with pytest.raises(ValueError):
-        grid(rows, labels=["only one"])
+        draw_grid(rows, labels=["only one"])
 
 
 def test_a_stage_shows_what_it_explains_and_what_not() -> None:
     hazy = torch.full((1, 3, 16, 20), 0.8)
     hazy[..., 10:] = 0.7
     stage = Restoration(torch.full((1, 3, 16, 20), 0.5), torch.full((1, 1, 16, 20), 0.4))  # 0.5 * 0.4 + 0.6 = 0.8
-    rows = stage_rows([stage, Restoration(hazy, None)], hazy)
+    rows = build_stage_rows([stage, Restoration(hazy, None)], hazy)
     assert list(rows) == ["hazy", "1", "2"]
     np.testing.assert_array_equal(rows["hazy"]["scene"][0, [0, -1], 0], [204, 178])
     assert {name for name, picture in rows["1"].items() if picture is None} == set()
     assert (rows["1"]["scene"] == 128).all() and (rows["1"]["re-hazed"] == 204).all()
-    np.testing.assert_array_equal(rows["1"]["transmission"], colour_map(np.full((16, 20), 0.4)))
+    np.testing.assert_array_equal(rows["1"]["transmission"], apply_colour_map(np.full((16, 20), 0.4)))
     error = np.where(np.arange(20) < 10, 0, 0.1 * ERROR_GAIN) * np.ones((16, 1))
-    np.testing.assert_allclose(rows["1"][f"error x{ERROR_GAIN}"], colour_map(error), atol=3)
+    np.testing.assert_allclose(rows["1"][f"error x{ERROR_GAIN}"], apply_colour_map(error), atol=3)
     for row in (rows["hazy"], rows["2"]):
         assert [name for name, picture in row.items() if picture is not None] == ["scene"]
-    assert grid(list(rows.values()), 40, list(rows)).shape[0] == HEADING_PX + 3 * (32 + GAP_PX)
+    assert draw_grid(list(rows.values()), 40, list(rows)).shape[0] == HEADING_PX + 3 * (32 + GAP_PX)

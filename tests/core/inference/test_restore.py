@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.inference.restore import restore, stages, to_image, to_tensor
+from corun_ray.core.inference.restore import restore, restore_stages, to_image, to_tensor
 from corun_ray.core.networks.corun import CORUN, Restoration
 from corun_ray.core.networks.spec import compute_padded_size
 
@@ -104,7 +104,7 @@ def test_every_stage_is_restored_like_the_last() -> None:
     network, hazy = CORUN(3, 4), photograph(17, 31)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
-    shown = stages(network, hazy)
+    shown = restore_stages(network, hazy)
     assert len(shown) == 3
     torch.testing.assert_close(shown[-1], restore(network, hazy), rtol=0, atol=0)
     assert not torch.equal(shown[0].scene, shown[1].scene)
@@ -116,7 +116,7 @@ def test_every_stage_is_restored_like_the_last() -> None:
 
 def test_other_networks_have_no_stages() -> None:
     with pytest.raises(ValueError, match="^Recorder has no stages to show"):
-        stages(Recorder(), photograph(16, 16))
+        restore_stages(Recorder(), photograph(16, 16))
 
 
 def test_eight_bit_images_survive_the_way_through_tensors() -> None:

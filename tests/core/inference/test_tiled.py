@@ -8,14 +8,14 @@ from corun_ray.core.inference.banded import BandedCPMM
 from corun_ray.core.inference.memory import (
     CPU_BAND_PX,
     TooLarge,
-    banded_mib,
+    choose_tile_side_px,
+    compute_batch_size,
+    estimate_banded_mib,
+    estimate_whole_mib,
     fit_in_memory,
-    images_at_once,
-    tile_side_px,
-    whole_mib,
 )
 from corun_ray.core.inference.restore import restore
-from corun_ray.core.inference.tiled import HALO_PX, TiledCPMM, in_tiles, tiles
+from corun_ray.core.inference.tiled import HALO_PX, TiledCPMM, in_tiles, split_into_tiles
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.cpmm import CPMM
 
@@ -88,7 +88,7 @@ def test_the_network_itself_stays_as_it_was() -> None:
 @pytest.mark.parametrize(("height", "width", "side"), [(8, 8, 200), (400, 1000, 264), (808, 96, 1000)])
 def test_cores_cover_the_image_once(height: int, width: int, side: int) -> None:
     covered = torch.zeros(height, width)
-    for tile in tiles(height, width, side):
+    for tile in split_into_tiles(height, width, side):
         covered[tile.core] += 1
         outer = covered[tile.outer]
         assert max(outer.shape) <= side and outer[tile.inner()].shape == covered[tile.core].shape
@@ -98,24 +98,24 @@ def test_cores_cover_the_image_once(height: int, width: int, side: int) -> None:
 def test_memory_decides_between_whole_and_tiles() -> None:
     net = network(2, 16)
     assert fit_in_memory(net, torch.rand(1, 3, 32, 32), 512) is net
-    side = tile_side_px(net, 4000, 6000, 2816)
+    side = choose_tile_side_px(net, 4000, 6000, 2816)
     assert side % 8 == 0 and 600 < side < 1500
     with pytest.raises(TooLarge, match=r"6000 x 4000 px need \d+ MiB, even in tiles; 512 are allowed"):
-        tile_side_px(net, 4000, 6000, 512)
-    need = int(str(pytest.raises(TooLarge, tile_side_px, net, 4000, 6000, 512).value).split()[5])
-    assert tile_side_px(net, 4000, 6000, need) == 2 * HALO_PX + 64
-    assert tile_side_px(net, 4000, 6000, need + 200) > 2 * HALO_PX + 64
+        choose_tile_side_px(net, 4000, 6000, 512)
+    need = int(str(pytest.raises(TooLarge, choose_tile_side_px, net, 4000, 6000, 512).value).split()[5])
+    assert choose_tile_side_px(net, 4000, 6000, need) == 2 * HALO_PX + 64
+    assert choose_tile_side_px(net, 4000, 6000, need + 200) > 2 * HALO_PX + 64
 
 
 def test_whole_comes_before_bands_and_bands_before_tiles() -> None:
     net, hazy = network(2, 8), torch.empty(1, 3, 800, 1000)
-    whole, bands = whole_mib(net, 800, 1000), banded_mib(net, 800, 1000, CPU_BAND_PX)
+    whole, bands = estimate_whole_mib(net, 800, 1000), estimate_banded_mib(net, 800, 1000, CPU_BAND_PX)
     assert whole > 2 * bands
     # On a CPU, large images go in bands even where they would fit whole.
     for memory_mib, kind in ((whole, BandedCPMM), (bands, BandedCPMM), (bands - 1, TiledCPMM)):
         assert type(fit_in_memory(net, hazy, memory_mib).first.dehaze_net) is kind
     small = hazy[..., :200, :200]
-    small_mib = whole_mib(net, 200, 200)
+    small_mib = estimate_whole_mib(net, 200, 200)
     for memory_mib, kind in ((small_mib, CPMM), (small_mib - 1, BandedCPMM)):
         assert type(fit_in_memory(net, small, memory_mib).first.dehaze_net) is kind
 
@@ -128,9 +128,9 @@ def test_other_networks_take_images_whole() -> None:
 def test_as_many_images_go_together_as_fit_whole() -> None:
     net = network(width=8)
     for memory_mib in (64, 256, 700):
-        many = images_at_once(net, 128, 208, memory_mib)
-        assert many is not None and whole_mib(net, 128 * many, 208) <= memory_mib < whole_mib(
+        many = compute_batch_size(net, 128, 208, memory_mib)
+        assert many is not None and estimate_whole_mib(net, 128 * many, 208) <= memory_mib < estimate_whole_mib(
             net, 128 * (many + 1), 208
         )
-    assert images_at_once(net, 4000, 6000, 64) == 1
-    assert images_at_once(nn.Conv2d(3, 3, 1), 120, 200, 64) is None
+    assert compute_batch_size(net, 4000, 6000, 64) == 1
+    assert compute_batch_size(nn.Conv2d(3, 3, 1), 120, 200, 64) is None

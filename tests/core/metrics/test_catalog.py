@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from corun_ray.core.metrics import catalog as iqanames
-from corun_ray.core.metrics.catalog import IqaFacts, no_reference_metrics
+from corun_ray.core.metrics import catalog
+from corun_ray.core.metrics.catalog import IqaFacts, list_no_reference_metrics
 
 
 @pytest.mark.parametrize(
@@ -23,12 +23,12 @@ from corun_ray.core.metrics.catalog import IqaFacts, no_reference_metrics
     ],
 )
 def test_range_and_direction(name: str, facts: IqaFacts) -> None:
-    assert no_reference_metrics()[name] == facts
+    assert list_no_reference_metrics()[name] == facts
 
 
 @pytest.mark.parametrize("name", ["lpips", "topiq_fr", "fid", "fid_dinov2", "inception_score", "clipscore", "qalign"])
 def test_metrics_that_cannot_rate_one_image_from_files(name: str) -> None:
-    assert name not in no_reference_metrics()
+    assert name not in list_no_reference_metrics()
 
 
 def test_ranges_that_pyiqa_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,8 +37,8 @@ def test_ranges_that_pyiqa_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
         name: {"metric_mode": "NR", "metric_opts": {"type": "X"}, "score_range": text} for name, text in ranges.items()
     }
     configs["g"] = {"metric_mode": "NR", "metric_opts": {"type": "X"}}
-    monkeypatch.setattr(iqanames, "_configs", lambda: configs)
-    bounds = {name: (facts.low, facts.high) for name, facts in no_reference_metrics.__wrapped__().items()}
+    monkeypatch.setattr(catalog, "_configs", lambda: configs)
+    bounds = {name: (facts.low, facts.high) for name, facts in list_no_reference_metrics.__wrapped__().items()}
     assert bounds == {
         "a": (0, 1),
         "b": (-2, 3.5),
@@ -51,7 +51,8 @@ def test_ranges_that_pyiqa_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_neither_pyiqa_nor_torch_is_imported() -> None:
-    code = "import sys; from corun_ray.core.metrics.catalog import no_reference_metrics as f; f(); print(*sys.modules)"
+    read = "from corun_ray.core.metrics.catalog import list_no_reference_metrics as read; read()"
+    code = f"import sys; {read}; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "corun_ray.core.metrics.catalog" in modules
     assert not {"pyiqa", "torch", "numpy"} & set(modules)

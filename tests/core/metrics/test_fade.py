@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corun_ray.core.metrics.fade import fade, fade_density
+from corun_ray.core.metrics.fade import compute_density_map, fade
 from tests import DATA
 
 ALL_IMAGES = os.environ.get("CORUN_FADE_IMAGES")
@@ -58,7 +58,7 @@ def test_more_haze_scores_higher(photo: Tensor) -> None:
 def test_density_map_finds_the_hazy_half(photo: Tensor) -> None:
     half_hazy = photo.clone()
     half_hazy[..., 48:] = photo[..., 48:] * 0.3 + 0.63
-    density = fade_density(half_hazy)
+    density = compute_density_map(half_hazy)
     assert density.shape == (1, 1, 8, 12)
     assert density[..., 6:].nanmean() > 2 * density[..., :6].nanmean()
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.metrics.pyiqa import build_metric, offline
+from corun_ray.core.metrics.pyiqa import build_metric, keep_pyiqa_offline
 from corun_ray.core.scoring.quality import IqaScorer, load_quality, probe_scorer
 from corun_ray.core.weights import WeightsError, WeightsSource
 from tests import DATA
@@ -194,7 +194,7 @@ def test_torchscript_programs_are_refused(tmp_path: Path) -> None:
 
 def ours_elsewhere() -> set[str]:
     """Names in other modules of what the replacing module defines, other than by importing it openly."""
-    own = offline.__module__
+    own = keep_pyiqa_offline.__module__
     return {
         f"{module.__name__}.{name}"
         for module in list(sys.modules.values())
@@ -213,7 +213,7 @@ def test_everything_is_put_back_after_success_and_failure(real: WeightsSource, t
         return [*functions, download_util.DEFAULT_CACHE_DIR, dict(os.environ), sys.stdout]
 
     before = state()
-    with offline(lambda url: tmp_path):
+    with keep_pyiqa_offline(lambda url: tmp_path):
         assert ours_elsewhere() and state() != before
     load_quality("brisque", real)
     assert state() == before and ours_elsewhere() == set()
@@ -272,7 +272,7 @@ def test_clip_is_found_in_its_list_and_frozen(tmp_path: Path) -> None:
 def test_a_backbone_takes_all_its_weights_from_the_metrics_own_file(tmp_path: Path) -> None:
     from pyiqa.archs.nima_arch import NIMA
 
-    with offline(lambda url: tmp_path):
+    with keep_pyiqa_offline(lambda url: tmp_path):
         state = NIMA(pretrained=False).state_dict()
     backbone = {key for key in state if state[key].isnan().any()}
     assert backbone == {key for key in state if key.startswith("base_model.")}

@@ -85,7 +85,7 @@ def test_the_same_samples_without_reading_a_file_again(keeper, dataset, tmp_path
 
 def test_a_depth_map_comes_back_with_its_scale(keeper):
     view = view_of(keeper)
-    depth = DepthMap.of(np.asfortranarray(np.arange(12, dtype=np.uint16).reshape(3, 4)), "metres")
+    depth = DepthMap.from_pixels(np.asfortranarray(np.arange(12, dtype=np.uint16).reshape(3, 4)), "metres")
     view.get("a", lambda: depth)
     ray.get(view._under_way)
     view.refresh()

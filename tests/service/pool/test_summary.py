@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core import weights as tensorfile
 from corun_ray.core.training.checkpoints import TRAINING_FILE
 from corun_ray.core.training.labels import Scores
+from corun_ray.core.weights import write_tensors
 from corun_ray.service.pool import segments, snapshots
 from corun_ray.service.pool.index import Head, PoolCounters, Segment
 from corun_ray.service.pool.source import find
@@ -46,7 +46,7 @@ def save_checkpoint(run, step, snapshot):
     folder = run / f"checkpoint_{step:08d}"
     folder.mkdir()
     record = {"step": step, "num_images_seen": step, "param_groups": [], "extra": {"pool_snapshot": snapshot}}
-    tensorfile.write(folder / TRAINING_FILE, {"weight": torch.zeros(1000)}, record)
+    write_tensors(folder / TRAINING_FILE, {"weight": torch.zeros(1000)}, record)
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from playwright.sync_api import Page, sync_playwright
 
-from corun_ray.core.inference.pictures import thumbnail
+from corun_ray.core.inference.pictures import encode_thumbnail
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.core.training.checkpoints import SPEC_FILE, save_network
@@ -43,9 +43,9 @@ def page_file(dataset, tmp_path_factory) -> Path:
     for number, image in enumerate(IMAGES):
         place = folder / "run" / EXAMPLES / "val" / image
         place.mkdir(parents=True)
-        (place / HAZY_PICTURE).write_bytes(thumbnail(photograph(rng, 90, 120), 640))
+        (place / HAZY_PICTURE).write_bytes(encode_thumbnail(photograph(rng, 90, 120), 640))
         for step in STEPS if number < 2 else STEPS[-1:]:
-            (place / name_picture(step)).write_bytes(thumbnail(photograph(rng, 90, 120), 640))
+            (place / name_picture(step)).write_bytes(encode_thumbnail(photograph(rng, 90, 120), 640))
     for step in STEPS:
         log.add(step, [MeasuredImage("val", image, {"fade": 3.0 - n / step}) for n, image in enumerate(IMAGES)])
     network = CORUN(2, 4)

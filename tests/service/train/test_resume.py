@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from corun_ray.core import weights as tensorfile
 from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
+from corun_ray.core.weights import read_tensors
 from corun_ray.service.pool import snapshots
 from corun_ray.service.runs.record import find_last_run, list_checkpoint_steps, name_checkpoint
 from corun_ray.service.telemetry.console import Console
@@ -90,7 +90,7 @@ def test_the_same_samples_come_in_the_same_order(runs):
 def test_with_one_worker_the_final_weights_and_labels_are_those_of_the_whole_run(runs):
     root, data, *_ = runs
     (whole, one), (resumed, other) = (last(root / name, data) for name in ("whole", "stopped"))
-    ours, theirs = (tensorfile.read(folder / TRAINING_FILE)[0] for folder in (one, other))
+    ours, theirs = (read_tensors(folder / TRAINING_FILE)[0] for folder in (one, other))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6, msg=name)

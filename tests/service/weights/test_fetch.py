@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import constants
 from torchvision.models import VGG19_Weights
 
-from corun_ray.core.metrics.pyiqa import offline
+from corun_ray.core.metrics.pyiqa import keep_pyiqa_offline
 from corun_ray.core.scoring import quality as iqa
 from corun_ray.core.weights import WeightsError, read_weights
 from corun_ray.service.weights import fetch as weights_fetch
@@ -58,7 +58,7 @@ def internet(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:  # noqa
     def build_metric(name, find):
         if name != "clipiqa":
             return build(name, find)
-        with offline(find):
+        with keep_pyiqa_offline(find):
             return clip_model._download(clip_model._MODELS["RN50"], "")
 
     monkeypatch.setattr(iqa, "build_metric", build_metric)

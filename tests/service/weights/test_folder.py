@@ -19,7 +19,7 @@ import pytest
 
 from corun_ray.cli.data import add_weights_commands, listing
 from corun_ray.core.errors import UserError
-from corun_ray.core.weights import WeightsError, no_weights
+from corun_ray.core.weights import WeightsError, refuse_weights
 from corun_ray.service.weights import folder as weights
 from corun_ray.service.weights.folder import (
     CACHE_VARIABLE,
@@ -287,7 +287,7 @@ def test_the_recorder_knows_what_was_asked_for_and_what_was_missing(folder):
     assert recorder.asked == ["brisque.mat", "musiq.pth"]
     assert list(recorder.missing) == ["musiq.pth"] and "weights.json" in recorder.missing["musiq.pth"]
     with pytest.raises(WeightsError, match="names no weights folder"):
-        RecordingSource(no_weights)("musiq.pth")
+        RecordingSource(refuse_weights)("musiq.pth")
 
 
 def test_the_listing_says_what_is_there_and_what_is_lacking(folder, bucket):
