@@ -13,20 +13,23 @@ from corun_ray.core.metrics.catalog import list_metrics, list_no_reference_metri
 from corun_ray.core.metrics.measure import Unmeasured, load_measure
 from corun_ray.core.metrics.pyiqa import build_metric
 from corun_ray.core.weights import WeightsError, refuse_weights
-from tests.core.metrics.test_fade import DATA, read_scores
+from tests import DATA
+from tests.core.metrics.test_fade import read_scores
 from tests.core.metrics.test_pyiqa import real
 
 __all__ = ["real"]
 
 
 def photographs() -> dict[str, np.ndarray]:
-    return {name: decode_image((DATA / name).read_bytes()) for name in read_scores(DATA / "official.tsv")}
+    return {
+        name: decode_image((DATA / "fade" / name).read_bytes()) for name in read_scores(DATA / "fade" / "official.tsv")
+    }
 
 
 def test_fade_is_the_authors_image_by_image():
     measure = load_measure("fade", refuse_weights)
     found = {name: measure(to_tensor(image), None) for name, image in photographs().items()}
-    assert found == pytest.approx(read_scores(DATA / "official.tsv"), rel=0.01)
+    assert found == pytest.approx(read_scores(DATA / "fade" / "official.tsv"), rel=0.01)
 
 
 def test_psnr_and_ssim_are_the_usual_ones_image_by_image():
