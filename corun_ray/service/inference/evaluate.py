@@ -1,10 +1,12 @@
-"""Measuring models and baselines on held-out images by Ray Data: a table, and a contact sheet to look at.
+"""Evaluation by Ray Data: measure models and baselines on a folder of images, compare them, show the images.
 
-The job of kind `evaluate`, seen from the driver: measure, show, keep."""
+`evaluate` measures. `run_evaluation` is the job of kind `evaluate`, which also writes tables, a contact sheet and a
+report.
+"""
 
 import posixpath
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,18 +25,19 @@ from corun_ray.core.inference.memory import fit_in_memory
 from corun_ray.core.inference.pictures import PictureRow, draw_grid
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.metrics.measure import Unmeasured, load_measure
-from corun_ray.service.cluster import connect as cluster
+from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import actor_slots, rows_of
 from corun_ray.service.data.manifest import held_out, load_image
 from corun_ray.service.inference.measurements import (
+    Comparisons,
+    Intervals,
     Measurements,
-    aligned,
-    as_csv,
-    as_parquet,
-    comparison_cells,
-    comparison_table,
-    summary_cells,
-    summary_table,
+    build_comparison_table,
+    build_interval_table,
+    encode_csv,
+    encode_parquet,
+    format_comparisons,
+    format_intervals,
 )
 from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, fetch_model
@@ -43,66 +46,131 @@ from corun_ray.service.report.page import REPORT_FILE, Listing, PageSection, Pic
 from corun_ray.service.runs.record import JOB_FILE
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 from corun_ray.service.telemetry.console import Console, duration
+from corun_ray.service.telemetry.tables import format_table
 from corun_ray.service.weights.needed import weights_source
 
-SHEET_ROWS = 6
+MAX_SHEET_ROWS = 6
+"""Images on the contact sheet."""
+SHEET_CELL_PX = 240
+MAX_NAMED_UNMEASURED = 10
+MAX_BLOCKS = 1000
+"""Blocks of the Ray Data input."""
+METRICS_FILE = "metrics.csv"
+SHEET_FILE = "contact_sheet.png"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that was measured."""
+    """The result of measuring a folder of images."""
 
     measurements: Measurements
     bad_files: dict[str, str]
-    """URI → reason, of images that could not be used at all."""
+    """URI → reason, of skipped images."""
     unmeasured: list[str]
-    """`IMAGE MODEL METRIC: reason`, of values that are missing."""
+    """`IMAGE MODEL METRIC: reason`, of missing values."""
     contact_sheet: bytes
     """PNG."""
 
 
-class ImageEvaluator(RestorerActor):
-    """A Ray Data actor: restores images with every model and measures the results."""
+@dataclass(frozen=True)
+class Account:
+    """What an evaluation shows: means, differences from a reference, and what is missing."""
 
-    def __init__(self, shared: dict[str, Any], threads: int, section: EvaluateSection) -> None:
-        super().__init__(shared, threads)
+    intervals: Intervals
+    comparisons: Comparisons
+    """Empty without a reference."""
+    means: list[list[str]]
+    """A heading, then the cells of each model."""
+    means_note: str
+    differences: list[list[str]]
+    """The cells of each comparison."""
+    differences_note: str
+    missing: list[str]
+    """Lines about skipped images and missing values."""
+
+    def to_lines(self) -> list[str]:
+        """Return the lines to show on the console."""
+        lines = [self.means_note, *format_table(self.means).splitlines()]
+        if self.differences:
+            lines += ["", self.differences_note, *format_table(self.differences).splitlines()]
+        return lines + self.missing
+
+
+# --- The work on one image, in a Ray Data actor ---
+
+
+class ImageEvaluator(RestorerActor):
+    """A Ray Data actor that restores images with every model and measures the results."""
+
+    def __init__(self, models: Mapping[str, "ray.ObjectRef[Model]"], threads: int, section: EvaluateSection) -> None:
+        super().__init__(models, threads)
         self.section = section
         source = weights_source(section.weights)
         self.measures = {name: load_measure(name, source, self.device) for name in section.metrics}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One image's `key`, `truth` and whether it is `shown` → its `values` (models x metrics), and a `strip`."""
+        """Measure one image.
+
+        `batch` holds the image's `key`, the key of its `truth` (empty without one), and whether it is `shown`.
+        Returns `key`, an `error` (empty where all went well), `values` (models x metrics, NaN where missing), the
+        reasons of missing values in `unmeasured`, and for a shown image a `strip`: all pictures side by side, as PNG.
+        """
         key, truth_key = batch["key"][0], batch["truth"][0]
         values = np.full((len(self.section.names), len(self.measures)), np.nan)
         unmeasured: list[str] = []
         error, strip = "", b""
+
+        # Errors of the image are returned: the other images go on. A `StorageError` ends the job.
         try:
-            hazy = to_tensor(load_image(self.section.hazy, key)).to(self.device)
-            truth = None
-            if self.section.clear is not None:
-                truth = to_tensor(load_image(self.section.clear, truth_key)).to(self.device)
-            pictures = self._pictures(hazy)
-            values, unmeasured = self._measured(key, pictures, truth)
+            hazy = self._load(self.section.hazy, key)
+            truth = None if self.section.clear is None else self._load(self.section.clear, truth_key)
+            pictures = self._restore(hazy)
+            values, unmeasured = self._measure(key, pictures, truth)
             if batch["shown"][0]:
-                strip = encode_png(np.concatenate([to_image(picture) for picture in pictures.values()], 1))
+                images = [to_image(picture) for picture in pictures.values()]
+                strip = encode_png(np.concatenate(images, axis=1))
         except (BadImage, MissingFile, ValueError) as reason:
             error = str(reason)
-        cells = {"key": key, "error": error, "unmeasured": "\n".join(unmeasured), "strip": strip}
-        row = {name: np.array([cell], dtype=object) for name, cell in cells.items()}
-        return {**row, "values": values[None]}
 
-    def _pictures(self, hazy: Tensor) -> dict[str, Tensor]:
-        """What each baseline and model makes of an image: the pictures that a user gets, of 8 bits."""
-        pictures = {"hazy": hazy}
+        # Ray Data takes columns: arrays of one row.
+        row = {"values": values[None]}
+        cells = {"key": key, "error": error, "unmeasured": "\n".join(unmeasured), "strip": strip}
+        for name, cell in cells.items():
+            row[name] = np.array([cell], dtype=object)
+        return row
+
+    def _load(self, root: str, key: str) -> Tensor:
+        """Load an image as 1 3 H W in [0, 1]."""
+        return to_tensor(load_image(root, key)).to(self.device)
+
+    def _restore(self, hazy: Tensor) -> dict[str, Tensor]:
+        """Return the picture of each baseline and model.
+
+        Pictures are 1 3 H W in [0, 1], with the levels of 8 bits, as the files that users get.
+        """
+        # The baselines: the image itself, and the dark channel prior on the CPU.
+        scenes = {"hazy": hazy}
         if "dark_channel" in self.section.baselines:
             scene = dark_channel.dehaze(hazy[0].permute(1, 2, 0).cpu().numpy())
-            pictures["dark_channel"] = torch.from_numpy(scene).permute(2, 0, 1)[None].to(self.device)
-        for name in self.section.models:
-            pictures[name] = restore(fit_in_memory(self.networks[name], hazy, self.memory_mib), hazy).scene
-        return {name: (pictures[name] * 255).round() / 255 for name in self.section.names}
+            scenes["dark_channel"] = torch.from_numpy(scene).permute(2, 0, 1)[None].to(self.device)
 
-    def _measured(self, key: str, pictures: Mapping[str, Tensor], truth: Tensor | None) -> tuple[np.ndarray, list[str]]:
-        values, unmeasured = np.full((len(pictures), len(self.measures)), np.nan), []
+        # The networks, each within this actor's memory limit.
+        for name in self.section.models:
+            network = fit_in_memory(self.networks[name], hazy, self.memory_mib)
+            scenes[name] = restore(network, hazy).scene
+
+        # Order the pictures as the job does, and round them to 8 bits.
+        return {name: (scenes[name] * 255).round() / 255 for name in self.section.names}
+
+    def _measure(self, key: str, pictures: Mapping[str, Tensor], truth: Tensor | None) -> tuple[np.ndarray, list[str]]:
+        """Return all values, and the reasons of missing values.
+
+        The values are models x metrics.
+        """
+        values = np.full((len(pictures), len(self.measures)), np.nan)
+        unmeasured = []
+
+        # A metric without a value for a picture leaves NaN and its reason.
         for row, (model, picture) in enumerate(pictures.items()):
             for column, (metric, measure) in enumerate(self.measures.items()):
                 try:
@@ -112,30 +180,33 @@ class ImageEvaluator(RestorerActor):
         return values, unmeasured
 
 
+# --- All images, from the driver ---
+
+
 def evaluate(
     section: EvaluateSection,
     pairs: list[tuple[str, str | None]],
     models: dict[str, Model],
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Measures every baseline and network; unusable images, and values that are missing, are named in the result.
+    """Measure every baseline and network on every image.
 
-    `pairs` are what `held_out` found in the section's folders. Raises `StorageError`.
+    `pairs` are hazy images and their truths, from `held_out`. Skipped images and missing values are named in the
+    result. `progress` is called with the number of images done and the number of all.
+
+    Raises `StorageError`, also where no image can be used.
     """
-    DataContext.get_current().enable_progress_bars = False
-    shared = {name: ray.put(model) for name, model in models.items()}
-    spacing = max(1, len(pairs) // SHEET_ROWS)
-    shown = {key for key, _ in pairs[::spacing][:SHEET_ROWS]}
+    # Choose the images to show: evenly spaced, so that they are from all of the folder.
+    spacing = max(1, len(pairs) // MAX_SHEET_ROWS)
+    shown = {key for key, _ in pairs[::spacing][:MAX_SHEET_ROWS]}
     items = [{"key": key, "truth": truth or "", "shown": key in shown} for key, truth in pairs]
-    slots, threads = actor_slots(len(items))
-    rows = rows_of(
-        ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
-            ImageEvaluator, batch_size=1, fn_constructor_args=(shared, threads, section), **slots
-        )
-    )
+
+    # Gather the results as they come, in any order.
     values: dict[str, np.ndarray] = {}
-    bad_files, unmeasured, strips = {}, [], {}
-    for done, row in enumerate(rows, 1):
+    bad_files: dict[str, str] = {}
+    unmeasured: list[str] = []
+    strips: dict[str, bytes] = {}
+    for done, row in enumerate(_measure_items(section, items, models), 1):
         if row["error"]:
             bad_files[posixpath.join(section.hazy, row["key"])] = row["error"]
         else:
@@ -145,103 +216,167 @@ def evaluate(
             strips[row["key"]] = row["strip"]
         if progress:
             progress(done, len(pairs))
+
     if not values:
-        raise StorageError(f"evaluate.hazy: not one of the {len(pairs)} images could be used: {bad_files}")
+        raise StorageError(f"evaluate.hazy: none of the {len(pairs)} images can be used: {bad_files}")
+
+    # Stack the values into images x models x metrics.
     images = sorted(values)
     cube = np.stack([values[key] for key in images])
     measurements = Measurements(images, list(section.names), list(section.metrics), cube)
-    return Evaluation(measurements, bad_files, sorted(unmeasured), _contact_sheet(section, dict(pairs), strips))
+    sheet = _draw_contact_sheet(section, dict(pairs), strips)
+    return Evaluation(measurements, bad_files, sorted(unmeasured), sheet)
 
 
-def _contact_sheet(section: EvaluateSection, truths: dict[str, str | None], strips: dict[str, bytes]) -> bytes:
+def _measure_items(
+    section: EvaluateSection, items: list[dict[str, Any]], models: dict[str, Model]
+) -> Iterator[dict[str, Any]]:
+    """Start the actors; return their results one by one.
+
+    Raises `StorageError`.
+    """
+    DataContext.get_current().enable_progress_bars = False
+    references = {name: ray.put(model) for name, model in models.items()}
+    slots, threads = actor_slots(len(items))
+
+    # The dataset must have no name here: see `rows_of`.
+    return rows_of(
+        ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS)).map_batches(
+            ImageEvaluator, batch_size=1, fn_constructor_args=(references, threads, section), **slots
+        )
+    )
+
+
+def _draw_contact_sheet(section: EvaluateSection, truths: dict[str, str | None], strips: dict[str, bytes]) -> bytes:
+    """Draw a row of pictures for each shown image.
+
+    A row has the picture of every model, then the truth.
+
+
+    Returns a PNG. Raises `StorageError`.
+    """
     rows = []
     for key, strip in sorted(strips.items()):
+        # A strip has pictures of one width, in order of the names.
         pictures = np.split(decode_image(strip), len(section.names), axis=1)
         row: PictureRow = dict(zip(section.names, pictures, strict=True))
         truth = truths[key]
         if section.clear is not None and truth is not None:
             row["truth"] = load_image(section.clear, truth)
         rows.append(row)
-    return encode_png(draw_grid(rows, cell_px=240))
+    return encode_png(draw_grid(rows, cell_px=SHEET_CELL_PX))
 
 
-NAMED_UNMEASURED = 10
+# --- The job of kind `evaluate` ---
 
 
 def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
-    """Measures the job's models; leaves tables and a contact sheet.
+    """Measure the job's models; write tables and a report.
 
-    Raises the errors of `held_out` and `fetch_model` before anything is started, then those of `evaluate`.
+
+    Raises the errors of `held_out` and `fetch_model` before Ray starts, then `ClusterError`, `TrackingError` and the
+    errors of `evaluate`.
     """
     started = time.monotonic()
     section = job.evaluate
+
+    # Find images and models before Ray starts: a mistake is told at once.
     pairs = held_out(section.hazy, section.clear, "evaluate")
     models = {name: fetch_model(source, get_tracking_uri(job)) for name, source in section.models.items()}
-    place = cluster.connect(job.cluster)
+
+    place = connect(job.cluster)
     run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run, tracker = locate(job.storage).child(run_id), Tracker(job, run_id)
-    facts = {
-        "images": section.hazy + (f" against {section.clear}" if section.clear else ", without a truth"),
-        "models": ", ".join(f"{name} ({source})" for name, source in section.models.items()) or "none",
+    run = locate(job.storage).child(run_id)
+    tracker = Tracker(job, run_id)
+    console.header(f"evaluate {job.name}", _describe_job(section, place, run))
+
+    # Measure, then store the results in the run's folder and in MLflow.
+    succeeded = False
+    try:
+        evaluation = evaluate(section, pairs, models, lambda done, total: console.progress(done, total, "image"))
+        account = _give_account(job.evaluate.reference, evaluation)
+        for name, content in _make_files(job, run, evaluation, account).items():
+            run.child(name).write(content)
+            tracker.log_file(name, content)
+        for model, row in account.intervals.items():
+            tracker.log_metrics(0, {f"{model}/{metric}": interval.mean for metric, interval in row.items()})
+        succeeded = True
+    finally:
+        tracker.finish(succeeded)
+
+    # Show the results.
+    for line in account.to_lines():
+        console.say(f"  {line}")
+    results = {"table": run.child(METRICS_FILE).uri, "report": run.child(REPORT_FILE).uri}
+    console.footer("done", {**results, "took": duration(time.monotonic() - started)})
+    return evaluation
+
+
+def _describe_job(section: EvaluateSection, place: str, run: Location) -> dict[str, str]:
+    """Return the facts of the job's header."""
+    truth = f" against {section.clear}" if section.clear else ", without a truth"
+    models = ", ".join(f"{name} ({source})" for name, source in section.models.items())
+    return {
+        "images": section.hazy + truth,
+        "models": models or "none",
         "metrics": ", ".join(section.metrics),
         "on": place,
         "run": run.uri,
     }
-    console.header(f"evaluate {job.name}", facts)
-    succeeded = False
-    try:
-        found = evaluate(section, pairs, models, lambda done, total: console.progress(done, total, "image"))
-        files, lines = _account(job, run, found)
-        for name, content in files.items():
-            run.child(name).write(content)
-            tracker.log_file(name, content)
-        for model, intervals in found.measurements.intervals().items():
-            tracker.log_metrics(0, {f"{model}/{metric}": interval.mean for metric, interval in intervals.items()})
-        succeeded = True
-    finally:
-        tracker.finish(succeeded)
-    for line in lines:
-        console.say(f"  {line}")
-    results = {"table": run.child("metrics.csv").uri, "report": run.child(REPORT_FILE).uri}
-    console.footer("done", {**results, "took": duration(time.monotonic() - started)})
-    return found
 
 
-def _account(job: EvaluateJob, run: Location, found: Evaluation) -> tuple[dict[str, bytes], list[str]]:
-    """What is kept of an evaluation, file by file, and what is shown of it."""
-    measurements, reference = found.measurements, job.evaluate.reference
-    intervals, table = measurements.intervals(), measurements.table()
+def _give_account(reference: str | None, evaluation: Evaluation) -> Account:
+    """Reduce the measurements to intervals, comparisons and text.
+
+    `reference` is the model or baseline to compare the others with.
+    """
+    measurements = evaluation.measurements
+    intervals = measurements.estimate_intervals()
+    comparisons = {} if reference is None else measurements.compare_with(reference)
+
+    # Name all skipped images, but only the first missing values: these may be thousands.
+    missing = [f"skipped: {uri}: {reason}" for uri, reason in evaluation.bad_files.items()]
+    for line in evaluation.unmeasured[:MAX_NAMED_UNMEASURED]:
+        missing.append(f"no value: {line}")
+    more = len(evaluation.unmeasured) - MAX_NAMED_UNMEASURED
+    if more > 0:
+        missing.append(f"no value: {more} more, empty in {METRICS_FILE}")
+
+    return Account(
+        intervals=intervals,
+        comparisons=comparisons,
+        means=format_intervals(intervals),
+        means_note=f"means over {len(measurements.images)} images, with 95 % bootstrap intervals",
+        differences=format_comparisons(comparisons),
+        differences_note=f"difference from {reference}, image by image (p: sign-flip test)",
+        missing=missing,
+    )
+
+
+def _make_files(job: EvaluateJob, run: Location, evaluation: Evaluation, account: Account) -> dict[str, bytes]:
+    """Return the contents of the run's files by name."""
+    measurements, reference = evaluation.measurements, job.evaluate.reference
+    table = measurements.to_table()
     files = {
         JOB_FILE: dump_job(job).encode(),
-        "metrics.csv": as_csv(table),
-        "metrics.parquet": as_parquet(table),
-        "summary.csv": as_csv(summary_table(intervals)),
-        "contact_sheet.png": found.contact_sheet,
+        METRICS_FILE: encode_csv(table),
+        "metrics.parquet": encode_parquet(table),
+        "summary.csv": encode_csv(build_interval_table(account.intervals)),
+        SHEET_FILE: evaluation.contact_sheet,
     }
-    means, differences = summary_cells(intervals), []
-    if reference is not None and len(measurements.models) > 1:
-        comparisons = measurements.comparisons(reference)
-        files["comparison.csv"] = as_csv(comparison_table(comparisons, reference))
-        differences = comparison_cells(comparisons)
-    missing = [f"left out: {uri}: {reason}" for uri, reason in found.bad_files.items()]
-    missing += [f"no value: {line}" for line in found.unmeasured[:NAMED_UNMEASURED]]
-    if more := len(found.unmeasured[NAMED_UNMEASURED:]):
-        missing.append(f"no value: {more} more, empty in metrics.csv")
-    about_means = f"means over {len(measurements.images)} images, with 95 % bootstrap intervals"
-    about_differences = f"less {reference}, image by image (p: sign-flip test)"
+    if reference is not None and account.comparisons:
+        files["comparison.csv"] = encode_csv(build_comparison_table(account.comparisons, reference))
+
+    # The page omits sections without items.
+    differences = [Table([""] * 6, account.differences)] if account.differences else []
+    missing = [Listing("\n".join(account.missing))] if account.missing else []
+    pictures = PictureItem([("contact sheet", evaluation.contact_sheet)], is_wide=True)
     sections = [
-        PageSection("Result", about_means, [Table(means[0], means[1:])]),
-        PageSection("Differences", about_differences, [Table([""] * 6, differences)] if differences else []),
-        PageSection(
-            "Pictures", "Some of the images.", [PictureItem([("contact sheet", found.contact_sheet)], is_wide=True)]
-        ),
-        PageSection(
-            "Missing", "Images and values not in the tables.", [Listing("\n".join(missing))] if missing else []
-        ),
+        PageSection("Result", account.means_note, [Table(account.means[0], account.means[1:])]),
+        PageSection("Differences", account.differences_note, differences),
+        PageSection("Pictures", "Some of the images.", [pictures]),
+        PageSection("Missing", "Images and values not in the tables.", missing),
         PageSection("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),
     ]
     files[REPORT_FILE] = render(run.name, f"{len(measurements.models)} models and baselines measured.", sections)
-    lines = [about_means, *aligned(means)]
-    if differences:
-        lines += ["", about_differences, *aligned(differences)]
-    return files, lines + missing
+    return files

@@ -1,7 +1,7 @@
-"""What an evaluation came to, as people and programs read it: tables of lines, CSV and Parquet."""
+"""The results of an evaluation as people and programs read them: cells of a table, CSV and Parquet."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 
 from corun_ray.core.metrics.catalog import list_metrics
 from corun_ray.service.report.statistics import Comparison, Interval, compare, estimate_interval
+
+Intervals = Mapping[str, Mapping[str, Interval]]
+"""Model → metric → mean and interval."""
+Comparisons = Mapping[str, Mapping[str, Comparison]]
+"""Model → metric → comparison with the reference."""
 
 
 @dataclass(frozen=True)
@@ -24,114 +29,152 @@ class Measurements:
     values: NDArray[np.float64]
     """Images x models x metrics; NaN where a metric has no value for an image."""
 
-    def of(self, model: str, metric: str) -> NDArray[np.float64]:
-        """One model's values of one metric, an image each."""
+    def select(self, model: str, metric: str) -> NDArray[np.float64]:
+        """Return one model's values of one metric, one for each image."""
         return self.values[:, self.models.index(model), self.metrics.index(metric)]
 
-    def intervals(self) -> dict[str, dict[str, Interval]]:
-        """Model → metric → mean and interval."""
-        return {
-            model: {metric: estimate_interval(self.of(model, metric)) for metric in self.metrics}
-            for model in self.models
-        }
+    def estimate_intervals(self) -> dict[str, dict[str, Interval]]:
+        """Return mean and interval of every model and metric."""
+        intervals: dict[str, dict[str, Interval]] = {}
+        for model in self.models:
+            intervals[model] = {metric: estimate_interval(self.select(model, metric)) for metric in self.metrics}
+        return intervals
 
-    def comparisons(self, reference: str) -> dict[str, dict[str, Comparison]]:
-        """Model → metric → how it compares with the model or baseline `reference`."""
-        return {
-            model: {
-                metric: compare(self.of(model, metric), self.of(reference, metric), list_metrics()[metric].lower_better)
-                for metric in self.metrics
-            }
-            for model in self.models
-            if model != reference
-        }
+    def compare_with(self, reference: str) -> dict[str, dict[str, Comparison]]:
+        """Compare every model with the model or baseline `reference`."""
+        comparisons: dict[str, dict[str, Comparison]] = {}
+        for model in self.models:
+            if model == reference:
+                continue
+            comparisons[model] = {}
+            for metric in self.metrics:
+                lower_better = list_metrics()[metric].lower_better
+                values, reference_values = self.select(model, metric), self.select(reference, metric)
+                comparisons[model][metric] = compare(values, reference_values, lower_better)
+        return comparisons
 
-    def table(self) -> pa.Table:
-        """One row an image and model: `image`, `model`, then a column a metric, null where it has no value."""
+    def to_table(self) -> pa.Table:
+        """Return one row for each image and model.
+
+        The columns are `image`, `model`, then each metric, null where the metric has no value.
+        """
+        # Every image is repeated for each model, in the order of the values.
         images, models = np.array(self.images, dtype=object), np.array(self.models, dtype=object)
-        columns = {"image": pa.array(images.repeat(len(models))), "model": pa.array(np.tile(models, len(images)))}
+        columns = {
+            "image": pa.array(images.repeat(len(models))),
+            "model": pa.array(np.tile(models, len(images))),
+        }
         for number, metric in enumerate(self.metrics):
+            # from_pandas turns NaN into null.
             columns[metric] = pa.array(self.values[:, :, number].ravel(), from_pandas=True)
         return pa.table(columns)
 
 
-def summary_cells(intervals: dict[str, dict[str, Interval]]) -> list[list[str]]:
-    """A heading, then a row a model: means with their intervals, an arrow to where a metric is better."""
-    metrics = list(next(iter(intervals.values())))
-    heads = [f"{metric} {'↓' if list_metrics()[metric].lower_better else '↑'}" for metric in metrics]
-    return [["", *heads], *([model, *map(_cell, row.values())] for model, row in intervals.items())]
+# --- Cells for people ---
 
 
-def comparison_cells(comparisons: dict[str, dict[str, Comparison]]) -> list[list[str]]:
-    """A row a model and metric: the mean difference with its interval, how many images are better, the verdict."""
-    return [
-        [
-            model,
-            metric,
-            _cell(found.difference, signed=True),
-            f"better on {found.better} of {found.difference.count}",
-            f"p {found.p_value:.4f}",
-            found.verdict,
-        ]
-        for model, row in comparisons.items()
-        for metric, found in row.items()
-    ]
+def format_intervals(intervals: Intervals) -> list[list[str]]:
+    """Return a heading, then each model's means.
+
+    An arrow in the heading points to where a metric is better.
+    """
+    # The first column names the models.
+    heading = [""]
+    for metric in next(iter(intervals.values())):
+        arrow = "↓" if list_metrics()[metric].lower_better else "↑"
+        heading.append(f"{metric} {arrow}")
+
+    rows = [heading]
+    for model, row in intervals.items():
+        rows.append([model, *map(_format_interval, row.values())])
+    return rows
 
 
-def summary_table(intervals: dict[str, dict[str, Interval]]) -> pa.Table:
-    """`model`, `metric`, `mean`, `low`, `high`, `images`."""
-    rows = [
-        {"model": model, "metric": metric, "mean": i.mean, "low": i.low, "high": i.high, "images": i.count}
-        for model, row in intervals.items()
-        for metric, i in row.items()
-    ]
+def format_comparisons(comparisons: Comparisons) -> list[list[str]]:
+    """Return a row for each model and metric.
+
+    The cells are model, metric, mean difference with its interval, number of better images, p-value and verdict.
+    """
+    rows = []
+    for model, row in comparisons.items():
+        for metric, comparison in row.items():
+            difference = _format_interval(comparison.difference, signed=True)
+            better = f"better on {comparison.better} of {comparison.difference.count}"
+            rows.append([model, metric, difference, better, f"p {comparison.p_value:.4f}", comparison.verdict])
+    return rows
+
+
+def _format_interval(interval: Interval, signed: bool = False) -> str:
+    """Return `MEAN [LOW, HIGH]`.
+
+    Without an interval, return the mean alone; without images, `-`.
+    """
+    if not interval.count:
+        return "-"
+
+    # A difference shows its sign even where it is positive.
+    sign = "+" if signed else ""
+    mean = f"{interval.mean:{sign}.3f}"
+    if np.isnan(interval.low):
+        return mean
+    return f"{mean} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+
+
+# --- Tables for programs ---
+
+
+def build_interval_table(intervals: Intervals) -> pa.Table:
+    """Return a table of `model`, `metric`, `mean`, `low`, `high`, `images`."""
+    rows = []
+    for model, row in intervals.items():
+        for metric, interval in row.items():
+            rows.append(
+                {
+                    "model": model,
+                    "metric": metric,
+                    "mean": interval.mean,
+                    "low": interval.low,
+                    "high": interval.high,
+                    "images": interval.count,
+                }
+            )
     return pa.Table.from_pylist(rows)
 
 
-def comparison_table(comparisons: dict[str, dict[str, Comparison]], reference: str) -> pa.Table:
-    """`model`, `against`, `metric`, `difference`, `low`, `high`, `images`, `better`, `p_value`, `verdict`."""
-    rows = [
-        {
-            "model": model,
-            "against": reference,
-            "metric": metric,
-            "difference": c.difference.mean,
-            "low": c.difference.low,
-            "high": c.difference.high,
-            "images": c.difference.count,
-            "better": c.better,
-            "p_value": c.p_value,
-            "verdict": c.verdict,
-        }
-        for model, row in comparisons.items()
-        for metric, c in row.items()
-    ]
+def build_comparison_table(comparisons: Comparisons, reference: str) -> pa.Table:
+    """Return a row for each model and metric.
+
+    The columns are `model`, `against`, `metric`, `difference`, `low`, `high`, `images`, `better`, `p_value`, `verdict`.
+    """
+    rows = []
+    for model, row in comparisons.items():
+        for metric, comparison in row.items():
+            rows.append(
+                {
+                    "model": model,
+                    "against": reference,
+                    "metric": metric,
+                    "difference": comparison.difference.mean,
+                    "low": comparison.difference.low,
+                    "high": comparison.difference.high,
+                    "images": comparison.difference.count,
+                    "better": comparison.better,
+                    "p_value": comparison.p_value,
+                    "verdict": comparison.verdict,
+                }
+            )
     return pa.Table.from_pylist(rows)
 
 
-def as_csv(table: pa.Table) -> bytes:
-    """The table with a line of names."""
+def encode_csv(table: pa.Table) -> bytes:
+    """Return the table as CSV with column names."""
     buffer = io.BytesIO()
     pyarrow.csv.write_csv(table, buffer, pyarrow.csv.WriteOptions(quoting_style="needed"))
     return buffer.getvalue()
 
 
-def as_parquet(table: pa.Table) -> bytes:
-    """The table as a Parquet file."""
+def encode_parquet(table: pa.Table) -> bytes:
+    """Return the table as a Parquet file."""
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer)
     return buffer.getvalue()
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Cells under each other, columns two spaces apart."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _cell(interval: Interval, signed: bool = False) -> str:
-    if not interval.count:
-        return "-"
-    sign = "+" if signed else ""
-    text = f"{interval.mean:{sign}.3f}"
-    return text if np.isnan(interval.low) else f"{text} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
