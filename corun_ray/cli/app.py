@@ -118,10 +118,10 @@ def parser() -> argparse.ArgumentParser:
 def _weights_of_jobs(args: argparse.Namespace) -> "list[tuple[str | None, Wanted]]":
     from corun_ray.config.loading import load_jobs
     from corun_ray.config.trials import example
-    from corun_ray.service.weights.needed import needed_files
+    from corun_ray.service.weights.needed import find_needed_files
 
     jobs = map(example, load_jobs(Path(args.where), args.set))
-    return [folder for job in jobs for folder in needed_files(job).items()]
+    return [folder for job in jobs for folder in find_needed_files(job).items()]
 
 
 def _check(args: argparse.Namespace) -> int:

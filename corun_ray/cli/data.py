@@ -45,10 +45,10 @@ def add_weights_commands(commands: "argparse._SubParsersAction", job_needs: JobN
 
 
 def listing(folder_uri: str | None, wanted: "Wanted") -> list[str]:
-    """A table of `inventory`: file, size in MB, start of the SHA-256, state, needed by."""
-    from corun_ray.service.weights.folder import inventory
+    """A table of `list_files`: file, size in MB, start of the SHA-256, state, needed by."""
+    from corun_ray.service.weights.folder import list_files
 
-    rows = inventory(folder_uri, wanted)
+    rows = list_files(folder_uri, wanted)
     width = max([len(row.name) for row in rows] + [4])
     lines = [f"{'file':<{width}}  {'MB':>8}  {'sha256':<12}  {'state':<12}  needed by"]
     for row in rows:
@@ -78,7 +78,7 @@ def _index(args: argparse.Namespace) -> int:
 
 def _ls(args: argparse.Namespace, job_needs: JobNeeds) -> int:
     """Exits with 1 where a wanted file cannot be used."""
-    from corun_ray.service.weights.folder import lacking
+    from corun_ray.service.weights.folder import describe_lacking
 
     is_job = args.where.endswith((".yaml", ".yml"))
     folders: Sequence[tuple[str | None, Wanted]] = job_needs(args) if is_job else [(args.where, {})]
@@ -87,4 +87,4 @@ def _ls(args: argparse.Namespace, job_needs: JobNeeds) -> int:
     for folder_uri, wanted in folders:
         print(f"{folder_uri or 'no weights folder'}:")
         print("\n".join(listing(folder_uri, wanted)))
-    return int(any(lacking(folder_uri, wanted) for folder_uri, wanted in folders))
+    return int(any(describe_lacking(folder_uri, wanted) for folder_uri, wanted in folders))

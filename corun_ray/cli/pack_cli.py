@@ -60,27 +60,27 @@ def _plan_and_pack(args: argparse.Namespace) -> None:
     import time
 
     from corun_ray.service.cluster import connect as cluster
-    from corun_ray.service.data.packing import pack, plan_pack, shards_there
+    from corun_ray.service.data.packing import find_written_shards, pack, plan_pack
     from corun_ray.service.telemetry.console import Console, duration
 
     console, started_s = Console(), time.monotonic()
     plan = plan_pack(args.images, args.output, args.depth, args.shard_mib, args.keep_png)
-    there = shards_there(plan)
+    there = find_written_shards(plan)
     facts = {"images": f"{plan.num_images} below {plan.images}, {plan.num_bytes / 2**20:.1f} MiB"}
     if plan.depth is not None:
         facts["images"] += f" with their depth below {plan.depth}"
     facts["output"] = f"{plan.output}: {len(plan.shards)} shards, {len(there)} of them there already"
     if args.dry_run:
         console.header("pack, dry run", facts)
-        _name_left_out(plan.left_out, console)
+        _name_left_out(plan.skipped, console)
         return
     facts["on"] = cluster.connect()
     console.header("pack", facts)
     packed = pack(plan, there, lambda done, total: console.progress(done, total, "image"))
-    _name_left_out(packed.left_out, console)
+    _name_left_out(packed.skipped, console)
     console.footer(
         f"done: {packed.images} images in {packed.shards} shards, {packed.num_bytes / 2**20:.1f} MiB",
-        {"left out": str(len(packed.left_out)), "took": duration(time.monotonic() - started_s)},
+        {"left out": str(len(packed.skipped)), "took": duration(time.monotonic() - started_s)},
     )
 
 

@@ -38,14 +38,14 @@ def add_doctor_command(commands: "argparse._SubParsersAction") -> None:
 
 def _doctor(args: argparse.Namespace) -> int:
     from corun_ray.config.loading import load_jobs
-    from corun_ray.service.doctor.doctor import Doctor, Needs, needs_of
-    from corun_ray.service.doctor.places import hurry
+    from corun_ray.service.doctor.doctor import Doctor, Needs, collect_needs
+    from corun_ray.service.doctor.places import shorten_patience
 
-    hurry()
+    shorten_patience()
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
     is_well = True
     with using_ray():
-        needs = needs_of(load_jobs(args.job, args.set)) if args.job else Needs("runs", tracking)
+        needs = collect_needs(load_jobs(args.job, args.set)) if args.job else Needs("runs", tracking)
         for finding in Doctor(needs.at(args.storage, args.tracking)).examine():
             print(finding, flush=True)
             is_well = is_well and finding.is_ok is not False

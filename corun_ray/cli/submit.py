@@ -13,7 +13,7 @@ from corun_ray.cli.common import DONE, FAILED, WRONG_REQUEST
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
 
-    from corun_ray.service.cluster.jobs_api import Jobs
+    from corun_ray.service.cluster.jobs_api import JobsClient
     from corun_ray.service.cluster.submission import Submission
 
 LAST_LINES = 5
@@ -104,16 +104,16 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from corun_ray.service.cluster.submission import submission_of
+    from corun_ray.service.cluster.submission import prepare_submission
 
-    submission = submission_of(args.job, args.set, args.resume, args.name, more_env=args.env)
+    submission = prepare_submission(args.job, args.set, args.resume, args.name, more_env=args.env)
     if args.dry_run:
         print(_description(submission))
         return DONE
     return _with_jobs(functools.partial(_submit_to, submission), args)
 
 
-def _submit_to(submission: "Submission", jobs: "Jobs", args: argparse.Namespace) -> int:
+def _submit_to(submission: "Submission", jobs: "JobsClient", args: argparse.Namespace) -> int:
     submission_id = jobs.submit(submission)
     print(f"submitted as {submission_id} to {jobs.address}", flush=True)
     if args.no_wait:
@@ -138,7 +138,7 @@ def _ways_on(name: str) -> str:
     return "\n".join(f"  corun-ray jobs {verb:<6} {name}" for verb in ("follow", "status", "stop"))
 
 
-def _followed(jobs: "Jobs", submission_id: str, name: str) -> int:
+def _followed(jobs: "JobsClient", submission_id: str, name: str) -> int:
     """Copies the log to the job's end, or until a person wants no more of it; returns the exit code."""
     from corun_ray.service.cluster.jobs_api import LogCopy
 
@@ -175,19 +175,19 @@ def _code_of(job: "JobDetails") -> int:
     return FAILED
 
 
-def _with_jobs(action: "Callable[[Jobs, argparse.Namespace], int]", args: argparse.Namespace) -> int:
-    from corun_ray.service.cluster.jobs_api import Jobs
+def _with_jobs(action: "Callable[[JobsClient, argparse.Namespace], int]", args: argparse.Namespace) -> int:
+    from corun_ray.service.cluster.jobs_api import JobsClient
 
-    return action(Jobs(args.address), args)
+    return action(JobsClient(args.address), args)
 
 
-def _ls(jobs: "Jobs", args: argparse.Namespace) -> int:
+def _ls(jobs: "JobsClient", args: argparse.Namespace) -> int:
     rows = [(str(job.submission_id), job.status.value.lower(), *_times(job)) for job in jobs.all()]
     print(_table([("JOB", "STATUS", "STARTED", "TOOK"), *rows]) if rows else "no job was submitted to this cluster")
     return DONE
 
 
-def _status(jobs: "Jobs", args: argparse.Namespace) -> int:
+def _status(jobs: "JobsClient", args: argparse.Namespace) -> int:
     job = jobs.find(args.name)
     started, took = _times(job)
     facts = {"status": job.status.value.lower(), "started": started, "took": took, "command": job.entrypoint}
@@ -197,12 +197,12 @@ def _status(jobs: "Jobs", args: argparse.Namespace) -> int:
     return DONE
 
 
-def _follow(jobs: "Jobs", args: argparse.Namespace) -> int:
+def _follow(jobs: "JobsClient", args: argparse.Namespace) -> int:
     job = jobs.find(args.name)
     return _followed(jobs, str(job.submission_id), args.name)
 
 
-def _stop(jobs: "Jobs", args: argparse.Namespace) -> int:
+def _stop(jobs: "JobsClient", args: argparse.Namespace) -> int:
     from corun_ray.service.cluster.jobs_api import RUNNING, LogCopy
 
     job = jobs.find(args.name)

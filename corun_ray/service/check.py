@@ -8,8 +8,14 @@ from corun_ray.config.trials import example
 from corun_ray.core.choices import QUALITY_NAMES
 from corun_ray.core.errors import UserError
 from corun_ray.core.metrics.catalog import OWN_METRICS
-from corun_ray.service.cluster.gpus import gpus_of_driver
-from corun_ray.service.data.manifest import Manifest, build_manifest, held_out, held_out_sets, images_below
+from corun_ray.service.cluster.gpus import count_driver_gpus
+from corun_ray.service.data.manifest import (
+    Manifest,
+    build_manifest,
+    list_images,
+    list_validation_sets,
+    pair_validation_images,
+)
 from corun_ray.service.storage import locate
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")
@@ -41,19 +47,20 @@ def _data(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
     if isinstance(job, TrainingJob):
         manifest = build_manifest(job)
         yield f"data      {_pairs(manifest)}, {len(manifest.hazy)} real hazy"
-        for uri, reason in manifest.set_aside.items():
+        for uri, reason in manifest.skipped.items():
             yield f"set aside {uri}: {reason}"
-        for held in held_out_sets(job):
+        for held in list_validation_sets(job):
             yield f"held out  {len(held.pairs)} images, measured as {held.prefix}/..."
-        if len(manifest.set_aside) > job.data.max_bad_fraction * manifest.num_images:
-            share = f"{len(manifest.set_aside)} of {manifest.num_images}"
+        if len(manifest.skipped) > job.data.max_bad_fraction * manifest.num_images:
+            share = f"{len(manifest.skipped)} of {manifest.num_images}"
             raise _Mistake(
                 f"data.max_bad_fraction: {share} files are set aside, more than {job.data.max_bad_fraction:g}"
             )
     elif isinstance(job, EvaluateJob):
-        yield f"data      {len(held_out(job.evaluate.hazy, job.evaluate.clear, 'evaluate'))} images to measure on"
+        pairs = pair_validation_images(job.evaluate.hazy, job.evaluate.clear, "evaluate")
+        yield f"data      {len(pairs)} images to measure on"
     elif isinstance(job, DehazeJob):
-        yield f"data      {len(images_below(job.dehaze.input, 'dehaze.input'))} images to dehaze"
+        yield f"data      {len(list_images(job.dehaze.input, 'dehaze.input'))} images to dehaze"
 
 
 def _pairs(manifest: Manifest) -> str:
@@ -98,12 +105,12 @@ def _needs_weights(job: Job) -> bool:
 def _weights(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
     if not _needs_weights(job):
         return
-    from corun_ray.service.weights.needed import missing_weights, needed_files
+    from corun_ray.service.weights.needed import describe_missing_weights, find_needed_files
 
-    needed = needed_files(job)
+    needed = find_needed_files(job)
     for folder, wanted in needed.items():
         yield f"weights   {', '.join(wanted)} in {folder}"
-    if lines := missing_weights(needed):
+    if lines := describe_missing_weights(needed):
         raise _Mistake("\n".join(lines))
 
 
@@ -128,8 +135,8 @@ def _machines(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
         who, key, work = ("replicas", "serve.gpus_per_replica", "serve")
         yield f"serves    {job.serve.host}, port {job.serve.port}, path {job.serve.path}"
     yield f"machines  {size.workers_text} {who}; {needs}, on {where or 'a local Ray'}"
-    if gpus and not where and gpus > gpus_of_driver():
+    if gpus and not where and gpus > count_driver_gpus():
         raise _Mistake(
-            f"{key}: {gpus:g} GPUs in all, but this machine has {gpus_of_driver()} "
+            f"{key}: {gpus:g} GPUs in all, but this machine has {count_driver_gpus()} "
             f"(set RAY_ADDRESS to use a cluster, or 0 to {work} on the CPU)"
         )

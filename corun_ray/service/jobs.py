@@ -7,13 +7,13 @@ from corun_ray.config.jobs import DehazeJob, EvaluateJob, Job, ServeJob, Trainin
 from corun_ray.config.trials import example
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster import connect as cluster
-from corun_ray.service.cluster.paths import with_absolute_paths
+from corun_ray.service.cluster.paths import make_paths_absolute
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.inference.dehaze import run_dehazing
 from corun_ray.service.inference.evaluate import run_evaluation
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
-from corun_ray.service.weights.needed import missing_weights, needed_files
+from corun_ray.service.weights.needed import describe_missing_weights, find_needed_files
 
 
 def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resume: bool = False) -> None:
@@ -23,12 +23,12 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
 
     Raises what `run_training`, `run_search`, `run_evaluation`, `run_dehazing` and `run_serving` raise.
     """
-    jobs = [with_absolute_paths(job) for job in jobs]
+    jobs = [make_paths_absolute(job) for job in jobs]
     for job in map(example, jobs):
         # What is wrong with any job's data or weights should be said before a cluster is asked for anything.
         if isinstance(job, TrainingJob):
             build_manifest(job)
-        if lines := missing_weights(needed_files(job)):
+        if lines := describe_missing_weights(find_needed_files(job)):
             raise WeightsError("\n".join(f"{job.name}: {line}" for line in lines))
     if any(isinstance(job, TrainingJob) for job in jobs):
         # The others ask for a cluster when they have their models: what is wrong with those takes no Ray to find out.

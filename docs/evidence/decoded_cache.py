@@ -25,10 +25,10 @@ import ray
 from corun_ray.config.jobs import ClusterSection, TrainingJob
 from corun_ray.core.timing import PHASES, PhaseTimes
 from corun_ray.service.cluster import connect as cluster
-from corun_ray.service.data.cache import Decoded, start_cache
+from corun_ray.service.data.cache import CacheView, start_cache
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.data.sample_maker import SampleMaker
-from corun_ray.service.data.stream import batches, remaining_phases, split_stream
+from corun_ray.service.data.stream import StreamTask, iterate_batches, plan_remaining_phases, split_stream
 from corun_ray.service.train.board import start_board
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -85,7 +85,7 @@ def shift(folder: Path, stem: str) -> None:
 def by_turns(job: TrainingJob, keeper: ray.actor.ActorHandle, samples: int) -> dict[str, tuple[list[float], dict]]:
     """By the way of making a sample: the times of samples in ms, and the phases of all of them in s."""
     cv2.setNumThreads(1)
-    manifest, view = build_manifest(job), Decoded(keeper)
+    manifest, view = build_manifest(job), CacheView(keeper)
     epoch = len(manifest.clear)
     makers = {name: SampleMaker(job, manifest, PATCH_PX, fail, cache) for name, cache in (("", None), ("cache", view))}
     listeners, times_ms = defaultdict(PhaseTimes), defaultdict(list)
@@ -130,9 +130,10 @@ def streamed(job: TrainingJob, cache_mib: int, samples: int) -> float:
     keeper, warm = start_cache(cache_mib, board), 6 * len(manifest.clear)
     steps = job.train.model_copy(update={"steps": warm + 4 * samples})
     job = job.model_copy(update={"train": steps})
-    ((phase, layout),) = remaining_phases(job, 0, 0, 1)
-    (shard,) = split_stream(job, ray.put(manifest), board, layout, phase.patch_px, cache=keeper)
-    ends_s = [time.perf_counter() for _ in batches(shard, layout, 0)]
+    ((phase, layout),) = plan_remaining_phases(job, 0, 0, 1)
+    task = StreamTask(job, ray.put(manifest), board, layout, phase.patch_px, cache=keeper)
+    (shard,) = split_stream(task)
+    ends_s = [time.perf_counter() for _ in iterate_batches(shard, layout, 0)]
     if keeper is not None:
         ray.kill(keeper)
     return (len(ends_s) - warm) / (ends_s[-1] - ends_s[warm - 1])

@@ -30,11 +30,11 @@ from corun_ray.core.training.labels import LocalPool
 from corun_ray.core.training.state import TrainState, compute_learning_rate
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.data.sample_maker import Batch, SampleMaker
-from corun_ray.service.data.stream import remaining_phases
+from corun_ray.service.data.stream import plan_remaining_phases
 from corun_ray.service.train.coherence import build_coherence, build_losses
 from corun_ray.service.train.learner import Learner
 from corun_ray.service.train.worker import list_learning_cycles
-from corun_ray.service.weights.needed import weights_source
+from corun_ray.service.weights.needed import open_weights
 
 
 class Samples(Dataset):
@@ -54,7 +54,7 @@ def _refuse(bad: dict[str, str]) -> None:
 
 def batches(job: TrainingJob, rank: int, workers: int) -> Iterator[Batch]:
     """One rank's batches, the same as the service's."""
-    ((_, layout),) = remaining_phases(job, 0, 0, workers)
+    ((_, layout),) = plan_remaining_phases(job, 0, 0, workers)
     first = layout.first_sample + np.arange(layout.num_steps) * layout.batch * workers + rank * layout.batch
     indices = [start + np.arange(layout.batch) for start in first]
     loader: DataLoader[Batch] = DataLoader(
@@ -72,8 +72,8 @@ def train(job: TrainingJob, rank: int, workers: int) -> list[float]:
     torch.manual_seed(job.seed)
     network = CORUN(job.network.stages, job.network.width)
     state = TrainState.start(network)
-    coherence = build_coherence(job.coherence, weights_source(None)) if job.kind == "colabator" else None
-    losses = build_losses(job, weights_source(None), coherence)
+    coherence = build_coherence(job.coherence, open_weights(None)) if job.kind == "colabator" else None
+    losses = build_losses(job, open_weights(None), coherence)
     learner = Learner(job, state, losses, coherence, LocalPool(), rank, torch.device("cpu"))
     cycles, rates, since_s = list_learning_cycles(job.optim), [], time.perf_counter()
     for batch in batches(job, rank, workers):

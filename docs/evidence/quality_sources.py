@@ -14,7 +14,7 @@ import torch
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.restore import to_tensor
 from corun_ray.core.scoring.quality import load_quality
-from corun_ray.service.data.manifest import images_below
+from corun_ray.service.data.manifest import list_images
 from corun_ray.service.weights.folder import WeightsFolder
 
 
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("sources", metavar="WEIGHTS", nargs="+")
     parser.add_argument("--metrics", nargs="+", default=["brisque", "niqe"])
     args = parser.parse_args()
-    names = images_below(str(args.photographs), "PHOTOS")
+    names = list_images(str(args.photographs), "PHOTOS")
     agree = True
     for metric in args.metrics:
         scores = []

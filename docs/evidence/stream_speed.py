@@ -31,7 +31,7 @@ from corun_ray.core.timing import PHASES, PhaseTimes, phase
 from corun_ray.demo.dataset import DemoSize, write_demo
 from corun_ray.service.data.manifest import Manifest, build_manifest
 from corun_ray.service.data.packing import pack_here, plan_pack
-from corun_ray.service.data.sample_maker import CLEAR, HAZY, SampleMaker, image_of_sample
+from corun_ray.service.data.sample_maker import CLEAR, HAZY, SampleMaker, choose_image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.core.data.plain_samples import plain_pair, plain_views
@@ -48,7 +48,7 @@ class PlainMaker:
     def sample(self, index: int) -> None:
         """Reads and makes one."""
         data, manifest, seed = self.job.data, self.manifest, self.job.seed
-        image = image_of_sample(seed, CLEAR, index, len(manifest.clear))
+        image = choose_image(seed, CLEAR, index, len(manifest.clear))
         rng = np.random.default_rng([seed, CLEAR, index, 0])
         clear = decoded(data.clear, manifest.clear[image])
         if manifest.depth is None:
@@ -64,7 +64,7 @@ class PlainMaker:
         options = {"patch_px": PATCH_PX, "random_resize": data.random_resize}
         pair = plain_pair(clear, depth, rng, haze_range=HazeRange(), **options)
         if isinstance(self.job, ColabatorJob):
-            image = image_of_sample(seed, HAZY, index, len(manifest.hazy))
+            image = choose_image(seed, HAZY, index, len(manifest.hazy))
             hazy = decoded(self.job.data.hazy, manifest.hazy[image])
             rng = np.random.default_rng([seed, HAZY, index, 0])
             plain_views(hazy, rng, patch_px=PATCH_PX, jpeg_quality=pair.jpeg_quality)

@@ -1,6 +1,6 @@
 """Preparing the jobs of a file to run."""
 
-from corun_ray.service.jobs import with_absolute_paths
+from corun_ray.service.cluster.paths import make_paths_absolute
 from tests.service.jobs import small_job
 
 
@@ -13,11 +13,11 @@ def test_every_folder_of_a_job_becomes_absolute_and_uris_stay(dataset, tmp_path,
         "validation_sets": {"far": {"hazy": "far/hazy", "clear": "far/clear"}, "near": {"hazy": "near"}},
     }
     job = small_job("colabator", dataset, tmp_path, data=data, coherence={"weights": "scorers"})
-    absolute = with_absolute_paths(job)
+    absolute = make_paths_absolute(job)
     assert absolute.data.paired.model_dump() == {"hazy": str(tmp_path / "rainy"), "clear": "file:///dry"}
     assert (absolute.data.hazy, absolute.data.validation.hazy) == (str(tmp_path / "photos"), str(tmp_path / "held"))
     far, near = absolute.data.validation_sets["far"], absolute.data.validation_sets["near"]
     assert (far.hazy, far.clear) == (str(tmp_path / "far/hazy"), str(tmp_path / "far/clear"))
     assert (near.hazy, near.clear) == (str(tmp_path / "near"), None)
     assert (absolute.coherence.weights, absolute.loss.weights) == (str(tmp_path / "scorers"), None)
-    assert with_absolute_paths(absolute) == absolute
+    assert make_paths_absolute(absolute) == absolute

@@ -4,7 +4,7 @@ import shutil
 import subprocess
 
 
-def gpus_of_driver() -> int:
+def count_driver_gpus() -> int:
     """How many the NVIDIA driver lists; 0 where there is none."""
     program = shutil.which("nvidia-smi")
     if program is None:

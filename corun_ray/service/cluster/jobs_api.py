@@ -18,7 +18,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from corun_ray.config.messages import closest
 from corun_ray.core.errors import UserError
-from corun_ray.service.cluster.submission import LEFT_OUT, Submission
+from corun_ray.service.cluster.submission import EXCLUDED_PATTERNS, Submission
 
 NAME_KEY = "corun_name"
 POLL_S = 1.0
@@ -39,7 +39,7 @@ class JobsError(UserError):
     """A cluster's Jobs API that does not answer or refuses; the message is one line."""
 
 
-class Jobs:
+class JobsClient:
     """The submitted jobs of a cluster, its last first."""
 
     def __init__(self, address: str | None = None) -> None:
@@ -60,13 +60,13 @@ class Jobs:
 
     def submit(self, submission: Submission) -> str:
         """Hands a job over, code included; returns its id. Raises `JobsError`, also where one of its name runs."""
-        running = [job.submission_id for job in self.all() if is_of(job, submission.name) and job.status in RUNNING]
+        running = [job.submission_id for job in self.all() if has_name(job, submission.name) and job.status in RUNNING]
         if running:
             raise JobsError(f"{submission.name} is running already ({running[0]}): stop it, or give another --name")
         environment: dict[str, Any] = {
             "working_dir": str(submission.working_dir),
             "env_vars": dict(submission.env),
-            "excludes": LEFT_OUT,
+            "excludes": EXCLUDED_PATTERNS,
         }
         if submission.py_modules:  # Ray takes an empty list for a broken one
             environment["py_modules"] = [str(module) for module in submission.py_modules]
@@ -88,7 +88,7 @@ class Jobs:
         """The last job of that name, or the one of that id; raises `JobsError`, saying which there are."""
         jobs = self.all()
         for job in jobs:
-            if name == job.submission_id or is_of(job, name):
+            if name == job.submission_id or has_name(job, name):
                 return job
         names = sorted({_name(job) for job in jobs})
         meant = closest(name, names)
@@ -169,7 +169,7 @@ class LogCopy:
         self._written = max(self._written, self._position)
 
 
-def is_of(job: JobDetails, name: str) -> bool:
+def has_name(job: JobDetails, name: str) -> bool:
     """Whether a job was submitted under this name."""
     return _name(job) == name
 

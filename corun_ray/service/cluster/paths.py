@@ -16,7 +16,7 @@ FOLDERS = (
 """The keys of a job file that name folders or URIs; `*` is every key at its place."""
 
 
-def with_absolute_paths(job: Job) -> Job:
+def make_paths_absolute(job: Job) -> Job:
     """The job with its folders absolute: workers do not run where the driver does."""
     tree = job.model_dump()
     for section, key, _ in _places(tree):
@@ -27,7 +27,7 @@ def with_absolute_paths(job: Job) -> Job:
     return type(job).model_validate(tree)
 
 
-def named_folders(job: Job) -> list[tuple[str, str]]:
+def list_folders(job: Job) -> list[tuple[str, str]]:
     """Every folder or URI that the job names, after its key's path."""
     tree = job.model_dump()
     found = [(path, section[key]) for section, key, path in _places(tree)]

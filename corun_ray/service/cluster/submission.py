@@ -9,11 +9,11 @@ from pathlib import Path
 from corun_ray.config.jobs import DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob
 from corun_ray.config.loading import JobFileError, load_jobs
 from corun_ray.service.cluster.connect import PACKAGE
-from corun_ray.service.cluster.paths import named_folders
+from corun_ray.service.cluster.paths import list_folders
 
 SQLITE = "sqlite:///"
 ELSEWHERE = "a submitted job runs on the cluster: give a URI, or an absolute path that its nodes reach"
-LEFT_OUT = ["/tests/", "/docs/"]
+EXCLUDED_PATTERNS = ["/tests/", "/docs/"]
 """Of a checkout, what no job needs; Ray leaves out what .gitignore names."""
 
 
@@ -48,7 +48,7 @@ class _Asked(Mapping[str, str]):
         return len(self._env)
 
 
-def submission_of(
+def prepare_submission(
     path: Path,
     overrides: Sequence[str] = (),
     resume: bool = False,
@@ -104,7 +104,7 @@ def _given(more_env: Sequence[str], env: Mapping[str, str]) -> tuple[dict[str, s
 
 def _relative_places(job: Job) -> Iterator[tuple[str, str]]:
     """Keys that name places by a relative path; a model may be one of MLflow's."""
-    places = [*named_folders(job), *_models(job)]
+    places = [*list_folders(job), *_models(job)]
     if job.tracking.uri.startswith(SQLITE):
         places.append(("tracking.uri", job.tracking.uri.removeprefix(SQLITE)))
     for key, place in places:

@@ -1,46 +1,64 @@
-"""New."""
+"""Actors of Ray Data: how many of them to start, and reading what they return. Also the handle of the notice board."""
 
 import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray.actor import ActorProxy
 from ray.data import ActorPoolStrategy, Dataset
 from ray.exceptions import RayTaskError
 
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.storage import StorageError
 
+NoticeBoard = ActorProxy[Any]
+"""Handle of the run's notice board, `service.train.board.BoardState`: a class that this room may not import."""
 
-def rows_of(outcomes: Dataset) -> Iterator[dict[str, Any]]:
-    """The rows that actors return; raises a `StorageError` of theirs, of which Ray keeps only the text.
 
-    Keep no name for `outcomes`: after an error, their actors go with the last reference.
+def iterate_rows(outcomes: Dataset) -> Iterator[dict[str, Any]]:
+    """Yield the rows that actors return.
+
+    The caller must keep no reference to `outcomes`: after an error, its actors end with the last one.
+
+    Raises `StorageError` where an actor raised one, of which Ray keeps only the text.
     """
     try:
         yield from outcomes.iter_rows()
     except RayTaskError as error:
-        # Ray Data gives its actors up when nothing refers to the iteration any more; the error's frames would.
+        # Ray Data ends its actors when nothing refers to the iteration any more; the error's frames would still do so.
         traceback.clear_frames(error.__traceback__)
         del outcomes
+
+        # Rebuild the storage error from its last line, `package.StorageError: reason`.
         kind, _, reason = find_root_cause(str(error)).partition(": ")
         if kind.endswith(StorageError.__name__):
             raise StorageError(reason) from None
         raise
 
 
-def actor_slots(num_images: int) -> tuple[dict[str, Any], int]:
-    """How many restoring actors the cluster has room and work for, and the CPU threads of each.
+def plan_actor_pool(num_images: int) -> tuple[dict[str, Any], int]:
+    """Return the arguments of `Dataset.map_batches` for restoring actors, and the CPU threads of each.
 
-    The former as arguments of `Dataset.map_batches`.
+    There are as many actors as the cluster has room for, and at most one for each image.
     """
+    # With GPUs: one actor on each.
     resources = ray.cluster_resources()
-    if gpus := int(resources.get("GPU", 0)):
+    gpus = int(resources.get("GPU", 0))
+    if gpus:
         return {"compute": ActorPoolStrategy(size=min(gpus, num_images)), "num_gpus": 1}, 1
-    # The actors read for themselves, and their input is in the object store already: nothing else needs a CPU. One is
-    # what each asks for, since more might fit on no node; where there are fewer images than CPUs, it uses several.
+
+    # Without: one actor on each CPU. Nothing else needs a CPU, since the actors read images themselves and their
+    # input is in the object store already.
     cpus = max(1, int(resources.get("CPU", 1)))
     actors = min(cpus, num_images)
-    sizes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    threads = min(cpus // actors, min(filter(None, sizes), default=1))
+
+    # Each actor asks Ray for one CPU, since no node might have room for an actor that asks for more. Where there are
+    # fewer images than CPUs, it uses several threads, at most as many as the smallest node has CPUs.
+    node_cpus = []
+    for node in ray.nodes():
+        count = int(node["Resources"].get("CPU", 0))
+        if node["Alive"] and count:
+            node_cpus.append(count)
+    threads = min(cpus // actors, min(node_cpus, default=1))
     return {"compute": ActorPoolStrategy(size=actors), "num_cpus": 1}, threads

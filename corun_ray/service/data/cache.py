@@ -1,9 +1,10 @@
 """`data.cache_mib`: decoded images and depth maps in Ray's object store, so that a node decodes each only once.
 
-Each node has an actor that puts what decoding tasks offer it into the object store and so owns it: it outlives the
-task's process, and every task on the node reads it in place. What is in stays in. An epoch takes each image once, in
-another order than the last, so what was not used for longest is what comes soonest: with room for half of the images,
-a cache that drops those would serve 15 % of the reads, one that drops nothing serves half.
+Each node has one actor that puts the images offered by decoding tasks into the object store, and so owns them: they
+outlive the task's process, and every task on the node reads them in place.
+
+No eviction. An epoch takes each image once, in another order than the epoch before, so the least recently used image
+is the one that comes next: with room for half of the images, LRU would serve 15 % of the reads, no eviction half.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -12,22 +13,24 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import ray
+from ray.actor import ActorProxy
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from corun_ray.core.data.depth import DepthMap
 from corun_ray.core.timing import phase
+from corun_ray.service.data.actors import NoticeBoard
 
-T = TypeVar("T", np.ndarray, DepthMap)
+CacheView = TypeVar("CacheView", np.ndarray, DepthMap)
 
 MIB = 2**20
 STORE_SHARE = 0.5
-"""Of a node's object store, at most; the rest is for batches and labels, which Ray would else write to disk."""
+"""Largest share of a node's object store. Batches and labels need the rest; Ray would write them to disk."""
 ANSWER_TIMEOUT_S = 1.0
-"""For so long a task waits to hear what the cache holds; then it goes on with what it knows of."""
+"""How long a task waits to hear what the cache holds, before it makes do with what it knows."""
 READ_TIMEOUT_S = 20.0
-"""Something that Ray has not found by then counts as lost."""
-OFFERS_AT_ONCE = 2
-"""That a process has under way; what it decodes meanwhile is offered in another epoch."""
+"""An object that Ray has not found by then counts as lost."""
+MAX_PENDING_OFFERS = 2
+"""Offers of a process that may be under way. Images decoded meanwhile are offered in another epoch."""
 
 
 class CacheUpdate(NamedTuple):
@@ -38,120 +41,154 @@ class CacheUpdate(NamedTuple):
 
 
 class NodeCache:
-    """One node's decoded images, up to `budget_bytes` of them, as an actor."""
+    """Actor that holds the decoded images of one node, up to `budget_bytes`."""
 
     def __init__(self, budget_bytes: int) -> None:
         self._left_bytes = budget_bytes
         self._entries: dict[Hashable, ray.ObjectRef] = {}
         self._has_room = True
 
+    @ray.method
     def offer(self, key: Hashable, value: np.ndarray | DepthMap) -> None:
-        """Keeps what is new; the first that does not fit is the end of taking."""
+        """Keep a new image; after the first that does not fit, no more are taken."""
         if key in self._entries or not self._has_room:
             return
+
         size_bytes = value.pixels.nbytes if isinstance(value, DepthMap) else value.nbytes
         self._has_room = size_bytes <= self._left_bytes
         if self._has_room:
             self._left_bytes -= size_bytes
             self._entries[key] = ray.put(value)
 
-    def since(self, count: int) -> CacheUpdate:
-        """All but the first `count` entries, in the order in which they came."""
-        return CacheUpdate([*self._entries.items()][count:], self._has_room)
+    @ray.method
+    def list_since(self, count: int) -> CacheUpdate:
+        """Return all but the first `count` entries, in the order in which they came."""
+        entries = list(self._entries.items())
+        return CacheUpdate(entries[count:], self._has_room)
 
 
 class CacheKeeper:
-    """The caches of a job's nodes, as an actor: each is made when the first task of its node asks for it."""
+    """Actor that knows the caches of a job's nodes and starts each when a task of its node first asks for it."""
 
     def __init__(self, cache_mib: int) -> None:
         self._cache_bytes = cache_mib * MIB
-        self._caches: dict[str, Any] = {}
+        self._caches: dict[str, ActorProxy[NodeCache]] = {}
 
-    def on_node(self, node_id: str, lost: Any = None) -> Any:
-        """The cache of a node: a new one if `lost`, which has died, is still the last that is known of."""
+    @ray.method
+    def get_cache(self, node_id: str, lost: ActorProxy[NodeCache] | None) -> ActorProxy[NodeCache]:
+        """Return the cache of a node.
+
+        `lost` is a cache that the caller found dead: where it is still the last one known, a new one is started.
+        """
         if node_id not in self._caches or self._caches[node_id] == lost:
             (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
-            make: Any = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": node_id})(NodeCache)
-            self._caches[node_id] = make.remote(min(self._cache_bytes, most_bytes(node)))
+            budget_bytes = min(self._cache_bytes, compute_max_bytes(node))
+            on_node = {"ray.io/node-id": node_id}
+            self._caches[node_id] = (
+                ray.remote(NodeCache).options(num_cpus=0, label_selector=on_node).remote(budget_bytes)
+            )
         return self._caches[node_id]
 
 
-def most_bytes(node: Mapping[str, Any]) -> int:
-    """What a node of `ray.nodes()` can give to a cache."""
+def compute_max_bytes(node: Mapping[str, Any]) -> int:
+    """Return the bytes that a node of `ray.nodes()` can give to a cache."""
     return int(STORE_SHARE * node["Resources"].get("object_store_memory", 0))
 
 
-def start_cache(cache_mib: int, board: Any) -> Any:
-    """The keeper on the driver's node; None for a job without a cache. All caches go when it is killed.
+def start_cache(cache_mib: int, board: NoticeBoard) -> ActorProxy[CacheKeeper] | None:
+    """Start the keeper of a job's caches on the driver's node; None for a job without a cache.
 
-    Posts a note where the nodes of now cannot hold so much.
+    Posts a note where a node of the present cluster cannot hold that much. All caches end when the keeper is killed.
     """
     if cache_mib == 0:
         return None
-    least_mib = min(most_bytes(node) for node in ray.nodes() if node["Alive"]) // MIB
+
+    # Tell of the node with the least room.
+    least_mib = min(compute_max_bytes(node) for node in ray.nodes() if node["Alive"]) // MIB
     if least_mib < cache_mib:
         board.post_note.remote(
-            f"data.cache_mib: {least_mib} MiB on some node, half of its object store (ray start --object-store-memory)"
+            f"data.cache_mib: only {least_mib} MiB fit on some node, half of its object store "
+            "(ray start --object-store-memory)"
         )
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    return ray.remote(num_cpus=0, max_restarts=-1, label_selector=here)(CacheKeeper).remote(cache_mib)
+
+    on_this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    keeper = ray.remote(CacheKeeper).options(num_cpus=0, max_restarts=-1, label_selector=on_this_node)
+    return keeper.remote(cache_mib)
 
 
-class Decoded:
-    """One process's view of its node's cache: what a `SampleMaker` decodes through. Not for several threads."""
+class CacheView:
+    """One process's view of its node's cache, through which a `SampleMaker` decodes. Not thread-safe."""
 
-    def __init__(self, keeper: Any) -> None:
-        self._keeper, self._node_id = keeper, ray.get_runtime_context().get_node_id()
-        self._cache: Any = None
-        self._lost: Any = None
+    def __init__(self, keeper: ActorProxy[CacheKeeper]) -> None:
+        self._keeper = keeper
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._cache: ActorProxy[NodeCache] | None = None
+        self._lost: ActorProxy[NodeCache] | None = None
         self._known: dict[Hashable, ray.ObjectRef] = {}
         self._num_heard = 0
         self._has_room = True
-        self._under_way: list[ray.ObjectRef] = []
+        self._pending_offers: list[ray.ObjectRef] = []
 
     def refresh(self) -> None:
-        """Hears what other tasks have added; for each few samples, since it is a round trip."""
+        """Fetch what other tasks have added; a round trip, so once for many samples."""
+        # A full cache changes no more.
         if self._cache is not None and not self._has_room:
             return
+
         try:
             if self._cache is None:
-                self._cache = ray.get(self._keeper.on_node.remote(self._node_id, self._lost), timeout=ANSWER_TIMEOUT_S)
-            news: CacheUpdate = ray.get(self._cache.since.remote(self._num_heard), timeout=ANSWER_TIMEOUT_S)
+                self._cache = ray.get(
+                    self._keeper.get_cache.remote(self._node_id, self._lost), timeout=ANSWER_TIMEOUT_S
+                )
+            update = ray.get(self._cache.list_since.remote(self._num_heard), timeout=ANSWER_TIMEOUT_S)
         except GetTimeoutError:
             return
         except RayActorError:
             self._forget()
             return
-        self._known.update(news.entries)
-        self._num_heard += len(news.entries)
-        self._has_room = news.has_room
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What the cache has of `key`, not to be written to, else what `make` makes, which is offered to it."""
+        self._known.update(update.entries)
+        self._num_heard += len(update.entries)
+        self._has_room = update.has_room
+
+    def get(self, key: Hashable, decode: Callable[[], CacheView]) -> CacheView:
+        """Return the cached value of `key`, else what `decode` returns, which is then offered to the cache.
+
+        A cached value is shared memory: do not write to it.
+        """
         if key in self._known:
             try:
                 with phase("read"):
-                    return cast(T, ray.get(self._known[key], timeout=READ_TIMEOUT_S))
+                    return cast(CacheView, ray.get(self._known[key], timeout=READ_TIMEOUT_S))
             except (ObjectLostError, GetTimeoutError):
                 self._forget()
-        value = make()
+
+        value = decode()
         if self._cache is not None and self._has_room:
-            self._offer(key, value)
+            self._offer(self._cache, key, value)
         return value
 
-    def _offer(self, key: Hashable, value: np.ndarray | DepthMap) -> None:
-        if self._under_way:
-            self._under_way = ray.wait(self._under_way, num_returns=len(self._under_way), timeout=0)[1]
-        if len(self._under_way) < OFFERS_AT_ONCE:
-            self._under_way.append(self._cache.offer.remote(key, value))
+    def _offer(self, cache: ActorProxy[NodeCache], key: Hashable, value: np.ndarray | DepthMap) -> None:
+        """Offer a decoded image to the cache, unless enough offers are under way."""
+        # Drop the offers that are done.
+        if self._pending_offers:
+            pending = self._pending_offers
+            self._pending_offers = ray.wait(pending, num_returns=len(pending), timeout=0)[1]
+
+        if len(self._pending_offers) < MAX_PENDING_OFFERS:
+            self._pending_offers.append(cache.offer.remote(key, value))
 
     def _forget(self) -> None:
-        """The cache has died, and what it owned is lost: the next refresh asks for another."""
-        self._lost, self._cache = self._cache or self._lost, None
-        self._known, self._num_heard, self._has_room = {}, 0, True
+        """Forget a cache that has died: its objects are lost, and the next refresh asks for another."""
+        if self._cache is not None:
+            self._lost = self._cache
+        self._cache = None
+        self._known = {}
+        self._num_heard = 0
+        self._has_room = True
 
 
 @lru_cache(maxsize=2)
-def decoded_of(keeper: Any) -> Decoded:
-    """The view of a process, which its tasks share."""
-    return Decoded(keeper)
+def get_cache_view(keeper: ActorProxy[CacheKeeper]) -> CacheView:
+    """Return the view that all tasks of this process share."""
+    return CacheView(keeper)

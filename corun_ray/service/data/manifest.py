@@ -28,7 +28,7 @@ class Manifest:
     depth: tuple[str, ...] | None
     """One depth map an image of `clear`; None: procedural depth."""
     hazy: tuple[str, ...]
-    set_aside: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     """URI → reason, of images that cannot be used and of files that match nothing."""
     paired_hazy: tuple[str, ...] | None = None
     """One degraded image an image of `clear`; None: `clear` is degraded by synthesis."""
@@ -38,7 +38,7 @@ class Manifest:
     @property
     def num_images(self) -> int:
         """Images in the training data, unusable ones included."""
-        return len(self.clear) + len(self.hazy) + len(self.set_aside)
+        return len(self.clear) + len(self.hazy) + len(self.skipped)
 
     def read_image(self, root: str, key: str) -> bytes:
         """An image file below a data root; raises `BadImage` and the errors of `Location`."""
@@ -52,7 +52,7 @@ class Manifest:
         pack = self.packs.get(place.uri)
         return place.child(key).read() if pack is None else pack.read(pack.depths[key])
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """A SHA-256 over the names: the same for the same data."""
         content = json.dumps([self.clear, self.depth, self.hazy, self.paired_hazy])
         return hashlib.sha256(content.encode()).hexdigest()
@@ -62,12 +62,12 @@ class ManifestError(UserError):
     """Data that holds nothing to train on; the message is one line a mistake."""
 
 
-def stem(path: str) -> str:
+def strip_suffix(path: str) -> str:
     """A relative path without its last suffix: what pairs an image with its depth or truth."""
     return posixpath.splitext(path)[0]
 
 
-def with_suffix(files: list[str], suffixes: frozenset[str]) -> list[str]:
+def filter_by_suffix(files: list[str], suffixes: frozenset[str]) -> list[str]:
     """The files of these kinds; hidden ones (.DS_Store and the like) are never data."""
     visible = (file for file in files if not posixpath.basename(file).startswith("."))
     return [file for file in visible if posixpath.splitext(file)[1].lower() in suffixes]
@@ -79,27 +79,27 @@ def pair_by_stem(
     """Image → partner of the same stem, and the reasons for images and for partners that are left over."""
     by_stem = defaultdict(list)
     for partner in partners:
-        by_stem[stem(partner)].append(partner)
+        by_stem[strip_suffix(partner)].append(partner)
     pairs, unpaired = {}, {}
     for image in images:
-        found = by_stem.get(stem(image), [])
+        found = by_stem.get(strip_suffix(image), [])
         if len(found) == 1:
             pairs[image] = found[0]
         else:
             unpaired[image] = (
                 f"{len(found)} {what}s match it: {', '.join(found)}" if found else f"no {what} of this name"
             )
-    stems = {stem(image) for image in images}
-    unused = {p: f"{what} of no image" for p in partners if stem(p) not in stems}
+    stems = {strip_suffix(image) for image in images}
+    unused = {p: f"{what} of no image" for p in partners if strip_suffix(p) not in stems}
     return pairs, unpaired, unused
 
 
-def images_below(uri: str, key: str) -> list[str]:
-    """The names of `image_files`; raises as that does."""
-    return [*image_files(uri, key)]
+def list_images(uri: str, key: str) -> list[str]:
+    """The names of `list_image_files`; raises as that does."""
+    return [*list_image_files(uri, key)]
 
 
-def image_files(uri: str, key: str) -> dict[str, FileInfo]:
+def list_image_files(uri: str, key: str) -> dict[str, FileInfo]:
     """The images under a folder or URI, with what is known of their files.
 
     Raises `ManifestError`, naming the job file's `key`, where there are none or a pack of them, and `StorageError`.
@@ -111,7 +111,7 @@ def image_files(uri: str, key: str) -> dict[str, FileInfo]:
 
 
 def _images_among(files: list[str], uri: str, key: str) -> list[str]:
-    images = with_suffix(files, IMAGE_SUFFIXES)
+    images = filter_by_suffix(files, IMAGE_SUFFIXES)
     if not images:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise ManifestError(f"{key}: no images ({kinds}) among the {len(files)} files below {uri}")
@@ -132,8 +132,8 @@ def build_manifest(job: TrainingJob) -> Manifest:
     pairs, unpaired, unused = pair_by_stem(clear, maps, "depth map")
     if not pairs:
         raise ManifestError(f"data.depth: none of the {len(maps)} depth maps below {job.data.depth} matches an image")
-    set_aside = _below(job.data.clear, unpaired) | _below(job.data.depth, unused)
-    return Manifest(tuple(pairs), tuple(pairs.values()), hazy, set_aside, packs=packs)
+    skipped = _below(job.data.clear, unpaired) | _below(job.data.depth, unused)
+    return Manifest(tuple(pairs), tuple(pairs.values()), hazy, skipped, packs=packs)
 
 
 def _images(uri: str, key: str, packs: dict[str, Pack]) -> list[str]:
@@ -144,7 +144,7 @@ def _images(uri: str, key: str, packs: dict[str, Pack]) -> list[str]:
 def _depth_maps(uri: str, packs: dict[str, Pack]) -> list[str]:
     found = _pack_or_files(uri, packs)
     if not isinstance(found, Pack):
-        return with_suffix(found, DEPTH_SUFFIXES)
+        return filter_by_suffix(found, DEPTH_SUFFIXES)
     if not found.depths:
         raise ManifestError(f"data.depth: the pack in {uri} holds no depth (corun-ray pack --depth adds it)")
     return [*found.depths]
@@ -170,23 +170,23 @@ def _paired(paired: PairedSection, hazy: tuple[str, ...], packs: dict[str, Pack]
             f"data.paired.clear: none of the {len(clean)} images below {paired.clear} "
             f"is named like one below {paired.hazy}"
         )
-    set_aside = _below(paired.hazy, unpaired) | _below(paired.clear, unused)
-    return Manifest(tuple(pairs.values()), None, hazy, set_aside, tuple(pairs), packs)
+    skipped = _below(paired.hazy, unpaired) | _below(paired.clear, unused)
+    return Manifest(tuple(pairs.values()), None, hazy, skipped, tuple(pairs), packs)
 
 
 def _below(root: str, reasons: dict[str, str]) -> dict[str, str]:
     return {posixpath.join(root, name): reason for name, reason in reasons.items()}
 
 
-def held_out(hazy_root: str, clear_root: str | None, section: str) -> list[tuple[str, str | None]]:
+def pair_validation_images(hazy_root: str, clear_root: str | None, section: str) -> list[tuple[str, str | None]]:
     """Hazy images and their truth (None without `clear_root`), by relative path.
 
     Raises `StorageError`, and `ManifestError` naming the first images without a truth and the job file's `section`.
     """
-    hazy = images_below(hazy_root, f"{section}.hazy")
+    hazy = list_images(hazy_root, f"{section}.hazy")
     if clear_root is None:
         return [(key, None) for key in hazy]
-    pairs, unpaired, _ = pair_by_stem(hazy, images_below(clear_root, f"{section}.clear"), "clear image")
+    pairs, unpaired, _ = pair_by_stem(hazy, list_images(clear_root, f"{section}.clear"), "clear image")
     if unpaired:
         named = "; ".join(f"{posixpath.join(hazy_root, key)}: {reason}" for key, reason in list(unpaired.items())[:3])
         raise ManifestError(f"{section}.clear: {len(unpaired)} of {len(hazy)} hazy images have no truth ({named})")
@@ -194,7 +194,7 @@ def held_out(hazy_root: str, clear_root: str | None, section: str) -> list[tuple
 
 
 @dataclass(frozen=True)
-class HeldOutSet:
+class ValidationSet:
     """One set of held-out images, and the prefix under which its metrics go: `val`, or `val/NAME`."""
 
     prefix: str
@@ -203,13 +203,16 @@ class HeldOutSet:
     pairs: list[tuple[str, str | None]]
 
 
-def held_out_sets(job: TrainingJob) -> list[HeldOutSet]:
-    """The job's `data.validation`, if any, then its `data.validation_sets`; raises the errors of `held_out`."""
+def list_validation_sets(job: TrainingJob) -> list[ValidationSet]:
+    """The job's `data.validation`, if any, then its `data.validation_sets`.
+
+    Raises the errors of `pair_validation_images`.
+    """
     sections = {} if job.data.validation is None else {("val", "data.validation"): job.data.validation}
     for name, section in job.data.validation_sets.items():
         sections[f"val/{name}", f"data.validation_sets.{name}"] = section
     return [
-        HeldOutSet(prefix, section.hazy, section.clear, held_out(section.hazy, section.clear, key))
+        ValidationSet(prefix, section.hazy, section.clear, pair_validation_images(section.hazy, section.clear, key))
         for (prefix, key), section in sections.items()
     ]
 

@@ -25,8 +25,15 @@ from pyarrow.fs import FileInfo
 from ray.data import DataContext
 
 from corun_ray.core.data.images import BadImage, decode_depth
-from corun_ray.service.data.actors import rows_of
-from corun_ray.service.data.manifest import DEPTH_SUFFIXES, ManifestError, image_files, pair_by_stem, stem, with_suffix
+from corun_ray.service.data.actors import iterate_rows
+from corun_ray.service.data.manifest import (
+    DEPTH_SUFFIXES,
+    ManifestError,
+    filter_by_suffix,
+    list_image_files,
+    pair_by_stem,
+    strip_suffix,
+)
 from corun_ray.service.data.packs import INDEX, INDEX_SCHEMA, SCHEMA, SHARD_FILE, SHARDS
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 
@@ -46,7 +53,7 @@ class PackEntry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackPlan:
     """What goes where."""
 
     images: str
@@ -54,7 +61,7 @@ class Plan:
     output: str
     keep_png: bool
     shards: tuple[tuple[PackEntry, ...], ...]
-    left_out: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     """URI → reason, of images without a depth map and of depth maps without an image."""
 
     def shard_name(self, shard: int) -> str:
@@ -74,26 +81,26 @@ class Plan:
         return sum(source.num_bytes for shard in self.shards for source in shard)
 
 
-def plan_pack(images: str, output: str, depth: str | None, shard_mib: int, keep_png: bool) -> Plan:
+def plan_pack(images: str, output: str, depth: str | None, shard_mib: int, keep_png: bool) -> PackPlan:
     """Lists, pairs and cuts; raises `StorageError` and `ManifestError`."""
-    files, maps, left_out = image_files(images, "IMAGES"), {}, {}
+    files, maps, skipped = list_image_files(images, "IMAGES"), {}, {}
     keys: dict[str, str | None] = dict.fromkeys(files)
     if depth is not None:
         maps = locate(depth).list_infos()
-        named = with_suffix([*maps], DEPTH_SUFFIXES)
+        named = filter_by_suffix([*maps], DEPTH_SUFFIXES)
         pairs, unpaired, unused = pair_by_stem([*keys], named, "depth map")
         if not pairs:
             raise ManifestError(f"--depth: none of the {len(named)} depth maps below {depth} matches an image")
         keys = dict(pairs)
-        left_out = {posixpath.join(images, key): reason for key, reason in unpaired.items()}
-        left_out |= {posixpath.join(depth, key): reason for key, reason in unused.items()}
+        skipped = {posixpath.join(images, key): reason for key, reason in unpaired.items()}
+        skipped |= {posixpath.join(depth, key): reason for key, reason in unused.items()}
     sources = []
     for key, depth_key in keys.items():
         infos = [files[key]] if depth_key is None else [files[key], maps[depth_key]]
         sources.append(
             PackEntry(key, depth_key, sum(info.size for info in infos), max(info.mtime_ns or 0 for info in infos))
         )
-    return Plan(images, depth, output, keep_png, tuple(_cut(sources, shard_mib * 2**20)), left_out)
+    return PackPlan(images, depth, output, keep_png, tuple(_cut(sources, shard_mib * 2**20)), skipped)
 
 
 def _cut(sources: list[PackEntry], shard_bytes: int) -> Iterator[tuple[PackEntry, ...]]:
@@ -110,22 +117,22 @@ def _cut(sources: list[PackEntry], shard_bytes: int) -> Iterator[tuple[PackEntry
 
 READS_AT_ONCE = 8
 """Files that a task asks a store for at once: it waits for answers more than it works."""
-_LEFT_OUT = b"corun_ray.left_out"
+_SKIPPED_KEY = b"corun_ray.left_out"
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackResult:
     """What became of the images."""
 
     images: int
     shards: int
     num_bytes: int
     """Of all shards."""
-    left_out: dict[str, str]
+    skipped: dict[str, str]
     """URI → reason."""
 
 
-def shards_there(plan: Plan) -> set[int]:
+def find_written_shards(plan: PackPlan) -> set[int]:
     """Which shards an earlier packing has written whole, with all files that the plan has for them.
 
     Raises `StorageError` where the output holds other things.
@@ -146,11 +153,11 @@ def _is_there(name: str, output: Location, files: Mapping[str, FileInfo]) -> boo
     except pa.ArrowException:
         return False
     # What could not be read then may be readable now.
-    whole = {SHARDS: json.dumps({_images(name): files[_images(name)].size}), _LEFT_OUT: json.dumps({})}
+    whole = {SHARDS: json.dumps({_images(name): files[_images(name)].size}), _SKIPPED_KEY: json.dumps({})}
     return all(metadata.get(key) == text.encode() for key, text in whole.items())
 
 
-def pack(plan: Plan, there: set[int], progress: Callable[[int, int], None]) -> Packed:
+def pack(plan: PackPlan, there: set[int], progress: Callable[[int, int], None]) -> PackResult:
     """Writes the shards that are not `there`, then the index; `progress` is told images done and their number.
 
     Files that cannot be read are left out, with the reason. Raises `StorageError`.
@@ -161,46 +168,46 @@ def pack(plan: Plan, there: set[int], progress: Callable[[int, int], None]) -> P
     if missing:
         DataContext.get_current().enable_progress_bars = False
         items = ray.data.from_items(missing, override_num_blocks=len(missing))
-        written = rows_of(items.map(_write_shard, fn_args=(ray.put(plan),)))  # type: ignore[arg-type]  # as in streams
+        written = iterate_rows(items.map(_write_shard, fn_args=(ray.put(plan),)))  # type: ignore[arg-type]  # as in streams
         for row in written:
             done += len(plan.shards[row["item"]])
             progress(done, plan.num_images)
     return write_index(plan)
 
 
-def pack_here(plan: Plan) -> Packed:
+def pack_here(plan: PackPlan) -> PackResult:
     """Writes everything in this process, without Ray. Raises `StorageError`."""
     for shard in range(len(plan.shards)):
         write_shard(plan, shard)
     return write_index(plan)
 
 
-def _write_shard(row: dict[str, int], plan: "ray.ObjectRef[Plan]") -> dict[str, int]:
+def _write_shard(row: dict[str, int], plan: "ray.ObjectRef[PackPlan]") -> dict[str, int]:
     write_shard(ray.get(plan), row["item"])
     return row
 
 
-def write_shard(plan: Plan, shard: int) -> None:
+def write_shard(plan: PackPlan, shard: int) -> None:
     """Writes one shard, then its part of the index; raises `StorageError`."""
     output, name, buffer = locate(plan.output), plan.shard_name(shard), io.BytesIO()
-    entries, left_out = [], {}
+    entries, skipped = [], {}
     # Images are compressed already; and uncompressed, a file's bytes are a range of the shard's.
     options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     with ThreadPoolExecutor(READS_AT_ONCE) as readers, pq.ParquetWriter(buffer, SCHEMA, **options) as writer:
         for source, row in zip(plan.shards[shard], readers.map(partial(_row, plan), plan.shards[shard]), strict=True):
             if isinstance(row, str):
-                left_out[posixpath.join(plan.images, source.key)] = row
+                skipped[posixpath.join(plan.images, source.key)] = row
                 continue
             writer.write_batch(pa.RecordBatch.from_pylist([row], schema=SCHEMA))
             entries.append({"shard": shard} | _entry(row))
     content = buffer.getvalue()
     _add_offsets(entries, content)
     output.child(_images(name)).write(content)
-    metadata = {SHARDS: json.dumps({_images(name): len(content)}), _LEFT_OUT: json.dumps(left_out)}
+    metadata = {SHARDS: json.dumps({_images(name): len(content)}), _SKIPPED_KEY: json.dumps(skipped)}
     _write_table(entries, metadata, output.child(_part(name)))
 
 
-def _row(plan: Plan, source: PackEntry) -> dict[str, str | bytes] | str:
+def _row(plan: PackPlan, source: PackEntry) -> dict[str, str | bytes] | str:
     """A row of a shard, or the reason why there is none."""
     try:
         row: dict[str, str | bytes] = {"key": source.key, "image": locate(plan.images).child(source.key).read()}
@@ -209,13 +216,13 @@ def _row(plan: Plan, source: PackEntry) -> dict[str, str | bytes] | str:
         return str(error)
 
 
-def _depth_of(plan: Plan, key: str) -> dict[str, str | bytes]:
+def _depth_of(plan: PackPlan, key: str) -> dict[str, str | bytes]:
     assert plan.depth is not None
     content, suffix = locate(plan.depth).child(key).read(), posixpath.splitext(key)[1].lower()
     if suffix != ".png" or plan.keep_png:
         return {"depth_key": key, "depth": content}
     try:
-        return {"depth_key": f"{stem(key)}.npy", "depth": _as_npy(decode_depth(content, suffix))}
+        return {"depth_key": f"{strip_suffix(key)}.npy", "depth": _as_npy(decode_depth(content, suffix))}
     except BadImage as error:
         raise BadImage(f"its depth map {posixpath.join(plan.depth, key)}: {error}") from None
 
@@ -253,13 +260,13 @@ def _add_offsets(entries: list[dict], content: bytes) -> None:
             entry[f"{column}_offset"] = offset
 
 
-def write_index(plan: Plan) -> Packed:
+def write_index(plan: PackPlan) -> PackResult:
     """Joins the parts of the index, then deletes what other shards there are; raises `StorageError`."""
     output, names = locate(plan.output), [plan.shard_name(shard) for shard in range(len(plan.shards))]
     tables = [pq.read_table(pa.BufferReader(output.child(_part(name)).read())) for name in names]
-    left_out, shards = dict(plan.left_out), dict[str, int]()
+    skipped, shards = dict(plan.skipped), dict[str, int]()
     for table in tables:
-        left_out |= json.loads(table.schema.metadata[_LEFT_OUT])
+        skipped |= json.loads(table.schema.metadata[_SKIPPED_KEY])
         shards |= json.loads(table.schema.metadata[SHARDS])
     entries = [entry for table in tables for entry in table.to_pylist()]
     if not entries:
@@ -268,7 +275,7 @@ def write_index(plan: Plan) -> Packed:
     ours = {INDEX, *map(_images, names), *map(_part, names)}
     for file in output.list_infos().keys() - ours:
         output.child(file).delete()
-    return Packed(len(entries), len(shards), sum(shards.values()), left_out)
+    return PackResult(len(entries), len(shards), sum(shards.values()), skipped)
 
 
 def _images(name: str) -> str:

@@ -37,7 +37,7 @@ from corun_ray.core.data.images import (
     limit_jpeg_height,
 )
 from corun_ray.core.timing import phase
-from corun_ray.service.data.cache import Decoded
+from corun_ray.service.data.cache import CacheView
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.storage import MissingFile
 
@@ -47,7 +47,7 @@ MAX_PX = 2**30
 """More OpenCV decodes of no image. A region costs little of any, but what has its image's shape is allocated, too."""
 
 
-def cuttable_sides(data: bytes) -> tuple[int, int] | None:
+def read_cuttable_sides(data: bytes) -> tuple[int, int] | None:
     """Height and width in pixels of a photograph that `decode_region` saves work on; None: decode it as a whole.
 
     That is every whole JPEG of three colours of 8 bits which its EXIF orientation does not turn.
@@ -65,7 +65,7 @@ def cuttable_sides(data: bytes) -> tuple[int, int] | None:
 
 
 def decode_region(data: bytes, rows: slice, columns: slice) -> NDArray[np.uint8]:
-    """Decodes a region of a photograph with `cuttable_sides` to `h w 3`, RGB uint8: the pixels of `decode_image`.
+    """Decodes a region of a photograph with `read_cuttable_sides` to `h w 3`, RGB uint8: the pixels of `decode_image`.
 
     Raises `BadImage` as that does, but not for what is damaged below the region.
     """
@@ -89,15 +89,15 @@ class TooManyBadFiles(Exception):
 
 
 @lru_cache(maxsize=4)
-def permutation(seed: int, kind: int, epoch: int, length: int) -> np.ndarray:
+def draw_permutation(seed: int, kind: int, epoch: int, length: int) -> np.ndarray:
     """The order of an epoch, `length` int64."""
     return np.random.default_rng([seed, kind, epoch]).permutation(length)
 
 
-def image_of_sample(seed: int, kind: int, index: int, length: int, attempt: int = 0) -> int:
+def choose_image(seed: int, kind: int, index: int, length: int, attempt: int = 0) -> int:
     """Which of `length` images sample `index` uses; `attempt` > 0 names its stand-ins, should that be unusable."""
     epoch, position = divmod(index, length)
-    return int(permutation(seed, kind, epoch, length)[(position + attempt) % length])
+    return int(draw_permutation(seed, kind, epoch, length)[(position + attempt) % length])
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class SampleMaker:
     manifest: Manifest
     patch_px: int
     report_bad: Callable[[dict[str, str]], None]
-    cache: Decoded | None = None
+    cache: CacheView | None = None
 
     def __call__(self, batch: Batch) -> Batch:
         """Indices (`id`, b) → `index`, `hazy`, `clear` and, for Colabator, `weak`, `strong` (b p p 3 uint8), `key`."""
@@ -134,7 +134,7 @@ class SampleMaker:
     def _first_usable(self, kind: int, index: int, length: int, make: Callable[[int, np.random.Generator], T]) -> T:
         """The sample's own image or, where that is unusable, the next of its epoch's order."""
         for attempt in range(length):
-            image = image_of_sample(self.job.seed, kind, index, length, attempt)
+            image = choose_image(self.job.seed, kind, index, length, attempt)
             try:
                 return make(image, np.random.default_rng([self.job.seed, kind, index, attempt]))
             except _Unusable as error:
@@ -193,7 +193,7 @@ class SampleMaker:
         with BlameFile(root, key):
             content = self._read(root, key)
             with phase("decode"):
-                sides_px = cuttable_sides(content)
+                sides_px = read_cuttable_sides(content)
                 return decode_image(content) if sides_px is None else _ImageFile(root, key, content, (*sides_px, 3))
 
     def _image(self, root: str, key: str, least_px: int | None = None) -> np.ndarray:

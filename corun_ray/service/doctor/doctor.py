@@ -9,11 +9,11 @@ from corun_ray.config.trials import example
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster import connect as cluster
 from corun_ray.service.cluster.connect import ClusterError
-from corun_ray.service.doctor.nodes import Nodes, NodeTrouble, all_reduce, local_facts
-from corun_ray.service.doctor.places import Outcome, clocks_of_servers, listens, try_mlflow, try_storage
+from corun_ray.service.doctor.nodes import ClusterNodes, NodeTrouble, collect_local_facts, measure_all_reduce
+from corun_ray.service.doctor.places import StorageSpeed, is_listening, measure_server_clocks, try_mlflow, try_storage
 from corun_ray.service.models.tracking import TrackingError, get_tracking_uri
 from corun_ray.service.storage import StorageError, locate
-from corun_ray.service.weights.needed import NeededFiles, missing_weights, needed_files
+from corun_ray.service.weights.needed import NeededFiles, describe_missing_weights, find_needed_files
 
 MAX_CLOCK_S = 5.0
 """More apart, timestamps of logs and metrics mislead; object stores refuse requests 15 minutes off."""
@@ -49,12 +49,12 @@ class Needs:
         return replace(self, storage=storage or self.storage, tracking=tracking or self.tracking)
 
 
-def needs_of(jobs: Sequence[Job]) -> Needs:
+def collect_needs(jobs: Sequence[Job]) -> Needs:
     """What a file's jobs use together: the first one's places, everyone's weights, the largest size."""
     largest = max((job.whole_cluster for job in jobs), key=lambda size: (size.gpus_per_worker, size.min_workers))
     weights: NeededFiles = {}
     for job in map(example, jobs):
-        for folder, files in needed_files(job).items():
+        for folder, files in find_needed_files(job).items():
             weights.setdefault(folder, {}).update(files)
     return Needs(jobs[0].storage, get_tracking_uri(jobs[0]), largest, weights)
 
@@ -72,7 +72,7 @@ class Doctor:
 
     def __init__(self, needs: Needs) -> None:
         self.needs = needs
-        self.nodes: Nodes | None = None
+        self.nodes: ClusterNodes | None = None
 
     def examine(self) -> Iterator[Finding]:
         """The findings as they are made."""
@@ -102,7 +102,7 @@ class Doctor:
         return "not looked at without Ray" if self.nodes is None else "no GPU is asked for, and there is none"
 
     def _driver(self) -> str:
-        facts = local_facts()
+        facts = collect_local_facts()
         if facts.driver_gpus and not facts.torch_gpus:
             raise _Bad(
                 f"the NVIDIA driver has {facts.driver_gpus} GPUs, torch {facts.torch} none",
@@ -117,13 +117,13 @@ class Doctor:
         try:
             place = cluster.connect(*sizes)
         except ClusterError as error:
-            if listens(os.environ.get("RAY_ADDRESS", "")):
+            if is_listening(os.environ.get("RAY_ADDRESS", "")):
                 advice = "something listens there: does it know your token, and is its Ray of the version above?"
                 advice += " (RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
             else:
                 advice = "give RAY_ADDRESS=HOST:6379 of a head that runs and can be reached; without, a Ray starts here"
             raise _Bad(str(error), advice) from None
-        self.nodes = Nodes()
+        self.nodes = ClusterNodes()
         if other := self.nodes.with_other_versions():
             raise _Bad(f"{place}: other versions on {other}", "give every node the same image")
         token = "on" if os.environ.get("RAY_AUTH_MODE") == "token" else "off"
@@ -157,7 +157,7 @@ class Doctor:
             return None
         try:
             cluster.connect(self.needs.size)
-            return all_reduce(self.needs.size, ALL_REDUCE_MIB)
+            return measure_all_reduce(self.needs.size, ALL_REDUCE_MIB)
         except ClusterError as error:
             raise _Bad(str(error), "start more nodes, or ask for less (cluster.workers, serve.replicas)") from None
         except RuntimeError as error:
@@ -172,7 +172,7 @@ class Doctor:
         if place.is_local:
             advice = "give a URI or a folder that all nodes share and may write"
         try:
-            outcomes: list[Outcome] = [try_storage(place)]
+            outcomes: list[StorageSpeed] = [try_storage(place)]
             if self.nodes is not None:
                 outcomes += self.nodes.try_storage(place)
         except StorageError as error:
@@ -190,7 +190,7 @@ class Doctor:
 
     def _weights(self) -> str | None:
         try:
-            wrong = missing_weights(self.needs.weights)
+            wrong = describe_missing_weights(self.needs.weights)
         except WeightsError as error:
             wrong = [str(error)]
         if wrong:
@@ -201,7 +201,7 @@ class Doctor:
         return f"{', '.join(files)}: there, and as their checksums say" if files else None
 
     def _clock(self) -> str:
-        offsets = clocks_of_servers(self.needs.storage, self.needs.tracking)
+        offsets = measure_server_clocks(self.needs.storage, self.needs.tracking)
         if self.nodes is not None:
             offsets |= self.nodes.clocks()
         wrong = {name: offset_s for name, offset_s in offsets.items() if abs(offset_s) > MAX_CLOCK_S}

@@ -21,8 +21,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from corun_ray.config.jobs import ClusterSection
-from corun_ray.service.cluster.gpus import gpus_of_driver
-from corun_ray.service.doctor.places import Outcome, hurry, try_storage
+from corun_ray.service.cluster.gpus import count_driver_gpus
+from corun_ray.service.doctor.places import StorageSpeed, shorten_patience, try_storage
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.train.launch import NodeTorchConfig, describe_failure, make_scaling_config
@@ -39,7 +39,7 @@ class NodeTrouble(Exception):
 
 
 @dataclass(frozen=True)
-class Facts:
+class MachineFacts:
     """What a machine has."""
 
     python: str
@@ -50,30 +50,30 @@ class Facts:
     driver_gpus: int
 
 
-def local_facts() -> Facts:
+def collect_local_facts() -> MachineFacts:
     """Of the machine that this runs on."""
-    return Facts(
+    return MachineFacts(
         python=platform.python_version(),
         torch=torch.__version__,
         ray=ray.__version__,
         cuda=torch.version.cuda,
         torch_gpus=torch.cuda.device_count(),
-        driver_gpus=gpus_of_driver(),
+        driver_gpus=count_driver_gpus(),
     )
 
 
 class _Node:
     """An actor on a node, without resources of its own."""
 
-    def facts(self) -> Facts:
-        return local_facts()
+    def facts(self) -> MachineFacts:
+        return collect_local_facts()
 
     def time(self) -> float:
         return time.time()
 
-    def try_storage(self, place: Location, marker: str, content: bytes) -> Outcome | str:
+    def try_storage(self, place: Location, marker: str, content: bytes) -> StorageSpeed | str:
         """A storage error travels as text: Ray would wrap it in others."""
-        hurry()
+        shorten_patience()
         try:
             if not place.child(marker).exists() or place.child(marker).read() != content:
                 return f"cannot use {place.uri}: what another machine writes there does not show"
@@ -82,7 +82,7 @@ class _Node:
             return str(error)
 
 
-class Nodes:
+class ClusterNodes:
     """The nodes of the cluster that is connected, by address."""
 
     def __init__(self) -> None:
@@ -94,16 +94,16 @@ class Nodes:
             ).remote()
             for address, node in self._nodes.items()
         }
-        self._facts: dict[str, Facts] = {}
+        self._facts: dict[str, MachineFacts] = {}
 
-    def facts(self) -> dict[str, Facts]:
+    def facts(self) -> dict[str, MachineFacts]:
         """What each has. Raises `NodeTrouble`."""
         self._facts = self._facts or self._asked(lambda actor: actor.facts.remote())
         return self._facts
 
     def with_other_versions(self) -> str:
         """The nodes whose Python, torch or Ray is not that of this process, with what they have; empty for none."""
-        here = local_facts()
+        here = collect_local_facts()
         others = {
             address: facts
             for address, facts in self.facts().items()
@@ -125,7 +125,7 @@ class Nodes:
         """Seconds by which the clock of each is ahead of ours, as the fastest of a few questions tells it."""
         return {address: _clock(actor) for address, actor in self._actors.items()}
 
-    def try_storage(self, place: Location) -> list[Outcome]:
+    def try_storage(self, place: Location) -> list[StorageSpeed]:
         """Tries storage from each, which must also see what is written from here; raises `StorageError`."""
         marker, content = f".corun-doctor-{os.urandom(6).hex()}", os.urandom(16)
         place.child(marker).write(content)
@@ -160,7 +160,7 @@ def _clock(actor: Any) -> float:
     return min(tries)[1]
 
 
-def all_reduce(size: ClusterSection, mib: int) -> str:
+def measure_all_reduce(size: ClusterSection, mib: int) -> str:
     """Sums `mib` MiB over the job's workers as their gradients would be; says how fast.
 
     Raises RuntimeError where they cannot, in one line.

@@ -23,20 +23,20 @@ ANSWER_S = 10
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StorageSpeed:
     """Of a trial of storage."""
 
     write_mb_per_s: float
     read_mb_per_s: float
 
 
-def hurry() -> None:
+def shorten_patience() -> None:
     """Lets this process give up on a store or server within seconds, not minutes."""
     os.environ.setdefault(PATIENCE_VARIABLE, str(ANSWER_S))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ANSWER_S))
 
 
-def try_storage(place: Location) -> Outcome:
+def try_storage(place: Location) -> StorageSpeed:
     """Writes, reads, lists and deletes a file below `place`; raises `StorageError` for what does not work."""
     folder = place.child(f".corun-doctor-{uuid.uuid4().hex[:12]}")
     content = os.urandom(TRIAL_MIB * 2**20)
@@ -55,7 +55,7 @@ def try_storage(place: Location) -> Outcome:
             folder.delete()
     if folder.child("trial.bin").exists():
         raise StorageError(f"cannot delete in {place.uri}: a file that was deleted is still there")
-    return Outcome(len(content) / MB / (written - started), len(content) / MB / (read - written))
+    return StorageSpeed(len(content) / MB / (written - started), len(content) / MB / (read - written))
 
 
 def try_mlflow(uri: str) -> str:
@@ -80,7 +80,7 @@ def try_mlflow(uri: str) -> str:
     return "run, metric and artifact, written and read"
 
 
-def listens(address: str) -> bool:
+def is_listening(address: str) -> bool:
     """Whether anything takes connections at HOST:PORT."""
     host, _, port = address.rpartition(":")
     with suppress(OSError, ValueError), socket.create_connection((host, int(port)), ANSWER_S):
@@ -88,7 +88,7 @@ def listens(address: str) -> bool:
     return False
 
 
-def clocks_of_servers(storage: str, tracking: str) -> dict[str, float]:
+def measure_server_clocks(storage: str, tracking: str) -> dict[str, float]:
     """Seconds by which the clocks of the object store and of MLflow are ahead of ours, as far as they tell."""
     servers = {"MLflow": tracking}
     if storage.startswith("s3://"):

@@ -20,8 +20,8 @@ from corun_ray.core.inference.pictures import build_stage_rows, draw_grid
 from corun_ray.core.inference.restore import restore, restore_stages, to_image, to_tensor
 from corun_ray.core.networks.corun import Restoration
 from corun_ray.service.cluster.connect import connect
-from corun_ray.service.data.actors import actor_slots, rows_of
-from corun_ray.service.data.manifest import images_below, stem
+from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
+from corun_ray.service.data.manifest import list_images, strip_suffix
 from corun_ray.service.inference.photos import read_photo, write_photo
 from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, ModelSourceError, fetch_model
@@ -109,13 +109,13 @@ class ImageDehazer(RestorerActor):
         restorations = restore_stages(network, hazy)
         rows = build_stage_rows(restorations, hazy)
         picture = draw_grid(list(rows.values()), STAGE_CELL_PX, list(rows))
-        self.target.child(f"{stem(key)}.stages.png").write(encode_png(picture))
+        self.target.child(f"{strip_suffix(key)}.stages.png").write(encode_png(picture))
         return restorations[-1]
 
     def _write_transmission(self, key: str, transmission: Tensor) -> None:
         """Write a transmission map 1 1 H W as 16-bit PNG."""
         levels = to_image(transmission, np.uint16)
-        self.target.child(f"{stem(key)}.transmission.png").write(cv2.imencode(".png", levels)[1].tobytes())
+        self.target.child(f"{strip_suffix(key)}.transmission.png").write(cv2.imencode(".png", levels)[1].tobytes())
 
 
 def get_output_name(key: str, format: str) -> str:
@@ -123,7 +123,7 @@ def get_output_name(key: str, format: str) -> str:
 
     The path is that of the input, with another suffix where the job asks for another format.
     """
-    return key if format == "keep" else f"{stem(key)}.{format}"
+    return key if format == "keep" else f"{strip_suffix(key)}.{format}"
 
 
 # --- All images, from the driver ---
@@ -146,7 +146,7 @@ def dehaze(
     """
     # Refuse a wrong job before anything is written.
     _check_network(section, model)
-    keys = images_below(section.input, "INPUT")
+    keys = list_images(section.input, "INPUT")
     _check_name_clashes(section, keys)
 
     # Skip the images of an earlier call.
@@ -155,10 +155,10 @@ def dehaze(
     if not wanted:
         return result
 
-    # Start the actors. The dataset must have no name here: see `rows_of`.
+    # Start the actors. The dataset must have no name here: see `iterate_rows`.
     DataContext.get_current().enable_progress_bars = False
-    slots, threads = actor_slots(len(wanted))
-    rows = rows_of(
+    slots, threads = plan_actor_pool(len(wanted))
+    rows = iterate_rows(
         ray.data.from_items(wanted, override_num_blocks=min(len(wanted), MAX_BLOCKS)).map_batches(
             ImageDehazer, batch_size=1, fn_constructor_args=({"model": ray.put(model)}, threads, section), **slots
         )
@@ -268,7 +268,7 @@ def _check_name_clashes(section: DehazeSection, keys: list[str]) -> None:
     has_maps = section.transmission or section.stages
     owners: dict[str, str] = {}
     for key in keys:
-        name = stem(key) if has_maps else get_output_name(key, section.format)
+        name = strip_suffix(key) if has_maps else get_output_name(key, section.format)
         owner = owners.setdefault(name, key)
         if owner != key:
             shared = f"{name}.*.png" if has_maps else name

@@ -26,8 +26,8 @@ from corun_ray.core.inference.pictures import PictureRow, draw_grid
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.metrics.measure import Unmeasured, load_measure
 from corun_ray.service.cluster.connect import connect
-from corun_ray.service.data.actors import actor_slots, rows_of
-from corun_ray.service.data.manifest import held_out, load_image
+from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
+from corun_ray.service.data.manifest import load_image, pair_validation_images
 from corun_ray.service.inference.measurements import (
     Comparisons,
     Intervals,
@@ -47,7 +47,7 @@ from corun_ray.service.runs.record import JOB_FILE
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 from corun_ray.service.telemetry.console import Console, duration
 from corun_ray.service.telemetry.tables import format_table
-from corun_ray.service.weights.needed import weights_source
+from corun_ray.service.weights.needed import open_weights
 
 MAX_SHEET_ROWS = 6
 """Images on the contact sheet."""
@@ -105,7 +105,7 @@ class ImageEvaluator(RestorerActor):
     def __init__(self, models: Mapping[str, "ray.ObjectRef[Model]"], threads: int, section: EvaluateSection) -> None:
         super().__init__(models, threads)
         self.section = section
-        source = weights_source(section.weights)
+        source = open_weights(section.weights)
         self.measures = {name: load_measure(name, source, self.device) for name in section.metrics}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -191,8 +191,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure every baseline and network on every image.
 
-    `pairs` are hazy images and their truths, from `held_out`. Skipped images and missing values are named in the
-    result. `progress` is called with the number of images done and the number of all.
+    `pairs` are hazy images and their truths, from `pair_validation_images`. Skipped images and missing values are
+    named in the result. `progress` is called with the number of images done and the number of all.
 
     Raises `StorageError`, also where no image can be used.
     """
@@ -237,10 +237,10 @@ def _measure_items(
     """
     DataContext.get_current().enable_progress_bars = False
     references = {name: ray.put(model) for name, model in models.items()}
-    slots, threads = actor_slots(len(items))
+    slots, threads = plan_actor_pool(len(items))
 
-    # The dataset must have no name here: see `rows_of`.
-    return rows_of(
+    # The dataset must have no name here: see `iterate_rows`.
+    return iterate_rows(
         ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS)).map_batches(
             ImageEvaluator, batch_size=1, fn_constructor_args=(references, threads, section), **slots
         )
@@ -274,14 +274,14 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     """Measure the job's models; write tables and a report.
 
 
-    Raises the errors of `held_out` and `fetch_model` before Ray starts, then `ClusterError`, `TrackingError` and the
-    errors of `evaluate`.
+    Raises the errors of `pair_validation_images` and `fetch_model` before Ray starts, then `ClusterError`, `TrackingError`
+    and the errors of `evaluate`.
     """
     started = time.monotonic()
     section = job.evaluate
 
     # Find images and models before Ray starts: a mistake is told at once.
-    pairs = held_out(section.hazy, section.clear, "evaluate")
+    pairs = pair_validation_images(section.hazy, section.clear, "evaluate")
     models = {name: fetch_model(source, get_tracking_uri(job)) for name, source in section.models.items()}
 
     place = connect(job.cluster)

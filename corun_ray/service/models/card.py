@@ -13,7 +13,7 @@ from corun_ray.config.loading import dump_job
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.pictures import draw_grid, encode_thumbnail
 from corun_ray.core.networks.spec import NetworkSpec
-from corun_ray.service.data.manifest import HeldOutSet, held_out_sets
+from corun_ray.service.data.manifest import ValidationSet, list_validation_sets
 from corun_ray.service.models.flavor import CARD_FILE
 from corun_ray.service.models.registry import SUMMARY_TAG, VALIDATION_SETS_TAG, ModelDescription
 from corun_ray.service.report.statistics import Interval, estimate_interval
@@ -82,7 +82,7 @@ def describe_model(
         intervals[f"{prefix}/{metric}"] = estimate_interval(np.array(list(values_of_images.values())))
 
     job_text = dump_job(job)
-    set_digests = [f"{images.prefix}={_digest_images(images)}" for images in held_out_sets(job)]
+    set_digests = [f"{images.prefix}={_digest_images(images)}" for images in list_validation_sets(job)]
     tags = {
         "corun_ray.kind": job.kind,
         "corun_ray.job": job_text,
@@ -130,7 +130,7 @@ def read_code_version() -> str:
     return f"{number} sources {digest.hexdigest()[:DIGEST_CHARACTERS]}"
 
 
-def _digest_images(images: HeldOutSet) -> str:
+def _digest_images(images: ValidationSet) -> str:
     """Return a digest of a validation set's file names."""
     listing = json.dumps([images.hazy_root, images.clear_root, images.pairs])
     return hashlib.sha256(listing.encode()).hexdigest()[:DIGEST_CHARACTERS]

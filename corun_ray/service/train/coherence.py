@@ -25,7 +25,7 @@ from corun_ray.core.scoring.quality import load_quality, probe_scorer
 from corun_ray.core.scoring.scorers import Scorer
 from corun_ray.core.training.losses import VGG_FILE, Losses, LossWeights, load_vgg19
 from corun_ray.core.weights import WeightsError, WeightsSource
-from corun_ray.service.weights.needed import weights_source
+from corun_ray.service.weights.needed import open_weights
 
 
 class DeviceTimer:
@@ -163,10 +163,10 @@ def check_scoring(job: TrainingJob) -> None:
     """
     coherence = None
     if isinstance(job, ColabatorJob):
-        coherence = build_coherence(job.coherence, weights_source(job.coherence.weights))
+        coherence = build_coherence(job.coherence, open_weights(job.coherence.weights))
         if job.coherence.quality not in QUALITY_NAMES:
             try:
                 probe_scorer(coherence.quality, job.coherence.block_px, job.data.patch_px)
             except ValueError as error:
                 raise WeightsError(f"coherence.quality: {error}") from None
-    build_losses(job, weights_source(job.loss.weights), coherence)
+    build_losses(job, open_weights(job.loss.weights), coherence)

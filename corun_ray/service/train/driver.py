@@ -17,8 +17,8 @@ from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.loading import dump_job
 from corun_ray.service.cluster import connect as cluster
 from corun_ray.service.data.cache import start_cache
-from corun_ray.service.data.manifest import Manifest, build_manifest, held_out_sets
-from corun_ray.service.data.stream import phases
+from corun_ray.service.data.manifest import Manifest, build_manifest, list_validation_sets
+from corun_ray.service.data.stream import plan_phases
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.models.card import describe_model
 from corun_ray.service.models.registry import log_model, register_model
@@ -93,8 +93,8 @@ def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
     Raises `StorageError`, `ManifestError`, `ModelSourceError`, `WeightsError` and `JobFailed`.
     """
     manifest = build_manifest(job)
-    _refuse_too_many(job, manifest, manifest.set_aside)
-    held_out_sets(job)
+    _refuse_too_many(job, manifest, manifest.skipped)
+    list_validation_sets(job)
     check_scoring(job)
     return manifest, load_starting_model(job, folder)
 
@@ -117,14 +117,14 @@ def run_training(
     """
     started = time.monotonic()
     manifest, model = prepare(job, folder)
-    earlier = find_run_to_resume(job, manifest.digest()) if resume else None
+    earlier = find_run_to_resume(job, manifest.compute_digest()) if resume else None
     if earlier is not None and (model_uri := _ended(job, *earlier)):
         console.say(f"\n{job.kind} {job.name}: has ended before ({model_uri}, {earlier[0].uri})")
         return model_uri
     place = cluster.connect(job.cluster)
     run = locate_new_run(job) if earlier is None else earlier[0]
     tracker = Tracker(job, run.name, None if earlier is None else earlier[1].mlflow_run, parent)
-    record = RunRecord(state="running", mlflow_run=tracker.run_id, data=manifest.digest())
+    record = RunRecord(state="running", mlflow_run=tracker.run_id, data=manifest.compute_digest())
     facts = _header(job, manifest, model, place, run, tracker)
     if resume:
         facts["resume"] = "no earlier run: begins" if earlier is None else "goes on with this run"
@@ -186,7 +186,7 @@ def _way_on(run: Location) -> str:
 
 def _plan(job: TrainingJob, manifest: Manifest, model: Model, run: Location) -> WorkerPlan:
     board = start_board()
-    board.report_bad.remote(manifest.set_aside)
+    board.report_bad.remote(manifest.skipped)
     shards: list[Any] = []
     if isinstance(job, ColabatorJob):
         labels = make_job_labels(job, run.name)
@@ -212,11 +212,11 @@ def _header(
         data = f"{len(manifest.clear)} clear with {depth}"
     if manifest.hazy:
         data += f", {len(manifest.hazy)} real hazy"
-    if manifest.set_aside:
-        data += f", {len(manifest.set_aside)} set aside"
+    if manifest.skipped:
+        data += f", {len(manifest.skipped)} set aside"
     size = job.cluster
     device = f"{size.gpus_per_worker:g} GPU" if size.gpus_per_worker else f"{size.cpus_per_worker:g} CPU"
-    spans = phases(job)
+    spans = plan_phases(job)
     batches = " then ".join(str(phase.batch) for phase in spans)
     steps = f"{job.train.steps} steps of {batches} x {size.workers_text} images"
     network = f"{job.network.stages} stages, width {job.network.width}"

@@ -22,7 +22,7 @@ from corun_ray.core.metrics.measure import psnr, ssim
 from corun_ray.core.scoring.coherence import BlockScores
 from corun_ray.core.training.labels import Label, decode
 from corun_ray.core.training.steps import Colabator
-from corun_ray.service.data.manifest import HeldOutSet, Manifest, held_out_sets, load_image
+from corun_ray.service.data.manifest import Manifest, ValidationSet, list_validation_sets, load_image
 from corun_ray.service.data.sample_maker import SampleMaker
 from corun_ray.service.runs.held_out import MeasuredImage, PicturePair
 from corun_ray.service.storage import MissingFile
@@ -63,7 +63,7 @@ class Validator:
     def __init__(self, job: TrainingJob, manifest: Manifest, rank: int, num_workers: int, device: torch.device) -> None:
         self.job, self.manifest, self.device = job, manifest, device
         self.num_workers = num_workers
-        held_out = held_out_sets(job)
+        held_out = list_validation_sets(job)
         self.held_out = [replace(held, pairs=held.pairs[rank::num_workers]) for held in held_out]
         """This rank's share of each set."""
         each = -(-job.train.validation_images // max(1, len(held_out)))
@@ -89,7 +89,7 @@ class Validator:
             measured += found
         return metrics, measured
 
-    def _values(self, held: HeldOutSet, scene: torch.Tensor, clear_key: str | None) -> dict[str, float]:
+    def _values(self, held: ValidationSet, scene: torch.Tensor, clear_key: str | None) -> dict[str, float]:
         values = {"fade": fade(scene).item()}
         if clear_key is not None:
             assert held.clear_root is not None
@@ -97,7 +97,7 @@ class Validator:
             values |= {"psnr": psnr(scene, truth).item(), "ssim": ssim(scene, truth).item()}
         return values
 
-    def _means(self, held: HeldOutSet, measured: list[MeasuredImage]) -> dict[str, float]:
+    def _means(self, held: ValidationSet, measured: list[MeasuredImage]) -> dict[str, float]:
         """Over the images of all ranks."""
         names = ("fade",) if held.clear_root is None else ("fade", "psnr", "ssim")
         rows = [[*(image.values[name] for name in names), 1.0] for image in measured]
@@ -152,7 +152,9 @@ class Validator:
         sample = SampleMaker(self.job, self.manifest, self.job.data.patch_px, lambda bad_files: None).sample(index)
         return {**self._restored(network, sample["hazy"]), "truth": sample["clear"]}
 
-    def _held_out_row(self, network: nn.Module, held: HeldOutSet, hazy_key: str, clear_key: str | None) -> PictureRow:
+    def _held_out_row(
+        self, network: nn.Module, held: ValidationSet, hazy_key: str, clear_key: str | None
+    ) -> PictureRow:
         row = self._restored(network, load_image(held.hazy_root, hazy_key))
         if clear_key is not None:
             assert held.clear_root is not None

@@ -20,7 +20,7 @@ from corun_ray.core.training.acceleration import keep_freed_memory
 from corun_ray.core.training.state import Cycle, TrainState, compute_learning_rate
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.data.sample_maker import Batch
-from corun_ray.service.data.stream import batches, remaining_phases, split_stream
+from corun_ray.service.data.stream import StreamTask, iterate_batches, plan_remaining_phases, split_stream
 from corun_ray.service.models.sources import Model
 from corun_ray.service.pool.client import PoolClient
 from corun_ray.service.pool.keeper import PoolKeeper, collect_counters
@@ -33,7 +33,7 @@ from corun_ray.service.train.learner import Learner
 from corun_ray.service.train.meter import Meter, WorkerTelemetry
 from corun_ray.service.train.plan import WorkerPlan
 from corun_ray.service.train.validation import Validator
-from corun_ray.service.weights.needed import weights_source
+from corun_ray.service.weights.needed import open_weights
 
 
 def list_learning_cycles(optim: OptimSection) -> list[Cycle]:
@@ -78,7 +78,7 @@ class Worker:
             self.saver.discard_later()
         self.manifest: Manifest = ray.get(plan.manifest)
         self.coherence = self._coherence()
-        losses = build_losses(self.job, weights_source(self.job.loss.weights), self.coherence, self.device)
+        losses = build_losses(self.job, open_weights(self.job.loss.weights), self.coherence, self.device)
         self.learner = Learner(self.job, self.state, losses, self.coherence, self.pool, self.rank, self.device)
         self.preemption = PreemptionWatch(self.rank, plan.board, log)
         self.cycles = list_learning_cycles(self.job.optim)
@@ -138,7 +138,7 @@ class Worker:
     def _coherence(self) -> TimedCoherence | None:
         if not isinstance(self.job, ColabatorJob):
             return None
-        plain = build_coherence(self.job.coherence, weights_source(self.job.coherence.weights), self.device)
+        plain = build_coherence(self.job.coherence, open_weights(self.job.coherence.weights), self.device)
         is_shared = self.job.coherence.share_blocks and self.num_workers > 1
         return TimedCoherence(SharedCoherence(plain) if is_shared else plain, self.device)
 
@@ -148,14 +148,13 @@ class Worker:
         if self.rank == 0:
             attempt = Attempt(state.step, state.num_images_seen, self.num_workers)
             self.plan.board.post_attempt.remote(attempt)
-        for phase, layout in remaining_phases(self.job, state.step, state.num_images_seen, self.num_workers):
+        for phase, layout in plan_remaining_phases(self.job, state.step, state.num_images_seen, self.num_workers):
             shards = None
             if self.rank == 0:
                 plan = self.plan
-                shards = split_stream(
-                    plan.job, plan.manifest, plan.board, layout, phase.patch_px, plan.labels, plan.cache
-                )
-            yield from batches(broadcast_from_rank_zero(shards)[self.rank], layout, self.rank)
+                task = StreamTask(plan.job, plan.manifest, plan.board, layout, phase.patch_px, plan.labels, plan.cache)
+                shards = split_stream(task)
+            yield from iterate_batches(broadcast_from_rank_zero(shards)[self.rank], layout, self.rank)
 
     def _log_and_look_for_trouble(self) -> bool:
         """Posts the metrics since the last call; says, on all ranks alike, whether too many images are bad."""

@@ -139,7 +139,7 @@ def _look_at_all(job: TuneJob, folder: Path) -> str:
     networks = {trial.network.model_dump_json(): trial for trial in trials}
     for trial in networks.values():
         load_starting_model(trial, folder)
-    return manifest.digest()
+    return manifest.compute_digest()
 
 
 def _fit(plan: TrialPlan, run: Location, at_once: int, console: Console) -> list[TrialResult]:

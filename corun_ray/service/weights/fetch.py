@@ -15,7 +15,7 @@ from corun_ray.core.metrics.catalog import list_no_reference_metrics
 from corun_ray.core.scoring import quality as iqa
 from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.weights import WeightsError
-from corun_ray.service.weights.folder import INDEX, Content, file_content, read_index, write_index
+from corun_ray.service.weights.folder import INDEX, Content, compute_content, read_index, write_index
 
 PUBLISHED = ("daclip", "musiq", "vgg19")
 """What the published recipe needs."""
@@ -74,14 +74,14 @@ def _fetch_file(url: str, folder: Path, progress: Progress) -> None:
     contents = read_index(str(folder)) if (folder / INDEX).exists() else {}
     name = iqa.get_file_name(url)
     path = folder / name
-    if path.is_file() and contents.get(name) == file_content(path):
+    if path.is_file() and contents.get(name) == compute_content(path):
         progress(f"{name}  {_megabytes(contents[name])}  already there")
         return
     began_s = time.monotonic()
     # Beside the target, so that the last step is a rename; a broken download leaves nothing.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
         _download(url, Path(scratch)).replace(path)
-    contents[name] = file_content(path)
+    contents[name] = compute_content(path)
     write_index(str(folder), contents)
     progress(f"{name}  {_megabytes(contents[name])}  {time.monotonic() - began_s:.1f} s")
 

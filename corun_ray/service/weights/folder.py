@@ -64,7 +64,7 @@ class WeightsFolder:
                 path = Path(folder.path) / name
                 if not path.is_file():
                     raise WeightsError(f"{path}: no such file, though {INDEX} lists it")
-                _compare(str(path), content, file_content(path))
+                _compare(str(path), content, compute_content(path))
                 return path
             target = (self.cache or _default_cache()) / content.sha256[:16] / name
             return target if _holds(target, content) else _fill(target, folder.child(name), content)
@@ -105,7 +105,7 @@ def write_index(uri: str, contents: dict[str, Content]) -> None:
         locate(uri).child(INDEX).write(json.dumps({"files": files}, indent=1).encode() + b"\n")
 
 
-def look_into(uri: str) -> tuple[dict[str, int], dict[str, Content]]:
+def inspect_folder(uri: str) -> tuple[dict[str, int], dict[str, Content]]:
     """Sizes in bytes of the weight files that lie in a folder, and its index (empty where there is none)."""
     with _weights_errors():
         folder = locate(uri)
@@ -124,7 +124,7 @@ def index_folder(uri: str) -> dict[str, Content]:
     return contents
 
 
-def file_content(path: Path) -> Content:
+def compute_content(path: Path) -> Content:
     """Size and SHA-256 of a local file, read once per process and state of the file."""
     state = path.stat()
     return Content(state.st_size, _sha256(path, state.st_size, state.st_mtime_ns))
@@ -138,7 +138,7 @@ def _sha256(path: Path, size_bytes: int, modified_ns: int) -> str:
 
 
 def _holds(path: Path, content: Content) -> bool:
-    return path.is_file() and path.stat().st_size == content.size_bytes and file_content(path) == content
+    return path.is_file() and path.stat().st_size == content.size_bytes and compute_content(path) == content
 
 
 def _fill(target: Path, place: Location, content: Content) -> Path:
@@ -255,14 +255,14 @@ class FileState:
     needed_by: str
 
 
-def inventory(folder_uri: str | None, wanted: Wanted) -> list[FileState]:
+def list_files(folder_uri: str | None, wanted: Wanted) -> list[FileState]:
     """The files that a folder holds, its index lists or `wanted` names; sizes are looked at, contents are not read.
 
     Raises `WeightsError` for a folder that cannot be read. None is the folder of a job that names none.
     """
-    from corun_ray.service.weights.folder import look_into
+    from corun_ray.service.weights.folder import inspect_folder
 
-    there, indexed = look_into(folder_uri) if folder_uri is not None else ({}, {})
+    there, indexed = inspect_folder(folder_uri) if folder_uri is not None else ({}, {})
 
     def state(name: str) -> str:
         if name not in there:
@@ -279,8 +279,8 @@ def inventory(folder_uri: str | None, wanted: Wanted) -> list[FileState]:
     return rows
 
 
-def lacking(folder_uri: str | None, wanted: Wanted) -> list[str]:
+def describe_lacking(folder_uri: str | None, wanted: Wanted) -> list[str]:
     """One line for each wanted file that cannot be used as it is; empty where all are there."""
     where = "the job names no weights folder" if folder_uri is None else folder_uri
-    rows = [row for row in inventory(folder_uri, wanted) if row.name in wanted and row.state != OK]
+    rows = [row for row in list_files(folder_uri, wanted) if row.name in wanted and row.state != OK]
     return [f"{row.name} (for {row.needed_by}): {row.state} ({where})" for row in rows]

@@ -11,23 +11,23 @@ from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.scoring.quality import load_quality
 from corun_ray.core.training.losses import VGG_FILE
 from corun_ray.core.weights import WeightsError, WeightsSource, refuse_weights
-from corun_ray.service.weights.folder import RecordingSource, WeightsFolder, lacking
+from corun_ray.service.weights.folder import RecordingSource, WeightsFolder, describe_lacking
 
 NeededFiles = dict[str | None, dict[str, str]]
 """Folder or URI of weights (None: the job names none) → file → the key of the job file that needs it."""
 
 
-def weights_source(uri: str | None) -> WeightsSource:
+def open_weights(uri: str | None) -> WeightsSource:
     """The weights below a folder or URI of the job file, checked and kept on this node."""
     return refuse_weights if uri is None else WeightsFolder(uri)
 
 
-def missing_weights(needed: NeededFiles) -> list[str]:
-    """One line for each of `needed_files` that cannot be used as it is; raises `WeightsError`."""
-    return [f"weights: {line}" for folder, wanted in needed.items() for line in lacking(folder, wanted)]
+def describe_missing_weights(needed: NeededFiles) -> list[str]:
+    """One line for each of `find_needed_files` that cannot be used as it is; raises `WeightsError`."""
+    return [f"weights: {line}" for folder, wanted in needed.items() for line in describe_lacking(folder, wanted)]
 
 
-def needed_files(job: Job) -> NeededFiles:
+def find_needed_files(job: Job) -> NeededFiles:
     """The weight files that a job needs.
 
     What a metric of pyiqa needs is found by building it: where its first file is missing, later ones stay unknown.
@@ -51,7 +51,7 @@ def needed_files(job: Job) -> NeededFiles:
 
 def _asked(folder: str | None, load: Callable[[WeightsSource], object]) -> list[str]:
     """The files that a metric asks for while it is built, as far as that gets."""
-    source = RecordingSource(weights_source(folder))
+    source = RecordingSource(open_weights(folder))
     with contextlib.suppress(WeightsError):  # of the file that is missing, or that the listing will show
         load(source)
     return source.asked

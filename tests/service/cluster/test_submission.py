@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from corun_ray.config.loading import JobFileError
-from corun_ray.service.cluster.submission import submission_of
+from corun_ray.service.cluster.submission import prepare_submission
 from tests import ROOT
 from tests.jobtexts import COLABATOR, DEHAZE, EVALUATE, TUNE
 
@@ -23,7 +23,7 @@ def written(folder: Path, text: str) -> Path:
 
 def refused(path: Path, *overrides: str, **options) -> list[str]:
     with pytest.raises(JobFileError) as caught:
-        submission_of(path, overrides, **options)
+        prepare_submission(path, overrides, **options)
     return caught.value.lines
 
 
@@ -34,7 +34,8 @@ def test_a_job_of_the_checkout_goes_with_it_and_with_the_variables_that_it_names
         "MLFLOW_TRACKING_URI": "http://m:5000",
         "HOME": "/me",
     }
-    sent = submission_of(JOBS / "colabator.yaml", ["train.steps=7 "], resume=True, env=env, more_env=["HOME", "A=b=c"])
+    more_env = ["HOME", "A=b=c"]
+    sent = prepare_submission(JOBS / "colabator.yaml", ["train.steps=7 "], resume=True, env=env, more_env=more_env)
     assert sent.name == "colabator"
     assert sent.entrypoint == ("python3 -m corun_ray run jobs/colabator.yaml --set 'train.steps=7 ' --resume")
     assert (sent.working_dir / "corun_ray" / "cli.py").exists() and sent.py_modules == ()
@@ -43,16 +44,16 @@ def test_a_job_of_the_checkout_goes_with_it_and_with_the_variables_that_it_names
 
 
 def test_a_job_of_another_folder_goes_with_that_and_our_package(tmp_path: Path) -> None:
-    sent = submission_of(written(tmp_path, ABSOLUTE), env={"SECRET": "x"})
+    sent = prepare_submission(written(tmp_path, ABSOLUTE), env={"SECRET": "x"})
     assert sent.working_dir == tmp_path and [module.name for module in sent.py_modules] == ["corun_ray"]
     assert sent.entrypoint.endswith("run My_Job.yaml") and sent.name == "p" and sent.env == {}
 
 
 def test_a_pipeline_is_called_like_its_file(tmp_path: Path) -> None:
     text = f"{ABSOLUTE}---\n{ABSOLUTE.replace('name: p', 'name: q')}"
-    sent = submission_of(written(tmp_path, text), env={})
+    sent = prepare_submission(written(tmp_path, text), env={})
     assert (sent.name, sent.metadata["jobs"]) == ("my_job", "p,q")
-    assert submission_of(written(tmp_path, text), name="other", env={}).name == "other"
+    assert prepare_submission(written(tmp_path, text), name="other", env={}).name == "other"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,8 @@ def test_a_relative_database_a_searched_folder_and_a_checkpoint_are_refused(tmp_
     path = written(tmp_path, ABSOLUTE)
     lines = refused(path, "tracking.uri=sqlite:///runs/mlflow.db", "network.init=old/net.pth", env={})
     assert [line.split(":")[0] for line in lines] == ["network.init", "tracking.uri"]
-    assert submission_of(path, ["tracking.uri=sqlite:////runs/mlflow.db", "network.init=models:/m@champion"], env={})
+    absolute = ["tracking.uri=sqlite:////runs/mlflow.db", "network.init=models:/m@champion"]
+    assert prepare_submission(path, absolute, env={})
 
 
 def test_variables_without_a_value_are_named(tmp_path: Path) -> None:

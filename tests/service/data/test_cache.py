@@ -8,10 +8,10 @@ import pytest
 import ray
 
 from corun_ray.core.data.depth import DepthMap
-from corun_ray.service.data.cache import MIB, Decoded, NodeCache, start_cache
+from corun_ray.service.data.cache import MIB, CacheView, NodeCache, start_cache
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.data.sample_maker import SampleMaker
-from corun_ray.service.data.stream import batches, remaining_phases, split_stream
+from corun_ray.service.data.stream import StreamTask, iterate_batches, plan_remaining_phases, split_stream
 from corun_ray.service.train.board import start_board
 from tests.service.jobs import small_job
 
@@ -32,11 +32,11 @@ def keeper(local_ray):
 
 def view_of(keeper):
     """What a process of its own would see: all that the cache holds."""
-    view, deadline_s = Decoded(keeper), time.monotonic() + 60
+    view, deadline_s = CacheView(keeper), time.monotonic() + 60
     while view._cache is None:
         view.refresh()
         assert time.monotonic() < deadline_s
-    held = ray.get(view._cache.since.remote(0)).entries
+    held = ray.get(view._cache.list_since.remote(0)).entries
     while len(view._known) < len(held):
         view.refresh()
     return view
@@ -52,7 +52,7 @@ def fill(job, keeper):
     while len(maker.cache._known) > num_known:
         num_known = len(maker.cache._known)
         maker(INDICES)
-        ray.get(maker.cache._under_way)
+        ray.get(maker.cache._pending_offers)
         maker.cache.refresh()
     return maker
 
@@ -87,7 +87,7 @@ def test_a_depth_map_comes_back_with_its_scale(keeper):
     view = view_of(keeper)
     depth = DepthMap.from_pixels(np.asfortranarray(np.arange(12, dtype=np.uint16).reshape(3, 4)), "metres")
     view.get("a", lambda: depth)
-    ray.get(view._under_way)
+    ray.get(view._pending_offers)
     view.refresh()
     again = view.get("a", pytest.fail)
     assert (again.kind, again.low, again.high) == ("metres", 1, 11)
@@ -98,15 +98,15 @@ def test_what_is_in_stays_in_and_the_first_that_does_not_fit_is_the_last(local_r
     cache = ray.remote(NodeCache).remote(2500)
     for key in "aabcd":
         cache.offer.remote(key, np.zeros(1000 if key != "d" else 10, np.uint8))
-    entries, has_room = ray.get(cache.since.remote(0))
+    entries, has_room = ray.get(cache.list_since.remote(0))
     assert [key for key, _ in entries] == ["a", "b"] and not has_room
-    assert [key for key, _ in ray.get(cache.since.remote(1)).entries] == ["b"]
+    assert [key for key, _ in ray.get(cache.list_since.remote(1)).entries] == ["b"]
 
 
 def test_a_full_cache_leaves_the_rest_to_decoding(local_ray, dataset, tmp_path):
     job = small_job("pretrain", dataset, tmp_path)
     decoded = SampleMaker(job, build_manifest(job), 32, ignore)(INDICES)
-    view = Decoded(None)
+    view = CacheView(None)
     view._cache = ray.remote(NodeCache).remote(100_000)
     maker = SampleMaker(job, build_manifest(job), 32, ignore, view)
     for _ in range(10):
@@ -119,7 +119,10 @@ def test_a_node_gives_at_most_half_its_object_store(local_ray):
     board = start_board()
     (node,) = ray.nodes()
     half_mib = int(node["Resources"]["object_store_memory"] / 2) // MIB
-    for cache_mib, expected in ((half_mib, []), (half_mib + 1, [f"data.cache_mib: {half_mib} MiB on some node"])):
+    for cache_mib, expected in (
+        (half_mib, []),
+        (half_mib + 1, [f"data.cache_mib: only {half_mib} MiB fit on some node"]),
+    ):
         ray.kill(start_cache(cache_mib, board))
         assert [note.partition(",")[0] for note in ray.get(board.take_events.remote()).notes] == expected
 
@@ -153,16 +156,14 @@ def test_an_unusable_image_is_named_each_time_and_not_kept(keeper, dataset, tmp_
 
 def test_the_stream_is_the_same_with_a_cache(keeper, dataset, tmp_path):
     job = small_job("colabator", dataset, tmp_path, train={"steps": 40, "batch_per_worker": 2})
-    ((phase, layout),) = remaining_phases(job, 0, 0, 1)
+    ((phase, layout),) = plan_remaining_phases(job, 0, 0, 1)
     board, manifest = start_board(), ray.put(build_manifest(job))
-    plain, kept = (
-        [*batches(split_stream(job, manifest, board, layout, phase.patch_px, cache=cache)[0], layout, 0)]
-        for cache in (None, keeper)
-    )
+    tasks = (StreamTask(job, manifest, board, layout, phase.patch_px, cache=cache) for cache in (None, keeper))
+    plain, kept = ([*iterate_batches(split_stream(task)[0], layout, 0)] for task in tasks)
     for one, other in zip(plain, kept, strict=True):
         assert_same(one, other)
     here = ray.get_runtime_context().get_node_id()
-    keys = {key for key, _ in ray.get(ray.get(keeper.on_node.remote(here)).since.remote(0)).entries}
+    keys = {key for key, _ in ray.get(ray.get(keeper.get_cache.remote(here, None)).list_since.remote(0)).entries}
     assert {(str(dataset / "clear"), "view_0.png", None), (str(dataset / "depth"), "view_0.npy", "depth")} <= keys
 
 

@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from corun_ray.service.data.manifest import ManifestError, build_manifest, held_out, held_out_sets
+from corun_ray.service.data.manifest import ManifestError, build_manifest, list_validation_sets, pair_validation_images
 from tests.service.jobs import small_job
 
 
@@ -21,7 +21,7 @@ def test_pairs_by_stem_and_names_every_unmatched_file(copy, tmp_path):
     assert manifest.clear == tuple(f"view_{i}.png" for i in (0, 1, 2, 4, 6, 7))
     assert manifest.depth == tuple(f"view_{i}.npy" for i in (0, 1, 2, 4, 6, 7))
     assert manifest.hazy == tuple(f"photo_{i}.png" for i in range(6))
-    reasons = {uri.rsplit("/", 1)[1]: reason for uri, reason in manifest.set_aside.items()}
+    reasons = {uri.rsplit("/", 1)[1]: reason for uri, reason in manifest.skipped.items()}
     assert reasons == {
         "view_3.png": "no depth map of this name",
         "view_5.png": "2 depth maps match it: view_5.npy, view_5.png",
@@ -47,19 +47,19 @@ def test_without_images_or_matches_it_says_so(copy, tmp_path):
 
 
 def test_held_out_images_need_their_truth(copy):
-    pairs = held_out(str(copy / "hazy"), str(copy / "hazy_truth"), "evaluate")
+    pairs = pair_validation_images(str(copy / "hazy"), str(copy / "hazy_truth"), "evaluate")
     assert pairs[0] == ("photo_0.png", "photo_0.png") and len(pairs) == 6
     (copy / "hazy_truth/photo_2.png").unlink()
     with pytest.raises(ManifestError, match="evaluate.clear: 1 of 6 .*photo_2.png: no clear image of this name"):
-        held_out(str(copy / "hazy"), str(copy / "hazy_truth"), "evaluate")
+        pair_validation_images(str(copy / "hazy"), str(copy / "hazy_truth"), "evaluate")
 
 
 def test_the_digest_follows_the_names(copy, tmp_path):
     job = small_job("pretrain", copy, tmp_path)
-    before = build_manifest(job).digest()
-    assert build_manifest(job).digest() == before
+    before = build_manifest(job).compute_digest()
+    assert build_manifest(job).compute_digest() == before
     (copy / "clear/view_0.png").unlink()
-    assert build_manifest(job).digest() != before
+    assert build_manifest(job).compute_digest() != before
 
 
 def paired(root):
@@ -76,7 +76,7 @@ def test_paired_images_match_by_stem_and_leftovers_are_named(kind, copy, tmp_pat
     assert manifest.paired_hazy == ("photo_0.jpg", "photo_3.png", "photo_4.png", "photo_5.png")
     assert manifest.clear == ("photo_0.png", "photo_3.png", "photo_4.png", "photo_5.png")
     assert (manifest.depth, len(manifest.hazy)) == (None, 0 if kind == "pretrain" else 6)
-    assert manifest.set_aside == {
+    assert manifest.skipped == {
         str(copy / "hazy/photo_1.png"): "no clean image of this name",
         str(copy / "hazy/photo_2.png"): "2 clean images match it: photo_2.jpg, photo_2.png",
         str(copy / "hazy_truth/stray.png"): "clean image of no image",
@@ -98,22 +98,22 @@ def test_paired_folders_without_images_or_matches_are_named(copy, tmp_path):
 
 def test_the_digest_covers_the_degraded_half_of_the_pairs(copy, tmp_path):
     job = small_job("pretrain", copy, tmp_path, data=paired(copy))
-    before = build_manifest(job).digest()
+    before = build_manifest(job).compute_digest()
     shutil.move(copy / "hazy/photo_0.png", copy / "hazy/photo_0.jpg")
-    assert build_manifest(job).digest() != before
+    assert build_manifest(job).compute_digest() != before
 
 
 def test_held_out_sets_know_their_names(copy, tmp_path):
     one = {"hazy": str(copy / "hazy"), "clear": str(copy / "hazy_truth")}
     other = {"hazy": str(copy / "clear")}
-    sets = held_out_sets(
+    sets = list_validation_sets(
         small_job("pretrain", copy, tmp_path, data={"validation": one, "validation_sets": {"far": other}})
     )
     assert [(held.prefix, held.hazy_root, held.clear_root, len(held.pairs)) for held in sets] == [
         ("val", one["hazy"], one["clear"], 6),
         ("val/far", other["hazy"], None, 8),
     ]
-    assert held_out_sets(small_job("pretrain", copy, tmp_path)) == []
+    assert list_validation_sets(small_job("pretrain", copy, tmp_path)) == []
     wrong = {"far": {"hazy": str(copy / "hazy"), "clear": str(copy / "clear")}}
     with pytest.raises(ManifestError, match="^data.validation_sets.far.clear: 6 of 6 hazy images have no truth"):
-        held_out_sets(small_job("pretrain", copy, tmp_path, data={"validation_sets": wrong}))
+        list_validation_sets(small_job("pretrain", copy, tmp_path, data={"validation_sets": wrong}))

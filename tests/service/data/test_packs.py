@@ -11,9 +11,9 @@ import pytest
 
 from corun_ray.core.data.images import decode_depth
 from corun_ray.service.check import check_job
-from corun_ray.service.cluster.paths import with_absolute_paths
-from corun_ray.service.data.manifest import ManifestError, build_manifest, images_below
-from corun_ray.service.data.packing import pack, plan_pack, shards_there, write_index, write_shard
+from corun_ray.service.cluster.paths import make_paths_absolute
+from corun_ray.service.data.manifest import ManifestError, build_manifest, list_images
+from corun_ray.service.data.packing import find_written_shards, pack, plan_pack, write_index, write_shard
 from corun_ray.service.data.packs import INDEX, open_pack
 from corun_ray.service.data.sample_maker import SampleMaker
 from corun_ray.service.pool import snapshots
@@ -33,7 +33,7 @@ def ignore(bad_files):
 def packed(images, output, depth=None, shard_mib=1, keep_png=False):
     """A pack written in this process, without Ray; the number of shards that were written for it."""
     plan = plan_pack(str(images), str(output), None if depth is None else str(depth), shard_mib, keep_png)
-    there = shards_there(plan)
+    there = find_written_shards(plan)
     for shard in range(len(plan.shards)):
         if shard not in there:
             write_shard(plan, shard)
@@ -83,7 +83,7 @@ def test_a_pack_can_be_half_of_the_data(dataset, tmp_path):
     without = small_job("pretrain", dataset, tmp_path, data={"clear": str(tmp_path / "clear"), "depth": None})
     plain = small_job("pretrain", dataset, tmp_path, data={"depth": None})
     assert_same(samples_of(without), samples_of(plain))
-    assert build_manifest(without).digest() == build_manifest(plain).digest()
+    assert build_manifest(without).compute_digest() == build_manifest(plain).compute_digest()
 
 
 def test_pairs_come_from_packs_too(dataset, tmp_path):
@@ -98,9 +98,9 @@ def test_pairs_come_from_packs_too(dataset, tmp_path):
 def test_shards_are_ordinary_parquet_of_the_size_asked_for(large):
     result, _ = packed(large / "clear", large / "pack", large / "depth", shard_mib=2)
     names = [name for name in locate(str(large / "pack")).list_files() if name != INDEX and ".index." not in name]
-    assert (result.images, result.shards, result.left_out) == (6, 3, {}) and len(names) == 3
+    assert (result.images, result.shards, result.skipped) == (6, 3, {}) and len(names) == 3
     rows = [row for name in names for row in pq.read_table(large / "pack" / name).to_pylist()]
-    assert [row["key"] for row in rows] == images_below(str(large / "clear"), "")
+    assert [row["key"] for row in rows] == list_images(str(large / "clear"), "")
     for row in rows:
         assert row["image"] == (large / "clear" / row["key"]).read_bytes()
         depth = decode_depth((large / "depth" / row["key"]).read_bytes(), ".png")
@@ -157,9 +157,9 @@ def test_packing_again_takes_what_could_not_be_read_before(large, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Location, "read", reads_all_but_one)
         result, _ = packed(large / "clear", large / "pack")
-        assert result.left_out == {lost: f"cannot read {lost}: Permission denied"} and result.images == 5
+        assert result.skipped == {lost: f"cannot read {lost}: Permission denied"} and result.images == 5
     result, written = packed(large / "clear", large / "pack")
-    assert (written, result.images, result.left_out) == (1, 6, {})
+    assert (written, result.images, result.skipped) == (1, 6, {})
 
 
 def test_until_packing_again_has_ended_the_old_pack_is_whole(large):
@@ -176,7 +176,7 @@ def test_files_that_cannot_be_packed_are_named(large):
     (large / "depth/day 0/2.png").unlink()
     (large / "depth/alone.npy").write_bytes(b"")
     result, _ = packed(large / "clear", large / "pack", large / "depth")
-    reasons = {uri.removeprefix(f"{large}/"): reason for uri, reason in result.left_out.items()}
+    reasons = {uri.removeprefix(f"{large}/"): reason for uri, reason in result.skipped.items()}
     assert result.images == 4 and reasons.keys() == {"clear/day 0/0.png", "clear/day 0/2.png", "depth/alone.npy"}
     assert reasons["clear/day 0/0.png"].endswith("depth/day 0/0.png: not an image, or a damaged one")
     assert reasons["clear/day 0/2.png"] == "no depth map of this name"
@@ -189,7 +189,7 @@ def test_what_is_wrong_with_a_pack_is_one_line(large):
     with pytest.raises(ManifestError, match=r"^data\.depth: the pack in .* holds no depth \(corun-ray pack --depth"):
         build_manifest(job)
     with pytest.raises(ManifestError, match=r"^INPUT: .* holds a pack, from which only training data are read$"):
-        images_below(uri, "INPUT")
+        list_images(uri, "INPUT")
 
     kept = (large / "pack" / shards[2]).read_bytes()
     (large / "pack" / shards[2]).write_bytes(kept[:-9])
@@ -266,7 +266,7 @@ def test_a_run_trains_on_packs_pictures_them_and_lists_a_damaged_image_that_it_t
         data={"clear": "clear", "depth": "clear", "hazy": "hazy", "max_bad_fraction": 0.5},
         train={"steps": 8, "validate_every": 8, "checkpoint_every": 8},
     )
-    run_training(with_absolute_paths(job), Console(), tmp_path)
+    run_training(make_paths_absolute(job), Console(), tmp_path)
     (run,) = (tmp_path / "runs").glob("test-colabator-*")
     assert (run / "report.html").exists()
     assert (run / "bad_files.tsv").read_text().startswith(f"{tmp_path}/clear/view_3.png\tnot an image")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from corun_ray.service.data.stream import BlockLayout, StreamPhase, phases, remaining_phases
+from corun_ray.service.data.stream import BlockLayout, StreamPhase, plan_phases, plan_remaining_phases
 from tests.service.jobs import small_job
 
 PROGRESSIVE = [
@@ -21,20 +21,20 @@ def progressive(dataset, tmp_path):
 @pytest.mark.parametrize("kind", ["pretrain", "colabator"])
 def test_without_later_sizes_a_run_is_one_phase(kind, dataset, tmp_path):
     job = small_job(kind, dataset, tmp_path, train={"steps": 40, "batch_per_worker": 2})
-    assert phases(job) == [StreamPhase(0, 40, 32, 2)]
-    assert remaining_phases(job, 0, 0, 3) == [(StreamPhase(0, 40, 32, 2), BlockLayout(0, 40, 2, 3))]
-    assert remaining_phases(job, 30, 180, 3) == [(StreamPhase(0, 40, 32, 2), BlockLayout(180, 10, 2, 3))]
-    assert remaining_phases(job, 40, 240, 3) == []
+    assert plan_phases(job) == [StreamPhase(0, 40, 32, 2)]
+    assert plan_remaining_phases(job, 0, 0, 3) == [(StreamPhase(0, 40, 32, 2), BlockLayout(0, 40, 2, 3))]
+    assert plan_remaining_phases(job, 30, 180, 3) == [(StreamPhase(0, 40, 32, 2), BlockLayout(180, 10, 2, 3))]
+    assert plan_remaining_phases(job, 40, 240, 3) == []
 
 
 def test_each_phase_ends_where_the_next_starts(progressive):
-    assert phases(progressive) == [StreamPhase(0, 4, 32, 3), StreamPhase(4, 9, 48, 2), StreamPhase(9, 12, 64, 1)]
+    assert plan_phases(progressive) == [StreamPhase(0, 4, 32, 3), StreamPhase(4, 9, 48, 2), StreamPhase(9, 12, 64, 1)]
 
 
 def test_a_step_takes_all_its_batches_from_the_stream(dataset, tmp_path):
     train = {"steps": 12, "batch_per_worker": 3, "accumulate": 4, "progressive": PROGRESSIVE}
     job = small_job("pretrain", dataset, tmp_path, train=train)
-    assert phases(job) == [StreamPhase(0, 4, 32, 12), StreamPhase(4, 9, 48, 8), StreamPhase(9, 12, 64, 4)]
+    assert plan_phases(job) == [StreamPhase(0, 4, 32, 12), StreamPhase(4, 9, 48, 8), StreamPhase(9, 12, 64, 4)]
 
 
 @pytest.mark.parametrize(
@@ -45,15 +45,16 @@ def test_phases_stop_with_the_run(steps, last, dataset, tmp_path):
     train = {"steps": 12, "batch_per_worker": 3, "progressive": PROGRESSIVE}
     job = small_job("pretrain", dataset, tmp_path, train=train)
     shorter = job.model_copy(update={"train": job.train.model_copy(update={"steps": steps})})
-    assert phases(shorter)[-1] == last
+    assert plan_phases(shorter)[-1] == last
 
 
 def global_batches(job, step, num_images_seen, workers):
     """The samples of each step on all ranks, read as the ranks would: block after block."""
     steps = []
-    for phase, layout in remaining_phases(job, step, num_images_seen, workers):
+    for phase, layout in plan_remaining_phases(job, step, num_images_seen, workers):
         rows = np.arange(layout.num_blocks * layout.rows_per_block).reshape(-1, workers, layout.rows_per_block)
-        ranks = [layout.samples(rows)[:, rank].reshape(-1, phase.batch)[: layout.num_steps] for rank in range(workers)]
+        samples = layout.map_rows_to_samples(rows)
+        ranks = [samples[:, rank].reshape(-1, phase.batch)[: layout.num_steps] for rank in range(workers)]
         steps += np.concatenate(ranks, axis=1).tolist()
     return steps
 
@@ -74,7 +75,7 @@ def test_the_layout_gives_each_rank_its_batches_in_order(num_steps, batch, worke
     layout = BlockLayout(1000, num_steps, batch, workers)
     assert layout.num_blocks <= 20_000 and layout.blocks_per_worker * layout.steps_per_block >= num_steps
     rows = np.arange(layout.num_blocks * layout.rows_per_block).reshape(-1, workers, layout.rows_per_block)
-    samples = layout.samples(rows)
+    samples = layout.map_rows_to_samples(rows)
     for rank in range(workers):
         mine = samples[:, rank].reshape(-1, batch)[:num_steps]
         steps = np.arange(num_steps)[:, None]

@@ -13,8 +13,8 @@ from corun_ray.service.data.sample_maker import (
     HAZY,
     SampleMaker,
     TooManyBadFiles,
+    choose_image,
     decode_region,
-    image_of_sample,
 )
 from tests.conftest import write_image
 from tests.service.jobs import small_job
@@ -25,10 +25,10 @@ def ignore(bad_files):
 
 
 def test_every_epoch_uses_each_image_once_in_another_order():
-    epochs = [[image_of_sample(7, CLEAR, e * 10 + i, 10) for i in range(10)] for e in range(3)]
+    epochs = [[choose_image(7, CLEAR, e * 10 + i, 10) for i in range(10)] for e in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[0] != [image_of_sample(7, HAZY, i, 10) for i in range(10)]
+    assert epochs[0] != [choose_image(7, HAZY, i, 10) for i in range(10)]
 
 
 def test_a_sample_follows_from_seed_and_index_alone(dataset, tmp_path):
@@ -74,7 +74,7 @@ def test_awkward_files_are_used_correctly_or_named(tmp_path):
     maker = SampleMaker(job, manifest, 32, bad.update)
     colours = collections.defaultdict(set)
     for index in range(len(manifest.clear)):
-        image = manifest.clear[image_of_sample(job.seed, CLEAR, index, len(manifest.clear))]
+        image = manifest.clear[choose_image(job.seed, CLEAR, index, len(manifest.clear))]
         sample = maker.sample(index)
         if image not in ("broken.jpg", "text.png"):
             colours[image].add(tuple(np.median(sample["clear"], axis=(0, 1)).astype(int).tolist()))
@@ -86,7 +86,7 @@ def test_awkward_files_are_used_correctly_or_named(tmp_path):
     }
     assert {uri.rsplit("/", 1)[1] for uri in bad} == {"broken.jpg", "text.png"}
     assert "truncated" in bad[str(clear / "broken.jpg")] and "not an image" in bad[str(clear / "text.png")]
-    assert manifest.set_aside == {str(clear / "nodepth.png"): "no depth map of this name"}
+    assert manifest.skipped == {str(clear / "nodepth.png"): "no depth map of this name"}
 
 
 def test_jpegs_are_decoded_no_further_than_the_crop_goes_and_give_the_same_samples(dataset, tmp_path, monkeypatch):

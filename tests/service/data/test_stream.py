@@ -7,14 +7,15 @@ import pytest
 import ray
 
 from corun_ray.service.data.manifest import build_manifest
-from corun_ray.service.data.stream import BlockLayout, batches, remaining_phases, split_stream
+from corun_ray.service.data.stream import BlockLayout, StreamTask, iterate_batches, plan_remaining_phases, split_stream
 from corun_ray.service.train.board import start_board
 from tests.service.jobs import small_job
 
 
 @ray.remote(num_cpus=0)
 def drain(shard, layout, rank):
-    return [(batch["index"].tolist(), batch["hazy"].shape, batch.get("key")) for batch in batches(shard, layout, rank)]
+    taken = iterate_batches(shard, layout, rank)
+    return [(batch["index"].tolist(), batch["hazy"].shape, batch.get("key")) for batch in taken]
 
 
 def read_stream(job, step, first, workers):
@@ -22,8 +23,8 @@ def read_stream(job, step, first, workers):
     board = start_board()
     manifest = ray.put(build_manifest(job))
     steps = []
-    for phase, layout in remaining_phases(job, step, first, workers):
-        shards = split_stream(job, manifest, board, layout, phase.patch_px)
+    for phase, layout in plan_remaining_phases(job, step, first, workers):
+        shards = split_stream(StreamTask(job, manifest, board, layout, phase.patch_px))
         per_rank = ray.get([drain.remote(shard, layout, rank) for rank, shard in enumerate(shards)])
         steps += zip(*per_rank, strict=True)
     return steps
@@ -73,7 +74,7 @@ def test_a_stream_out_of_order_is_an_error():
             yield {"index": np.array([0])}
             yield {"index": np.array([2])}
 
-    taken = batches(Shard(), BlockLayout(0, 2, 1, 1), 0)
+    taken = iterate_batches(Shard(), BlockLayout(0, 2, 1, 1), 0)
     next(taken)
     with pytest.raises(RuntimeError, match=r"given samples \[2\], expected 1"):
         next(taken)
@@ -88,9 +89,10 @@ def test_a_stream_that_is_ahead_leaves_the_processor_alone(local_ray, dataset, t
     job = small_job(
         "pretrain", dataset, tmp_path, train={"batch_per_worker": 8, "steps": 20_000}, data={"patch_px": 512}
     )
-    ((phase, layout),) = remaining_phases(job, 0, 0, 1)
-    (shard,) = split_stream(job, ray.put(build_manifest(job)), start_board(), layout, phase.patch_px)
-    stream = batches(shard, layout, 0)
+    ((phase, layout),) = plan_remaining_phases(job, 0, 0, 1)
+    task = StreamTask(job, ray.put(build_manifest(job)), start_board(), layout, phase.patch_px)
+    (shard,) = split_stream(task)
+    stream = iterate_batches(shard, layout, 0)
     next(stream)
     quiet_looks, deadline_s = 0, time.monotonic() + 120
     while quiet_looks < 6 and time.monotonic() < deadline_s:

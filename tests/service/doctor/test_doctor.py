@@ -11,8 +11,8 @@ import pytest
 
 from corun_ray.config.jobs import ClusterSection
 from corun_ray.service.doctor import places as doctor_places
-from corun_ray.service.doctor.doctor import Doctor, Finding, Needs, needs_of
-from corun_ray.service.doctor.places import TRIAL_MIB, clocks_of_servers, try_storage
+from corun_ray.service.doctor.doctor import Doctor, Finding, Needs, collect_needs
+from corun_ray.service.doctor.places import TRIAL_MIB, measure_server_clocks, try_storage
 from corun_ray.service.storage import Location, StorageError, locate
 from tests.conftest import free_port
 from tests.jobtexts import COLABATOR, PRETRAIN, load
@@ -132,14 +132,14 @@ def test_the_trial_is_of_the_size_that_its_help_says():
 
 
 def test_servers_that_do_not_answer_have_no_clock():
-    assert clocks_of_servers("runs", f"http://127.0.0.1:{free_port()}") == {}
-    assert clocks_of_servers("runs", "sqlite:///mlflow.db") == {}
+    assert measure_server_clocks("runs", f"http://127.0.0.1:{free_port()}") == {}
+    assert measure_server_clocks("runs", "sqlite:///mlflow.db") == {}
 
 
 def test_the_needs_of_a_file_are_those_of_its_jobs_together(tmp_path):
     small = f"{PRETRAIN}storage: /one\ncluster: {{workers: 2}}\n"
     large = f"{COLABATOR}cluster: {{workers: [4, 8]}}\nloss: {{perceptual: vgg19, weights: /w}}\n"
-    found = needs_of(load(tmp_path, f"{small}---\n{large}"))
+    found = collect_needs(load(tmp_path, f"{small}---\n{large}"))
     assert (found.storage, found.tracking) == ("/one", "sqlite:////one/mlflow.db")
     assert found.size.min_workers == 4
     assert [*found.weights] == ["/w"]

@@ -16,7 +16,7 @@ from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.coherence import build_coherence
 from corun_ray.service.train.driver import prepare, run_training
 from corun_ray.service.weights.folder import index_folder
-from corun_ray.service.weights.needed import needed_files, weights_source
+from corun_ray.service.weights.needed import find_needed_files, open_weights
 from tests import DATA
 from tests.core.metrics.test_pyiqa import BRISQUE_FILE, NIQE_FILE, add_noise, blur, photographs
 from tests.core.scoring.test_daclip import published
@@ -67,7 +67,7 @@ def test_a_folder_and_a_bucket_rank_photographs_the_same_way(metric, folder, buc
     scores = []
     for place in (folder, bucket):
         section = job_with(dataset, tmp_path, place, quality=metric).coherence
-        quality = build_coherence(section, weights_source(section.weights)).score_images(images).quality
+        quality = build_coherence(section, open_weights(section.weights)).score_images(images).quality
         assert quality.unique().numel() == len(images), "without ties a ranking says something"
         scores.append(quality)
     assert torch.equal(*scores)
@@ -88,7 +88,7 @@ def test_what_is_missing_is_said_before_any_worker_starts(folder, dataset, tmp_p
     job = job_with(dataset, tmp_path, folder, clarity="daclip", quality="musiq")
     with pytest.raises(WeightsError, match="musiq_koniq_ckpt-e95806b9.pth is not in .*weights.json"):
         prepare(job, tmp_path)
-    assert needed_files(job) == {
+    assert find_needed_files(job) == {
         str(folder): {
             DACLIP_FILE: "coherence.clarity daclip",
             "musiq_koniq_ckpt-e95806b9.pth": "coherence.quality musiq",

@@ -26,8 +26,8 @@ from corun_ray.service.weights.folder import (
     INDEX,
     RecordingSource,
     WeightsFolder,
+    describe_lacking,
     index_folder,
-    lacking,
     read_index,
 )
 
@@ -308,12 +308,12 @@ def test_the_listing_says_what_is_there_and_what_is_lacking(folder, bucket):
             ["new.pt", "0.0", "-", "not indexed", "clarity"],
             ["vgg19-dcbb9e9d.pth", "8.4", index["files"]["vgg19-dcbb9e9d.pth"]["sha256"][:12], "size differs"],
         ]
-        assert lacking(uri, wanted) == [
+        assert describe_lacking(uri, wanted) == [
             f"gone.pt (for loss): missing ({uri})",
             f"musiq.pth (for quality musiq): missing ({uri})",
             f"new.pt (for clarity): not indexed ({uri})",
         ]
-    assert lacking(None, {"a.pt": "loss"}) == ["a.pt (for loss): missing (the job names no weights folder)"]
+    assert describe_lacking(None, {"a.pt": "loss"}) == ["a.pt (for loss): missing (the job names no weights folder)"]
 
 
 def test_the_commands(folder, capsys):
