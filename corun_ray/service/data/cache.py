@@ -20,7 +20,7 @@ from corun_ray.core.data.depth import DepthMap
 from corun_ray.core.timing import phase
 from corun_ray.service.data.actors import NoticeBoard
 
-CacheView = TypeVar("CacheView", np.ndarray, DepthMap)
+Decoded = TypeVar("Decoded", np.ndarray, DepthMap)
 
 MIB = 2**20
 STORE_SHARE = 0.5
@@ -151,7 +151,7 @@ class CacheView:
         self._num_heard += len(update.entries)
         self._has_room = update.has_room
 
-    def get(self, key: Hashable, decode: Callable[[], CacheView]) -> CacheView:
+    def get(self, key: Hashable, decode: Callable[[], Decoded]) -> Decoded:
         """Return the cached value of `key`, else what `decode` returns, which is then offered to the cache.
 
         A cached value is shared memory: do not write to it.
@@ -159,7 +159,7 @@ class CacheView:
         if key in self._known:
             try:
                 with phase("read"):
-                    return cast(CacheView, ray.get(self._known[key], timeout=READ_TIMEOUT_S))
+                    return cast(Decoded, ray.get(self._known[key], timeout=READ_TIMEOUT_S))
             except (ObjectLostError, GetTimeoutError):
                 self._forget()
 

@@ -1,4 +1,4 @@
-"""The manifest: which files a run trains on, and which it sets aside and why."""
+"""The manifest: which files a run trains on, and which it skips and why. Also the job's validation sets."""
 
 import hashlib
 import json
@@ -18,99 +18,154 @@ from corun_ray.service.storage import locate
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 DEPTH_SUFFIXES = frozenset({".npy", ".png", ".mat"})
+NAMED_IMAGES = 3
+"""Images without ground truth that an error message names."""
+
+
+class ManifestError(UserError):
+    """Data that a job cannot use; the message has one line for each mistake."""
+
+
+# --- The training data ---
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Files by their paths relative to the data roots; a path is also the image's key."""
+    """Training files by their paths relative to the data roots; a path is also the image's key."""
 
     clear: tuple[str, ...]
     depth: tuple[str, ...] | None
-    """One depth map an image of `clear`; None: procedural depth."""
+    """The depth map of each image of `clear`; None: procedural depth."""
     hazy: tuple[str, ...]
     skipped: dict[str, str] = field(default_factory=dict)
-    """URI → reason, of images that cannot be used and of files that match nothing."""
+    """URI -> reason, of images that cannot be used and of files that match nothing."""
     paired_hazy: tuple[str, ...] | None = None
-    """One degraded image an image of `clear`; None: `clear` is degraded by synthesis."""
+    """The degraded image of each image of `clear`; None: haze is synthesised."""
     packs: dict[str, Pack] = field(default_factory=dict)
     """The data roots that are packs, by their `Location.uri`, as they were when the manifest was built."""
 
     @property
     def num_images(self) -> int:
-        """Images in the training data, unusable ones included."""
+        """Number of images in the training data, unusable ones included."""
         return len(self.clear) + len(self.hazy) + len(self.skipped)
 
     def read_image(self, root: str, key: str) -> bytes:
-        """An image file below a data root; raises `BadImage` and the errors of `Location`."""
+        """Read an image file of a data root.
+
+        Raises `BadImage` and the errors of `Location`.
+        """
         place = locate(root)
         pack = self.packs.get(place.uri)
         return place.child(key).read() if pack is None else pack.read(pack.images[key])
 
     def read_depth(self, root: str, key: str) -> bytes:
-        """A depth map's file, as `read_image` reads an image's."""
+        """Read a depth map's file of a data root; raises as `read_image` does."""
         place = locate(root)
         pack = self.packs.get(place.uri)
         return place.child(key).read() if pack is None else pack.read(pack.depths[key])
 
     def compute_digest(self) -> str:
-        """A SHA-256 over the names: the same for the same data."""
+        """Compute a SHA-256 over the names: equal for equal data."""
         content = json.dumps([self.clear, self.depth, self.hazy, self.paired_hazy])
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-class ManifestError(UserError):
-    """Data that holds nothing to train on; the message is one line a mistake."""
+def build_manifest(job: TrainingJob) -> Manifest:
+    """List and pair the training data of a job.
+
+    Raises `StorageError`, and `ManifestError` where there is nothing to train on.
+    """
+    roots = _DataRoots()
+    hazy: tuple[str, ...] = ()
+    if isinstance(job, ColabatorJob):
+        hazy = tuple(roots.list_images(job.data.hazy, "data.hazy"))
+
+    # Paired data: degraded images and their clean ones.
+    if job.data.paired is not None:
+        return _build_paired_manifest(job.data.paired, hazy, roots)
+
+    # Clear images alone, whose depth will be procedural.
+    assert job.data.clear is not None
+    clear = roots.list_images(job.data.clear, "data.clear")
+    if job.data.depth is None:
+        return Manifest(tuple(clear), None, hazy, packs=roots.packs)
+
+    # Clear images and their depth maps.
+    maps = roots.list_depth_maps(job.data.depth)
+    pairing = pair_by_stem(clear, maps, "depth map")
+    if not pairing.pairs:
+        raise ManifestError(f"data.depth: none of the {len(maps)} depth maps below {job.data.depth} matches an image")
+    skipped = pairing.list_skipped(job.data.clear, job.data.depth)
+    return Manifest(tuple(pairing.pairs), tuple(pairing.pairs.values()), hazy, skipped, packs=roots.packs)
 
 
-def strip_suffix(path: str) -> str:
-    """A relative path without its last suffix: what pairs an image with its depth or truth."""
-    return posixpath.splitext(path)[0]
+def _build_paired_manifest(paired: PairedSection, hazy: tuple[str, ...], roots: "_DataRoots") -> Manifest:
+    """Build the manifest of a job with degraded images and their clean ones."""
+    degraded = roots.list_images(paired.hazy, "data.paired.hazy")
+    clean = roots.list_images(paired.clear, "data.paired.clear")
+
+    pairing = pair_by_stem(degraded, clean, "clean image")
+    if not pairing.pairs:
+        raise ManifestError(
+            f"data.paired.clear: none of the {len(clean)} images below {paired.clear} "
+            f"is named like one below {paired.hazy}"
+        )
+    skipped = pairing.list_skipped(paired.hazy, paired.clear)
+    return Manifest(tuple(pairing.pairs.values()), None, hazy, skipped, tuple(pairing.pairs), roots.packs)
 
 
-def filter_by_suffix(files: list[str], suffixes: frozenset[str]) -> list[str]:
-    """The files of these kinds; hidden ones (.DS_Store and the like) are never data."""
-    visible = (file for file in files if not posixpath.basename(file).startswith("."))
-    return [file for file in visible if posixpath.splitext(file)[1].lower() in suffixes]
+class _DataRoots:
+    """Lists the data roots of a job, folders and packs alike; opens each pack once."""
+
+    def __init__(self) -> None:
+        self.packs: dict[str, Pack] = {}
+
+    def list_images(self, uri: str, key: str) -> list[str]:
+        """List the images of a data root; raises `ManifestError`, naming the job's `key`, where there are none."""
+        found = self._open(uri)
+        return list(found.images) if isinstance(found, Pack) else _filter_images(found, uri, key)
+
+    def list_depth_maps(self, uri: str) -> list[str]:
+        """List the depth maps of a data root; raises `ManifestError` for a pack without depth."""
+        found = self._open(uri)
+        if not isinstance(found, Pack):
+            return filter_by_suffix(found, DEPTH_SUFFIXES)
+        if not found.depths:
+            raise ManifestError(f"data.depth: the pack in {uri} holds no depth (corun-ray pack --depth adds it)")
+        return list(found.depths)
+
+    def _open(self, uri: str) -> Pack | list[str]:
+        """Return the pack in a folder, or the folder's files."""
+        place = locate(uri)
+        if place.uri not in self.packs:
+            infos = place.list_infos()
+            if not is_pack(infos):
+                return list(infos)
+            self.packs[place.uri] = open_pack(place, infos)
+        return self.packs[place.uri]
 
 
-def pair_by_stem(
-    images: list[str], partners: list[str], what: str
-) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """Image → partner of the same stem, and the reasons for images and for partners that are left over."""
-    by_stem = defaultdict(list)
-    for partner in partners:
-        by_stem[strip_suffix(partner)].append(partner)
-    pairs, unpaired = {}, {}
-    for image in images:
-        found = by_stem.get(strip_suffix(image), [])
-        if len(found) == 1:
-            pairs[image] = found[0]
-        else:
-            unpaired[image] = (
-                f"{len(found)} {what}s match it: {', '.join(found)}" if found else f"no {what} of this name"
-            )
-    stems = {strip_suffix(image) for image in images}
-    unused = {p: f"{what} of no image" for p in partners if strip_suffix(p) not in stems}
-    return pairs, unpaired, unused
+# --- Listing folders ---
 
 
 def list_images(uri: str, key: str) -> list[str]:
-    """The names of `list_image_files`; raises as that does."""
-    return [*list_image_files(uri, key)]
+    """List the images below a folder or URI; raises as `list_image_files` does."""
+    return list(list_image_files(uri, key))
 
 
 def list_image_files(uri: str, key: str) -> dict[str, FileInfo]:
-    """The images under a folder or URI, with what is known of their files.
+    """List the images below a folder or URI, with what storage knows of each file.
 
-    Raises `ManifestError`, naming the job file's `key`, where there are none or a pack of them, and `StorageError`.
+    Raises `StorageError`, and `ManifestError`, naming the job file's `key`, for a folder without images or with a pack.
     """
-    files = locate(uri).list_infos()
-    if is_pack(files):
-        raise ManifestError(f"{key}: {uri} holds a pack, from which only training data are read")
-    return {image: files[image] for image in _images_among([*files], uri, key)}
+    infos = locate(uri).list_infos()
+    if is_pack(infos):
+        raise ManifestError(f"{key}: {uri} holds a pack, which only training can read")
+    return {image: infos[image] for image in _filter_images(list(infos), uri, key)}
 
 
-def _images_among(files: list[str], uri: str, key: str) -> list[str]:
+def _filter_images(files: list[str], uri: str, key: str) -> list[str]:
+    """Return the images among the files below `uri`; raises `ManifestError` where there are none."""
     images = filter_by_suffix(files, IMAGE_SUFFIXES)
     if not images:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
@@ -118,105 +173,120 @@ def _images_among(files: list[str], uri: str, key: str) -> list[str]:
     return images
 
 
-def build_manifest(job: TrainingJob) -> Manifest:
-    """Lists and pairs the job's training data; raises `StorageError` and `ManifestError`."""
-    packs: dict[str, Pack] = {}
-    hazy = tuple(_images(job.data.hazy, "data.hazy", packs)) if isinstance(job, ColabatorJob) else ()
-    if job.data.paired is not None:
-        return _paired(job.data.paired, hazy, packs)
-    assert job.data.clear is not None
-    clear = _images(job.data.clear, "data.clear", packs)
-    if job.data.depth is None:
-        return Manifest(tuple(clear), None, hazy, packs=packs)
-    maps = _depth_maps(job.data.depth, packs)
-    pairs, unpaired, unused = pair_by_stem(clear, maps, "depth map")
-    if not pairs:
-        raise ManifestError(f"data.depth: none of the {len(maps)} depth maps below {job.data.depth} matches an image")
-    skipped = _below(job.data.clear, unpaired) | _below(job.data.depth, unused)
-    return Manifest(tuple(pairs), tuple(pairs.values()), hazy, skipped, packs=packs)
+def filter_by_suffix(files: list[str], suffixes: frozenset[str]) -> list[str]:
+    """Return the files with these suffixes; hidden files (.DS_Store and the like) are never data."""
+    found = []
+    for file in files:
+        is_hidden = posixpath.basename(file).startswith(".")
+        if not is_hidden and posixpath.splitext(file)[1].lower() in suffixes:
+            found.append(file)
+    return found
 
 
-def _images(uri: str, key: str, packs: dict[str, Pack]) -> list[str]:
-    found = _pack_or_files(uri, packs)
-    return [*found.images] if isinstance(found, Pack) else _images_among(found, uri, key)
+def strip_suffix(path: str) -> str:
+    """Return a path without its last suffix: the stem that pairs an image with its depth or ground truth."""
+    return posixpath.splitext(path)[0]
 
 
-def _depth_maps(uri: str, packs: dict[str, Pack]) -> list[str]:
-    found = _pack_or_files(uri, packs)
-    if not isinstance(found, Pack):
-        return filter_by_suffix(found, DEPTH_SUFFIXES)
-    if not found.depths:
-        raise ManifestError(f"data.depth: the pack in {uri} holds no depth (corun-ray pack --depth adds it)")
-    return [*found.depths]
+@dataclass(frozen=True)
+class Pairing:
+    """Images with their partners (depth maps, clean images), and the reasons for the files left over."""
+
+    pairs: dict[str, str]
+    """Image -> partner."""
+    unpaired: dict[str, str]
+    """Image -> reason."""
+    unused: dict[str, str]
+    """Partner -> reason."""
+
+    def list_skipped(self, image_root: str, partner_root: str) -> dict[str, str]:
+        """Return the reason of every file left over, by its URI."""
+        skipped = {posixpath.join(image_root, image): reason for image, reason in self.unpaired.items()}
+        for partner, reason in self.unused.items():
+            skipped[posixpath.join(partner_root, partner)] = reason
+        return skipped
 
 
-def _pack_or_files(uri: str, packs: dict[str, Pack]) -> Pack | list[str]:
-    """The pack in a folder, added to `packs`, or the folder's files."""
-    place = locate(uri)
-    if place.uri not in packs:
-        files = place.list_infos()
-        if not is_pack(files):
-            return [*files]
-        packs[place.uri] = open_pack(place, files)
-    return packs[place.uri]
+def pair_by_stem(images: list[str], partners: list[str], partner_name: str) -> Pairing:
+    """Pair each image with the one partner of the same stem; `partner_name` is for the reasons."""
+    by_stem = defaultdict(list)
+    for partner in partners:
+        by_stem[strip_suffix(partner)].append(partner)
+
+    # Images with exactly one partner are pairs.
+    pairs, unpaired = {}, {}
+    for image in images:
+        found = by_stem.get(strip_suffix(image), [])
+        if len(found) == 1:
+            pairs[image] = found[0]
+        elif found:
+            unpaired[image] = f"{len(found)} {partner_name}s match it: {', '.join(found)}"
+        else:
+            unpaired[image] = f"no {partner_name} of this name"
+
+    # Partners that match no image.
+    image_stems = {strip_suffix(image) for image in images}
+    unused = {}
+    for partner in partners:
+        if strip_suffix(partner) not in image_stems:
+            unused[partner] = f"{partner_name} that matches no image"
+    return Pairing(pairs, unpaired, unused)
 
 
-def _paired(paired: PairedSection, hazy: tuple[str, ...], packs: dict[str, Pack]) -> Manifest:
-    degraded = _images(paired.hazy, "data.paired.hazy", packs)
-    clean = _images(paired.clear, "data.paired.clear", packs)
-    pairs, unpaired, unused = pair_by_stem(degraded, clean, "clean image")
-    if not pairs:
-        raise ManifestError(
-            f"data.paired.clear: none of the {len(clean)} images below {paired.clear} "
-            f"is named like one below {paired.hazy}"
-        )
-    skipped = _below(paired.hazy, unpaired) | _below(paired.clear, unused)
-    return Manifest(tuple(pairs.values()), None, hazy, skipped, tuple(pairs), packs)
-
-
-def _below(root: str, reasons: dict[str, str]) -> dict[str, str]:
-    return {posixpath.join(root, name): reason for name, reason in reasons.items()}
-
-
-def pair_validation_images(hazy_root: str, clear_root: str | None, section: str) -> list[tuple[str, str | None]]:
-    """Hazy images and their truth (None without `clear_root`), by relative path.
-
-    Raises `StorageError`, and `ManifestError` naming the first images without a truth and the job file's `section`.
-    """
-    hazy = list_images(hazy_root, f"{section}.hazy")
-    if clear_root is None:
-        return [(key, None) for key in hazy]
-    pairs, unpaired, _ = pair_by_stem(hazy, list_images(clear_root, f"{section}.clear"), "clear image")
-    if unpaired:
-        named = "; ".join(f"{posixpath.join(hazy_root, key)}: {reason}" for key, reason in list(unpaired.items())[:3])
-        raise ManifestError(f"{section}.clear: {len(unpaired)} of {len(hazy)} hazy images have no truth ({named})")
-    return list(pairs.items())
+# --- Validation sets ---
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """One set of held-out images, and the prefix under which its metrics go: `val`, or `val/NAME`."""
+    """One validation set, and the prefix of its metrics: `val`, or `val/NAME`."""
 
     prefix: str
     hazy_root: str
     clear_root: str | None
     pairs: list[tuple[str, str | None]]
+    """Hazy image and its ground truth (None without `clear_root`), by relative path."""
 
 
 def list_validation_sets(job: TrainingJob) -> list[ValidationSet]:
-    """The job's `data.validation`, if any, then its `data.validation_sets`.
+    """List the job's `data.validation`, if any, and its `data.validation_sets`.
 
     Raises the errors of `pair_validation_images`.
     """
-    sections = {} if job.data.validation is None else {("val", "data.validation"): job.data.validation}
+    # The prefix of the metrics and the key of the job file, of each section.
+    named = []
+    if job.data.validation is not None:
+        named.append(("val", "data.validation", job.data.validation))
     for name, section in job.data.validation_sets.items():
-        sections[f"val/{name}", f"data.validation_sets.{name}"] = section
-    return [
-        ValidationSet(prefix, section.hazy, section.clear, pair_validation_images(section.hazy, section.clear, key))
-        for (prefix, key), section in sections.items()
-    ]
+        named.append((f"val/{name}", f"data.validation_sets.{name}", section))
+
+    sets = []
+    for prefix, key, section in named:
+        pairs = pair_validation_images(section.hazy, section.clear, key)
+        sets.append(ValidationSet(prefix, section.hazy, section.clear, pairs))
+    return sets
+
+
+def pair_validation_images(hazy_root: str, clear_root: str | None, section: str) -> list[tuple[str, str | None]]:
+    """Pair hazy images with their ground truth (None without `clear_root`), by relative path.
+
+    Raises `StorageError`, and `ManifestError`, naming the job file's `section` and the first images without a truth.
+    """
+    hazy = list_images(hazy_root, f"{section}.hazy")
+    if clear_root is None:
+        return [(key, None) for key in hazy]
+
+    # Every hazy image must have its truth: a metric over fewer images would not compare with others.
+    pairing = pair_by_stem(hazy, list_images(clear_root, f"{section}.clear"), "clear image")
+    unpaired = list(pairing.unpaired.items())
+    if unpaired:
+        named = "; ".join(f"{posixpath.join(hazy_root, key)}: {reason}" for key, reason in unpaired[:NAMED_IMAGES])
+        raise ManifestError(f"{section}.clear: {len(unpaired)} of {len(hazy)} hazy images have no truth ({named})")
+    return list(pairing.pairs.items())
 
 
 def load_image(root: str, key: str) -> ImageU8:
-    """Reads and decodes one image; raises `StorageError` and `BadImage`."""
+    """Read and decode one image.
+
+    Raises `StorageError` and `BadImage`.
+    """
     return decode_image(locate(root).child(key).read())

@@ -1,11 +1,10 @@
-"""Packing: a folder or URI of images, and perhaps their depth, into a pack (see `packs`), by tasks on the cluster.
+"""Packing: write a folder or URI of images, and perhaps their depth maps, as a pack (see `packs`).
 
-Beside each shard stands its part of the index, written after it. A shard's name follows from what goes into it: so
-packing that was stopped goes on with the shards that are missing, packing again writes only those that changed, and
-until the new index takes the place of the old one, the old pack is whole.
-
-
-The plan of a pack: which images, with which depth, go into which of its shards."""
+Tasks on the cluster write the shards. Beside each shard stands its part of the index, written after it. The name of a
+shard follows from its content, with two consequences. Packing that was stopped resumes with the shards that are
+missing, and packing again writes only the shards that changed. And the old pack stays whole until the new index
+replaces the old one.
+"""
 
 import hashlib
 import io
@@ -38,6 +37,15 @@ from corun_ray.service.data.packs import INDEX, INDEX_SCHEMA, SCHEMA, SHARD_FILE
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 
 FORMAT = 1
+"""Version of the shards' format; another version gives them other names."""
+MIB = 2**20
+PARALLEL_READS = 8
+"""Files that a task reads at once: it waits for the store more than it works."""
+SKIPPED_KEY = b"corun_ray.left_out"
+"""Metadata of a shard's part of the index: a JSON object, URI -> reason, of images that could not be packed."""
+
+
+# --- The plan ---
 
 
 @dataclass(frozen=True)
@@ -47,14 +55,14 @@ class PackEntry:
     key: str
     depth_key: str | None
     num_bytes: int
-    """Of both files."""
+    """Size of the image and its depth map."""
     changed_ns: int
-    """When the newer of them was written."""
+    """When the newer of the two was written."""
 
 
 @dataclass(frozen=True)
 class PackPlan:
-    """What goes where."""
+    """Which images, with which depth maps, go into which shards of a pack."""
 
     images: str
     depth: str | None
@@ -62,196 +70,259 @@ class PackPlan:
     keep_png: bool
     shards: tuple[tuple[PackEntry, ...], ...]
     skipped: dict[str, str] = field(default_factory=dict)
-    """URI → reason, of images without a depth map and of depth maps without an image."""
+    """URI -> reason, of images without a depth map and of depth maps without an image."""
 
-    def shard_name(self, shard: int) -> str:
-        """Of its file, without the suffix: another one for any other content, as far as sizes and dates tell."""
-        content = [FORMAT, self.images, self.depth, self.keep_png]
-        content += [(one.key, one.depth_key, one.num_bytes, one.changed_ns) for one in self.shards[shard]]
-        return f"images-{shard:05d}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
+    def name_shard(self, shard: int) -> str:
+        """Return a shard's file name without suffix, which differs for any other content.
+
+        Content counts as changed where sizes or dates differ.
+        """
+        content: list[Any] = [FORMAT, self.images, self.depth, self.keep_png]
+        for entry in self.shards[shard]:
+            content.append((entry.key, entry.depth_key, entry.num_bytes, entry.changed_ns))
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return f"images-{shard:05d}-{digest[:12]}"
 
     @property
     def num_images(self) -> int:
-        """In all shards."""
-        return sum(map(len, self.shards))
+        """Number of images in all shards."""
+        return sum(len(shard) for shard in self.shards)
 
     @property
     def num_bytes(self) -> int:
-        """Of all files."""
-        return sum(source.num_bytes for shard in self.shards for source in shard)
+        """Size of all files to be packed."""
+        return sum(entry.num_bytes for shard in self.shards for entry in shard)
 
 
 def plan_pack(images: str, output: str, depth: str | None, shard_mib: int, keep_png: bool) -> PackPlan:
-    """Lists, pairs and cuts; raises `StorageError` and `ManifestError`."""
-    files, maps, skipped = list_image_files(images, "IMAGES"), {}, {}
-    keys: dict[str, str | None] = dict.fromkeys(files)
-    if depth is not None:
-        maps = locate(depth).list_infos()
-        named = filter_by_suffix([*maps], DEPTH_SUFFIXES)
-        pairs, unpaired, unused = pair_by_stem([*keys], named, "depth map")
-        if not pairs:
-            raise ManifestError(f"--depth: none of the {len(named)} depth maps below {depth} matches an image")
-        keys = dict(pairs)
-        skipped = {posixpath.join(images, key): reason for key, reason in unpaired.items()}
-        skipped |= {posixpath.join(depth, key): reason for key, reason in unused.items()}
-    sources = []
-    for key, depth_key in keys.items():
-        infos = [files[key]] if depth_key is None else [files[key], maps[depth_key]]
-        sources.append(
-            PackEntry(key, depth_key, sum(info.size for info in infos), max(info.mtime_ns or 0 for info in infos))
-        )
-    return PackPlan(images, depth, output, keep_png, tuple(_cut(sources, shard_mib * 2**20)), skipped)
+    """List the images, pair them with their depth maps, and cut them into shards.
+
+    Raises `StorageError` and `ManifestError`.
+    """
+    files = list_image_files(images, "IMAGES")
+    if depth is None:
+        entries = [_make_entry(key, files[key]) for key in files]
+        shards = tuple(_cut_into_shards(entries, shard_mib * MIB))
+        return PackPlan(images, None, output, keep_png, shards)
+
+    # Pair the images with their depth maps.
+    maps = locate(depth).list_infos()
+    map_keys = filter_by_suffix(list(maps), DEPTH_SUFFIXES)
+    pairing = pair_by_stem(list(files), map_keys, "depth map")
+    if not pairing.pairs:
+        raise ManifestError(f"--depth: none of the {len(map_keys)} depth maps below {depth} matches an image")
+
+    entries = [_make_entry(key, files[key], map_key, maps[map_key]) for key, map_key in pairing.pairs.items()]
+    shards = tuple(_cut_into_shards(entries, shard_mib * MIB))
+    return PackPlan(images, depth, output, keep_png, shards, pairing.list_skipped(images, depth))
 
 
-def _cut(sources: list[PackEntry], shard_bytes: int) -> Iterator[tuple[PackEntry, ...]]:
+def _make_entry(
+    key: str, image: FileInfo, depth_key: str | None = None, depth_map: FileInfo | None = None
+) -> PackEntry:
+    """Make the entry of an image and its depth map, if any."""
+    files = [image] if depth_map is None else [image, depth_map]
+    num_bytes = sum(file.size for file in files)
+    changed_ns = max(file.mtime_ns or 0 for file in files)
+    return PackEntry(key, depth_key, num_bytes, changed_ns)
+
+
+def _cut_into_shards(entries: list[PackEntry], shard_bytes: int) -> Iterator[tuple[PackEntry, ...]]:
+    """Yield consecutive entries of at most `shard_bytes`; a larger image gets a shard of its own."""
     shard: list[PackEntry] = []
     num_bytes = 0
-    for source in sources:
-        if shard and num_bytes + source.num_bytes > shard_bytes:
+    for entry in entries:
+        if shard and num_bytes + entry.num_bytes > shard_bytes:
             yield tuple(shard)
             shard, num_bytes = [], 0
-        shard.append(source)
-        num_bytes += source.num_bytes
+        shard.append(entry)
+        num_bytes += entry.num_bytes
     yield tuple(shard)
 
 
-READS_AT_ONCE = 8
-"""Files that a task asks a store for at once: it waits for answers more than it works."""
-_SKIPPED_KEY = b"corun_ray.left_out"
+# --- Packing ---
 
 
 @dataclass(frozen=True)
 class PackResult:
-    """What became of the images."""
+    """What was packed, and what was not."""
 
     images: int
     shards: int
     num_bytes: int
-    """Of all shards."""
+    """Size of all shards."""
     skipped: dict[str, str]
-    """URI → reason."""
+    """URI -> reason."""
 
 
 def find_written_shards(plan: PackPlan) -> set[int]:
-    """Which shards an earlier packing has written whole, with all files that the plan has for them.
+    """Return the shards that an earlier packing has written completely, with every file of the plan.
 
-    Raises `StorageError` where the output holds other things.
+    Raises `StorageError` where the output holds other files.
     """
     output = locate(plan.output)
     files = output.list_infos() if output.exists() else {}
+
+    # Packing deletes old shards, so it must not share its folder.
     for file in files:
         if file != INDEX and not SHARD_FILE.fullmatch(file):
             raise StorageError(f"{plan.output} holds {file}, which is no part of a pack: choose an empty place")
-    return {shard for shard in range(len(plan.shards)) if _is_there(plan.shard_name(shard), output, files)}
+
+    written = set()
+    for shard in range(len(plan.shards)):
+        if _is_written(plan.name_shard(shard), output, files):
+            written.add(shard)
+    return written
 
 
-def _is_there(name: str, output: Location, files: Mapping[str, FileInfo]) -> bool:
-    if not {_images(name), _part(name)} <= files.keys():
+def _is_written(name: str, output: Location, files: Mapping[str, FileInfo]) -> bool:
+    """Return whether a shard and its part of the index are written, undamaged and without skipped images."""
+    shard_file, part_file = _name_shard_file(name), _name_part_file(name)
+    if shard_file not in files or part_file not in files:
         return False
     try:
-        metadata = pq.read_schema(pa.BufferReader(output.child(_part(name)).read())).metadata or {}
+        metadata = pq.read_schema(pa.BufferReader(output.child(part_file).read())).metadata or {}
     except pa.ArrowException:
         return False
-    # What could not be read then may be readable now.
-    whole = {SHARDS: json.dumps({_images(name): files[_images(name)].size}), _SKIPPED_KEY: json.dumps({})}
-    return all(metadata.get(key) == text.encode() for key, text in whole.items())
+
+    # Images that could not be read then may be readable now, so a shard that skipped some is written again.
+    num_bytes = json.dumps({shard_file: files[shard_file].size})
+    nothing = json.dumps({})
+    return metadata.get(SHARDS) == num_bytes.encode() and metadata.get(SKIPPED_KEY) == nothing.encode()
 
 
-def pack(plan: PackPlan, there: set[int], progress: Callable[[int, int], None]) -> PackResult:
-    """Writes the shards that are not `there`, then the index; `progress` is told images done and their number.
+def pack(plan: PackPlan, written: set[int], progress: Callable[[int, int], None]) -> PackResult:
+    """Write the shards that are not yet `written` by tasks on the cluster, then the index.
 
-    Files that cannot be read are left out, with the reason. Raises `StorageError`.
+    `progress` is called with the number of images done and of all images. Files that cannot be read are skipped.
+
+    Raises `StorageError`.
     """
-    done = sum(len(plan.shards[shard]) for shard in there)
-    progress(done, plan.num_images)
-    missing = [shard for shard in range(len(plan.shards)) if shard not in there]
+    num_done = sum(len(plan.shards[shard]) for shard in written)
+    progress(num_done, plan.num_images)
+
+    missing = [shard for shard in range(len(plan.shards)) if shard not in written]
     if missing:
+        # One task for each shard.
         DataContext.get_current().enable_progress_bars = False
         items = ray.data.from_items(missing, override_num_blocks=len(missing))
-        written = iterate_rows(items.map(_write_shard, fn_args=(ray.put(plan),)))  # type: ignore[arg-type]  # as in streams
-        for row in written:
-            done += len(plan.shards[row["item"]])
-            progress(done, plan.num_images)
+        # The stubs know no arguments of the function.
+        rows = iterate_rows(items.map(_write_shard_of_row, fn_args=(ray.put(plan),)))  # type: ignore[arg-type]
+        for row in rows:
+            num_done += len(plan.shards[row["item"]])
+            progress(num_done, plan.num_images)
     return write_index(plan)
 
 
 def pack_here(plan: PackPlan) -> PackResult:
-    """Writes everything in this process, without Ray. Raises `StorageError`."""
+    """Write all shards and the index in this process, without Ray; raises `StorageError`."""
     for shard in range(len(plan.shards)):
         write_shard(plan, shard)
     return write_index(plan)
 
 
-def _write_shard(row: dict[str, int], plan: "ray.ObjectRef[PackPlan]") -> dict[str, int]:
+def _write_shard_of_row(row: dict[str, int], plan: "ray.ObjectRef[PackPlan]") -> dict[str, int]:
+    """Write the shard that a row names, as a task of Ray Data."""
     write_shard(ray.get(plan), row["item"])
     return row
 
 
+# --- Shards ---
+
+
 def write_shard(plan: PackPlan, shard: int) -> None:
-    """Writes one shard, then its part of the index; raises `StorageError`."""
-    output, name, buffer = locate(plan.output), plan.shard_name(shard), io.BytesIO()
-    entries, skipped = [], {}
-    # Images are compressed already; and uncompressed, a file's bytes are a range of the shard's.
+    """Write one shard, then its part of the index; raises `StorageError`."""
+    output, name = locate(plan.output), plan.name_shard(shard)
+    sources = plan.shards[shard]
+    buffer = io.BytesIO()
+    entries: list[dict] = []
+    skipped: dict[str, str] = {}
+
+    # Images are compressed already; and without compression, the bytes of a file are a range of the shard's bytes.
     options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    with ThreadPoolExecutor(READS_AT_ONCE) as readers, pq.ParquetWriter(buffer, SCHEMA, **options) as writer:
-        for source, row in zip(plan.shards[shard], readers.map(partial(_row, plan), plan.shards[shard]), strict=True):
+    with ThreadPoolExecutor(PARALLEL_READS) as readers, pq.ParquetWriter(buffer, SCHEMA, **options) as writer:
+        rows = readers.map(partial(_read_row, plan), sources)
+        for source, row in zip(sources, rows, strict=True):
             if isinstance(row, str):
                 skipped[posixpath.join(plan.images, source.key)] = row
                 continue
+            # Each batch becomes a row group.
             writer.write_batch(pa.RecordBatch.from_pylist([row], schema=SCHEMA))
-            entries.append({"shard": shard} | _entry(row))
+            entries.append(_make_index_entry(shard, row))
+
+    # The offsets are known only now that the shard is complete.
     content = buffer.getvalue()
     _add_offsets(entries, content)
-    output.child(_images(name)).write(content)
-    metadata = {SHARDS: json.dumps({_images(name): len(content)}), _SKIPPED_KEY: json.dumps(skipped)}
-    _write_table(entries, metadata, output.child(_part(name)))
+
+    # The part of the index comes last: it marks the shard as complete.
+    output.child(_name_shard_file(name)).write(content)
+    metadata = {
+        SHARDS: json.dumps({_name_shard_file(name): len(content)}),
+        SKIPPED_KEY: json.dumps(skipped),
+    }
+    _write_table(entries, metadata, output.child(_name_part_file(name)))
 
 
-def _row(plan: PackPlan, source: PackEntry) -> dict[str, str | bytes] | str:
-    """A row of a shard, or the reason why there is none."""
+def _read_row(plan: PackPlan, source: PackEntry) -> dict[str, str | bytes] | str:
+    """Read one image, and its depth map, as a row of a shard; return the reason where they cannot be read."""
     try:
-        row: dict[str, str | bytes] = {"key": source.key, "image": locate(plan.images).child(source.key).read()}
-        return row if source.depth_key is None else row | _depth_of(plan, source.depth_key)
+        image = locate(plan.images).child(source.key).read()
+        row: dict[str, str | bytes] = {"key": source.key, "image": image}
+        if source.depth_key is not None:
+            row |= _read_depth(plan, source.depth_key)
+        return row
     except (BadImage, MissingFile) as error:
         return str(error)
 
 
-def _depth_of(plan: PackPlan, key: str) -> dict[str, str | bytes]:
+def _read_depth(plan: PackPlan, key: str) -> dict[str, str | bytes]:
+    """Read a depth map; PNG becomes .npy of the same values, which decodes faster, unless the plan keeps it."""
     assert plan.depth is not None
-    content, suffix = locate(plan.depth).child(key).read(), posixpath.splitext(key)[1].lower()
+    content = locate(plan.depth).child(key).read()
+    suffix = posixpath.splitext(key)[1].lower()
     if suffix != ".png" or plan.keep_png:
         return {"depth_key": key, "depth": content}
+
     try:
-        return {"depth_key": f"{strip_suffix(key)}.npy", "depth": _as_npy(decode_depth(content, suffix))}
+        pixels = decode_depth(content, suffix)
     except BadImage as error:
         raise BadImage(f"its depth map {posixpath.join(plan.depth, key)}: {error}") from None
+    return {"depth_key": f"{strip_suffix(key)}.npy", "depth": _encode_npy(pixels)}
 
 
-def _as_npy(pixels: np.ndarray) -> bytes:
+def _encode_npy(pixels: np.ndarray) -> bytes:
+    """Encode an array as the bytes of a .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(pixels))
     return buffer.getvalue()
 
 
-def _entry(row: dict) -> dict:
-    """Of the index; all but the offsets, which are known when the shard is closed."""
-    entry = {"key": row["key"], "depth_key": row.get("depth_key")}
+# --- The index ---
+
+
+def _make_index_entry(shard: int, row: dict) -> dict:
+    """Make a row of the index from a row of a shard, without the offsets."""
+    entry = {"shard": shard, "key": row["key"], "depth_key": row.get("depth_key")}
     for column in ("image", "depth"):
         if column in row:
-            entry |= {f"{column}_bytes": len(row[column])}
+            entry[f"{column}_bytes"] = len(row[column])
     return entry
 
 
 def _add_offsets(entries: list[dict], content: bytes) -> None:
-    """A value is the end of its column's chunk, which holds nothing else; its length, before it, shows that it is so.
+    """Add to each entry where in the shard's bytes `content` its files lie.
 
-    Source: Apache Parquet, encodings, PLAIN of a byte array.
+    Every column chunk holds a single value, which ends where the chunk ends. Before the value stands its length, which
+    proves the offset. Source: Apache Parquet, encodings, PLAIN of a byte array.
+
+    Raises `RuntimeError` where pyarrow writes another layout.
     """
     metadata = pq.read_metadata(pa.BufferReader(content))
     for number, entry in enumerate(entries):
         for column in ("image", "depth"):
             if f"{column}_bytes" not in entry:
                 continue
+
             chunk = metadata.row_group(number).column(SCHEMA.get_field_index(column))
             num_bytes = entry[f"{column}_bytes"]
             offset = chunk.data_page_offset + chunk.total_compressed_size - num_bytes
@@ -261,32 +332,46 @@ def _add_offsets(entries: list[dict], content: bytes) -> None:
 
 
 def write_index(plan: PackPlan) -> PackResult:
-    """Joins the parts of the index, then deletes what other shards there are; raises `StorageError`."""
-    output, names = locate(plan.output), [plan.shard_name(shard) for shard in range(len(plan.shards))]
-    tables = [pq.read_table(pa.BufferReader(output.child(_part(name)).read())) for name in names]
-    skipped, shards = dict(plan.skipped), dict[str, int]()
-    for table in tables:
-        skipped |= json.loads(table.schema.metadata[_SKIPPED_KEY])
-        shards |= json.loads(table.schema.metadata[SHARDS])
-    entries = [entry for table in tables for entry in table.to_pylist()]
+    """Join the parts of the index, then delete the shards of earlier packings; raises `StorageError`."""
+    output = locate(plan.output)
+    names = [plan.name_shard(shard) for shard in range(len(plan.shards))]
+
+    # Collect the rows and metadata of all parts.
+    entries: list[dict] = []
+    shards: dict[str, int] = {}
+    skipped = dict(plan.skipped)
+    for name in names:
+        part = pq.read_table(pa.BufferReader(output.child(_name_part_file(name)).read()))
+        entries += part.to_pylist()
+        shards |= json.loads(part.schema.metadata[SHARDS])
+        skipped |= json.loads(part.schema.metadata[SKIPPED_KEY])
     if not entries:
         raise StorageError(f"not one of the images below {plan.images} can be packed")
+
+    # From here on, readers see the new pack.
     _write_table(entries, {SHARDS: json.dumps(shards)}, output.child(INDEX))
-    ours = {INDEX, *map(_images, names), *map(_part, names)}
-    for file in output.list_infos().keys() - ours:
+
+    # The shards of earlier packings are in no index any more.
+    kept = {INDEX}
+    for name in names:
+        kept |= {_name_shard_file(name), _name_part_file(name)}
+    for file in output.list_infos().keys() - kept:
         output.child(file).delete()
     return PackResult(len(entries), len(shards), sum(shards.values()), skipped)
 
 
-def _images(name: str) -> str:
+def _name_shard_file(name: str) -> str:
+    """Return the file name of a shard."""
     return f"{name}.parquet"
 
 
-def _part(name: str) -> str:
+def _name_part_file(name: str) -> str:
+    """Return the file name of a shard's part of the index."""
     return f"{name}.index.parquet"
 
 
 def _write_table(entries: list[dict], metadata: dict[bytes, str], place: Location) -> None:
+    """Write the index, or a part of it."""
     buffer = io.BytesIO()
     table = pa.Table.from_pylist(entries, schema=INDEX_SCHEMA.with_metadata(metadata))
     pq.write_table(table, buffer, compression="zstd")

@@ -1,8 +1,8 @@
-"""Packs: images, and depth maps beside them, in Parquet files of a size that object stores like.
+"""Packs: images, and depth maps beside them, in Parquet files of a size that object stores serve well.
 
-A pack is a folder of shards, a row an image and a row group a row, with `index.parquet`, which is written last. The
-index says where in its shard each file's bytes lie, so that training, which takes images in random order, reads one
-with a single request and parses nothing. For everybody else the shards are ordinary Parquet.
+A pack is a folder of shards and `index.parquet`. A shard has one row, and one row group, for each image. The index is
+written last and says where in its shard the bytes of each file lie: training takes images in random order, and so
+reads each with a single request and without parsing. For all other readers the shards are ordinary Parquet.
 """
 
 import json
@@ -19,7 +19,7 @@ from corun_ray.service.storage import Location, StorageError
 
 INDEX = "index.parquet"
 SHARD_FILE = re.compile(r"images-\d{5}-[0-9a-f]{12}(\.index)?\.parquet")
-"""A shard, or its part of the index."""
+"""File name of a shard, or of its part of the index."""
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -28,19 +28,25 @@ SCHEMA = pa.schema(
         pa.field("depth", pa.binary()),
     ]
 )
-_PLACE = [("offset", pa.int64()), ("bytes", pa.int64())]
+"""Columns of a shard; without a depth map, the last two are null."""
 INDEX_SCHEMA = pa.schema(
     [
-        *(("shard", pa.int32()), ("key", pa.string()), ("depth_key", pa.string())),
-        *((f"{column}_{name}", kind) for column in ("image", "depth") for name, kind in _PLACE),
+        pa.field("shard", pa.int32()),
+        pa.field("key", pa.string()),
+        pa.field("depth_key", pa.string()),
+        pa.field("image_offset", pa.int64()),
+        pa.field("image_bytes", pa.int64()),
+        pa.field("depth_offset", pa.int64()),
+        pa.field("depth_bytes", pa.int64()),
     ]
 )
+"""Columns of the index; one row for each image."""
 SHARDS = b"corun_ray.shards"
-"""Metadata of an index: a JSON object of every shard's file and its bytes, in the order of the shards."""
+"""Metadata of an index: a JSON object, file name -> bytes, of all shards in their order."""
 
 
 class ByteRange(NamedTuple):
-    """Where a file's bytes lie."""
+    """Where the bytes of a file lie."""
 
     shard: int
     offset: int
@@ -49,34 +55,36 @@ class ByteRange(NamedTuple):
 
 @dataclass(frozen=True)
 class Pack:
-    """What the index of a pack says."""
+    """Content of a pack, read from its index."""
 
     folder: Location
     shards: tuple[str, ...]
-    """Their files."""
+    """File names of the shards."""
     images: dict[str, ByteRange]
     """By the image's key, its path below the folder that was packed; in that order."""
     depths: dict[str, ByteRange]
     """By the depth map's path below its own folder."""
 
     def read(self, place: ByteRange) -> bytes:
-        """A file; raises the errors of `Location`."""
+        """Read a file of the pack; raises the errors of `Location`."""
         return self.folder.child(self.shards[place.shard]).read_range(place.offset, place.num_bytes)
 
 
 def is_pack(files: Iterable[str]) -> bool:
-    """Whether a folder with these files holds a pack, complete or not."""
+    """Return whether a folder with these files holds a pack, complete or not."""
     return any(SHARD_FILE.fullmatch(file) for file in files)
 
 
 def open_pack(folder: Location, files: Mapping[str, FileInfo]) -> Pack:
-    """The pack in a folder that holds these files.
+    """Open the pack in a folder that holds these files.
 
-    Raises `StorageError` for one that is not complete, or whose index or shards are damaged as far as sizes tell.
+    Raises `StorageError` for an incomplete pack, a damaged index, and shards that are missing or of another size.
     """
     again = "run its `corun-ray pack` again"
     if INDEX not in files:
         raise StorageError(f"the pack in {folder.uri} is not complete: no {INDEX}; {again}")
+
+    # Read the whole index.
     place = folder.child(INDEX)
     try:
         table = pq.read_table(pa.BufferReader(place.read()))
@@ -85,14 +93,32 @@ def open_pack(folder: Location, files: Mapping[str, FileInfo]) -> Pack:
         columns = {name: table[name].to_pylist() for name in INDEX_SCHEMA.names}
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{place.uri} is no index of a pack: {str(error).splitlines()[0][:200]}") from None
+
+    # Compare the shards with the index by size; reading them would take as long as training on them.
     for file, num_bytes in shards.items():
         if file not in files:
             raise StorageError(f"the pack in {folder.uri} is damaged: {file} is missing; {again}")
         if files[file].size != num_bytes:
             raise StorageError(f"the pack in {folder.uri} is damaged: {file} has not {num_bytes} bytes; {again}")
-    return Pack(folder, tuple(shards), _places(columns, "key", "image"), _places(columns, "depth_key", "depth"))
+
+    images = _read_ranges(columns, "key", "image")
+    depths = _read_ranges(columns, "depth_key", "depth")
+    return Pack(folder, tuple(shards), images, depths)
 
 
-def _places(columns: dict[str, list], key: str, column: str) -> dict[str, ByteRange]:
-    parts = (columns[key], columns["shard"], *(columns[f"{column}_{name}"] for name, _ in _PLACE))
-    return {row[0]: ByteRange(*row[1:]) for row in zip(*parts, strict=True) if row[0] is not None}
+def _read_ranges(columns: dict[str, list], key_column: str, file_column: str) -> dict[str, ByteRange]:
+    """Return the byte range of every image, or of every depth map, by its key."""
+    rows = zip(
+        columns[key_column],
+        columns["shard"],
+        columns[f"{file_column}_offset"],
+        columns[f"{file_column}_bytes"],
+        strict=True,
+    )
+
+    # An image without a depth map has no key for one.
+    ranges = {}
+    for key, shard, offset, num_bytes in rows:
+        if key is not None:
+            ranges[key] = ByteRange(shard, offset, num_bytes)
+    return ranges

@@ -1,13 +1,8 @@
 """Training samples of a job, each by its index in the run's stream: which images it takes, and how it is made.
 
-Sample `i` is image `permutation(seed, epoch)[i % n]` of each kind, `epoch = i // n`, and everything random about it
-follows from `(seed, i)`.
-
-
-A region of a photograph without the work on what lies below it.
-
-OpenCV decodes JPEG files whole; so does Pillow, but it does not print that coded data are left over, when a file's
-header promises fewer rows than there are. Both give the same pixels."""
+Sample `i` takes image `permutation(seed, epoch)[i % n]` of each kind (clear, hazy), with `epoch = i // n`. Everything
+random about the sample follows from `(seed, i)`.
+"""
 
 import io
 import math
@@ -23,7 +18,6 @@ from PIL.ExifTags import Base
 from PIL.JpegImagePlugin import JpegImageFile
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
-from corun_ray.core.data import samples
 from corun_ray.core.data.augment import Sliceable
 from corun_ray.core.data.depth import DepthMap, draw_procedural_depth
 from corun_ray.core.data.haze import HazeRange
@@ -36,130 +30,143 @@ from corun_ray.core.data.images import (
     is_jpeg,
     limit_jpeg_height,
 )
+from corun_ray.core.data.samples import (
+    Pair,
+    RealViews,
+    compute_real_side_px,
+    crop_pair,
+    make_real_views,
+    make_synthetic_pair,
+)
 from corun_ray.core.timing import phase
-from corun_ray.service.data.cache import CacheView
+from corun_ray.service.data.cache import CacheView, Decoded
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.storage import MissingFile
 
-UPRIGHT = 1
-CONTEXT_ROWS = 16
-MAX_PX = 2**30
-"""More OpenCV decodes of no image. A region costs little of any, but what has its image's shape is allocated, too."""
-
-
-def read_cuttable_sides(data: bytes) -> tuple[int, int] | None:
-    """Height and width in pixels of a photograph that `decode_region` saves work on; None: decode it as a whole.
-
-    That is every whole JPEG of three colours of 8 bits which its EXIF orientation does not turn.
-    """
-    if not is_jpeg(data) or not has_jpeg_end(data):
-        return None
-    try:
-        file = JpegImageFile(io.BytesIO(data))
-        if file.mode != "RGB" or file.getexif().get(Base.Orientation, UPRIGHT) != UPRIGHT:
-            return None
-    except Exception:  # a damaged header lets any error of its reader through; who decodes the whole names it
-        return None
-    sides_px = file.height, file.width
-    return sides_px if min(sides_px) >= MIN_SIDE_PX and math.prod(sides_px) <= MAX_PX else None
-
-
-def decode_region(data: bytes, rows: slice, columns: slice) -> NDArray[np.uint8]:
-    """Decodes a region of a photograph with `read_cuttable_sides` to `h w 3`, RGB uint8: the pixels of `decode_image`.
-
-    Raises `BadImage` as that does, but not for what is damaged below the region.
-    """
-    try:
-        file = JpegImageFile(io.BytesIO(limit_jpeg_height(data, rows.stop + CONTEXT_ROWS)))
-        return np.asarray(file.crop((columns.start, rows.start, columns.stop, rows.stop)))
-    except OSError:  # Pillow gives up on it: OpenCV has the last word, as on every other file
-        return decode_image(data)[rows, columns]
-
-
-T = TypeVar("T")
-Kept = TypeVar("Kept", np.ndarray, DepthMap)
-Batch = dict[str, np.ndarray]
-
 CLEAR, HAZY = 0, 1
-"""Which permutation and which random numbers: each kind of image has its own."""
+"""Kinds of images; each has its own permutations and random numbers."""
+
+UPRIGHT = 1
+"""EXIF orientation of a photograph that needs no turning."""
+CONTEXT_ROWS = 16
+"""Rows kept below a region: the pixels of its last rows are interpolated from them."""
+MAX_PX = 2**30
+"""OpenCV decodes no larger image. A region of one costs little, but arrays of the image's shape are allocated too."""
+
+Made = TypeVar("Made")
+Batch = dict[str, np.ndarray]
 
 
 class TooManyBadFiles(Exception):
     """More unusable images than `data.max_bad_fraction` allows."""
 
 
+# --- Which image a sample takes ---
+
+
 @lru_cache(maxsize=4)
 def draw_permutation(seed: int, kind: int, epoch: int, length: int) -> np.ndarray:
-    """The order of an epoch, `length` int64."""
+    """Draw the order of an epoch's images, `length` int64."""
     return np.random.default_rng([seed, kind, epoch]).permutation(length)
 
 
 def choose_image(seed: int, kind: int, index: int, length: int, attempt: int = 0) -> int:
-    """Which of `length` images sample `index` uses; `attempt` > 0 names its stand-ins, should that be unusable."""
+    """Return which of `length` images sample `index` takes.
+
+    `attempt` > 0 gives its substitutes where that image is unusable: the next ones of the epoch's order.
+    """
     epoch, position = divmod(index, length)
     return int(draw_permutation(seed, kind, epoch, length)[(position + attempt) % length])
 
 
+# --- How a sample is made ---
+
+
 @dataclass(frozen=True)
 class SampleMaker:
-    """Makes the samples of one job: reads, decodes, synthesises. Pure but for the reading."""
+    """Makes the samples of one job: reads, decodes, synthesises. Deterministic, given the files."""
 
     job: TrainingJob
     manifest: Manifest
     patch_px: int
     report_bad: Callable[[dict[str, str]], None]
+    """Is told of every unusable image: URI -> reason."""
     cache: CacheView | None = None
 
     def __call__(self, batch: Batch) -> Batch:
-        """Indices (`id`, b) → `index`, `hazy`, `clear` and, for Colabator, `weak`, `strong` (b p p 3 uint8), `key`."""
+        """Make the samples with the indices `id` (shape B).
+
+        Returns `index` (B), `hazy` and `clear` (B H W C, RGB uint8); for Colabator also `weak` and `strong`
+        (B H W C, RGB uint8) and `key` (B).
+        """
         rows = [self.sample(int(index)) for index in batch["id"]]
-        columns: Batch = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "key"}
+
+        # Stack the images of all samples; keys are strings and stay objects.
+        images = [name for name in rows[0] if name != "key"]
+        columns: Batch = {name: np.stack([row[name] for row in rows]) for name in images}
         columns["index"] = batch["id"]
         if "key" in rows[0]:
             columns["key"] = np.array([row["key"] for row in rows], dtype=object)
         return columns
 
     def sample(self, index: int) -> dict[str, Any]:
-        """One sample of the stream."""
-        pair = self._first_usable(CLEAR, index, len(self.manifest.clear), self._pair)
+        """Make one sample of the stream."""
+        pair = self._make_from_usable(CLEAR, index, len(self.manifest.clear), self._make_pair)
         row: dict[str, Any] = {"hazy": pair.hazy, "clear": pair.clear}
+
         if isinstance(self.job, ColabatorJob):
             # The real image of a sample goes through JPEG exactly when the synthetic one does.
-            key, views = self._first_usable(
-                HAZY, index, len(self.manifest.hazy), lambda i, rng: self._real(i, rng, pair.jpeg_quality)
-            )
+            def make_real(image: int, rng: np.random.Generator) -> tuple[str, RealViews]:
+                return self._make_real_views(image, rng, pair.jpeg_quality)
+
+            key, views = self._make_from_usable(HAZY, index, len(self.manifest.hazy), make_real)
             row |= {"weak": views.weak, "strong": views.strong, "key": key}
         return row
 
-    def _first_usable(self, kind: int, index: int, length: int, make: Callable[[int, np.random.Generator], T]) -> T:
-        """The sample's own image or, where that is unusable, the next of its epoch's order."""
+    def _make_from_usable(
+        self, kind: int, index: int, length: int, make: Callable[[int, np.random.Generator], Made]
+    ) -> Made:
+        """Call `make` with the sample's image, or with its first usable substitute.
+
+        Raises `TooManyBadFiles` where none of the images can be used.
+        """
         for attempt in range(length):
             image = choose_image(self.job.seed, kind, index, length, attempt)
             try:
                 return make(image, np.random.default_rng([self.job.seed, kind, index, attempt]))
             except _Unusable as error:
                 self.report_bad({error.uri: error.reason})
-        raise TooManyBadFiles(f"not one of the {length} {'clear' if kind == CLEAR else 'hazy'} images can be used")
+        name = "clear" if kind == CLEAR else "hazy"
+        raise TooManyBadFiles(f"not one of the {length} {name} images can be used")
 
-    def _pair(self, image: int, rng: np.random.Generator) -> samples.Pair:
-        return self._synthetic(image, rng) if self.job.data.paired is None else self._paired(image, rng)
+    def _make_pair(self, image: int, rng: np.random.Generator) -> Pair:
+        """Make a clear patch and its hazy counterpart, which is synthetic unless the job has paired data."""
+        if self.job.data.paired is None:
+            return self._make_synthetic_pair(image, rng)
+        return self._make_recorded_pair(image, rng)
 
-    def _paired(self, image: int, rng: np.random.Generator) -> samples.Pair:
+    def _make_recorded_pair(self, image: int, rng: np.random.Generator) -> Pair:
+        """Cut the same patch out of a degraded image and its clean one."""
         data = self.job.data
         assert data.paired is not None and self.manifest.paired_hazy is not None
         hazy_key = self.manifest.paired_hazy[image]
-        hazy = self._cuttable(data.paired.hazy, hazy_key)
-        clear = self._cuttable(data.paired.clear, self.manifest.clear[image])
+        hazy = self._open_image(data.paired.hazy, hazy_key)
+        clear = self._open_image(data.paired.clear, self.manifest.clear[image])
+
+        # Images of two sizes are no pair: the degraded one is named as unusable.
         with BlameFile(data.paired.hazy, hazy_key):
-            return samples.crop_pair(
+            return crop_pair(
                 hazy, clear, rng, patch_px=self.patch_px, random_resize=data.random_resize, rotation=data.rotation
             )
 
-    def _synthetic(self, image: int, rng: np.random.Generator) -> samples.Pair:
+    def _make_synthetic_pair(self, image: int, rng: np.random.Generator) -> Pair:
+        """Cut a patch out of a clear image and add haze by its depth map."""
         data, haze = self.job.data, self.job.haze
         assert data.clear is not None
         clear_key = self.manifest.clear[image]
-        clear = self._cuttable(data.clear, clear_key)
+        clear = self._open_image(data.clear, clear_key)
+
+        # The depth map of the image, or a procedural one where the job names none.
         if self.manifest.depth is None:
             depth_root, depth_key = data.clear, clear_key
             with phase("depth"):
@@ -167,9 +174,11 @@ class SampleMaker:
         else:
             assert data.depth is not None
             depth_root, depth_key = data.depth, self.manifest.depth[image]
-            depth_map = self._depth(depth_root, depth_key)
+            depth_map = self._load_depth(depth_root, depth_key)
+
+        # A depth map that does not fit its image is named as unusable.
         with BlameFile(depth_root, depth_key):
-            return samples.make_synthetic_pair(
+            return make_synthetic_pair(
                 clear,
                 depth_map,
                 rng,
@@ -179,73 +188,80 @@ class SampleMaker:
                 rotation=data.rotation,
             )
 
-    def _real(self, image: int, rng: np.random.Generator, jpeg_quality: int | None) -> tuple[str, samples.RealViews]:
+    def _make_real_views(self, image: int, rng: np.random.Generator, jpeg_quality: int | None) -> tuple[str, RealViews]:
+        """Make the weak and strong view of a real hazy image; also return the image's key."""
         assert isinstance(self.job, ColabatorJob)
         key = self.manifest.hazy[image]
-        least_px = samples.compute_real_side_px(self.patch_px)
-        hazy = self._image(self.job.data.hazy, key, least_px)
-        return key, samples.make_real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=jpeg_quality)
+        hazy = self._load_image(self.job.data.hazy, key, compute_real_side_px(self.patch_px))
+        return key, make_real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=jpeg_quality)
 
-    def _cuttable(self, root: str, key: str) -> Sliceable:
-        """An image for those who take a region of it: decoded no further, unless the whole is to be kept."""
+    def _open_image(self, root: str, key: str) -> Sliceable:
+        """Return an image out of which a region will be cut.
+
+        Where it can, only the region is decoded. With a cache the whole image is: the cache keeps whole images.
+        """
         if self.cache is not None:
-            return self._image(root, key)
+            return self._load_image(root, key)
+
         with BlameFile(root, key):
-            content = self._read(root, key)
+            content = self._read_image(root, key)
             with phase("decode"):
                 sides_px = read_cuttable_sides(content)
-                return decode_image(content) if sides_px is None else _ImageFile(root, key, content, (*sides_px, 3))
+                if sides_px is None:
+                    return decode_image(content)
+                return _ImageFile(root, key, content, (*sides_px, 3))
 
-    def _image(self, root: str, key: str, least_px: int | None = None) -> np.ndarray:
-        return self._kept((root, key, least_px), lambda: self._decoded_image(root, key, least_px))
+    def _load_image(self, root: str, key: str, least_px: int | None = None) -> np.ndarray:
+        """Read and decode a whole image, `H W C`, RGB uint8, or take it from the cache.
 
-    def _depth(self, root: str, key: str) -> DepthMap:
-        return self._kept((root, key, "depth"), lambda: self._decoded_depth(root, key))
+        With `least_px`, a JPEG may be decoded to a smaller size whose sides are still that long.
+        """
 
-    def _kept(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
-        return make() if self.cache is None else self.cache.get(key, make)
+        def decode() -> np.ndarray:
+            with BlameFile(root, key):
+                content = self._read_image(root, key)
+                with phase("decode"):
+                    return decode_image(content, least_px)
 
-    def _decoded_image(self, root: str, key: str, least_px: int | None) -> np.ndarray:
-        with BlameFile(root, key):
-            content = self._read(root, key)
-            with phase("decode"):
-                return decode_image(content, least_px)
+        return self._get_cached((root, key, least_px), decode)
 
-    def _read(self, root: str, key: str) -> bytes:
+    def _load_depth(self, root: str, key: str) -> DepthMap:
+        """Read and decode a depth map, or take it from the cache."""
+
+        def decode() -> DepthMap:
+            with BlameFile(root, key):
+                with phase("read"):
+                    content = self.manifest.read_depth(root, key)
+                with phase("depth"):
+                    raw = decode_depth(content, posixpath.splitext(key)[1].lower())
+                    return DepthMap.from_pixels(raw, self.job.data.depth_kind)
+
+        return self._get_cached((root, key, "depth"), decode)
+
+    def _get_cached(self, key: Hashable, decode: Callable[[], Decoded]) -> Decoded:
+        """Return what the cache holds, else what `decode` returns."""
+        return decode() if self.cache is None else self.cache.get(key, decode)
+
+    def _read_image(self, root: str, key: str) -> bytes:
+        """Read an image's file."""
         with phase("read"):
             return self.manifest.read_image(root, key)
 
-    def _decoded_depth(self, root: str, key: str) -> DepthMap:
-        with BlameFile(root, key):
-            with phase("read"):
-                content = self.manifest.read_depth(root, key)
-            with phase("depth"):
-                raw = decode_depth(content, posixpath.splitext(key)[1].lower())
-                return DepthMap.from_pixels(raw, self.job.data.depth_kind)
+
+# --- Unusable files ---
 
 
 class _Unusable(Exception):
+    """An image or depth map that cannot be used: its URI and the reason."""
+
     def __init__(self, uri: str, reason: str) -> None:
         super().__init__(f"{uri}: {reason}")
-        self.uri, self.reason = uri, reason
-
-
-@dataclass(frozen=True)
-class _ImageFile:
-    """An image in its file, decoded when a region is cut out of it."""
-
-    root: str
-    key: str
-    content: bytes
-    shape: tuple[int, int, int]
-
-    def __getitem__(self, region: tuple[slice, slice]) -> np.ndarray:
-        with BlameFile(self.root, self.key), phase("decode"):
-            return decode_region(self.content, *region)
+        self.uri = uri
+        self.reason = reason
 
 
 class BlameFile:
-    """Gives a `BadImage` or `MissingFile` raised inside the name of the file that it is about.
+    """Context manager that names the file to which a `BadImage` or `MissingFile` raised inside belongs.
 
     Any other `StorageError` passes: a store that cannot be reached says nothing about its images.
     """
@@ -259,3 +275,58 @@ class BlameFile:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, BadImage | MissingFile):
             raise _Unusable(self.uri, str(error)) from None
+
+
+# --- Regions of JPEG files ---
+
+
+@dataclass(frozen=True)
+class _ImageFile:
+    """An encoded image that is decoded only when a region is cut out of it."""
+
+    root: str
+    key: str
+    content: bytes
+    shape: tuple[int, int, int]
+
+    def __getitem__(self, region: tuple[slice, slice]) -> np.ndarray:
+        with BlameFile(self.root, self.key), phase("decode"):
+            return decode_region(self.content, *region)
+
+
+def read_cuttable_sides(data: bytes) -> tuple[int, int] | None:
+    """Return height and width in pixels of a JPEG out of which `decode_region` can cut; None for other files.
+
+    That is every complete JPEG of three colours of 8 bits that its EXIF orientation does not turn. Others are decoded
+    as a whole.
+    """
+    if not is_jpeg(data) or not has_jpeg_end(data):
+        return None
+
+    # A damaged header makes Pillow raise errors of any kind; decoding the whole file names the damage.
+    try:
+        file = JpegImageFile(io.BytesIO(data))
+        if file.mode != "RGB" or file.getexif().get(Base.Orientation, UPRIGHT) != UPRIGHT:
+            return None
+    except Exception:
+        return None
+
+    sides_px = file.height, file.width
+    is_supported = min(sides_px) >= MIN_SIDE_PX and math.prod(sides_px) <= MAX_PX
+    return sides_px if is_supported else None
+
+
+def decode_region(data: bytes, rows: slice, columns: slice) -> NDArray[np.uint8]:
+    """Decode a region of a JPEG to `H W C`, RGB uint8, without the work on the rows below it.
+
+    The pixels are those of `decode_image`. OpenCV decodes a file only whole, and so does Pillow; but Pillow stays
+    silent where a header that promises fewer rows than there are leaves coded data over.
+
+    Raises `BadImage` as `decode_image` does, except for damage below the region.
+    """
+    try:
+        file = JpegImageFile(io.BytesIO(limit_jpeg_height(data, rows.stop + CONTEXT_ROWS)))
+        return np.asarray(file.crop((columns.start, rows.start, columns.stop, rows.stop)))
+    except OSError:
+        # Where Pillow fails, OpenCV decides whether the file is damaged, as for every other file.
+        return decode_image(data)[rows, columns]

@@ -25,7 +25,7 @@ def test_pairs_by_stem_and_names_every_unmatched_file(copy, tmp_path):
     assert reasons == {
         "view_3.png": "no depth map of this name",
         "view_5.png": "2 depth maps match it: view_5.npy, view_5.png",
-        "stray.npy": "depth map of no image",
+        "stray.npy": "depth map that matches no image",
     }
 
 
@@ -79,7 +79,7 @@ def test_paired_images_match_by_stem_and_leftovers_are_named(kind, copy, tmp_pat
     assert manifest.skipped == {
         str(copy / "hazy/photo_1.png"): "no clean image of this name",
         str(copy / "hazy/photo_2.png"): "2 clean images match it: photo_2.jpg, photo_2.png",
-        str(copy / "hazy_truth/stray.png"): "clean image of no image",
+        str(copy / "hazy_truth/stray.png"): "clean image that matches no image",
     }
     assert manifest.num_images == 4 + 3 + len(manifest.hazy)
 

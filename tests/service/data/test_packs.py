@@ -188,7 +188,7 @@ def test_what_is_wrong_with_a_pack_is_one_line(large):
     job = small_job("pretrain", large, large, data={"clear": uri, "depth": uri})
     with pytest.raises(ManifestError, match=r"^data\.depth: the pack in .* holds no depth \(corun-ray pack --depth"):
         build_manifest(job)
-    with pytest.raises(ManifestError, match=r"^INPUT: .* holds a pack, from which only training data are read$"):
+    with pytest.raises(ManifestError, match=r"^INPUT: .* holds a pack, which only training can read$"):
         list_images(uri, "INPUT")
 
     kept = (large / "pack" / shards[2]).read_bytes()
