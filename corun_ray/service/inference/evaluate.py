@@ -274,8 +274,8 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     """Measure the job's models; write tables and a report.
 
 
-    Raises the errors of `pair_validation_images` and `fetch_model` before Ray starts, then `ClusterError`, `TrackingError`
-    and the errors of `evaluate`.
+    Raises the errors of `pair_validation_images` and `fetch_model` before Ray starts, then `ClusterError`,
+    `TrackingError` and the errors of `evaluate`.
     """
     started = time.monotonic()
     section = job.evaluate
