@@ -73,57 +73,57 @@ def add_pool_commands(commands: "argparse._SubParsersAction") -> None:
 
 
 def _ls(args: argparse.Namespace) -> int:
-    from corun_ray.service.pool.source import find
-    from corun_ray.service.pool.summary import describe, summarise
+    from corun_ray.service.pool.source import find_saved_pool
+    from corun_ray.service.pool.summary import describe_summary, summarise
     from corun_ray.service.storage import locate
 
-    source = find(args.source)
-    summary = summarise(source, source.index())
-    print("\n".join(describe(summary)))
+    source = find_saved_pool(args.source)
+    summary = summarise(source, source.read_index())
+    print("\n".join(describe_summary(summary)))
     if args.json:
         locate(args.json).write(json.dumps(asdict(summary), indent=1).encode())
     return DONE
 
 
 def _show(args: argparse.Namespace) -> int:
-    from corun_ray.service.pool.export import picture
-    from corun_ray.service.pool.source import find
-    from corun_ray.service.pool.summary import printable
+    from corun_ray.service.pool.export import draw_label
+    from corun_ray.service.pool.source import find_saved_pool
+    from corun_ray.service.pool.summary import make_printable
     from corun_ray.service.storage import StorageError, locate
 
-    source = find(args.source)
-    index = source.index()
+    source = find_saved_pool(args.source)
+    index = source.read_index()
     if args.key not in index:
-        raise StorageError(f"{source.uri}: no label of {printable(args.key)}{_closest(args.key, index)}")
-    label = source.label(args.key, index[args.key][1])
+        raise StorageError(f"{source.uri}: no label of {make_printable(args.key)}{_closest(args.key, index)}")
+    label = source.read_label(args.key, index[args.key][1])
     job, unknown = _job_of(source)
     hazy = _hazy_image(args, job, unknown, *label.scene.shape[-2:])
     combine = job.coherence.combine if job else "addition"
     place = locate(args.output or _file_name(args.key))
-    place.write(picture(label, hazy, combine))
+    place.write(draw_label(label, hazy, combine))
     clarity, quality = label.scores
-    print(f"{printable(args.key)}: clarity {clarity:.4f}, quality {quality:.4f}, made at step {label.step}")
+    print(f"{make_printable(args.key)}: clarity {clarity:.4f}, quality {quality:.4f}, made at step {label.step}")
     print(f"  trust map by {combine}{f' (not known: {unknown})' if unknown else ''}\n  {place.uri}")
     return DONE
 
 
 def _export(args: argparse.Namespace) -> int:
-    from corun_ray.service.pool.export import export
-    from corun_ray.service.pool.source import find
-    from corun_ray.service.pool.summary import printable
+    from corun_ray.service.pool.export import export_labels
+    from corun_ray.service.pool.source import find_saved_pool
+    from corun_ray.service.pool.summary import make_printable
     from corun_ray.service.storage import StorageError
     from corun_ray.service.telemetry.console import Console
 
     if "://" in args.folder:
         raise StorageError(f"{args.folder}: export fills a local folder; copy it to the bucket afterwards")
-    source = find(args.source)
+    source = find_saved_pool(args.source)
     console = Console()
     console.header("pool export", {"snapshot": source.uri, "output": args.folder})
     job, unknown = _job_of(source) if args.trust else (None, "")
     combine = (job.coherence.combine if job else "addition") if args.trust else None
     if unknown:
         console.say(f"  trust maps by addition (not known: {unknown})")
-    done = export(
+    done = export_labels(
         source,
         Path(args.folder),
         args.transmission,
@@ -132,18 +132,18 @@ def _export(args: argparse.Namespace) -> int:
     )
     console.footer(f"done: {len(done.files)} labels written, {len(done.refused)} left out", {})
     for key, reason in done.refused.items():
-        console.say(f"  left out: {printable(key)}: {printable(reason)}")
+        console.say(f"  left out: {make_printable(key)}: {make_printable(reason)}")
     return FAILED if done.refused else DONE
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from corun_ray.service.pool.source import find
-    from corun_ray.service.pool.summary import change_lines, changes, diff_summary
+    from corun_ray.service.pool.source import find_saved_pool
+    from corun_ray.service.pool.summary import describe_changes, find_changes, format_change_lines
 
-    a, b = find(args.a), find(args.b)
-    before, after = ({key: head for key, (head, _) in source.index().items()} for source in (a, b))
-    found = changes(before, after)
-    print("\n".join(change_lines(found) if args.all else diff_summary(a, b, found, len(after))))
+    a, b = find_saved_pool(args.a), find_saved_pool(args.b)
+    before, after = ({key: head for key, (head, _) in source.read_index().items()} for source in (a, b))
+    found = find_changes(before, after)
+    print("\n".join(format_change_lines(found) if args.all else describe_changes(a, b, found, len(after))))
     return DONE
 
 
@@ -152,7 +152,7 @@ def _job_of(source: "SavedPool") -> "tuple[ColabatorJob | None, str]":
     from corun_ray.service.storage import StorageError
 
     try:
-        return source.job(), ""
+        return source.read_job(), ""
     except StorageError as error:
         return None, str(error)
 
@@ -160,18 +160,18 @@ def _job_of(source: "SavedPool") -> "tuple[ColabatorJob | None, str]":
 def _hazy_image(
     args: argparse.Namespace, job: "ColabatorJob | None", unknown: str, height_px: int, width_px: int
 ) -> "ImageU8":
-    from corun_ray.service.pool.export import hazy_image
-    from corun_ray.service.pool.summary import printable
+    from corun_ray.service.pool.export import load_hazy_image
+    from corun_ray.service.pool.summary import make_printable
     from corun_ray.service.storage import StorageError
 
     try:
         root = args.hazy or (job and job.data.hazy)
         if not root:
             raise StorageError(unknown)
-        return hazy_image(root, args.key, height_px, width_px)
+        return load_hazy_image(root, args.key, height_px, width_px)
     except StorageError as error:
         raise StorageError(
-            f"no hazy image of {printable(args.key)}: {error}; name its folder with --hazy ROOT"
+            f"no hazy image of {make_printable(args.key)}: {error}; name its folder with --hazy ROOT"
         ) from None
 
 
@@ -181,7 +181,8 @@ def _file_name(key: str) -> str:
 
 
 def _closest(key: str, keys: Collection[str]) -> str:
-    from corun_ray.service.pool.summary import printable
+
+    from corun_ray.service.pool.summary import make_printable
 
     closest = difflib.get_close_matches(key, keys, CLOSEST_KEYS, CLOSEST_LIKENESS)
-    return f" (the closest: {', '.join(map(printable, closest))})" if closest else ""
+    return f" (the closest: {', '.join(map(make_printable, closest))})" if closest else ""

@@ -123,7 +123,7 @@ def test_export_says_what_it_leaves_out(run, pool_command):
 
 def test_diff(run, pool_command):
     code, out, err = pool_command("diff", run / "pool/step_00000010.json", run / "pool")
-    assert (code, err) == (0, "") and "  added     1\n" in out and "3 -> 12\n" in out
+    assert (code, err) == (0, "") and "  added      1\n" in out and "3 -> 12\n" in out
     code, out, err = pool_command("diff", "--all", run / "pool/step_00000010.json", run / "pool")
     assert [line.split("\t")[:2] for line in out.splitlines()[1:]] == [["added", "b.png"], ["replaced", "town/a.png"]]
 

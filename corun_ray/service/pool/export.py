@@ -1,4 +1,4 @@
-"""Labels of a saved pool as picture files: one beside its hazy image, or all of them in a folder."""
+"""Export labels of a saved pool as picture files: one label beside its hazy image, or all labels in a folder."""
 
 import csv
 import errno
@@ -26,8 +26,9 @@ from corun_ray.service.pool.source import SavedPool
 from corun_ray.service.storage import Location, StorageError, locate
 
 CELL_PX = 192
-"""Side of a picture of `pool show`, unless the label's own is larger."""
-TRANSMISSION, TRUST = ".transmission", ".trust"
+"""Side of a cell of `pool show`, unless the label itself is larger."""
+TRANSMISSION_SUFFIX = ".transmission"
+TRUST_SUFFIX = ".trust"
 LIST_FILE = "labels.csv"
 COLUMNS = ("key", "file", "clarity", "quality", "step", "height_px", "width_px")
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -36,148 +37,183 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 # --- One label ---
 
 
-def trust_map(label: Label, combine: Combine) -> NDArray[np.float32]:
-    """H W in [0, 1], of the label's size: how far its regions are trusted."""
-    blocks = BlockScores(*(torch.from_numpy(x.copy())[None] for x in (label.block_clarity, label.block_quality)))
-    trust = Coherence(combine=combine).build_trust_map(blocks, *label.scene.shape[-2:])
+def compute_trust_map(label: Label, combine: Combine) -> NDArray[np.float32]:
+    """Compute how far the regions of a label are trusted: H W in [0, 1], of the label's size."""
+    clarity, quality = (torch.from_numpy(x.copy())[None] for x in (label.block_clarity, label.block_quality))
+    trust = Coherence(combine=combine).build_trust_map(BlockScores(clarity, quality), *label.scene.shape[-2:])
     return trust[0, 0].numpy()
 
 
-def hazy_image(root: str, key: str, height_px: int, width_px: int) -> ImageU8:
-    """The image that a label is of, resized to it as the teacher's weak view is; raises `StorageError`."""
-    reason = why_unsafe(key)
+def load_hazy_image(root: str, key: str, height_px: int, width_px: int) -> ImageU8:
+    """Load the hazy image of a label, resized as the teacher's weak view is.
+
+    `root` is a folder of images or a pack. Raises `StorageError`.
+    """
+    # A key comes from a file: it must not lead out of the folder.
+    reason = explain_unsafe_key(key)
     if reason:
         raise StorageError(f"not read from {root}: its key {reason}")
+
     folder = locate(root)
     place = folder.child(key)
     try:
-        content = _in_pack(folder, key) if folder.child(INDEX).exists() else place.read()
+        content = _read_from_pack(folder, key) if folder.child(INDEX).exists() else place.read()
         return resize(decode_image(content), height_px, width_px)
     except BadImage as error:
         raise StorageError(f"{place.uri}: {error}") from None
 
 
-def _in_pack(folder: Location, key: str) -> bytes:
+def _read_from_pack(folder: Location, key: str) -> bytes:
     pack = open_pack(folder, folder.list_infos())
     if key not in pack.images:
         raise StorageError(f"the pack in {folder.uri} holds none")
     return pack.read(pack.images[key])
 
 
-def picture(label: Label, hazy: ImageU8, combine: Combine) -> bytes:
-    """A PNG: hazy image, label, transmission (an empty cell where there is none) and trust map in one row."""
+def draw_label(label: Label, hazy: ImageU8, combine: Combine) -> bytes:
+    """Draw a PNG of one row: hazy image, label, transmission (empty where there is none) and trust map."""
+    transmission = None
+    if label.transmission is not None:
+        transmission = apply_colour_map(decode(label.transmission)[0])
+
     row = {
         "hazy": hazy,
-        "label": _scene(label),
-        "transmission": None if label.transmission is None else apply_colour_map(decode(label.transmission)[0]),
-        "trust map": apply_colour_map(trust_map(label, combine)),
+        "label": _decode_scene(label),
+        "transmission": transmission,
+        "trust map": apply_colour_map(compute_trust_map(label, combine)),
     }
     return encode_png(draw_grid([row], max(CELL_PX, *label.scene.shape[-2:])))
 
 
-def _scene(label: Label) -> ImageU8:
+def _decode_scene(label: Label) -> ImageU8:
+    """Return the scene of a label as H W RGB in 8 bits, whatever its encoding."""
     return encode(decode(label.scene), "uint8").transpose(1, 2, 0)
 
 
-def _grey_png(unit: NDArray[np.floating]) -> bytes:
-    """H W in [0, 1] as a grey PNG of 8 bits, 255 is 1."""
+def _encode_grey_png(unit: NDArray[np.floating]) -> bytes:
+    """Encode H W in [0, 1] as a grey PNG of 8 bits; 255 is 1."""
     return cv2.imencode(".png", encode(unit, "uint8"))[1].tobytes()
 
 
-# --- All labels ---
+# --- Names of files ---
 
 
 @dataclass
 class Export:
-    """Which file a key goes into, relative to the export's folder, and why other keys go into none."""
+    """The file of each exported key, relative to the export's folder, and why the other keys have none."""
 
     files: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def why_unsafe(key: str) -> str | None:
-    """Why a key cannot be a path below a folder on any system; None where it can."""
+def explain_unsafe_key(key: str) -> str | None:
+    """Explain why a key cannot be a path below a folder on every system; return None where it can."""
+    parts = key.split("/")
     if any(not c.isprintable() for c in key):
         return "has control characters"
     if "\\" in key:
         return "has a backslash"
     if key.startswith("/") or _DRIVE.match(key):
         return "is an absolute path"
-    if ".." in key.split("/"):
+    if ".." in parts:
         return "leads out of its folder (..)"
-    if {"", "."} & set(key.split("/")):
+    if "" in parts or "." in parts:
         return "is no plain path (an empty part, or .)"
     return None
 
 
-def plan(keys: Iterable[str], kinds: Sequence[str] = ("",)) -> Export:
-    """A file for each key, its suffix replaced by `.png`; of keys with the same file the first has it.
+def plan_files(keys: Iterable[str], suffixes: Sequence[str] = ("",)) -> Export:
+    """Plan a file for each key: the key with `.png` in place of its own ending.
 
-    `kinds` go before the suffix (`.trust`): a key needs all of its files.
+    A key needs one file for each of `suffixes` (`.trust`), which stand before `.png`. If several keys need the same
+    file, the first in sorted order gets it and the others are refused.
     """
-    found, owners = Export(), dict[str, str]()
+    planned = Export()
+    owners: dict[str, str] = {}
     for key in sorted(keys):
         file = f"{posixpath.splitext(key)[0]}.png"
-        names = [beside(file, kind) for kind in kinds]
-        owner = next((owners[name] for name in names if name in owners), None)
-        reason = why_unsafe(key) or (owner and f"would have the same file as {owner}")
+        names = [add_suffix(file, suffix) for suffix in suffixes]
+
+        # Refuse a key that leads out of the folder, or that shares a file with an earlier key.
+        reason = explain_unsafe_key(key)
+        taken = [name for name in names if name in owners]
+        if reason is None and taken:
+            reason = f"would have the same file as {owners[taken[0]]}"
+
         if reason:
-            found.refused[key] = reason
+            planned.refused[key] = reason
         else:
-            found.files[key] = file
-            owners |= dict.fromkeys(names, key)
-    return found
+            planned.files[key] = file
+            for name in names:
+                owners[name] = key
+    return planned
 
 
-def beside(file: str, kind: str) -> str:
-    """`a/b.png` and `.trust` → `a/b.trust.png`."""
-    return f"{file.removesuffix('.png')}{kind}.png"
+def add_suffix(file: str, suffix: str) -> str:
+    """Add a suffix before `.png`: `a/b.png` and `.trust` give `a/b.trust.png`."""
+    return f"{file.removesuffix('.png')}{suffix}.png"
 
 
-def export(
+# --- All labels ---
+
+
+def export_labels(
     source: SavedPool,
     root: Path,
     with_transmission: bool = False,
     combine: Combine | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Export:
-    """Writes every label below `root`, which must be empty or not there, and `LIST_FILE` with `COLUMNS`.
+    """Write every label below `root`, which must be empty or new, and a list of them (`LIST_FILE`).
 
-    Trust maps only where `combine` is given; transmissions only of labels that have one. Nothing is overwritten or
-    written outside. Raises `StorageError`.
+    Trust maps are written where `combine` is given, transmissions of the labels that have one. Nothing is overwritten,
+    and nothing is written outside of `root`. Raises `StorageError`.
     """
-    kinds = ["", *([TRANSMISSION] if with_transmission else []), *([TRUST] if combine else [])]
+    suffixes = [""]
+    if with_transmission:
+        suffixes.append(TRANSMISSION_SUFFIX)
+    if combine:
+        suffixes.append(TRUST_SUFFIX)
+
     try:
+        # Fill a new folder alone, so that no file of the user's is touched.
         root.mkdir(parents=True, exist_ok=True)
         if any(root.iterdir()):
             raise StorageError(f"{root}: not empty; export fills a new folder")
-        index = source.index()
-        done = plan(index, kinds)
+
+        # Plan all names before the first file: keys that need the same file are known from the index.
+        index = source.read_index()
+        done = plan_files(index, suffixes)
+
+        # Write label by label; the list names those that were written.
         with (root / LIST_FILE).open("x", encoding="utf-8", newline="") as file:
             listing = csv.writer(file)
             listing.writerow(COLUMNS)
             for number, label in enumerate(snapshots.read_labels(source.pool, source.snapshot), 1):
                 if label.key not in index:
                     raise StorageError(f"{source.uri}: one of its segments has other labels than its index names")
-                _export_label(label, root, kinds, combine, done)
+                _export_label(label, root, suffixes, combine, done)
                 if label.key in done.files:
-                    place = (label.key, done.files[label.key])
-                    listing.writerow([*place, *label.scores, label.step, *label.scene.shape[1:]])
+                    row = [label.key, done.files[label.key], *label.scores, label.step, *label.scene.shape[1:]]
+                    listing.writerow(row)
                 progress(number, len(index))
     except OSError as error:
         raise StorageError(f"cannot write {error.filename or root}: {error.strerror or error}") from None
     return done
 
 
-def _export_label(label: Label, root: Path, kinds: Sequence[str], combine: Combine | None, done: Export) -> None:
+def _export_label(label: Label, root: Path, suffixes: Sequence[str], combine: Combine | None, done: Export) -> None:
+    """Write the files of one label; a label that cannot be written moves from `files` to `refused`."""
     file = done.files.get(label.key)
     if file is None:
         return
-    contents = {file: encode_png(_scene(label))}
-    if TRANSMISSION in kinds and label.transmission is not None:
-        contents[beside(file, TRANSMISSION)] = _grey_png(decode(label.transmission)[0])
+
+    contents = {file: encode_png(_decode_scene(label))}
+    if TRANSMISSION_SUFFIX in suffixes and label.transmission is not None:
+        contents[add_suffix(file, TRANSMISSION_SUFFIX)] = _encode_grey_png(decode(label.transmission)[0])
     if combine:
-        contents[beside(file, TRUST)] = _grey_png(trust_map(label, combine))
+        contents[add_suffix(file, TRUST_SUFFIX)] = _encode_grey_png(compute_trust_map(label, combine))
+
     reason = write_below(root, contents)
     if reason:
         done.refused[label.key] = reason
@@ -185,15 +221,20 @@ def _export_label(label: Label, root: Path, kinds: Sequence[str], combine: Combi
 
 
 def write_below(root: Path, contents: Mapping[str, bytes]) -> str | None:
-    """Writes files of one folder at paths relative to `root`: all of them, or says why none can be.
+    """Write files of one folder at paths relative to `root`; return why none can be written, or None.
 
-    A path that is taken, or that a link leads out of `root`, is left alone. Raises `OSError` for a disk's faults.
+    An existing file, and a path that a link leads out of `root`, are left alone. Raises `OSError` for faults of the
+    disk.
     """
-    # The longest first: where it is too long a name, nothing has been written.
+    # Write the longest name first: if a name is too long, nothing has been written yet.
     paths = sorted((root / name for name in contents), key=lambda path: -len(path.name))
+
+    # Follow links before anything is made.
     folder = paths[0].parent
     if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
         return "leads out of the folder through a link"
+
+    # Check all paths before the first is written: either all files of a label appear or none.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(os.path.lexists(path) for path in paths):

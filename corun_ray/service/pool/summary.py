@@ -1,25 +1,36 @@
-"""What a saved label pool holds, and what changed between two snapshots: numbers, and the text that shows them."""
+"""Summarise a saved label pool, and compare two snapshots: as numbers, and as text for the terminal."""
 
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.index import Head
-from corun_ray.service.pool.source import ImageKind, Index, SavedPool, snapshots_in
+from corun_ray.service.pool.snapshots import Index
+from corun_ray.service.pool.source import ImageKind, SavedPool, list_snapshots
+from corun_ray.service.telemetry.tables import format_table
 
 SCORE_BINS = 10
-STEP_RANGES, AGE_RANGES = 10, 6
-"""Ranges of steps that a table has at most."""
-BAR_WIDTH = 24
+MAX_STEP_RANGES = 10
+"""The most rows of the table of labels by step."""
+MAX_AGE_RANGES = 6
+"""The most rows of the table of labels by age."""
+BAR_CHARACTERS = 24
+"""Length of the longest bar of a column."""
 GAINS_SHOWN = 10
+MIB = 2**20
 CHANGE_COLUMNS = (
-    *("change", "key", "clarity_before", "clarity_after"),
-    *("quality_before", "quality_after", "step_before", "step_after"),
+    "change",
+    "key",
+    "clarity_before",
+    "clarity_after",
+    "quality_before",
+    "quality_after",
+    "step_before",
+    "step_after",
 )
 
 
@@ -44,34 +55,34 @@ class Ages:
 
 @dataclass(frozen=True)
 class PoolSummary:
-    """What `pool ls` shows; `dataclasses.asdict` of it is plain JSON."""
+    """The numbers of `pool ls`; `dataclasses.asdict` of them is plain JSON."""
 
     snapshot: str
     step: int
     labels: int
     labels_noted: int
-    """As the snapshot's file says; another number than `labels` is damage."""
+    """Number of labels by the snapshot's file; another number than `labels` is damage."""
     clarity: ScoreSpread
     quality: ScoreSpread
     memory_bytes: int
     storage_bytes: int
-    """Of the files of this snapshot's segments, indices included."""
+    """Size of this snapshot's segment files, indexes included."""
     ages_steps: Ages | None
     offers: int
     wins: int
     wins_by_step: dict[int, int]
     held_by_step: dict[int, int]
-    """Labels of the snapshot by the step that made them."""
+    """Labels of the snapshot, by the step that made them."""
     segments: int
     segment_rows: int
-    """Labels in the segments, `labels` of them still in use."""
+    """Labels in the segments; `labels` of them are still in use."""
     other_snapshots: list[str]
     images: list[ImageKind]
 
 
 @dataclass(frozen=True)
 class Change:
-    """A key whose label is not the same in two snapshots; at least one of `before` and `after` is there."""
+    """A key whose label differs between two snapshots; `before` or `after` is None where there is no label."""
 
     key: str
     before: Head | None
@@ -86,162 +97,244 @@ class Change:
 
     @property
     def gains(self) -> tuple[float, float]:
-        """How much clarity and quality have risen; 0 unless the label was replaced."""
+        """The rise of clarity and quality; 0 unless the label was replaced."""
         if self.before is None or self.after is None:
             return 0.0, 0.0
         old, new = self.before.scores, self.after.scores
         return new.clarity - old.clarity, new.quality - old.quality
 
 
+# --- One snapshot ---
+
+
 def summarise(source: SavedPool, index: Index) -> PoolSummary:
-    """What a snapshot holds; raises `StorageError`."""
+    """Summarise a snapshot.
+
+    Raises `StorageError`.
+    """
     heads = [head for head, _ in index.values()]
-    content, counters = source.snapshot, snapshots.sum_counters(source.snapshot)
-    ages = [content.step - head.step for head in heads]
+    content = source.snapshot
+    counters = snapshots.sum_counters(content)
+
+    ages = None
+    if heads:
+        steps = [content.step - head.step for head in heads]
+        ages = Ages(min(steps), statistics.median(steps), max(steps))
+
     return PoolSummary(
         snapshot=source.uri,
         step=content.step,
         labels=len(heads),
         labels_noted=content.labels,
-        clarity=_spread([head.scores.clarity for head in heads]),
-        quality=_spread([head.scores.quality for head in heads]),
+        clarity=_measure_spread([head.scores.clarity for head in heads]),
+        quality=_measure_spread([head.scores.quality for head in heads]),
         memory_bytes=sum(head.size_bytes for head in heads),
-        storage_bytes=source.storage_bytes(),
-        ages_steps=Ages(min(ages), statistics.median(ages), max(ages)) if ages else None,
+        storage_bytes=source.measure_storage_bytes(),
+        ages_steps=ages,
         offers=counters.offers,
         wins=counters.wins,
         wins_by_step=dict(sorted(counters.wins_by_step.items())),
         held_by_step=dict(sorted(Counter(head.step for head in heads).items())),
         segments=len(content.segments),
         segment_rows=sum(segment.rows for segment in content.segments),
-        other_snapshots=[name for name in snapshots_in(source.pool) if name != source.name],
-        images=source.image_kinds(index),
+        other_snapshots=[name for name in list_snapshots(source.pool) if name != source.name],
+        images=source.list_image_kinds(index),
     )
 
 
-def _spread(scores: Sequence[float]) -> ScoreSpread:
+def _measure_spread(scores: Sequence[float]) -> ScoreSpread:
+    """Measure one score of all labels; scores outside [0, 1] count in the first or last bin."""
     counts, _ = np.histogram(np.clip(scores, 0, 1), SCORE_BINS, (0, 1))
     if not scores:
         return ScoreSpread(None, None, None, counts.tolist())
     return ScoreSpread(statistics.fmean(scores), min(scores), max(scores), counts.tolist())
 
 
-def describe(summary: PoolSummary) -> list[str]:
-    """The lines of `pool ls`."""
-    lines = [summary.snapshot, *(f"  {name:<9} {text}" for name, text in _facts(summary).items())]
-    spreads = {"clarity": summary.clarity, "quality": summary.quality}
+def describe_summary(summary: PoolSummary) -> list[str]:
+    """Return the lines of `pool ls`."""
+    # The facts, one a line.
+    lines = [summary.snapshot]
+    lines += format_table(list(_list_facts(summary).items()), indent="  ").splitlines()
+
+    # How many labels have which score.
     bins = [f"{low / SCORE_BINS:.1f}-{(low + 1) / SCORE_BINS:.1f}" for low in range(SCORE_BINS)]
-    lines += ["", *bar_table("scores", bins, {name: spread.histogram for name, spread in spreads.items()})]
+    histograms = {"clarity": summary.clarity.histogram, "quality": summary.quality.histogram}
+    lines += ["", *format_bars("scores", bins, histograms)]
+
+    # How old the labels are, in steps.
     by_age = {summary.step - step: count for step, count in summary.held_by_step.items()}
-    lines += ["", *step_table("age", AGE_RANGES, {"labels": by_age})]
-    return [*lines, "", *step_table("steps", STEP_RANGES, {"wins": summary.wins_by_step, "held": summary.held_by_step})]
+    lines += ["", *format_step_bars("age", MAX_AGE_RANGES, {"labels": by_age})]
+
+    # In which steps labels won, and in which those were made that the pool still holds.
+    by_step = {"wins": summary.wins_by_step, "held": summary.held_by_step}
+    return [*lines, "", *format_step_bars("steps", MAX_STEP_RANGES, by_step)]
 
 
-def _facts(summary: PoolSummary) -> dict[str, str]:
-    noted = "" if summary.labels == summary.labels_noted else f" (but its file says {summary.labels_noted})"
-    kinds = [
-        f"{kind.width_px} x {kind.height_px} px, {kind.encoding}, "
-        f"{'with' if kind.with_transmission else 'without'} transmission"
-        + (f" ({kind.labels} labels)" if len(summary.images) > 1 else "")
-        for kind in summary.images
-    ]
-    memory, storage = (f"{size / 2**20:.2f} MiB" for size in (summary.memory_bytes, summary.storage_bytes))
-    ages = summary.ages_steps
-    in_use = f"{summary.labels} of them in use ({_percent(summary.labels, summary.segment_rows)})"
-    facts = {"labels": f"{summary.labels}, as of step {summary.step}{noted}"}
+def _list_facts(summary: PoolSummary) -> dict[str, str]:
+    """Return the facts of `pool ls`, by name."""
+    facts = {"labels": f"{summary.labels}, as of step {summary.step}"}
+    if summary.labels != summary.labels_noted:
+        facts["labels"] += f" (but its file says {summary.labels_noted})"
+
+    # An empty pool has no scores.
     for name, spread in (("clarity", summary.clarity), ("quality", summary.quality)):
         if spread.mean is not None:
             facts[name] = f"mean {spread.mean:.3f}, {spread.least:.3f} to {spread.most:.3f}"
-    return facts | {
-        "images": "; ".join(kinds) or "none",
-        "size": f"{memory} in memory, {storage} on storage",
-        "age": f"min {ages.least}, median {ages.median:g}, max {ages.most} steps" if ages else "no labels",
-        "offers": f"{summary.offers}, of which {summary.wins} won ({_percent(summary.wins, summary.offers)})",
-        "segments": f"{summary.segments} with {summary.segment_rows} labels, {in_use}",
-        "others": ", ".join(summary.other_snapshots) or "no other snapshot in this pool",
-    }
+
+    facts["images"] = "; ".join(_list_image_texts(summary.images)) or "none"
+    memory_mib, storage_mib = summary.memory_bytes / MIB, summary.storage_bytes / MIB
+    facts["size"] = f"{memory_mib:.2f} MiB in memory, {storage_mib:.2f} MiB on storage"
+
+    ages = summary.ages_steps
+    facts["age"] = "no labels"
+    if ages is not None:
+        facts["age"] = f"min {ages.least}, median {ages.median:g}, max {ages.most} steps"
+
+    won = _format_percent(summary.wins, summary.offers)
+    facts["offers"] = f"{summary.offers}, of which {summary.wins} won ({won})"
+    in_use = _format_percent(summary.labels, summary.segment_rows)
+    rows = f"{summary.segment_rows} labels, {summary.labels} of them in use ({in_use})"
+    facts["segments"] = f"{summary.segments} with {rows}"
+    facts["others"] = ", ".join(summary.other_snapshots) or "no other snapshot in this pool"
+    return facts
 
 
-def step_table(title: str, num_ranges: int, columns: Mapping[str, Mapping[int, int]]) -> list[str]:
-    """A `bar_table` of counts by step, over at most `num_ranges` round ranges from 0 on."""
-    end = 1 + max((step for counts in columns.values() for step in counts), default=0)
-    least = -(-end // num_ranges)
-    power = 10 ** (len(str(least)) - 1)
-    width = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
+def _list_image_texts(kinds: Sequence[ImageKind]) -> list[str]:
+    """Describe each kind of images; the number of labels is told where there are several kinds."""
+    texts = []
+    for kind in kinds:
+        transmission = "with transmission" if kind.with_transmission else "without transmission"
+        text = f"{kind.width_px} x {kind.height_px} px, {kind.encoding}, {transmission}"
+        if len(kinds) > 1:
+            text += f" ({kind.labels} labels)"
+        texts.append(text)
+    return texts
+
+
+# --- Bars ---
+
+
+def format_step_bars(title: str, max_ranges: int, columns: Mapping[str, Mapping[int, int]]) -> list[str]:
+    """Format counts by step as bars, over at most `max_ranges` round ranges of steps from 0 on."""
+    # The end of the ranges, past the last step.
+    end = 1
+    for counts in columns.values():
+        for step in counts:
+            end = max(end, step + 1)
+
+    # The least width of 1, 2 or 5 times a power of ten that needs no more ranges.
+    least_width = -(-end // max_ranges)
+    power = 10 ** (len(str(least_width)) - 1)
+    width = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least_width)
     starts = range(0, end, width)
-    totals = {name: [0] * len(starts) for name in columns}
+
+    # Add up the counts of each range. Labels from after the snapshot's step have a negative age: they count as 0.
+    totals = {}
     for name, counts in columns.items():
+        totals[name] = [0] * len(starts)
         for step, count in counts.items():
             totals[name][max(step, 0) // width] += count
+
     ranges = [str(start) if width == 1 else f"{start}-{start + width - 1}" for start in starts]
-    return bar_table(title, ranges, totals)
+    return format_bars(title, ranges, totals)
 
 
-def bar_table(title: str, rows: Sequence[str], columns: Mapping[str, Sequence[int]]) -> list[str]:
-    """Counts with a bar each, one line a row, aligned; the longest bar of a column is `BAR_WIDTH`."""
-    width = max(map(len, [title, *rows]))
-    lines = [f"  {title:<{width}}" + "".join(f"{name:>9} {'':<{BAR_WIDTH}}" for name in columns)]
+def format_bars(title: str, rows: Sequence[str], columns: Mapping[str, Sequence[int]]) -> list[str]:
+    """Format counts with a bar each, one line a row; the longest bar of a column has `BAR_CHARACTERS`."""
+    # Two cells a column: the count, flush right below the column's name, and its bar.
+    header = [title]
+    for name in columns:
+        header += [name, ""]
+    counts_at = range(1, len(header), 2)
+
+    table = []
     for number, row in enumerate(rows):
-        cells = [f"{counts[number]:>9} {_bar(counts[number], max(counts)):<{BAR_WIDTH}}" for counts in columns.values()]
-        lines.append(f"  {row:<{width}}" + "".join(cells))
-    return [line.rstrip() for line in lines]
+        cells = [row]
+        for counts in columns.values():
+            cells += [str(counts[number]), _draw_bar(counts[number], max(counts))]
+        table.append(cells)
+    return format_table(table, header, right=counts_at, indent="  ").splitlines()
 
 
-def _bar(count: int, most: int) -> str:
-    return "#" * -(-count * BAR_WIDTH // most) if count else ""
+def _draw_bar(count: int, most: int) -> str:
+    """Draw a bar in proportion to the column's largest count; any count above 0 has at least one character."""
+    return "#" * -(-count * BAR_CHARACTERS // most) if count else ""
 
 
-def _percent(part: int, whole: int) -> str:
+def _format_percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "none"
 
 
-def changes(before: Mapping[str, Head], after: Mapping[str, Head]) -> list[Change]:
-    """What became of the labels, by key: those whose scores or step differ, or that only one of both has."""
-
-    def content(head: Head | None) -> Any:
-        return head and (head.scores, head.step)
-
-    pairs = ((key, before.get(key), after.get(key)) for key in sorted({*before, *after}))
-    return [Change(*pair) for pair in pairs if content(pair[1]) != content(pair[2])]
+# --- Two snapshots ---
 
 
-def diff_summary(a: SavedPool, b: SavedPool, found: Sequence[Change], num_after: int) -> list[str]:
-    """The lines of `pool diff`; `num_after` labels are in `b`."""
-    kinds = Counter(change.kind for change in found)
-    replaced = [change for change in found if change.kind == "replaced"]
-    lines = [f"{name} {source.uri}  (step {source.snapshot.step})" for name, source in (("A", a), ("B", b))]
-    lines += [f"  {kind:<9} {kinds[kind]}" for kind in ("added", "removed", "replaced")]
-    lines.append(f"  unchanged {num_after - kinds['added'] - kinds['replaced']}")
+def find_changes(before: Mapping[str, Head], after: Mapping[str, Head]) -> list[Change]:
+    """Find the labels whose scores or step differ, or that only one snapshot has; sorted by key."""
+    changes = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if old is None or new is None or (old.scores, old.step) != (new.scores, new.step):
+            changes.append(Change(key, old, new))
+    return changes
+
+
+def describe_changes(a: SavedPool, b: SavedPool, changes: Sequence[Change], num_after: int) -> list[str]:
+    """Return the lines of `pool diff`; `num_after` labels are in `b`."""
+    lines = []
+    for name, source in (("A", a), ("B", b)):
+        lines.append(f"{name} {source.uri}  (step {source.snapshot.step})")
+
+    # How many labels changed, and how.
+    kinds = Counter(change.kind for change in changes)
+    facts = [(kind, str(kinds[kind])) for kind in ("added", "removed", "replaced")]
+    facts.append(("unchanged", str(num_after - kinds["added"] - kinds["replaced"])))
+
+    # How much the replaced labels gained in each score.
+    replaced = [change for change in changes if change.kind == "replaced"]
+    if replaced:
+        for number, name in enumerate(("clarity", "quality")):
+            gains = [change.gains[number] for change in replaced]
+            text = f"of replaced labels: {statistics.fmean(gains):+.4f} mean, {max(gains):+.4f} best"
+            facts.append((name, text))
+    lines += format_table(facts, indent="  ").splitlines()
     if not replaced:
         return lines
-    for name, gains in zip(("clarity", "quality"), zip(*(c.gains for c in replaced), strict=True), strict=True):
-        lines.append(f"  {name:<9} of replaced labels: {statistics.fmean(gains):+.4f} mean, {max(gains):+.4f} best")
+
+    # The largest gains.
     best = sorted(replaced, key=lambda change: (-sum(change.gains), change.key))[:GAINS_SHOWN]
-    width = max(len(printable(change.key)) for change in best)
-    lines += ["", f"  {'largest gains':<{max(width, 13)}}  {'clarity':<24}  {'quality':<24}  step"]
-    return lines + [_gain(change, max(width, 13)) for change in best]
+    rows = [_list_gain_cells(change) for change in best]
+    header = ("largest gains", "clarity", "quality", "step")
+    return [*lines, "", *format_table(rows, header, indent="  ").splitlines()]
 
 
-def _gain(change: Change, width: int) -> str:
+def _list_gain_cells(change: Change) -> list[str]:
+    """Return the cells of a replaced label: its key, both scores, and its steps."""
     assert change.before is not None and change.after is not None
-    cells = [
-        f"{old:.4f} -> {new:.4f} {gain:+.4f}"
-        for old, new, gain in zip(change.before.scores, change.after.scores, change.gains, strict=True)
-    ]
-    steps = f"{change.before.step} -> {change.after.step}"
-    return "  ".join([f"  {printable(change.key):<{width}}", *(f"{cell:<24}" for cell in cells), steps])
+    cells = [make_printable(change.key)]
+    for old, new, gain in zip(change.before.scores, change.after.scores, change.gains, strict=True):
+        cells.append(f"{old:.4f} -> {new:.4f} {gain:+.4f}")
+    cells.append(f"{change.before.step} -> {change.after.step}")
+    return cells
 
 
-def change_lines(found: Iterable[Change]) -> list[str]:
-    """The lines of `pool diff --all`: `CHANGE_COLUMNS` tab-separated, empty where a snapshot lacks the key."""
+def format_change_lines(changes: Iterable[Change]) -> list[str]:
+    """Return the lines of `pool diff --all`: `CHANGE_COLUMNS` tab-separated, empty where a snapshot lacks the key."""
     lines = ["\t".join(CHANGE_COLUMNS)]
-    for change in found:
-        before, after = ([*head.scores, head.step] if head else [""] * 3 for head in (change.before, change.after))
-        values = (str(value) for pair in zip(before, after, strict=True) for value in pair)
-        lines.append("\t".join([change.kind, printable(change.key), *values]))
+    for change in changes:
+        cells = [change.kind, make_printable(change.key)]
+        for before, after in zip(_list_values(change.before), _list_values(change.after), strict=True):
+            cells += [before, after]
+        lines.append("\t".join(cells))
     return lines
 
 
-def printable(key: str) -> str:
-    """A key on one line of a terminal: whatever would move the cursor is escaped."""
+def _list_values(head: Head | None) -> list[str]:
+    """Return clarity, quality and step of a label as text, empty where there is no label."""
+    if head is None:
+        return ["", "", ""]
+    return [str(head.scores.clarity), str(head.scores.quality), str(head.step)]
+
+
+def make_printable(key: str) -> str:
+    """Return a key as one line for a terminal: characters that would move the cursor are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in key)

@@ -17,7 +17,7 @@ from corun_ray.service.data.packing import find_written_shards, pack, plan_pack,
 from corun_ray.service.data.packs import INDEX, open_pack
 from corun_ray.service.data.sample_maker import SampleMaker
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.export import hazy_image
+from corun_ray.service.pool.export import load_hazy_image
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
@@ -276,7 +276,7 @@ def test_a_run_trains_on_packs_pictures_them_and_lists_a_damaged_image_that_it_t
     keys = [*snapshots.read_index(pool, snapshots.read(pool.child(snapshots.format_name(8))))]
     assert keys
     for key in keys:
-        in_pack, in_folder = (hazy_image(root, key, 32, 32) for root in ("hazy", str(dataset / "hazy")))
+        in_pack, in_folder = (load_hazy_image(root, key, 32, 32) for root in ("hazy", str(dataset / "hazy")))
         assert np.array_equal(in_pack, in_folder)
     with pytest.raises(StorageError, match=r"the pack in .*hazy holds none"):
-        hazy_image("hazy", "another.png", 32, 32)
+        load_hazy_image("hazy", "another.png", 32, 32)

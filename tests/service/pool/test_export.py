@@ -8,8 +8,16 @@ import pytest
 
 from corun_ray.core.data.images import encode_png
 from corun_ray.core.training.labels import decode
-from corun_ray.service.pool.export import export, hazy_image, picture, plan, trust_map, why_unsafe, write_below
-from corun_ray.service.pool.source import find
+from corun_ray.service.pool.export import (
+    compute_trust_map,
+    draw_label,
+    explain_unsafe_key,
+    export_labels,
+    load_hazy_image,
+    plan_files,
+    write_below,
+)
+from corun_ray.service.pool.source import find_saved_pool
 from corun_ray.service.storage import StorageError, locate
 from tests.service.labels import label, photo_label
 from tests.service.pool.test_summary import save_pool
@@ -38,7 +46,7 @@ def test_labels_keep_their_folders_and_pixels(pool, tmp_path):
     save_pool(pool, 9, labels)
     seen = []
     out = tmp_path / "new" / "out"
-    done = export(find(pool.uri), out, True, "multiplication", lambda *numbers: seen.append(numbers))
+    done = export_labels(find_saved_pool(pool.uri), out, True, "multiplication", lambda *numbers: seen.append(numbers))
     assert done.refused == {} and seen == [(1, 3), (2, 3), (3, 3)]
     assert files_below(out) == [
         *("b.png", "b.transmission.png", "b.trust.png", "c.png", "c.trust.png", "labels.csv"),
@@ -54,7 +62,7 @@ def test_labels_keep_their_folders_and_pixels(pool, tmp_path):
     grey = cv2.imread(str(out / "town/a.transmission.png"), cv2.IMREAD_UNCHANGED)
     assert np.array_equal(grey, labels[0].transmission[0])
     trust = cv2.imread(str(out / "town/a.trust.png"), cv2.IMREAD_UNCHANGED)
-    assert np.abs(trust / 255 - trust_map(labels[0], "multiplication")).max() <= 0.5 / 255 + 1e-6
+    assert np.abs(trust / 255 - compute_trust_map(labels[0], "multiplication")).max() <= 0.5 / 255 + 1e-6
 
 
 HOSTILE = {
@@ -83,7 +91,7 @@ def test_no_key_leaves_the_folder(pool, tmp_path):
     save_pool(pool, 1, [photo_label(key) for key in [*HOSTILE, *good]])
     around = files_below(tmp_path)
     out = tmp_path / "deep" / "out"
-    done = export(find(pool.uri), out, combine="addition")
+    done = export_labels(find_saved_pool(pool.uri), out, combine="addition")
     assert done.refused.keys() == HOSTILE.keys()
     assert {key: reason in done.refused[key] for key, reason in HOSTILE.items()} == dict.fromkeys(HOSTILE, True)
     assert listed(out).keys() == set(good) == done.files.keys()
@@ -94,7 +102,7 @@ def test_no_key_leaves_the_folder(pool, tmp_path):
 def test_keys_of_one_file(pool, tmp_path):
     keys = ["a.jpg", "a.png", "b.png", "b.trust.jpg", "d.png", "d.png/e.png"]
     save_pool(pool, 1, [label(key, step=number) for number, key in enumerate(keys)])
-    done = export(find(pool.uri), tmp_path / "out", combine="addition")
+    done = export_labels(find_saved_pool(pool.uri), tmp_path / "out", combine="addition")
     assert done.refused == {
         "a.png": "would have the same file as a.jpg",
         "b.trust.jpg": "would have the same file as b.png",
@@ -105,8 +113,8 @@ def test_keys_of_one_file(pool, tmp_path):
 
 
 def test_the_plan_does_not_depend_on_the_order():
-    assert plan(["a.png", "a.jpg"]) == plan(["a.jpg", "a.png"])
-    assert plan(["a.tar.gz"]).files == {"a.tar.gz": "a.tar.png"} and why_unsafe("x/y.z") is None
+    assert plan_files(["a.png", "a.jpg"]) == plan_files(["a.jpg", "a.png"])
+    assert plan_files(["a.tar.gz"]).files == {"a.tar.gz": "a.tar.png"} and explain_unsafe_key("x/y.z") is None
 
 
 def test_links_do_not_lead_out(tmp_path):
@@ -136,9 +144,9 @@ def test_only_an_empty_folder_is_filled(pool, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("mine")
     with pytest.raises(StorageError, match="used: not empty"):
-        export(find(pool.uri), tmp_path / "used")
+        export_labels(find_saved_pool(pool.uri), tmp_path / "used")
     with pytest.raises(StorageError, match="cannot write .*thesis.tex: File exists"):
-        export(find(pool.uri), tmp_path / "used" / "thesis.tex")
+        export_labels(find_saved_pool(pool.uri), tmp_path / "used" / "thesis.tex")
     assert files_below(tmp_path / "used") == ["thesis.tex"]
 
 
@@ -146,20 +154,20 @@ def test_segments_that_hold_other_labels_than_their_index(pool, tmp_path):
     save_pool(pool, 1, [label("a.png")])
     save_pool(pool, 2, [label("b.png")])
     pool.child("segments/00000000-1.parquet").write(pool.child("segments/00000000-2.parquet").read())
-    source = find(f"{pool.uri}/step_00000001.json")
+    source = find_saved_pool(f"{pool.uri}/step_00000001.json")
     with pytest.raises(StorageError, match="other labels than its index"):
-        export(source, tmp_path / "out")
+        export_labels(source, tmp_path / "out")
     with pytest.raises(StorageError, match="not the labels that its index names"):
-        source.label(*[(key, place) for key, (_, place) in source.index().items()][0])
+        source.read_label(*[(key, place) for key, (_, place) in source.read_index().items()][0])
 
 
 def test_the_picture_of_a_label(tmp_path):
     locate(str(tmp_path)).child("a.png").write(encode_png(np.full((48, 72, 3), 200, np.uint8)))
     for transmission in (True, False):
         one = photo_label("a.png", transmission=transmission)
-        hazy = hazy_image(str(tmp_path), "a.png", 16, 24)
+        hazy = load_hazy_image(str(tmp_path), "a.png", 16, 24)
         assert hazy.shape == (16, 24, 3) and (hazy == 200).all()
-        shown = cv2.imdecode(np.frombuffer(picture(one, hazy, "addition"), np.uint8), cv2.IMREAD_COLOR)
+        shown = cv2.imdecode(np.frombuffer(draw_label(one, hazy, "addition"), np.uint8), cv2.IMREAD_COLOR)
         # A title of 22 px, 4 cells of 192 px.
         assert shown.shape == (22 + 128 + 4, 4 + 4 * 196, 3)
         assert (shown[60, 100] == 200).all()
@@ -172,8 +180,8 @@ def test_a_hazy_image_that_cannot_be_had(tmp_path):
     (root / "text.png").write_text("no image")
     (tmp_path / "secret.png").write_bytes(encode_png(np.zeros((16, 16, 3), np.uint8)))
     with pytest.raises(StorageError, match="cannot read .*/none.png"):
-        hazy_image(str(root), "none.png", 16, 24)
+        load_hazy_image(str(root), "none.png", 16, 24)
     with pytest.raises(StorageError, match="text.png: not an image"):
-        hazy_image(str(root), "text.png", 16, 24)
+        load_hazy_image(str(root), "text.png", 16, 24)
     with pytest.raises(StorageError, match="leads out of its folder"):
-        hazy_image(str(root), "../secret.png", 16, 24)
+        load_hazy_image(str(root), "../secret.png", 16, 24)

@@ -14,16 +14,16 @@ from corun_ray.core.training.labels import Scores
 from corun_ray.core.weights import write_tensors
 from corun_ray.service.pool import segments, snapshots
 from corun_ray.service.pool.index import Head, PoolCounters, Segment
-from corun_ray.service.pool.source import find
+from corun_ray.service.pool.source import find_saved_pool
 from corun_ray.service.pool.summary import (
     Change,
-    bar_table,
-    change_lines,
-    changes,
-    describe,
-    diff_summary,
-    printable,
-    step_table,
+    describe_changes,
+    describe_summary,
+    find_changes,
+    format_bars,
+    format_change_lines,
+    format_step_bars,
+    make_printable,
     summarise,
 )
 from corun_ray.service.storage import StorageError, locate
@@ -73,9 +73,9 @@ def run(tmp_path):
     ],
 )
 def test_every_kind_of_source(run, source, step):
-    found = find(f"{run}/{source}")
+    found = find_saved_pool(f"{run}/{source}")
     assert found.snapshot.step == step and found.uri == f"{run}/pool/{snapshots.format_name(step)}"
-    assert {head.step for head, _ in found.index().values()} == {step - 1}
+    assert {head.step for head, _ in found.read_index().values()} == {step - 1}
 
 
 def test_sources_in_a_bucket_are_the_same(run, s3_server):
@@ -85,21 +85,22 @@ def test_sources_in_a_bucket_are_the_same(run, s3_server):
         client.upload_file(str(file), "pools", str(file.relative_to(run.parent)))
     uri = "s3://pools/run"
     for source, step in {f"{uri}/pool/step_00000010.json": 10, f"{uri}/pool": 30, uri: 20}.items():
-        assert find(source).snapshot.step == step
-    found = find(f"{uri}/checkpoint_00000010?region=us-east-1")
+        assert find_saved_pool(source).snapshot.step == step
+    found = find_saved_pool(f"{uri}/checkpoint_00000010?region=us-east-1")
     assert found.uri == f"{uri}/pool/step_00000010.json?region=us-east-1"
-    size_bytes = find(f"{run}/checkpoint_00000010").storage_bytes()
-    assert found.storage_bytes() == size_bytes > 0 and found.label("x", found.index()["x"][1]).step == 9
+    size_bytes = find_saved_pool(f"{run}/checkpoint_00000010").measure_storage_bytes()
+    assert found.measure_storage_bytes() == size_bytes > 0
+    assert found.read_label("x", found.read_index()["x"][1]).step == 9
     client.put_object(Bucket="pools", Key="run/checkpoint_00000010/training.safetensors", Body=b"\xff" * 64)
     with pytest.raises(StorageError, match="^s3://pools/run/checkpoint_00000010/training.safetensors: not a whole"):
-        find(f"{uri}/checkpoint_00000010")
+        find_saved_pool(f"{uri}/checkpoint_00000010")
 
 
 def test_without_a_whole_checkpoint_a_run_has_its_newest_snapshot(run):
     (run / "checkpoint_00000020" / TRAINING_FILE).unlink()
-    assert find(str(run)).snapshot.step == 10
+    assert find_saved_pool(str(run)).snapshot.step == 10
     (run / "checkpoint_00000010" / TRAINING_FILE).unlink()
-    assert find(str(run)).snapshot.step == 30
+    assert find_saved_pool(str(run)).snapshot.step == 30
 
 
 def test_anything_else_is_one_line(run):
@@ -120,7 +121,7 @@ def test_anything_else_is_one_line(run):
         "other": "other/pool: no snapshot there",
     }.items():
         with pytest.raises(StorageError, match=reason) as error:
-            find(f"{run}/{source}")
+            find_saved_pool(f"{run}/{source}")
         assert "\n" not in str(error.value)
 
 
@@ -132,11 +133,11 @@ def mixed(tmp_path):
     counters = PoolCounters(offers=8, wins=4, wins_by_step=Counter({3: 3, 45: 1}))
     save_pool(pool, 50, old, [photo_label("b.png", step=45)], counters=counters)
     save_pool(pool, 10, [])
-    return find(pool.uri)
+    return find_saved_pool(pool.uri)
 
 
 def test_the_numbers_of_a_snapshot(mixed):
-    summary = summarise(mixed, mixed.index())
+    summary = summarise(mixed, mixed.read_index())
     assert (summary.step, summary.labels, summary.labels_noted) == (50, 3, 3)
     assert summary.clarity.mean == 0.25 and summary.clarity.histogram == [0, 0, 3] + 7 * [0]
     assert summary.quality.least == summary.quality.most == 0.75 and summary.quality.histogram[7] == 3
@@ -155,36 +156,38 @@ def test_the_numbers_of_a_snapshot(mixed):
 
 
 def test_the_text_of_a_snapshot(mixed):
-    lines = describe(summarise(mixed, mixed.index()))
+    lines = describe_summary(summarise(mixed, mixed.read_index()))
     text = "\n".join(lines)
     assert "3, as of step 50\n" in text and "mean 0.250, 0.250 to 0.250" in text
     assert "24 x 16 px, uint8, with transmission (2 labels); 24 x 16 px, uint8, without transmission (1 labels)" in text
     assert "min 5, median 47, max 47 steps" in text and "8, of which 4 won (50 %)" in text
     assert "2 with 4 labels, 3 of them in use (75 %)" in text and "others    step_00000010.json" in text
-    assert f"  0.2-0.3        3 {24 * '#'}        0" in lines
-    assert f"  0-4          3 {24 * '#'}        2 {24 * '#'}" in lines
-    assert f"  45-49        1 {8 * '#':<24}        1 {12 * '#'}" in lines
+    assert "  scores   clarity                            quality" in lines
+    assert f"  0.2-0.3        3  {24 * '#'}        0" in lines
+    assert f"  0-4       3  {24 * '#'}     2  {24 * '#'}" in lines
+    assert f"  45-49     1  {8 * '#':<24}     1  {12 * '#'}" in lines
 
 
 def test_an_empty_pool_has_a_text_too(mixed):
-    source = find(f"{mixed.pool.uri}/step_00000010.json")
-    summary = summarise(source, source.index())
+    source = find_saved_pool(f"{mixed.pool.uri}/step_00000010.json")
+    summary = summarise(source, source.read_index())
     assert summary.clarity.mean is None and summary.ages_steps is None and summary.images == []
-    assert "age       no labels" in "\n".join(describe(summary))
+    assert "age       no labels" in "\n".join(describe_summary(summary))
 
 
 def test_another_number_of_labels_than_noted_is_told(tmp_path):
     pool = locate(str(tmp_path))
     snapshots.write(pool, 1, 7, [[]], [PoolCounters()])
-    source = find(str(tmp_path))
-    assert "0, as of step 1 (but its file says 7)" in "\n".join(describe(summarise(source, source.index())))
+    source = find_saved_pool(str(tmp_path))
+    text = "\n".join(describe_summary(summarise(source, source.read_index())))
+    assert "0, as of step 1 (but its file says 7)" in text
 
 
 def test_scores_outside_their_range_are_counted_at_its_ends(tmp_path):
     pool = locate(str(tmp_path))
     save_pool(pool, 1, [label("a", -1.0, 2.0), label("b", 0.0, 1.0)])
-    source = find(str(tmp_path))
-    summary = summarise(source, source.index())
+    source = find_saved_pool(str(tmp_path))
+    summary = summarise(source, source.read_index())
     assert summary.clarity.histogram[0] == 2 and summary.quality.histogram[9] == 2
 
 
@@ -193,12 +196,12 @@ def test_scores_outside_their_range_are_counted_at_its_ends(tmp_path):
     [(0, "0", "0"), (9, "0", "9"), (10, "0-1", "10-11"), (499, "0-49", "450-499"), (4999, "0-499", "4500-4999")],
 )
 def test_ranges_of_steps_are_round(last_step, first, last):
-    _, *rows = step_table("steps", 10, {"wins": {last_step: 1}})
+    _, *rows = format_step_bars("steps", 10, {"wins": {last_step: 1}})
     assert rows[0].split()[0] == first and rows[-1].split()[0] == last and len(rows) <= 10
 
 
 def test_small_counts_still_have_a_bar():
-    lines = bar_table("n", ["a", "b", "c"], {"labels": [10_000, 1, 0]})
+    lines = format_bars("n", ["a", "b", "c"], {"labels": [10_000, 1, 0]})
     assert [line.count("#") for line in lines] == [0, 24, 1, 0]
 
 
@@ -211,30 +214,30 @@ AFTER = {h.key: h for h in (head("same"), head("new", 0.9), head("better", 0.5, 
 
 
 def test_what_changed():
-    found = changes(BEFORE, AFTER)
+    found = find_changes(BEFORE, AFTER)
     assert [c.key for c in found] == ["best", "better", "gone", "new"]
     assert [c.kind for c in found] == ["replaced", "replaced", "removed", "added"]
     np.testing.assert_allclose(found[0].gains, (0.5, 0.1))
     assert found[3].gains == (0, 0)
-    assert changes(BEFORE, BEFORE) == []
-    assert changes({"x": head("x", step=1)}, {"x": head("x", step=2)})[0].kind == "replaced"
+    assert find_changes(BEFORE, BEFORE) == []
+    assert find_changes({"x": head("x", step=1)}, {"x": head("x", step=2)})[0].kind == "replaced"
 
 
 def test_the_text_of_what_changed(run):
-    a, b = find(f"{run}/pool/step_00000010.json"), find(f"{run}/pool")
-    text = "\n".join(diff_summary(a, b, changes(BEFORE, AFTER), len(AFTER)))
-    for line in ("added     1", "removed   1", "replaced  2", "unchanged 1"):
+    a, b = find_saved_pool(f"{run}/pool/step_00000010.json"), find_saved_pool(f"{run}/pool")
+    text = "\n".join(describe_changes(a, b, find_changes(BEFORE, AFTER), len(AFTER)))
+    for line in ("added      1", "removed    1", "replaced   2", "unchanged  1"):
         assert f"\n  {line}\n" in text
-    assert "clarity   of replaced labels: +0.2500 mean, +0.5000 best" in text
+    assert "clarity    of replaced labels: +0.2500 mean, +0.5000 best" in text
     *_, first, second = (" ".join(line.split()) for line in text.splitlines())
     assert first == "best 0.2000 -> 0.7000 +0.5000 0.2000 -> 0.3000 +0.1000 1 -> 8"
     assert second.startswith("better 0.5000 -> 0.5000")
-    assert diff_summary(a, b, [], 4)[-1] == "  unchanged 4"
+    assert describe_changes(a, b, [], 4)[-1] == "  unchanged  4"
 
 
 def test_every_change_is_a_line_of_tabs():
-    found = [*changes(BEFORE, AFTER)[2:], Change("a\tb\nc", None, head("a\tb\nc"))]
-    columns, *rows = (line.split("\t") for line in change_lines(found))
+    found = [*find_changes(BEFORE, AFTER)[2:], Change("a\tb\nc", None, head("a\tb\nc"))]
+    columns, *rows = (line.split("\t") for line in format_change_lines(found))
     assert dict(zip(columns, rows[0], strict=True)) == {
         **{"change": "removed", "key": "gone", "clarity_before": "0.5", "clarity_after": ""},
         **{"quality_before": "0.5", "quality_after": "", "step_before": "0", "step_after": ""},
@@ -244,5 +247,5 @@ def test_every_change_is_a_line_of_tabs():
 
 
 def test_keys_cannot_write_on_the_terminal():
-    assert printable("dunst/ä.png") == "dunst/ä.png"
-    assert printable("a\x1b[2Jb\udc80") == r"a\x1b[2Jb\udc80"
+    assert make_printable("dunst/ä.png") == "dunst/ä.png"
+    assert make_printable("a\x1b[2Jb\udc80") == r"a\x1b[2Jb\udc80"
