@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
-from corun_ray.service.telemetry.logs import FILE_PREFIX, log_folder
+from corun_ray.service.telemetry.logs import FILE_PREFIX, get_log_folder
 
 EVERY_S = 0.4
 REPORTED_S = 2.5
@@ -68,7 +68,9 @@ class Scraper:
 def log_lines(**fields: Any) -> list[dict[str, Any]]:
     """Every log line of this Ray session that has these values, in order of time."""
     lines = [
-        json.loads(line) for path in log_folder().glob(f"{FILE_PREFIX}*.log") for line in path.read_text().splitlines()
+        json.loads(line)
+        for path in get_log_folder().glob(f"{FILE_PREFIX}*.log")
+        for line in path.read_text().splitlines()
     ]
     found = [line for line in lines if all(line.get(name) == value for name, value in fields.items())]
     return sorted(found, key=lambda line: line["timestamp_ns"])

@@ -1,32 +1,49 @@
-"""Line charts as SVG text, small enough to be many on a page and large enough to be read on a phone."""
+"""Line charts as SVG text: small enough for many on a page, large enough to read on a phone."""
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 from matplotlib.figure import Figure
 
-Points = Sequence[tuple[float, float]]
 MAX_POINTS = 400
-SIZE_IN = (4.2, 2.7)
+"""Points of a line that are drawn."""
+FEW_POINTS = 20
+"""A line of fewer points has a marker at each."""
+SIZE_INCH = (4.2, 2.7)
+
+Points = Sequence[tuple[float, float]]
 
 
 def draw_line_chart(title: str, lines: Mapping[str, Points], x_label: str = "step") -> str:
-    """An `<svg>` element: one line for each name that has points."""
+    """Draw an `<svg>` element with one line for each name that has points."""
+    # Text stays text, and the ids in the file follow from the title: the same chart gives the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
-        figure = Figure(figsize=SIZE_IN, layout="constrained")
+        figure = Figure(figsize=SIZE_INCH, layout="constrained")
         axes = figure.subplots()
+
+        # One line a name, thinned to at most `MAX_POINTS`.
         for name, points in lines.items():
-            thin = points[:: -(-len(points) // MAX_POINTS) or 1]
-            axes.plot(*zip(*thin, strict=True), label=name, linewidth=1.4, marker="." if len(thin) < 20 else None)
+            stride = max(1, math.ceil(len(points) / MAX_POINTS))
+            thinned = points[::stride]
+            marker = "." if len(thinned) < FEW_POINTS else None
+            axes.plot(*zip(*thinned, strict=True), label=name, linewidth=1.4, marker=marker)
+
         axes.set(title=title, xlabel=x_label)
         axes.grid(True, alpha=0.25)
         if len(lines) > 1:
             axes.legend(frameon=False)
+
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
-    _, _, rest = text.getvalue().partition("<svg")
-    head, _, drawing = rest.partition(">")
-    head = re.sub(r' (?:width|height)="[^"]*"', "", head)  # the page gives it its width
-    return f"<svg{head}>{drawing}"
+    return _extract_svg(text.getvalue())
+
+
+def _extract_svg(document: str) -> str:
+    """Return the `<svg>` element of an SVG file, without a size of its own."""
+    _, _, rest = document.partition("<svg")
+    attributes, _, drawing = rest.partition(">")
+    attributes = re.sub(r' (?:width|height)="[^"]*"', "", attributes)  # The page sets the width.
+    return f"<svg{attributes}>{drawing}"

@@ -14,7 +14,7 @@ PNG_START = b"\x89PNG"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text, a heading above each column."""
+    """Rows of text cells below a heading for each column."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -23,7 +23,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Charts:
-    """SVG elements, side by side as far as there is room."""
+    """SVG elements, side by side where there is room."""
 
     svgs: Sequence[str]
     kind: str = "charts"
@@ -31,12 +31,12 @@ class Charts:
 
 @dataclass(frozen=True)
 class Slider:
-    """An image before, and after each of several steps; one is drawn over the other as far as the reader likes."""
+    """An image before restoration, and after it at several steps; the reader drags the border between the two."""
 
     name: str
     before: bytes
     after: Sequence[tuple[str, bytes]]
-    """Label and JPEG, of the same size as `before`."""
+    """Label and JPEG of each step, of the same size as `before`."""
     kind: str = "slider"
 
 
@@ -46,13 +46,13 @@ class PictureItem:
 
     pictures: Sequence[tuple[str, bytes]]
     is_wide: bool = False
-    """Whether they need room to be read."""
+    """Whether each needs the width of a large column."""
     kind: str = "pictures"
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Text as it is."""
+    """Text with its own line breaks."""
 
     text: str
     kind: str = "listing"
@@ -60,7 +60,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class PageSection:
-    """A heading, a line about what is below it, and that."""
+    """A heading, a line of explanation, and items."""
 
     heading: str
     note: str
@@ -68,19 +68,21 @@ class PageSection:
 
 
 def render(title: str, summary: str, sections: Sequence[PageSection]) -> bytes:
-    """The page; sections without items are left out."""
+    """Render the page, without the sections that have no items."""
     shown = [section for section in sections if section.items]
-    return _template().render(title=title, summary=summary, sections=shown).encode()
+    return _load_template().render(title=title, summary=summary, sections=shown).encode()
 
 
 @cache
-def _template() -> Template:
+def _load_template() -> Template:
+    # Everything is escaped but the charts, which are SVG elements already.
     environment = Environment(loader=PackageLoader("corun_ray.service.report", "."), autoescape=True, trim_blocks=True)
-    environment.filters["data_uri"] = _data_uri
+    environment.filters["data_uri"] = _encode_data_uri
     environment.filters["svg"] = Markup
     return environment.get_template("page.html.j2")
 
 
-def _data_uri(picture: bytes) -> str:
+def _encode_data_uri(picture: bytes) -> str:
+    """Encode a PNG or JPEG as a data URI."""
     kind = "png" if picture.startswith(PNG_START) else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

@@ -1,4 +1,7 @@
-"""What a number of images can show: means with bootstrap intervals, and whether two models truly differ on them."""
+"""Statistics over images: means with bootstrap intervals, and a test of whether two models differ.
+
+Both need scipy, which is imported on first use: importing it takes longer than most commands.
+"""
 
 from dataclasses import dataclass
 
@@ -13,43 +16,47 @@ VALUES_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the bootstrap interval (percentile, 95 %) of what other images of the kind would have given."""
+    """A mean and its bootstrap interval (percentile, 95 %), over images drawn alike."""
 
     mean: float
     low: float
     high: float
     count: int
-    """Images that have a value; of a single one, there is no interval (NaN)."""
+    """Images that have a value. A single image has no interval (NaN)."""
 
     @property
     def span(self) -> str:
-        """`low to high`; empty where there is no interval."""
+        """`low to high`; empty without an interval."""
         return "" if np.isnan(self.low) else f"{self.low:.4f} to {self.high:.4f}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model less another, image by image."""
+    """The first of two models compared with the second, image by image."""
 
     difference: Interval
+    """Of first minus second."""
     better: int
-    """Images on which the first is better."""
+    """Number of images on which the first is better."""
     p_value: float
-    """Of the two-sided sign-flip test: how often noise alone would give a mean difference as large."""
+    """Of the two-sided sign-flip test: the chance that noise alone gives a mean difference as large."""
     verdict: str
-    """`better`, `worse` or `no difference shown`, of the first."""
+    """Of the first: `better`, `worse` or `no difference shown`."""
 
 
 def estimate_interval(values: NDArray[np.float64]) -> Interval:
-    """Of the finite ones among the values of all images."""
+    """Estimate the mean and interval of the finite values, one an image."""
     from scipy import stats
 
+    # Too few values for an interval.
     finite = values[np.isfinite(values)]
     if len(finite) == 0:
         return Interval(np.nan, np.nan, np.nan, 0)
     mean = float(finite.mean())
     if len(finite) == 1:
         return Interval(mean, np.nan, np.nan, 1)
+
+    # A fixed seed: the same values always have the same interval.
     found = stats.bootstrap(
         (finite,),
         np.mean,
@@ -64,15 +71,17 @@ def estimate_interval(values: NDArray[np.float64]) -> Interval:
 
 
 def compare(first: NDArray[np.float64], second: NDArray[np.float64], lower_better: bool) -> Comparison:
-    """Two models' values of the same images, in the same order; images on which either has none are left out.
+    """Compare two models by their values of the same images, in the same order.
 
-    The verdict is the sign-flip test's: with five images or fewer it can show nothing, as it should.
+    Images without a finite value of both are skipped. The verdict is the sign-flip test's; with five images or fewer
+    the test can show no difference.
     """
     from scipy import stats
 
     difference = first - second
     difference = difference[np.isfinite(difference)]
-    better = -difference if lower_better else difference
+
+    # Sign-flip test. Equal values show no difference, and the test is not defined for them.
     p_value = 1.0
     if np.any(difference):
         test = stats.permutation_test(
@@ -84,6 +93,9 @@ def compare(first: NDArray[np.float64], second: NDArray[np.float64], lower_bette
             rng=np.random.default_rng(0),
         )
         p_value = float(test.pvalue)
+
+    # The direction of a difference counts only if the test shows one.
+    better = -difference if lower_better else difference
     verdict = "no difference shown"
     if p_value < 1 - CONFIDENCE:
         verdict = "better" if better.mean() > 0 else "worse"

@@ -1,6 +1,7 @@
-"""What a run knows of its held-out images: every value of every validation, and pictures of some.
+"""The validation images in a run's folder: every value of every validation, and pictures of some images.
 
-The pictures of held-out images in a run's folder: `examples/SET/IMAGE/`, the hazy one and one a validation."""
+`validation.csv` has the values. `examples/SET/IMAGE/` has the hazy picture and one restored picture a validation.
+"""
 
 import csv
 import io
@@ -11,7 +12,10 @@ from dataclasses import dataclass
 from corun_ray.service.storage import Location
 
 VALIDATION_FILE = "validation.csv"
-HEAD = ["step", "set", "image", "metric", "value"]
+COLUMNS = ["step", "set", "image", "metric", "value"]
+EXAMPLES = "examples"
+HAZY_PICTURE = "hazy.jpg"
+RESTORED_PICTURE = re.compile(r"(.+)/step_(\d{8,})\.jpg")
 
 Key = tuple[int, str, str, str]
 """Step, set, image and metric."""
@@ -19,7 +23,7 @@ Key = tuple[int, str, str, str]
 
 @dataclass(frozen=True)
 class PicturePair:
-    """What went into the network and what came out, as small JPEGs of the same size."""
+    """Input and output of the network, as small JPEGs of the same size."""
 
     hazy: bytes
     output: bytes
@@ -27,7 +31,7 @@ class PicturePair:
 
 @dataclass(frozen=True)
 class MeasuredImage:
-    """One held-out image at one validation."""
+    """One validation image at one validation."""
 
     prefix: str
     """Its set: `val`, or `val/NAME`."""
@@ -38,55 +42,9 @@ class MeasuredImage:
     """None for most images."""
 
 
-class ValidationLog:
-    """The values as rows, whatever order they come in; a validation that is repeated replaces what it was."""
-
-    def __init__(self, values: dict[Key, float] | None = None) -> None:
-        self.values = values or {}
-
-    def add(self, step: int, measured: Sequence[MeasuredImage]) -> None:
-        """Images of one validation."""
-        for one in measured:
-            self.values |= {(step, one.prefix, one.image, name): value for name, value in one.values.items()}
-
-    @property
-    def last_step(self) -> int | None:
-        """The step of the last validation."""
-        return max((step for step, *_ in self.values), default=None)
-
-    def at(self, step: int) -> dict[tuple[str, str], dict[str, float]]:
-        """(set, metric) → image → value at a step."""
-        found: dict[tuple[str, str], dict[str, float]] = {}
-        for (at, prefix, image, metric), value in sorted(self.values.items()):
-            if at == step:
-                found.setdefault((prefix, metric), {})[image] = value
-        return found
-
-    def to_csv(self) -> bytes:
-        """The inverse of `from_csv`."""
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(HEAD)
-        writer.writerows([*key, f"{value:.8g}"] for key, value in sorted(self.values.items()))
-        return text.getvalue().encode()
-
-    @classmethod
-    def from_csv(cls, content: bytes) -> "ValidationLog":
-        """Reads what `to_csv` wrote; raises ValueError for anything else."""
-        head, *rows = csv.reader(io.StringIO(content.decode()))
-        if head != HEAD:
-            raise ValueError(f"columns are {', '.join(head)}, not {', '.join(HEAD)}")
-        return cls({(int(step), prefix, image, metric): float(value) for step, prefix, image, metric, value in rows})
-
-
-EXAMPLES = "examples"
-HAZY_PICTURE = "hazy.jpg"
-_PICTURE = re.compile(r"(.+)/step_(\d{8,})\.jpg")
-
-
 @dataclass(frozen=True)
 class Example:
-    """One held-out image before and after, as JPEGs of the same size."""
+    """One validation image before and after restoration, as JPEGs of the same size."""
 
     name: str
     """`SET/IMAGE`."""
@@ -94,34 +52,104 @@ class Example:
     output: bytes
 
 
+class ValidationLog:
+    """Every value of every validation. A validation that is repeated replaces its earlier values."""
+
+    def __init__(self, values: dict[Key, float] | None = None) -> None:
+        self.values = {} if values is None else values
+
+    def add(self, step: int, measured: Sequence[MeasuredImage]) -> None:
+        """Add images of the validation after `step` steps."""
+        for one in measured:
+            for metric, value in one.values.items():
+                self.values[step, one.prefix, one.image, metric] = value
+
+    @property
+    def last_step(self) -> int | None:
+        """The step of the last validation."""
+        return max((step for step, *_ in self.values), default=None)
+
+    def at(self, step: int) -> dict[tuple[str, str], dict[str, float]]:
+        """Return (set, metric) → image → value after `step` steps."""
+        found: dict[tuple[str, str], dict[str, float]] = {}
+        for (at, prefix, image, metric), value in sorted(self.values.items()):
+            if at == step:
+                found.setdefault((prefix, metric), {})[image] = value
+        return found
+
+    def to_csv(self) -> bytes:
+        """Write the values as CSV, one a row."""
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(COLUMNS)
+        for key, value in sorted(self.values.items()):
+            writer.writerow([*key, f"{value:.8g}"])
+        return text.getvalue().encode()
+
+    @classmethod
+    def from_csv(cls, content: bytes) -> "ValidationLog":
+        """Read the output of `to_csv`.
+
+        Raises ValueError for other columns.
+        """
+        head, *rows = csv.reader(io.StringIO(content.decode()))
+        if head != COLUMNS:
+            raise ValueError(f"columns are {', '.join(head)}, not {', '.join(COLUMNS)}")
+
+        values: dict[Key, float] = {}
+        for step, prefix, image, metric, value in rows:
+            values[int(step), prefix, image, metric] = float(value)
+        return cls(values)
+
+
 def name_picture(step: int) -> str:
-    """The file of what the network made of an image after `step` steps."""
+    """Return the file name of an image restored after `step` steps."""
     return f"step_{step:08d}.jpg"
 
 
 def find_pictured_steps(run: Location) -> dict[str, list[int]]:
-    """`SET/IMAGE` → the steps of which there is a picture, in order; raises `StorageError`."""
+    """Return `SET/IMAGE` → the steps that have a picture, in order.
+
+    Raises `StorageError`.
+    """
     place = run.child(EXAMPLES)
+    if not place.exists():
+        return {}
+
     found: dict[str, list[int]] = {}
-    for path in place.list_files() if place.exists() else ():
-        if match := _PICTURE.fullmatch(path):
+    for path in place.list_files():
+        match = RESTORED_PICTURE.fullmatch(path)
+        if match:
             found.setdefault(match[1], []).append(int(match[2]))
     return found
 
 
 def read_example(run: Location, name: str, step: int) -> Example:
-    """The pictures of one image; raises `StorageError`."""
+    """Read the two pictures of the image `name` (`SET/IMAGE`) at a step.
+
+    Raises `StorageError`.
+    """
     folder = run.child(EXAMPLES).child(name)
     return Example(name, folder.child(HAZY_PICTURE).read(), folder.child(name_picture(step)).read())
 
 
 def select_always_pictured(steps: dict[str, list[int]]) -> list[str]:
-    """The images that have a picture of the most validations: those that were chosen, not the best or worst of one."""
+    """Select the images pictured at the most validations.
+
+    These are the images chosen by the job, not the best or worst of a single validation.
+    """
     most = max(map(len, steps.values()), default=0)
     return sorted(name for name, at in steps.items() if len(at) == most)
 
 
 def read_examples(run: Location, step: int) -> list[Example]:
-    """The images that are shown throughout the run, as they were after `step` steps; raises `StorageError`."""
+    """Read the always pictured images as restored after `step` steps.
+
+    Raises `StorageError`.
+    """
     steps = find_pictured_steps(run)
-    return [read_example(run, name, step) for name in select_always_pictured(steps) if step in steps[name]]
+    examples = []
+    for name in select_always_pictured(steps):
+        if step in steps[name]:
+            examples.append(read_example(run, name, step))
+    return examples

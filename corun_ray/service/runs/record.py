@@ -1,4 +1,4 @@
-"""A job's runs on storage: which there are, what `--resume` goes on with, and what must not change meanwhile."""
+"""A job's runs on storage: finding them, their record, and the checks before a run is resumed."""
 
 import re
 import tempfile
@@ -17,25 +17,41 @@ from corun_ray.service.storage import Location, StorageError, locate
 RUN_FILE = "run.json"
 JOB_FILE = "job.yaml"
 POOL_FOLDER = "pool"
-_CHECKPOINT = re.compile(r"checkpoint_(\d{8,})")
+CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{8,})")
 
-FREE = (
-    *("storage", "cluster.", "tracking.", "pool.shards", "pool.memory_mib", "train.steps"),
-    *("train.batch_per_worker", "train.accumulate"),
-    *("train.log_every", "train.checkpoint_every", "train.validate_every", "train.keep_checkpoints"),
-    *("train.validation_images", "coherence.weights", "coherence.chunk_images", "coherence.share_blocks"),
-    *("loss.weights", "network.init", "network.checkpoint_activations", "data.max_bad_fraction", "data.cache_mib"),
+CHANGEABLE_KEYS = (
+    "storage",
+    "cluster.",
+    "tracking.",
+    "pool.shards",
+    "pool.memory_mib",
+    "train.steps",
+    "train.batch_per_worker",
+    "train.accumulate",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.validate_every",
+    "train.keep_checkpoints",
+    "train.validation_images",
+    "coherence.weights",
+    "coherence.chunk_images",
+    "coherence.share_blocks",
+    "loss.weights",
+    "network.init",
+    "network.checkpoint_activations",
+    "data.max_bad_fraction",
+    "data.cache_mib",
     "data.validation",
 )
-"""Keys that a resumed run may change: where and on what it runs and what it shows, not what it learns from."""
+"""Starts of the keys that a resumed run may change: hardware, storage and reporting, nothing that affects learning."""
 
 
 class ResumeError(UserError):
-    """A run that cannot be gone on with; one line a reason."""
+    """A run that cannot be resumed; the message has one line for each reason."""
 
 
 class RunRecord(BaseModel):
-    """What a run's folder says of the run."""
+    """The content of a run's `run.json`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -46,34 +62,50 @@ class RunRecord(BaseModel):
     model: str | None = None
 
 
+# --- Checkpoint folders ---
+
+
 def name_checkpoint(step: int) -> str:
-    """The folder of a checkpoint in its run's."""
+    """Return the name of a checkpoint's folder in its run."""
     return f"checkpoint_{step:08d}"
 
 
 def parse_checkpoint_step(name: str) -> int | None:
-    """The inverse of `name_checkpoint`; None for other folders."""
-    match = _CHECKPOINT.fullmatch(name)
+    """Return the step of a checkpoint's folder, None for another folder."""
+    match = CHECKPOINT_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def list_checkpoint_steps(run: Location) -> list[int]:
-    """The steps after which the run has a checkpoint's folder, in order; raises `StorageError`."""
-    return sorted(step for name in run.list_folders() if (step := parse_checkpoint_step(name)) is not None)
+    """List the steps of the run's checkpoint folders, in order.
+
+    Raises `StorageError`.
+    """
+    steps = []
+    for name in run.list_folders():
+        step = parse_checkpoint_step(name)
+        if step is not None:
+            steps.append(step)
+    return sorted(steps)
+
+
+# --- Run folders ---
 
 
 def locate_new_run(job: TrainingJob) -> Location:
-    """The folder of a run that begins now."""
+    """Return the folder for a run that begins now."""
     return locate(job.storage).child(f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def find_last_run(job: TrainingJob) -> Location | None:
-    """The folder of the job's latest run that got so far as to say what it is; None if there is none.
+    """Find the folder of the job's latest run that has a record.
 
     Raises `StorageError`.
     """
     pattern = re.compile(re.escape(job.name) + r"-\d{8}-\d{6}")
     storage = locate(job.storage)
+
+    # Names end in the time of the start, so the latest run comes first.
     for name in sorted(filter(pattern.fullmatch, storage.list_folders()), reverse=True):
         if storage.child(name).child(RUN_FILE).exists():
             return storage.child(name)
@@ -81,20 +113,24 @@ def find_last_run(job: TrainingJob) -> Location | None:
 
 
 def find_run_to_resume(job: TrainingJob, digest: str) -> tuple[Location, RunRecord] | None:
-    """The run that `--resume` goes on with, and its record; None where there is none.
+    """Find the run that `--resume` continues, with its record; None without an earlier run.
 
-    Raises `StorageError`, and `ResumeError` where going on would not continue it.
+    `digest` is that of the job's manifest. Raises `StorageError`, and `ResumeError` where job or data have changed.
     """
     run = find_last_run(job)
     if run is None:
         return None
+
     record = read_record(run)
     refuse_changes(job, run, record, digest)
     return run, record
 
 
 def read_record(run: Location) -> RunRecord:
-    """The record of a run; raises `StorageError`."""
+    """Read the record of a run.
+
+    Raises `StorageError`.
+    """
     place = run.child(RUN_FILE)
     try:
         return RunRecord.model_validate_json(place.read())
@@ -103,44 +139,74 @@ def read_record(run: Location) -> RunRecord:
 
 
 def write_record(run: Location, record: RunRecord) -> None:
-    """Replaces the record of a run."""
+    """Replace the record of a run."""
     run.child(RUN_FILE).write(record.model_dump_json(indent=1).encode())
 
 
+# --- Changes between a run and its resumption ---
+
+
 def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, digest: str) -> None:
-    """Raises `ResumeError` where going on would not continue what the run did so far: other data, other settings."""
+    """Refuse to resume a run with other data or other settings of learning.
+
+    Raises `ResumeError`.
+    """
+    before = _read_job(run, job)
+    reasons = _list_changed_keys(before, job)
+
+    # Workers and the batch of each may change as long as their product, the global batch, stays.
+    if not _has_same_batch(before, job):
+        reasons.append(
+            f"train.batch_per_worker: {_describe_batch(job)} workers now, {_describe_batch(before)} in the run to resume"
+        )
+
+    # The sample stream follows from the list of images.
+    if record.data != digest:
+        reasons.append("data: not the files that the run began with")
+
+    if reasons:
+        raise ResumeError("\n".join([f"--resume: {run.uri} cannot be resumed as this job:", *reasons]))
+
+
+def _read_job(run: Location, job: TrainingJob) -> TrainingJob:
+    """Read the job file that the run began with.
+
+    Raises `ResumeError` for a job file that is invalid now, or of another kind than `job`.
+    """
     place = run.child(JOB_FILE)
     with tempfile.TemporaryDirectory() as folder:
         try:
             (before,) = load_jobs(place.download(Path(folder)), env={})
         except JobFileError as error:
             raise ResumeError(f"{place.uri}: {error}") from None
+
     if not isinstance(before, TrainingJob):
         raise ResumeError(f"{place.uri}: a {before.kind} job, not a {job.kind} job")
+    return before
+
+
+def _list_changed_keys(before: TrainingJob, job: TrainingJob) -> list[str]:
+    """Describe each key whose value differs and may not change."""
     old, new = flatten(before.model_dump(mode="json")), flatten(job.model_dump(mode="json"))
-    lines = [
-        f"{key}: {new.get(key)} now, {old.get(key)} in the run to go on with"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(FREE)
-    ]
-    if not _same_global_batch(before, job):
-        lines.append(
-            f"train.batch_per_worker: {_batch_text(job)} workers now, {_batch_text(before)} in the run to go on with"
-        )
-    if record.data != digest:
-        lines.append("data: other files than those that the run began with")
-    if lines:
-        raise ResumeError("\n".join([f"--resume: {run.uri} cannot go on as this job:", *lines]))
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(CHANGEABLE_KEYS):
+            lines.append(f"{key}: {new.get(key)} now, {old.get(key)} in the run to resume")
+    return lines
 
 
-def _same_global_batch(before: TrainingJob, job: TrainingJob) -> bool:
-    """Where the number of workers may vary, only the batch of one worker can be compared."""
+def _has_same_batch(before: TrainingJob, job: TrainingJob) -> bool:
+    """Compare the images of an optimizer step over all workers."""
+    # With an elastic number of workers, only the batch of one worker can be compared.
     if before.cluster.is_elastic or job.cluster.is_elastic:
         return before.train.images_per_worker == job.train.images_per_worker
-    sizes = {one.train.images_per_worker * one.cluster.max_workers for one in (before, job)}
-    return len(sizes) == 1
+
+    old_images = before.train.images_per_worker * before.cluster.max_workers
+    new_images = job.train.images_per_worker * job.cluster.max_workers
+    return old_images == new_images
 
 
-def _batch_text(job: TrainingJob) -> str:
+def _describe_batch(job: TrainingJob) -> str:
+    """Describe a job's batch: `4 x train.accumulate 2 on 3`."""
     accumulated = f" x train.accumulate {job.train.accumulate}" if job.train.accumulate > 1 else ""
     return f"{job.train.batch_per_worker}{accumulated} on {job.cluster.workers_text}"

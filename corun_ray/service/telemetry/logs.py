@@ -1,7 +1,7 @@
-"""Log lines for machines: one JSON object a line, beside Ray's own logs on every node, a file a process.
+"""Log lines for machines: JSON, one object a line, one file a process, beside Ray's own logs on every node.
 
-Ray's formatter and its context (`job_id`, `node_id`, `worker_id`, `actor_id` ...) with ours: `component`, `job`,
-`kind`, `run`, `rank` or `shard`, and `step`. What a person sees on the console is `console`'s.
+Ray's formatter and its context (`job_id`, `node_id`, `worker_id`, `actor_id` ...) with fields of ours: `component`,
+`job`, `kind`, `run`, `rank` or `shard`, and `step`. The output for people is `console`'s.
 """
 
 import logging
@@ -22,37 +22,100 @@ from corun_ray.config.credentials import without_credentials
 LOGGER = logging.getLogger("corun_ray")
 FILE_PREFIX = "corun_ray-"
 HIDDEN = "***"
-_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
+SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
+"""Names of environment variables whose values are secrets."""
 MIN_SECRET_LENGTH = 8
 """Shorter values of the environment are words rather than secrets."""
 
 
+class Log:
+    """Writes the events of one part of a job, in a process that is connected to Ray.
+
+    `labels` are those of the job's metrics; `context` is added to every line. Every event of one kind has the same
+    `message`; its fields vary.
+    """
+
+    def __init__(self, component: str, labels: Mapping[str, str], **context: Any) -> None:
+        self._context = {"component": component, **labels, **context}
+        # Prometheus keeps the label `job` for itself, so metrics say `job_name`. Log lines say `job`.
+        if "job_name" in labels:
+            self._context["job"] = self._context.pop("job_name")
+
+        # One handler a process. Without `propagate`, a handler of the root logger would write to the console.
+        if not LOGGER.handlers:
+            LOGGER.addHandler(_SessionFile())
+            LOGGER.setLevel(logging.INFO)
+            LOGGER.propagate = False
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Write an event of a normal run."""
+        self._write(logging.INFO, event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Write an event that the run survives."""
+        self._write(logging.WARNING, event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        """Write an event that ends this part of the run, with the traceback of the exception being handled."""
+        self._write(logging.ERROR, event, fields)
+
+    def _write(self, level: int, event: str, fields: Mapping[str, Any]) -> None:
+        """Write one line, without fields that are None."""
+        extra = {}
+        for name, value in {**self._context, **fields}.items():
+            if value is not None:
+                extra[name] = _make_writable(value)
+
+        # `stacklevel` names the caller of `info`, `warning` or `error` as the line's place.
+        has_traceback = level >= logging.ERROR and sys.exc_info()[0] is not None
+        LOGGER.log(level, event, exc_info=has_traceback, extra=extra, stacklevel=3)
+
+
 def redact(text: str) -> str:
-    """The text without credentials in URIs, and without any value of the environment whose name says secret."""
+    """Hide credentials in URIs, and the values of secret environment variables."""
     text = without_credentials(text)
     for name, value in os.environ.items():
-        if len(value) >= MIN_SECRET_LENGTH and _SECRET_NAME.search(name.upper()):
+        if len(value) >= MIN_SECRET_LENGTH and SECRET_NAME.search(name.upper()):
             text = text.replace(value, HIDDEN)
     return text
 
 
-class _Lines(JSONFormatter):
+def _make_writable(value: Any) -> Any:
+    """Redact a text, and turn NaN and infinity into texts: JSON has neither."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def get_log_folder() -> Path:
+    """Return the folder of this node's logs in the Ray session of this process."""
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir(), context.get_session_name(), "logs")
+
+
+class _RedactingFormatter(JSONFormatter):
+    """Ray's JSON lines, with redacted tracebacks."""
+
     def formatException(self, ei: Any) -> str:
+        """Format a traceback without secrets."""
         return redact(super().formatException(ei))
 
 
 class _SessionFile(logging.Handler):
-    """Writes to this process's file in the log folder of the Ray session that it belongs to at the time."""
+    """Writes to this process's file in the log folder of the current Ray session."""
 
     def __init__(self) -> None:
         super().__init__()
         self._file: logging.FileHandler | None = None
-        self.setFormatter(_Lines())
+        self.setFormatter(_RedactingFormatter())
         self.addFilter(CoreContextFilter())
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a line; open another file if the process has joined another session."""
         try:
-            path = str(log_folder() / f"{FILE_PREFIX}{ray.get_runtime_context().get_worker_id()}.log")
+            path = str(get_log_folder() / f"{FILE_PREFIX}{ray.get_runtime_context().get_worker_id()}.log")
             if self._file is None or self._file.baseFilename != path:
                 if self._file is not None:
                     self._file.close()
@@ -60,55 +123,11 @@ class _SessionFile(logging.Handler):
                 self._file.setFormatter(self.formatter)
             self._file.emit(record)
         except Exception:
+            # The custom of `logging`: a log that fails does not fail the program.
             self.handleError(record)
 
     def close(self) -> None:
+        """Close the file."""
         if self._file is not None:
             self._file.close()
         super().close()
-
-
-def log_folder() -> Path:
-    """The folder of this node's logs in the Ray session that this process is part of."""
-    context = ray.get_runtime_context()
-    return Path(context.get_temp_dir(), context.get_session_name(), "logs")
-
-
-class Log:
-    """The events of one part of a job, in a process that is connected to Ray.
-
-    `labels` are those of the job's metrics; `context` is written with every line. A line's `message` is always the
-    same for the same kind of event; what varies are its fields.
-    """
-
-    def __init__(self, component: str, labels: Mapping[str, str], **context: Any) -> None:
-        named = {"job" if name == "job_name" else name: value for name, value in labels.items()}
-        self._context = {"component": component, **named, **context}
-        if not LOGGER.handlers:
-            LOGGER.addHandler(_SessionFile())
-            LOGGER.setLevel(logging.INFO)
-            LOGGER.propagate = False  # or what others have hung on the root logger would put it on the console
-
-    def info(self, event: str, **fields: Any) -> None:
-        """Something that belongs to a good run."""
-        self._write(logging.INFO, event, fields)
-
-    def warning(self, event: str, **fields: Any) -> None:
-        """Something that a run gets over."""
-        self._write(logging.WARNING, event, fields)
-
-    def error(self, event: str, **fields: Any) -> None:
-        """Something that ends this part of the run; within an `except`, with its traceback."""
-        self._write(logging.ERROR, event, fields)
-
-    def _write(self, level: int, event: str, fields: Mapping[str, Any]) -> None:
-        extra = {name: _plain(value) for name, value in {**self._context, **fields}.items() if value is not None}
-        is_raised = level >= logging.ERROR and sys.exc_info()[0] is not None
-        LOGGER.log(level, event, exc_info=is_raised, extra=extra, stacklevel=3)
-
-
-def _plain(value: Any) -> Any:
-    """A value as a line may have it: JSON has no NaN and no infinity, and secrets stay out."""
-    if isinstance(value, str):
-        return redact(value)
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -67,10 +67,10 @@ def test_where_and_on_what_it_runs_may_change(dataset, tmp_path, sections):
 @pytest.mark.parametrize(
     ("sections", "line"),
     [
-        ({"network": {"width": 8}}, "network.width: 8 now, 4 in the run to go on with"),
-        ({"optim": {"lr": 0.5}}, "optim.lr: 0.5 now, 0.001 in the run to go on with"),
-        ({"pool": {"encoding": "float16"}}, "pool.encoding: float16 now, uint8 in the run to go on with"),
-        ({"cluster": {"workers": 2}}, "train.batch_per_worker: 1 on 2 workers now, 1 on 1 in the run to go on with"),
+        ({"network": {"width": 8}}, "network.width: 8 now, 4 in the run to resume"),
+        ({"optim": {"lr": 0.5}}, "optim.lr: 0.5 now, 0.001 in the run to resume"),
+        ({"pool": {"encoding": "float16"}}, "pool.encoding: float16 now, uint8 in the run to resume"),
+        ({"cluster": {"workers": 2}}, "train.batch_per_worker: 1 on 2 workers now, 1 on 1 in the run to resume"),
         ({"train": {"batch_per_worker": 2}, "cluster": {"workers": (1, 2)}}, "train.batch_per_worker: 2 on 1 to 2"),
         ({"train": {"accumulate": 3}}, "train.batch_per_worker: 1 x train.accumulate 3 on 1 workers now, 1 on 1"),
     ],
@@ -84,7 +84,7 @@ def test_what_it_learns_from_may_not(dataset, tmp_path, sections, line):
 
 def test_other_data_is_refused(job):
     run = begun(job, "test-colabator-20260101-000000")
-    with pytest.raises(ResumeError, match="data: other files than those that the run began with"):
+    with pytest.raises(ResumeError, match="data: not the files that the run began with"):
         refuse_changes(job, run, RECORD, "other digest")
 
 

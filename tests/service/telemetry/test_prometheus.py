@@ -32,7 +32,7 @@ def recorded(monkeypatch):
 
         return SimpleNamespace(inc=keep, set=keep, observe=keep)
 
-    monkeypatch.setattr(Metric, "recorded", property(ray_metric))
+    monkeypatch.setattr(Metric, "ray_metric", property(ray_metric))
     return found
 
 
