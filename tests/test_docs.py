@@ -134,7 +134,7 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    assert "goes on" in ran.stdout or "has ended before" in ran.stdout
+    assert "resumes this run" in ran.stdout or "has ended before" in ran.stdout
     assert (tmp_path / "my_model" / "model.safetensors").exists()
     assert len([*(tmp_path / "dehazed").iterdir()]) == len([*(tmp_path / "mine" / "hazy").iterdir()])
     assert [*(tmp_path / "labels").rglob("*.png")]

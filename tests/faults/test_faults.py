@@ -31,7 +31,7 @@ def test_shard_worker_controller_and_node_die_in_one_run(theatre):
 
 def test_the_object_store_is_away_for_20_s_and_then_the_driver_is_killed(theatre):
     outcome = held_under(theatre, object_store_outage=7, driver=16)
-    assert outcome.resumed == 1 and "goes on with this run" in outcome.output
+    assert outcome.resumed == 1 and "resumes this run" in outcome.output
 
 
 def test_the_disk_of_the_checkpoints_is_full_for_a_while(theatre):

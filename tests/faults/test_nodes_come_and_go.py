@@ -54,7 +54,7 @@ def test_a_preemption_notice_is_answered_by_a_checkpoint_in_time(theatre, tmp_pa
     if node in rig.cluster.worker_nodes:
         rig.cluster.remove_node(node, allow_graceful=False)
     assert driver.finish() == 0, driver.output[-3000:]
-    resumed = [int(step) for step in re.findall(r"going on from step (\d+)", driver.output)]
+    resumed = [int(step) for step in re.findall(r"resuming from step (\d+)", driver.output)]
     assert saved % 5 == 0 and resumed[0] >= saved > 0
     rig.mend()
 
@@ -96,6 +96,6 @@ def test_with_the_head_gone_the_job_goes_on_in_a_new_cluster(theatre, tmp_path):
     rig.open()
     again = Driver(job, rig.environment(), "--resume")
     assert again.finish() == 0, again.output[-3000:]
-    assert "goes on with this run" in again.output
+    assert "resumes this run" in again.output
     record = read_record(Path(run_folder(locate(str(tmp_path / "runs"))).child(name_checkpoint(24)).path))
     assert (record["step"], record["num_images_seen"]) == (24, 96)

@@ -72,7 +72,7 @@ def test_a_link_that_is_cut_for_20_s_costs_a_wait(machines, tmp_path):
         assert not list(problems(driver.finish(), storage, held, steps=48)), driver.output[-3000:]
         said = r"no step for 15 s after step \d+ \(2 nodes in the cluster\)"
         assert re.search(said, driver.output), driver.output[-3000:]
-        assert "steps go on after" in driver.output or "workers restarted" in driver.output
+        assert "steps continue after" in driver.output or "workers restarted" in driver.output
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_a_node_that_ray_has_given_up_is_waited_for_until_it_is_started_again(ma
         assert driver.wait_for(lambda: not machines.processes("raylet", worker)), "a node that was given up ends itself"
         machines.start_ray(worker)
         assert not list(problems(driver.finish(), storage, held, steps=48)), driver.output[-3000:]
-        (step,) = re.findall(r"workers restarted: going on from step (\d+) with 2", driver.output)
+        (step,) = re.findall(r"workers restarted: resuming from step (\d+) with 2", driver.output)
         assert int(step) >= 6
 
 

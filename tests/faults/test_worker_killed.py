@@ -24,7 +24,7 @@ def test_the_workers_go_on_from_the_last_checkpoint_when_one_is_killed(local_ray
     )
     run_training(job, Console(), HERE)
     output, run = capsys.readouterr().out, find_last_run(job)
-    assert re.findall(r"workers restarted: going on from step (\d+) with (\d+)", output) == [("4", "2")], output
+    assert re.findall(r"workers restarted: resuming from step (\d+) with (\d+)", output) == [("4", "2")], output
     # The killed one says nothing; the other names what it saw of that.
     assert re.search(r"worker 0 failed: \w+Error: ", output), output
     assert "RuntimeError" in run.child("errors.log").read().decode()

@@ -151,14 +151,14 @@ def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, digest: s
 
     Raises `ResumeError`.
     """
+    # Settings of learning must be the same.
     before = _read_job(run, job)
     reasons = _list_changed_keys(before, job)
 
     # Workers and the batch of each may change as long as their product, the global batch, stays.
     if not _has_same_batch(before, job):
-        reasons.append(
-            f"train.batch_per_worker: {_describe_batch(job)} workers now, {_describe_batch(before)} in the run to resume"
-        )
+        now, then = _describe_batch(job), _describe_batch(before)
+        reasons.append(f"train.batch_per_worker: {now} workers now, {then} in the run to resume")
 
     # The sample stream follows from the list of images.
     if record.data != digest:

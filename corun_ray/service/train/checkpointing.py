@@ -1,22 +1,21 @@
-"""One rank's part in a checkpoint: everything that continuing the run needs, as of one step, written beside the steps.
+"""One rank's part in a checkpoint: everything needed to resume the run, as of one step.
 
-The pool's content and a copy of the state are fixed while all ranks stand still; segments, snapshot and checkpoint are
-then written in the background, in this order, and Ray Train takes note of the checkpoint last. A crash on the way
-leaves the last good one.
-
-
-Notices that nodes are about to be taken away, as all ranks of a training learn of them."""
+The label pool and a copy of the state are fixed while all ranks stand still. A background thread then writes, beside
+further steps, segments, snapshot and checkpoint in this order, and Ray Train registers the checkpoint last. So a crash
+on the way leaves the last good one.
+"""
 
 import contextlib
 import tempfile
 import threading
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
+from ray.actor import ActorProxy
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import barrier
 
@@ -27,115 +26,151 @@ from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolClient, PoolError
 from corun_ray.service.pool.keeper import PoolKeeper
 from corun_ray.service.pool.shard import ShardSave
-from corun_ray.service.runs.record import list_checkpoint_steps, name_checkpoint, parse_checkpoint_step
+from corun_ray.service.runs.record import list_checkpoint_steps, name_checkpoint
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry.logs import Log
+from corun_ray.service.train.board import BoardState
+
+PREEMPTION_EVERY_STEPS = 5
+"""Steps between two looks for preemption notices. Each look is a round trip of all ranks."""
+
+
+@dataclass(frozen=True)
+class FrozenPool:
+    """The label pool as of a step, and the keeper that finishes saving it."""
+
+    keeper: PoolKeeper
+    parts: list[ShardSave]
 
 
 class Checkpointer:
-    """Saves the state of a run on rank 0, with all ranks' labels; every rank calls `save` at the same steps."""
+    """Saves the state of a run on rank 0, with the labels of all ranks. All ranks call `save` at the same steps."""
 
     def __init__(
-        self, run: Location, state: TrainState, spec: NetworkSpec, seed: int, rank: int, board: Any, log: Log
+        self,
+        run: Location,
+        state: TrainState,
+        spec: NetworkSpec,
+        seed: int,
+        rank: int,
+        board: ActorProxy[BoardState],
+        log: Log,
     ) -> None:
-        self._run, self._state, self._spec, self._seed, self._rank = run, state, spec, seed, rank
-        self._board, self._log = board, log
+        self._run, self._state, self._spec, self._seed = run, state, spec, seed
+        self._rank, self._board, self._log = rank, board, log
         self._last_step = -1
         self._is_idle = threading.Event()
+        """Set while no upload is under way."""
         self._is_idle.set()
 
     def save(self, client: PoolClient | None, keeper: PoolKeeper | None) -> None:
-        """Fixes the run as of now and starts writing it; the snapshot holds every label offered by any rank so far.
+        """Fix the run as of now and start writing it, once a step.
 
-        Once for a step, however often it is called. Waits for the save before it. Raises `PoolError`.
+        The snapshot holds every label that any rank has offered so far. Waits for the save before this one.
+
+        Raises `PoolError`.
         """
         step = self._state.step
         if step == self._last_step:
             return
         self._last_step = step
+
+        # 1. One save at a time: two would each need a copy of the state.
         self._is_idle.wait()
-        parts = None
+
+        # 2. Fix the label pool, once the shards have decided on the offers of all ranks.
         if client is not None:
             client.settle()
             barrier()
-        if keeper is not None:
-            parts = keeper.freeze()
+        pool = None if keeper is None else FrozenPool(keeper, keeper.freeze())
+
+        # 3. Report the step. Ray Train waits for the report of every rank; only rank 0 has a checkpoint to add.
         metrics = {"step": step, "num_images_seen": self._state.num_images_seen}
         if self._rank != 0:
             ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
-        folder = tempfile.mkdtemp(prefix="corun-checkpoint-")
-        snapshot = None if keeper is None else snapshots.format_name(step)
-        extra = {"pool_snapshot": snapshot, "seed": self._seed}
-        checkpoints.save_run(Path(folder), self._state, self._spec, extra)
+
+        # 4. Copy the state to a local folder, and start the upload beside further steps.
+        folder = self._write_locally(step, has_pool=keeper is not None)
         self._is_idle.clear()
-
-        def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
-            try:
-                return self._upload(checkpoint, name, keeper, parts)
-            except Exception:
-                self._log.error("checkpoint failed", step=step)
-                ray.get(self._board.post_error.remote(self._rank, traceback.format_exc()))
-                with contextlib.suppress(StorageError):  # half of a checkpoint only takes room
-                    self._run.child(name).delete()
-                raise
-            finally:
-                self._is_idle.set()
-
         ray.train.report(
             metrics,
             checkpoint=Checkpoint.from_directory(folder),
             checkpoint_dir_name=name_checkpoint(step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=upload,
+            checkpoint_upload_fn=lambda checkpoint, name: self._upload(step, checkpoint, name, pool),
         )
 
     def discard_later(self) -> None:
-        """Deletes checkpoints from after the state as it stands: written, but not taken note of before a crash."""
+        """Delete checkpoints of later steps than the state's: a crash came before Ray Train registered them."""
         for step in list_checkpoint_steps(self._run):
             if step > self._state.step:
                 self._run.child(name_checkpoint(step)).delete()
 
-    def _upload(
-        self, checkpoint: Checkpoint, name: str, keeper: PoolKeeper | None, parts: list[ShardSave] | None
-    ) -> Checkpoint:
-        """Runs in a thread of Ray Train's, which tries again where an object store asks for it."""
-        step, started_s = parse_checkpoint_step(name), time.monotonic()
-        assert step is not None
-        if keeper is not None and parts is not None:
-            keeper.finish(step, parts)
+    def _write_locally(self, step: int, has_pool: bool) -> str:
+        """Write the state to a new local folder, which names the pool's snapshot of the step."""
+        folder = tempfile.mkdtemp(prefix="corun-checkpoint-")
+        extra = {"pool_snapshot": snapshots.format_name(step) if has_pool else None, "seed": self._seed}
+        checkpoints.save_run(Path(folder), self._state, self._spec, extra)
+        return folder
+
+    def _upload(self, step: int, checkpoint: Checkpoint, name: str, pool: FrozenPool | None) -> Checkpoint:
+        """Write pool and checkpoint to storage; report a failure and delete what it left.
+
+        Runs in a thread of Ray Train's, which calls again if an object store asks for a retry.
+        """
+        try:
+            return self._write_to_storage(step, checkpoint, name, pool)
+        except Exception:
+            self._log.error("checkpoint failed", step=step)
+            ray.get(self._board.post_error.remote(self._rank, traceback.format_exc()))
+            with contextlib.suppress(StorageError):  # Half of a checkpoint only takes room.
+                self._run.child(name).delete()
+            raise
+        finally:
+            self._is_idle.set()
+
+    def _write_to_storage(self, step: int, checkpoint: Checkpoint, name: str, pool: FrozenPool | None) -> Checkpoint:
+        """Write segments, snapshot and checkpoint, then delete snapshots that no checkpoint needs."""
+        started_s = time.monotonic()
+
+        # The snapshot comes before the checkpoint that names it.
+        if pool is not None:
+            pool.keeper.finish(step, pool.parts)
         persisted = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
-        if keeper is not None:
+
+        # A failed sweep is no failure of the checkpoint: the next sweep deletes the rest.
+        if pool is not None:
             try:
-                keeper.sweep([*list_checkpoint_steps(self._run), step])
+                pool.keeper.sweep([*list_checkpoint_steps(self._run), step])
             except (PoolError, StorageError) as error:
-                self._board.post_note.remote(f"old labels stay for now: {error}")  # the next sweep takes them
+                self._board.post_note.remote(f"old labels could not be deleted yet: {error}")
+
         self._log.info("checkpoint saved", step=step, seconds=round(time.monotonic() - started_s, 3))
         self._board.post_saved.remote(step)
         return persisted
 
 
-PREEMPTION_EVERY = 5
-"""Steps between two looks for notices; each is a round trip of all ranks."""
-
-
 class PreemptionWatch:
-    """One rank's part in looking; rank 0 passes news on to the driver."""
+    """One rank's part in looking for notices that nodes will be taken away."""
 
-    def __init__(self, rank: int, board: Any, log: Log) -> None:
+    def __init__(self, rank: int, board: ActorProxy[BoardState], log: Log) -> None:
         self._rank, self._board, self._log = rank, board, log
         self._nodes: list[str] = []
 
     def is_due(self, step: int) -> bool:
-        """Whether a preemption has been announced since the last look; all ranks learn the same."""
-        if step % PREEMPTION_EVERY:
+        """Tell, on all ranks alike, whether a preemption has been announced since the last look."""
+        if step % PREEMPTION_EVERY_STEPS:
             return False
+
+        # All ranks ask together, and Ray Train gives all the same answer.
         info = ray.train.get_preemption_info()
-        is_news = info is not None and info.preempted_node_ids != self._nodes
-        if info is not None:
-            self._nodes = info.preempted_node_ids
-        if is_news and self._rank == 0:
+        if info is None or info.preempted_node_ids == self._nodes:
+            return False
+        self._nodes = info.preempted_node_ids
+
+        if self._rank == 0:
             self._log.warning("preemption announced", step=step, nodes=self._nodes)
             text = f"{len(self._nodes)} of the workers' nodes will be taken away: saving step {step}"
             self._board.post_note.remote(text)
-        return is_news
+        return True

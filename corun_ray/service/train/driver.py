@@ -1,21 +1,17 @@
-"""A pre-training or Colabator job, seen from the driver: prepare, train on Ray, register.
-
-What a training leaves when its last step is done: a report, a model, and a version in the registry."""
+"""A training job, seen from the driver: prepare, train on Ray, report, register the model."""
 
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
-from ray.actor import ActorHandle
+from ray.actor import ActorHandle, ActorProxy
 from ray.train import Result
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.loading import dump_job
-from corun_ray.service.cluster import connect as cluster
+from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.cache import start_cache
 from corun_ray.service.data.manifest import Manifest, build_manifest, list_validation_sets
 from corun_ray.service.data.stream import plan_phases
@@ -27,6 +23,7 @@ from corun_ray.service.models.tracking import Tracker
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolError
 from corun_ray.service.pool.keeper import start_pool
+from corun_ray.service.pool.shard import PoolShard
 from corun_ray.service.report.page import REPORT_FILE
 from corun_ray.service.runs.held_out import ValidationLog
 from corun_ray.service.runs.record import (
@@ -40,63 +37,18 @@ from corun_ray.service.runs.record import (
 )
 from corun_ray.service.storage import Location, StorageError, locate
 from corun_ray.service.telemetry.console import Console, duration
-from corun_ray.service.telemetry.prometheus import make_job_labels
-from corun_ray.service.train.board import start_board
+from corun_ray.service.train.board import BoardState, start_board
 from corun_ray.service.train.coherence import check_scoring
 from corun_ray.service.train.follower import Follower, Listener
 from corun_ray.service.train.launch import fit
 from corun_ray.service.train.plan import WorkerPlan
 from corun_ray.service.train.recovery import find_last_step
 from corun_ray.service.train.report import build_training_report
+from corun_ray.service.train.session import Session
 
-
-@dataclass(frozen=True)
-class Session:
-    """What a training job has in hand once all that it needs is there."""
-
-    job: TrainingJob
-    manifest: Manifest
-    model: Model
-    """What it starts from."""
-    run: Location
-    record: RunRecord
-    tracker: Tracker
-    facts: Mapping[str, str]
-    """What it tells at its begin."""
-
-
-def publish_outcome(session: Session, result: Result, log: ValidationLog) -> str:
-    """Writes the report, logs the model and registers it where the job gives a name; returns its URI.
-
-    Raises `StorageError`, and `JobFailed` for a training without a checkpoint.
-    """
-    job, run, tracker = session.job, session.run, session.tracker
-    if result.checkpoint is None:
-        raise JobFailed("training ended without a checkpoint")
-    saved = Location(result.checkpoint.path, locate(job.storage).filesystem, result.checkpoint.path)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = saved.download(Path(folder))
-        report = build_training_report(job, run, checkpoint, session.facts, tracker.read_curves(), log)
-        run.child(REPORT_FILE).write(report)
-        tracker.log_file(REPORT_FILE, report)
-        about = describe_model(job, session.model.spec, session.record.data, run, log)
-        model_uri = log_model(tracker.uri, checkpoint, session.model.code, about)
-    return model_uri if job.tracking.register is None else register_model(tracker.uri, model_uri, job.tracking.register)
-
-
+BAD_FILES = "bad_files.tsv"
 NAMED_BAD_FILES = 10
-
-
-def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
-    """What must be right before any worker starts: data, network and weights. A network's class may lie in `folder`.
-
-    Raises `StorageError`, `ManifestError`, `ModelSourceError`, `WeightsError` and `JobFailed`.
-    """
-    manifest = build_manifest(job)
-    _refuse_too_many(job, manifest, manifest.skipped)
-    list_validation_sets(job)
-    check_scoring(job)
-    return manifest, load_starting_model(job, folder)
+"""Bad files that the error message names."""
 
 
 def run_training(
@@ -107,149 +59,269 @@ def run_training(
     parent: str | None = None,
     listen: Listener | None = None,
 ) -> str:
-    """Runs the job to its end and returns the URI of its model; `folder` is the job file's.
+    """Run the job to its end and return the URI of its model.
 
-    With `resume`, goes on with the job's last run where its last checkpoint stands; one that has ended is left as it
-    is, and without one the job begins. The MLflow run goes below that of id `parent`; `listen` hears of all metrics.
+    `folder` is the job file's. With `resume`, the job's last run continues from its last checkpoint; a finished run is
+    only reported, and without an earlier run a new one begins. `parent` is the id of the MLflow run above this one;
+    `listen` is called with all metrics.
 
-    Raises the errors of `prepare`, `ClusterError`, `TrackingError`,
-    `ResumeError` and `JobFailed`.
+    Raises the errors of `prepare`, `ClusterError`, `TrackingError`, `ResumeError` and `JobFailed`.
     """
-    started = time.monotonic()
+    started_s = time.monotonic()
+
+    # 1. Check everything that can be checked without a cluster.
     manifest, model = prepare(job, folder)
+
+    # 2. Find the run to resume, and stop if it has done all steps.
     earlier = find_run_to_resume(job, manifest.compute_digest()) if resume else None
-    if earlier is not None and (model_uri := _ended(job, *earlier)):
-        console.say(f"\n{job.kind} {job.name}: has ended before ({model_uri}, {earlier[0].uri})")
-        return model_uri
-    place = cluster.connect(job.cluster)
-    run = locate_new_run(job) if earlier is None else earlier[0]
-    tracker = Tracker(job, run.name, None if earlier is None else earlier[1].mlflow_run, parent)
-    record = RunRecord(state="running", mlflow_run=tracker.run_id, data=manifest.compute_digest())
-    facts = _header(job, manifest, model, place, run, tracker)
+    if earlier is not None:
+        model_uri = _find_finished_model(job, *earlier)
+        if model_uri is not None:
+            console.say(f"\n{job.kind} {job.name}: has ended before ({model_uri}, {earlier[0].uri})")
+            return model_uri
+
+    # 3. Connect to Ray and MLflow, and show the job's facts.
+    cluster = connect(job.cluster)
+    session = _open_session(job, manifest, model, earlier, parent)
+    facts = _describe_session(session, cluster)
     if resume:
-        facts["resume"] = "no earlier run: begins" if earlier is None else "goes on with this run"
+        facts["resume"] = "no earlier run: begins" if earlier is None else "resumes this run"
     console.header(f"{job.kind} {job.name}", facts)
+
+    # 4. Train. However training ends, MLflow's run is closed, and a failure says how to resume.
     succeeded = False
     try:
-        model_uri, learnt = _train(Session(job, manifest, model, run, record, tracker, facts), console, listen)
+        model_uri, summary = _train(session, facts, console, listen)
         succeeded = True
     except (JobFailed, PoolError, StorageError) as error:
-        raise JobFailed(f"{error}\n{_way_on(run)}") from None
+        raise JobFailed(f"{error}\n{_describe_rest(session.run)}") from None
     finally:
-        tracker.finish(succeeded)
-    places = {"model": model_uri, "run": run.uri, "report": run.child(REPORT_FILE).uri}
-    took = duration(time.monotonic() - started)
-    next_command = f"corun-ray dehaze PHOTOS OUT --model {model_uri} --tracking {tracker.uri}"
-    console.footer("done", {**places, **learnt, "took": took}, [next_command])
+        session.tracker.finish(succeeded)
+
+    # 5. Show the result and the next command.
+    results = {"model": model_uri, "run": session.run.uri, "report": session.run.child(REPORT_FILE).uri}
+    results |= summary
+    results["took"] = duration(time.monotonic() - started_s)
+    next_command = f"corun-ray dehaze PHOTOS OUT --model {model_uri} --tracking {session.tracker.uri}"
+    console.footer("done", results, [next_command])
     return model_uri
 
 
-def _train(session: Session, console: Console, listen: Listener | None) -> tuple[str, dict[str, str]]:
-    """Runs the workers to the last step; returns the model's URI, and what was learnt on the way."""
-    job, run, tracker, record = session.job, session.run, session.tracker, session.record
-    run.child(JOB_FILE).write(dump_job(job).encode())
-    write_record(run, record)
-    tracker.log_file(JOB_FILE, dump_job(job).encode())
-    tracker.set_tags({"corun_ray.data": record.data, "corun_ray.kind": job.kind})
-    plan = _plan(job, session.manifest, session.model, run)
+def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
+    """Check data, weights and network before any worker starts; return the manifest and the starting model.
+
+    A network's own class may lie in `folder`.
+
+    Raises `StorageError`, `ManifestError`, `ModelSourceError`, `WeightsError` and `JobFailed`.
+    """
+    manifest = build_manifest(job)
+    _refuse_too_many_bad_files(job, manifest, manifest.skipped)
+
+    # Validation sets and scorers are only tried here; each worker loads its own.
+    list_validation_sets(job)
+    check_scoring(job)
+
+    return manifest, load_starting_model(job, folder)
+
+
+def _find_finished_model(job: TrainingJob, run: Location, record: RunRecord) -> str | None:
+    """Return the model of a run that has done all of the job's steps; None for other runs."""
+    is_finished = job.train.steps <= max(list_checkpoint_steps(run), default=0)
+    return record.model if is_finished else None
+
+
+def _open_session(
+    job: TrainingJob, manifest: Manifest, model: Model, earlier: tuple[Location, RunRecord] | None, parent: str | None
+) -> Session:
+    """Open the run's folder and its MLflow run: the earlier ones where there are any, else new ones.
+
+    Raises `TrackingError`.
+    """
+    if earlier is None:
+        run, mlflow_run = locate_new_run(job), None
+    else:
+        run, mlflow_run = earlier[0], earlier[1].mlflow_run
+
+    tracker = Tracker(job, run.name, mlflow_run, parent)
+    record = RunRecord(state="running", mlflow_run=tracker.run_id, data=manifest.compute_digest())
+    return Session(job, manifest, model, run, tracker, record)
+
+
+def _train(
+    session: Session, facts: Mapping[str, str], console: Console, listen: Listener | None
+) -> tuple[str, dict[str, str]]:
+    """Run the workers to the last step; return the model's URI and the results for the footer."""
+    # Record the job. The job file comes before the record: a run that has a record can be resumed.
+    job_file = dump_job(session.job).encode()
+    session.run.child(JOB_FILE).write(job_file)
+    write_record(session.run, session.record)
+    session.tracker.log_file(JOB_FILE, job_file)
+    session.tracker.set_tags({"corun_ray.data": session.record.data, "corun_ray.kind": session.job.kind})
+
+    # Start the actors, then train while the follower passes the board's events on.
+    plan = _start_actors(session)
     try:
-        with Follower(job, plan.board, tracker, console, run, listen) as follower:
-            result = fit(plan, run, console)
+        with Follower(session, plan.board, console, listen) as follower:
+            result = fit(plan, session.run, console)
     finally:
+        # Idle processes of Ray keep a handle to the cache, which would stay alive otherwise.
         if isinstance(plan.cache, ActorHandle):
-            ray.kill(plan.cache)  # processes that wait for other work would hold on to it
-    _list_bad_files(job, session.manifest, plan.board, tracker, run)
-    if isinstance(job, ColabatorJob):
-        # Ray Train deletes old checkpoints after the workers' last sweep.
-        snapshots.sweep(
-            run.child(POOL_FOLDER), {snapshots.format_name(step) for step in list_checkpoint_steps(run)}, ()
-        )
-    model_uri = publish_outcome(session, result, follower.validation)
-    write_record(run, record.model_copy(update={"state": "finished", "model": model_uri}))
-    return model_uri, follower.summary()
+            ray.kill(plan.cache)
+
+    # Clean up: list the bad files, and delete snapshots of checkpoints that are gone. Ray Train deletes old
+    # checkpoints after the workers' last sweep.
+    _save_bad_files(session, plan.board)
+    if isinstance(session.job, ColabatorJob):
+        kept = {snapshots.format_name(step) for step in list_checkpoint_steps(session.run)}
+        snapshots.sweep(session.run.child(POOL_FOLDER), kept, ())
+
+    # Publish, and only then mark the run as finished.
+    model_uri = _publish_outcome(session, facts, result, follower.validation)
+    finished = session.record.model_copy(update={"state": "finished", "model": model_uri})
+    write_record(session.run, finished)
+    return model_uri, follower.summarise()
 
 
-def _ended(job: TrainingJob, run: Location, record: RunRecord) -> str | None:
-    """The model of a run that has taken all of the job's steps; None where there are some to take."""
-    return record.model if job.train.steps <= max(list_checkpoint_steps(run), default=0) else None
-
-
-def _way_on(run: Location) -> str:
-    """What is left of a run that has failed, and how to go on with it."""
-    try:
-        step = find_last_step(run)
-    except StorageError as error:
-        return f"the run: {run.uri}, which cannot be looked at now ({error}); --resume goes on with it"
-    done = "no checkpoint yet" if step is None else f"its last checkpoint is of step {step}"
-    return f"the run: {run.uri}, {done}; --resume goes on with it"
-
-
-def _plan(job: TrainingJob, manifest: Manifest, model: Model, run: Location) -> WorkerPlan:
+def _start_actors(session: Session) -> WorkerPlan:
+    """Start the board, the label pool and the cache; return the plan of the workers."""
+    job = session.job
     board = start_board()
-    board.report_bad.remote(manifest.skipped)
-    shards: list[Any] = []
+    board.report_bad.remote(session.manifest.skipped)
+
+    shards: list[ActorProxy[PoolShard]] = []
     if isinstance(job, ColabatorJob):
-        labels = make_job_labels(job, run.name)
-        shards = start_pool(job.pool.shards, run.child(POOL_FOLDER), job.pool.memory_mib, labels)
+        pool = session.run.child(POOL_FOLDER)
+        shards = start_pool(job.pool.shards, pool, job.pool.memory_mib, session.labels)
+
     return WorkerPlan(
         job=job,
-        run_uri=run.uri,
-        manifest=ray.put(manifest),
-        model=ray.put(model),
+        run_uri=session.run.uri,
+        manifest=ray.put(session.manifest),
+        model=ray.put(session.model),
         board=board,
         shards=tuple(shards),
         cache=start_cache(job.data.cache_mib, board),
     )
 
 
-def _header(
-    job: TrainingJob, manifest: Manifest, model: Model, place: str, run: Location, tracker: Tracker
-) -> dict[str, str]:
-    if job.data.paired is not None:
-        data = f"{len(manifest.clear)} degraded and clean pairs"
-    else:
-        depth = "procedural depth" if manifest.depth is None else "depth maps"
-        data = f"{len(manifest.clear)} clear with {depth}"
-    if manifest.hazy:
-        data += f", {len(manifest.hazy)} real hazy"
-    if manifest.skipped:
-        data += f", {len(manifest.skipped)} set aside"
-    size = job.cluster
+def _publish_outcome(session: Session, facts: Mapping[str, str], result: Result, log: ValidationLog) -> str:
+    """Write the report, log the model, and register the model under a name the job gives; return the model's URI.
+
+    Raises `StorageError`, and `JobFailed` for a training without a checkpoint.
+    """
+    job, tracker = session.job, session.tracker
+    if result.checkpoint is None:
+        raise JobFailed("training ended without a checkpoint")
+    checkpoint = Location(result.checkpoint.path, locate(job.storage).filesystem, result.checkpoint.path)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = checkpoint.download(Path(name))
+
+        # The report needs the network for the pictures of its stages.
+        report = build_training_report(job, session.run, folder, facts, tracker.read_curves(), log)
+        session.save_file(REPORT_FILE, report)
+
+        # The model is the last checkpoint's teacher, with its card and tags.
+        description = describe_model(job, session.model.spec, session.record.data, session.run, log)
+        model_uri = log_model(tracker.uri, folder, session.model.code, description)
+
+    if job.tracking.register is None:
+        return model_uri
+    return register_model(tracker.uri, model_uri, job.tracking.register)
+
+
+def _describe_rest(run: Location) -> str:
+    """Describe what is left of a failed run, and how to resume it."""
+    try:
+        step = find_last_step(run)
+    except StorageError as error:
+        return f"the run: {run.uri}, which cannot be read now ({error}); --resume continues it"
+
+    checkpoint = "no checkpoint yet" if step is None else f"its last checkpoint is of step {step}"
+    return f"the run: {run.uri}, {checkpoint}; --resume continues it"
+
+
+# --- The header ---
+
+
+def _describe_session(session: Session, cluster: str) -> dict[str, str]:
+    """Return the facts of the console's header; `cluster` describes the Ray cluster."""
+    job, size = session.job, session.job.cluster
     device = f"{size.gpus_per_worker:g} GPU" if size.gpus_per_worker else f"{size.cpus_per_worker:g} CPU"
-    spans = plan_phases(job)
-    batches = " then ".join(str(phase.batch) for phase in spans)
-    steps = f"{job.train.steps} steps of {batches} x {size.workers_text} images"
-    network = f"{job.network.stages} stages, width {job.network.width}"
-    if model.spec.type != "corun":
-        network = f"{model.spec.type} " + " ".join(f"{name}={value}" for name, value in model.spec.args.items())
-    if job.network.init:
-        network += f", from {job.network.init}"
     return {
-        "data": data,
-        "network": network,
-        "training": f"{steps} at {' then '.join(str(phase.patch_px) for phase in spans)} px",
-        "workers": f"{size.workers_text} x {device} on {place}",
-        "run": run.uri,
-        "mlflow": f"{tracker.uri} (experiment {job.tracking.experiment})",
+        "data": _describe_data(job, session.manifest),
+        "network": _describe_network(job, session.model),
+        "training": _describe_steps(job),
+        "workers": f"{size.workers_text} x {device} on {cluster}",
+        "run": session.run.uri,
+        "mlflow": f"{session.tracker.uri} (experiment {job.tracking.experiment})",
     }
 
 
-def _refuse_too_many(job: TrainingJob, manifest: Manifest, bad_files: dict[str, str]) -> None:
-    """Raises `JobFailed`, naming the first ten, where more images are bad than `data.max_bad_fraction` allows."""
+def _describe_data(job: TrainingJob, manifest: Manifest) -> str:
+    """Describe the images: `2061 clear with depth maps, 4322 real hazy, 2 skipped`."""
+    if job.data.paired is not None:
+        text = f"{len(manifest.clear)} degraded and clean pairs"
+    else:
+        depth = "procedural depth" if manifest.depth is None else "depth maps"
+        text = f"{len(manifest.clear)} clear with {depth}"
+
+    if manifest.hazy:
+        text += f", {len(manifest.hazy)} real hazy"
+    if manifest.skipped:
+        text += f", {len(manifest.skipped)} skipped"
+    return text
+
+
+def _describe_network(job: TrainingJob, model: Model) -> str:
+    """Describe the network: `4 stages, width 64, from models:/corun@champion`."""
+    if model.spec.type == "corun":
+        text = f"{job.network.stages} stages, width {job.network.width}"
+    else:
+        arguments = [f"{name}={value}" for name, value in model.spec.args.items()]
+        text = f"{model.spec.type} {' '.join(arguments)}"
+
+    if job.network.init:
+        text += f", from {job.network.init}"
+    return text
+
+
+def _describe_steps(job: TrainingJob) -> str:
+    """Describe steps, batches and patches: `100 steps of 8 then 4 x 2 images at 64 then 128 px`."""
+    spans = plan_phases(job)
+    batches = " then ".join(str(phase.batch) for phase in spans)
+    patches = " then ".join(str(phase.patch_px) for phase in spans)
+    return f"{job.train.steps} steps of {batches} x {job.cluster.workers_text} images at {patches} px"
+
+
+# --- Bad files ---
+
+
+def _refuse_too_many_bad_files(job: TrainingJob, manifest: Manifest, bad_files: dict[str, str]) -> None:
+    """Refuse more bad images (URI → reason) than `data.max_bad_fraction` allows.
+
+    Raises `JobFailed`, naming the first ten.
+    """
     if len(bad_files) <= job.data.max_bad_fraction * manifest.num_images:
         return
-    named = [f"  {uri}: {reason}" for uri, reason in list(bad_files.items())[:NAMED_BAD_FILES]]
-    raise JobFailed(
+
+    lines = [
         f"{len(bad_files)} of {manifest.num_images} images cannot be used, more than "
-        f"data.max_bad_fraction ({job.data.max_bad_fraction:g}) allows; the first:\n" + "\n".join(named)
-    )
+        f"data.max_bad_fraction ({job.data.max_bad_fraction:g}) allows; the first:"
+    ]
+    for uri, reason in list(bad_files.items())[:NAMED_BAD_FILES]:
+        lines.append(f"  {uri}: {reason}")
+    raise JobFailed("\n".join(lines))
 
 
-def _list_bad_files(job: TrainingJob, manifest: Manifest, board: Any, tracker: Tracker, run: Location) -> None:
-    """Keeps the list of unusable files with the run; fails the job where it is too long."""
-    bad_files: dict[str, str] = ray.get(board.list_bad_files.remote())
+def _save_bad_files(session: Session, board: ActorProxy[BoardState]) -> None:
+    """Save the list of bad files with the run.
+
+    Raises `StorageError`, and `JobFailed` for too many.
+    """
+    bad_files = ray.get(board.list_bad_files.remote())
     if bad_files:
-        listing = "".join(f"{uri}\t{reason}\n" for uri, reason in sorted(bad_files.items())).encode()
-        run.child("bad_files.tsv").write(listing)
-        tracker.log_file("bad_files.tsv", listing)
-    _refuse_too_many(job, manifest, bad_files)
+        rows = [f"{uri}\t{reason}\n" for uri, reason in sorted(bad_files.items())]
+        session.save_file(BAD_FILES, "".join(rows).encode())
+
+    _refuse_too_many_bad_files(session.job, session.manifest, bad_files)

@@ -1,22 +1,13 @@
-"""Following a training job from the driver: the board's news, passed on to the console, MLflow and the run's folder.
-
-Steps that stay away: when the person who watches is told, and what the cluster knows of its nodes then.
-
-A worker, a link, the data or the storage may be slow or gone for a while, and a run that waits for them looks like one
-that hangs.
-
-The metrics of a run as its driver knows them: the values that go to MLflow, and what went wrong."""
+"""Follows a training from the driver: passes the board's events on to console, log, MLflow and the run's folder."""
 
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import ray
+from ray.actor import ActorProxy
 
-from corun_ray.config.jobs import TrainingJob
 from corun_ray.service.errors import find_root_cause
-from corun_ray.service.models.tracking import Tracker
 from corun_ray.service.runs.held_out import (
     EXAMPLES,
     HAZY_PICTURE,
@@ -26,156 +17,76 @@ from corun_ray.service.runs.held_out import (
     name_picture,
 )
 from corun_ray.service.storage import Location, StorageError
-from corun_ray.service.telemetry import prometheus as telemetry
+from corun_ray.service.telemetry import prometheus
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.telemetry.prometheus import Metric, MetricRecorder
-from corun_ray.service.train.board import Attempt, Events
-
-FIRST_PATIENCE_S = 15.0
-PATIENCE_GROWS = 2.0
-Clock = Callable[[], float]
-
-
-class NodeWatch:
-    """The cluster's nodes, by what Ray says of them, against those that it had at first."""
-
-    def __init__(self) -> None:
-        self._at_first = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-
-    def __call__(self) -> str:
-        """How many there are, and which are lost."""
-        nodes = ray.nodes()
-        alive = [node["NodeManagerAddress"] for node in nodes if node["Alive"]]
-        dead = (node["NodeManagerAddress"] for node in nodes if not node["Alive"] and node["NodeID"] in self._at_first)
-        lost = sorted(address for address in dead if address not in alive)
-        text = f"{len(alive)} node{'s' * (len(alive) != 1)} in the cluster"
-        return f"{text}, lost: {', '.join(lost)}" if lost else text
-
-
-class StallDetector:
-    """Pauses between two steps. Told of are those twice as long as any before, from `FIRST_PATIENCE_S` on: a job whose
-    steps or validations take long says so once. While one lasts, it is told of again when it is twice as long, and
-    when there is news of the nodes.
-    """
-
-    def __init__(self, nodes: Callable[[], str], clock: Clock = time.monotonic) -> None:
-        self._nodes, self._clock = nodes, clock
-        self._step, self._since_s = 0, clock()
-        self._patience_s = FIRST_PATIENCE_S
-        self._next_s = FIRST_PATIENCE_S
-        self._told: str | None = None
-        """What was said of the nodes last, in this pause."""
-
-    def look(self, step: int) -> str | None:
-        """What there is to say now that so many steps are done; before the first one, nothing."""
-        paused_s = self._clock() - self._since_s
-        if step != self._step:
-            text = f"steps go on after {paused_s:.0f} s" if self._told else None
-            if self._step:
-                self._patience_s = max(self._patience_s, PATIENCE_GROWS * paused_s)
-            self._step, self._since_s = step, self._clock()
-            self._next_s, self._told = self._patience_s, None
-            return text
-        is_due = paused_s >= self._next_s
-        if step == 0 or not (is_due or self._told):
-            return None
-        nodes = self._nodes()
-        if not is_due and nodes == self._told:
-            return None
-        if is_due:
-            self._next_s = PATIENCE_GROWS * paused_s
-        self._told = nodes
-        return f"no step for {paused_s:.0f} s after step {step} ({nodes})"
-
-
-Held = dict[tuple[Metric, tuple[tuple[str, str], ...]], float]
-"""Values by metric and labels."""
-OF_METRICS = {
-    "optim/lr": telemetry.LEARNING_RATE,
-    "pool/win_rate": telemetry.WIN_RATIO,
-    "pool/trust": telemetry.TRUST_RATIO,
-}
-"""MLflow's names of metrics that are gauges of their own here."""
-
-
-class RunTelemetry:
-    """Gauges that keep their last value as long as `refresh` is called now and then."""
-
-    def __init__(self, labels: Mapping[str, str], steps: int) -> None:
-        self._recorder = MetricRecorder(labels)
-        self._held: Held = {}
-        self.hold(telemetry.STEPS_PLANNED, steps)
-        for metric in (telemetry.RESTARTS, telemetry.FAILED_WRITES):
-            self.hold(metric, 0)
-
-    def hold(self, metric: Metric, value: float, /, **labels: str) -> None:
-        """The value of a gauge from now on."""
-        self._held[metric, tuple(labels.items())] = value
-
-    def hold_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Those of metrics under MLflow's names that have gauges."""
-        for name, value in metrics.items():
-            first, _, last = name.rpartition("/")
-            if name in OF_METRICS:
-                self.hold(OF_METRICS[name], value)
-            elif first == "loss":
-                self.hold(telemetry.LOSS, value, term=last)
-            elif first == "val" or first.startswith("val/"):
-                self.hold(telemetry.VALIDATION, value, set=first, metric=last)
-
-    def refresh(self) -> None:
-        """Sets all gauges again."""
-        for (metric, labels), value in self._held.items():
-            self._recorder.set(metric, value, **dict(labels))
-
+from corun_ray.service.train.board import Attempt, BoardState, Events
+from corun_ray.service.train.session import Session
 
 POLL_S = 0.5
+FIRST_PATIENCE_S = 15.0
+"""The shortest pause between steps that is reported."""
+PATIENCE_FACTOR = 2.0
+"""A pause is reported when it is this many times as long as the longest before it, or as when last reported."""
+
+ERRORS_FILE = "errors.log"
+GAUGES = {
+    "optim/lr": prometheus.LEARNING_RATE,
+    "pool/win_rate": prometheus.WIN_RATIO,
+    "pool/trust": prometheus.TRUST_RATIO,
+}
+"""MLflow's name of a metric → its gauge. Losses and validations have one gauge each, with labels."""
+
 Listener = Callable[[int, Mapping[str, float]], None]
-"""Hears of metrics after so many steps."""
-
-
-def _earlier(run: Location) -> ValidationLog:
-    """What a run that goes on has measured before."""
-    place = run.child(VALIDATION_FILE)
-    return ValidationLog.from_csv(place.read()) if place.exists() else ValidationLog()
+"""Called with a step and the metrics after it."""
+Clock = Callable[[], float]
+LabelItems = tuple[tuple[str, str], ...]
 
 
 class Follower:
-    """A thread of the driver that carries the board's news to the console, MLflow and the run's folder."""
+    """A thread of the driver that passes the board's events on while the workers train.
+
+    Used as a context manager. A failure of the thread is raised at the end, unless the training itself has failed.
+    """
 
     def __init__(
-        self,
-        job: TrainingJob,
-        board: Any,
-        tracker: Tracker,
-        console: Console,
-        run: Location,
-        listen: Listener | None = None,
+        self, session: Session, board: ActorProxy[BoardState], console: Console, listen: Listener | None = None
     ) -> None:
-        self._job, self._board, self._tracker, self._console, self._run = job, board, tracker, console, run
-        self._listen = listen
-        labels = telemetry.make_job_labels(job, run.name)
-        self._log, self._gauges = Log("driver", labels), RunTelemetry(labels, job.train.steps)
-        self._num_failed_writes = 0
-        self._latest: dict[str, float] = {}
-        self.validation = _earlier(run)
-        """Every held-out image's values, those of an earlier start of the run included."""
-        self._num_attempts = 0
+        self._session, self._board = session, board
+        self._num_steps = session.job.train.steps
+
+        # The places to which events go.
+        self._console, self._listen = console, listen
+        self._log = Log("driver", session.labels)
+        self._gauges = RunGauges(session.labels, self._num_steps)
+
+        # The content of the files that are written again with each addition.
+        self.validation = _read_validation(session.run)
+        """Values of every validation image, those of earlier attempts of the run included."""
         self._errors = ""
+
+        # The state that lines and gauges are made of.
+        self._latest: dict[str, float] = {}
+        self._num_attempts = 0
+        self._num_failed_writes = 0
         self._stalls = StallDetector(NodeWatch())
+
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._failure: Exception | None = None
 
     def __enter__(self) -> "Follower":
-        self._log.info("training started", steps=self._job.train.steps, workers=self._job.cluster.workers_text)
+        job = self._session.job
+        self._log.info("training started", steps=job.train.steps, workers=job.cluster.workers_text)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        # The thread passes on the last events before it ends.
         self._stopping.set()
         self._thread.join()
+
         if error is None:
             self._log.info("training ended")
         else:
@@ -183,108 +94,263 @@ class Follower:
         if self._failure is not None and error is None:
             raise self._failure
 
-    def summary(self) -> dict[str, str]:
-        """What was last heard, for the footer."""
+    def summarise(self) -> dict[str, str]:
+        """Return the last state of label pool, restarts and validation, for the footer."""
         facts = {}
         if "pool/labels" in self._latest:
-            labels, wins = (int(self._latest[f"pool/{name}"]) for name in ("labels", "wins"))
+            labels, wins = int(self._latest["pool/labels"]), int(self._latest["pool/wins"])
             facts["pool"] = f"{labels} labels; {wins} candidates won"
+
         if self._num_attempts > 1:
             facts["restarts"] = str(self._num_attempts - 1)
-        validation = {name: value for name, value in self._latest.items() if name.startswith("val/")}
+
+        validation = select_validation(self._latest)
         if validation:
-            facts["validated"] = ", ".join(f"{name[4:]} {value:.3f}" for name, value in validation.items())
+            values = [f"{name.removeprefix('val/')} {value:.3f}" for name, value in validation.items()]
+            facts["validated"] = ", ".join(values)
         return facts
 
     def _follow(self) -> None:
+        """Pass events on until training ends, then the last ones. This is the thread's function."""
         try:
             while not self._stopping.wait(POLL_S):
-                news = ray.get(self._board.take_events.remote())
-                self._pass_on(news)
-                self._tell_of_stalls(news.step)
+                events = ray.get(self._board.take_events.remote())
+                self._pass_on(events)
+                self._report_stall(events.step)
             self._pass_on(ray.get(self._board.take_events.remote()))
         except Exception as error:
             self._failure = error
 
-    def _tell_of_stalls(self, step: int) -> None:
-        # After the last step there is still a checkpoint to be written.
-        if step < self._job.train.steps and (text := self._stalls.look(step)):
-            self._console.say(f"  {text}")
+    def _pass_on(self, events: Events) -> None:
+        """Pass all events of one poll on, each kind to its places."""
+        # Failures come before the restart that follows from them.
+        for rank, traceback in events.errors:
+            self._pass_on_error(rank, traceback)
+        for attempt in events.attempts:
+            self._pass_on_attempt(attempt)
 
-    def _pass_on(self, news: Events) -> None:
-        for rank, text in news.errors:
-            self._console.say(f"  worker {rank} failed: {find_root_cause(text)}")
-            self._log.warning("worker failed", rank=rank, error=find_root_cause(text))
-            self._errors += f"worker {rank}, {time.strftime('%H:%M:%S')}\n{text}\n"
-            self._keep("errors.log", self._errors.encode())
-        for attempt in news.attempts:
-            self._begin(attempt)
-        for text in news.notes:
+        # Notes and bad files: for the log, and notes for the person who watches.
+        for text in events.notes:
             self._console.say(f"  {text}")
             self._log.warning("note", text=text)
-        for uri, reason in news.bad_files.items():
+        for uri, reason in events.bad_files.items():
             self._log.warning("image set aside", image=uri, reason=reason)
-        for step, metrics in news.metrics:
-            self._latest |= metrics
-            self._gauges.hold_metrics(metrics)
-            if values := {name: value for name, value in metrics.items() if name.startswith("val/")}:
-                self._log.info("validated", step=step, **values)
-            self._tracker.log_metrics(step, metrics)
-            if self._listen is not None:
-                self._listen(step, metrics)
-        for step, measured in news.measured:
-            self._keep_measured(step, measured)
-        for step, name, png in news.pictures:
+
+        # Numbers and pictures: for MLflow and the run's folder.
+        for step, metrics in events.metrics:
+            self._pass_on_metrics(step, metrics)
+        for step, measured in events.measured:
+            self._save_measured(step, measured)
+        for step, name, png in events.pictures:
             path = f"pictures/{name}_{step:08d}.png"
-            self._keep(path, png)
-            self._tracker.log_file(path, png)
-        if news.saved_step is not None:
-            self._gauges.hold(telemetry.CHECKPOINT_STEP, news.saved_step)
-        self._gauges.hold(telemetry.BAD_IMAGES, news.num_bad_files)
-        if news.step:
-            self._gauges.hold(telemetry.STEP, news.step)
-            self._console.progress(news.step, self._job.train.steps, "step", self._details(news))
+            self._save(path, png)
+            self._session.tracker.log_file(path, png)
+
+        # Progress: for Prometheus and the console's live line.
+        if events.saved_step is not None:
+            self._gauges.hold(prometheus.CHECKPOINT_STEP, events.saved_step)
+        self._gauges.hold(prometheus.BAD_IMAGES, events.num_bad_files)
+        if events.step:
+            self._gauges.hold(prometheus.STEP, events.step)
+            details = self._list_details(events.num_bad_files)
+            self._console.progress(events.step, self._num_steps, "step", details)
         self._gauges.refresh()
 
-    def _begin(self, attempt: Attempt) -> None:
-        """The workers have started, for the first time or again."""
+    def _pass_on_error(self, rank: int, traceback: str) -> None:
+        """Report a failed worker by the cause, and append the whole traceback to the run's file."""
+        cause = find_root_cause(traceback)
+        self._console.say(f"  worker {rank} failed: {cause}")
+        self._log.warning("worker failed", rank=rank, error=cause)
+
+        self._errors += f"worker {rank}, {time.strftime('%H:%M:%S')}\n{traceback}\n"
+        self._save(ERRORS_FILE, self._errors.encode())
+
+    def _pass_on_attempt(self, attempt: Attempt) -> None:
+        """Report a start of the workers; only restarts are shown on the console."""
         self._num_attempts += 1
         event = "workers started"
         if self._num_attempts > 1:
             event = "workers restarted"
-            self._console.say(f"  workers restarted: going on from step {attempt.first_step} with {attempt.workers}")
+            self._console.say(f"  workers restarted: resuming from step {attempt.first_step} with {attempt.workers}")
         self._log.info(event, step=attempt.first_step, workers=attempt.workers)
-        self._gauges.hold(telemetry.RESTARTS, self._num_attempts - 1)
-        self._gauges.hold(telemetry.WORKERS, attempt.workers)
-        self._gauges.hold(telemetry.CHECKPOINT_STEP, attempt.first_step)
 
-    def _keep_measured(self, step: int, measured: list[MeasuredImage]) -> None:
+        self._gauges.hold(prometheus.RESTARTS, self._num_attempts - 1)
+        self._gauges.hold(prometheus.WORKERS, attempt.workers)
+        self._gauges.hold(prometheus.CHECKPOINT_STEP, attempt.first_step)
+
+    def _pass_on_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Pass metrics on to Prometheus, the log, MLflow and the listener."""
+        self._latest |= metrics
+        self._gauges.hold_metrics(metrics)
+
+        validation = select_validation(metrics)
+        if validation:
+            self._log.info("validated", step=step, **validation)
+
+        self._session.tracker.log_metrics(step, metrics)
+        if self._listen is not None:
+            self._listen(step, metrics)
+
+    def _save_measured(self, step: int, measured: list[MeasuredImage]) -> None:
+        """Save the values of validation images, and the pictures of those that have some."""
         self.validation.add(step, measured)
-        self._keep(VALIDATION_FILE, self.validation.to_csv())
+        self._save(VALIDATION_FILE, self.validation.to_csv())
+
         for one in measured:
             if one.pictures is not None:
                 folder = f"{EXAMPLES}/{one.prefix}/{one.image}"
-                self._keep(f"{folder}/{HAZY_PICTURE}", one.pictures.hazy)
-                self._keep(f"{folder}/{name_picture(step)}", one.pictures.output)
+                self._save(f"{folder}/{HAZY_PICTURE}", one.pictures.hazy)
+                self._save(f"{folder}/{name_picture(step)}", one.pictures.output)
 
-    def _keep(self, name: str, content: bytes) -> None:
-        """Writes a file of the run that people look at; the training does not fail for want of it."""
+    def _save(self, name: str, content: bytes) -> None:
+        """Write a file for people to the run's folder; a failed write is reported and does not end the training."""
         try:
-            self._run.child(name).write(content)
+            self._session.run.child(name).write(content)
         except StorageError as error:
-            self._console.say(f"  not kept: {error}")
+            self._console.say(f"  not saved: {error}")
             self._log.warning("not kept", file=name, error=str(error))
             self._num_failed_writes += 1
-            self._gauges.hold(telemetry.FAILED_WRITES, self._num_failed_writes)
+            self._gauges.hold(prometheus.FAILED_WRITES, self._num_failed_writes)
 
-    def _details(self, news: Events) -> list[str]:
-        details = []
-        if "loss/total" in self._latest:
-            details.append(f"loss {self._latest['loss/total']:.4f}")
-        if "val/psnr" in self._latest:
-            details.append(f"val {self._latest['val/psnr']:.2f} dB")
-        if "pool/labels" in self._latest:
-            details.append(f"pool {self._latest['pool/labels']:.0f}, {100 * self._latest['pool/win_rate']:.0f}% new")
-        if news.num_bad_files:
-            details.append(f"{news.num_bad_files} bad files")
+    def _report_stall(self, step: int) -> None:
+        """Report that steps have stopped, or that they continue."""
+        # After the last step the workers still write a checkpoint: no stall.
+        if step >= self._num_steps:
+            return
+        text = self._stalls.update(step)
+        if text is not None:
+            self._console.say(f"  {text}")
+
+    def _list_details(self, num_bad_files: int) -> list[str]:
+        """List the details of the live line: loss, validation, label pool, bad files."""
+        latest, details = self._latest, []
+        if "loss/total" in latest:
+            details.append(f"loss {latest['loss/total']:.4f}")
+        if "val/psnr" in latest:
+            details.append(f"val {latest['val/psnr']:.2f} dB")
+        if "pool/labels" in latest:
+            details.append(f"pool {latest['pool/labels']:.0f}, {100 * latest['pool/win_rate']:.0f}% new")
+        if num_bad_files:
+            details.append(f"{num_bad_files} bad files")
         return details
+
+
+def select_validation(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Select the metrics of validation sets."""
+    return {name: value for name, value in metrics.items() if name.startswith("val/")}
+
+
+def _read_validation(run: Location) -> ValidationLog:
+    """Read the values that earlier attempts of the run have measured."""
+    place = run.child(VALIDATION_FILE)
+    return ValidationLog.from_csv(place.read()) if place.exists() else ValidationLog()
+
+
+# --- Gauges of the run ---
+
+
+class RunGauges:
+    """Gauges that keep their last value; `refresh` must be called every few seconds (see `prometheus`)."""
+
+    def __init__(self, labels: Mapping[str, str], num_steps: int) -> None:
+        self._recorder = MetricRecorder(labels)
+        self._held: dict[tuple[Metric, LabelItems], float] = {}
+        self.hold(prometheus.STEPS_PLANNED, num_steps)
+        self.hold(prometheus.RESTARTS, 0)
+        self.hold(prometheus.FAILED_WRITES, 0)
+
+    def hold(self, metric: Metric, value: float, /, **labels: str) -> None:
+        """Set the value of a gauge from the next `refresh` on."""
+        self._held[metric, tuple(labels.items())] = value
+
+    def hold_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Hold the metrics (under MLflow's names) that have gauges."""
+        for name, value in metrics.items():
+            group, _, last = name.rpartition("/")
+            if name in GAUGES:
+                self.hold(GAUGES[name], value)
+            elif group == "loss":
+                self.hold(prometheus.LOSS, value, term=last)
+            elif group == "val" or group.startswith("val/"):
+                self.hold(prometheus.VALIDATION, value, set=group, metric=last)
+
+    def refresh(self) -> None:
+        """Set all gauges again."""
+        for (metric, labels), value in self._held.items():
+            self._recorder.set(metric, value, **dict(labels))
+
+
+# --- Stalls ---
+
+
+class NodeWatch:
+    """Compares the cluster's live nodes with those at the start."""
+
+    def __init__(self) -> None:
+        self._first_ids = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    def __call__(self) -> str:
+        """Describe the cluster: the number of live nodes, and the addresses of those lost since the start."""
+        alive, dead = [], []
+        for node in ray.nodes():
+            if node["Alive"]:
+                alive.append(node["NodeManagerAddress"])
+            elif node["NodeID"] in self._first_ids:
+                dead.append(node["NodeManagerAddress"])
+
+        # A node that was started again has another id and the same address.
+        lost = sorted(address for address in dead if address not in alive)
+        nodes = "1 node" if len(alive) == 1 else f"{len(alive)} nodes"
+        text = f"{nodes} in the cluster"
+        return f"{text}, lost: {', '.join(lost)}" if lost else text
+
+
+class StallDetector:
+    """Reports pauses between steps: a worker, a link, the data or the storage may be slow or gone for a while.
+
+    A pause is reported once it is twice as long as every pause before it, and at least `FIRST_PATIENCE_S` long. So a
+    job whose steps or validations take long is reported only once. A pause that lasts is reported again whenever its
+    length has doubled, and when the nodes have changed.
+    """
+
+    def __init__(self, describe_nodes: Callable[[], str], clock: Clock = time.monotonic) -> None:
+        self._describe_nodes, self._clock = describe_nodes, clock
+        self._step, self._since_s = 0, clock()
+        self._patience_s = FIRST_PATIENCE_S
+        """The length from which a pause is reported."""
+        self._next_report_s = FIRST_PATIENCE_S
+        """The length of this pause at its next report."""
+        self._reported_nodes: str | None = None
+        """The nodes in this pause's last report; None before the first."""
+
+    def update(self, step: int) -> str | None:
+        """Return the line to show now that `step` steps are done; None for none. The first step is waited for."""
+        paused_s = self._clock() - self._since_s
+        if step != self._step:
+            return self._end_pause(step, paused_s)
+        if step == 0:
+            return None
+
+        # A report is due by time, or, once the pause has been reported, by a change of the nodes.
+        is_due = paused_s >= self._next_report_s
+        if not is_due and self._reported_nodes is None:
+            return None
+        nodes = self._describe_nodes()
+        if not is_due and nodes == self._reported_nodes:
+            return None
+
+        if is_due:
+            self._next_report_s = PATIENCE_FACTOR * paused_s
+        self._reported_nodes = nodes
+        return f"no step for {paused_s:.0f} s after step {step} ({nodes})"
+
+    def _end_pause(self, step: int, paused_s: float) -> str | None:
+        """Start a new pause after another step; return a line if the pause before it was reported."""
+        text = None if self._reported_nodes is None else f"steps continue after {paused_s:.0f} s"
+
+        # The wait for the first step is no pause: starting takes longer than any step.
+        if self._step:
+            self._patience_s = max(self._patience_s, PATIENCE_FACTOR * paused_s)
+        self._step, self._since_s = step, self._clock()
+        self._next_report_s, self._reported_nodes = self._patience_s, None
+        return text

@@ -1,10 +1,4 @@
-"""Ray Train around the worker loop: how many workers, what is retried, and what a failure means for a person.
-
-torch.distributed between workers on several machines: over the network by which Ray's nodes know each other.
-
-gloo, which carries gradients where there are no GPUs, asks for the address of its machine's own name. On many machines
-that is a loopback (Debian's `/etc/hosts` says 127.0.1.1), where no other machine can reach it: workers would wait for
-each other until they time out. NCCL looks for interfaces by itself and needs no help."""
+"""Starts the workers by Ray Train: their number, which failures are retried, and what a failure means for a person."""
 
 import functools
 import os
@@ -28,67 +22,49 @@ from corun_ray.service.train.recovery import find_start_checkpoint
 from corun_ray.service.train.worker import train_worker
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-
-
-@dataclass
-class NodeTorchConfig(TorchConfig):
-    """Ray Train's own set-up of the process group, after each worker has been told its interface."""
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _NodeBackend
-
-
-class _NodeBackend(_TorchBackend):
-    def on_start(self, worker_group, backend_config) -> None:  # type: ignore[no-untyped-def]  # as in Ray
-        worker_group.execute(use_interface_of_node)
-        super().on_start(worker_group, backend_config)
-
-
-def use_interface_of_node() -> None:
-    """Names gloo, in this process, the interface of the address by which Ray knows the node.
-
-    What the node's environment says goes first; an address that is on none of its interfaces changes nothing.
-    """
-    if GLOO_INTERFACE in os.environ:
-        return
-    address = ray.util.get_node_ip_address()
-    for name, addresses in psutil.net_if_addrs().items():
-        if address in (one.address for one in addresses):
-            os.environ[GLOO_INTERFACE] = name
-            return
+"""The environment variable by which gloo is told its network interface."""
 
 
 def fit(plan: WorkerPlan, run: Location, console: Console) -> Result:
-    """Trains from the last checkpoint of the run, if it has one, to the end; raises `JobFailed` and `StorageError`.
+    """Train from the run's last checkpoint, if it has one, to the last step.
 
-    Ray Train starts workers again that fail; its controller, should that die, is started again here. Both go on from
-    the last checkpoint, and each may happen `cluster.max_failures` times.
+    Ray Train restarts failed workers. If its controller fails, `fit` starts another. Each resumes from the last
+    checkpoint and may happen `cluster.max_failures` times.
+
+    Raises `JobFailed` and `StorageError`.
     """
-    failures, allowed = 0, plan.job.cluster.max_failures
+    num_failures, allowed = 0, plan.job.cluster.max_failures
     while True:
         try:
-            return _trainer(replace(plan, start_from=find_start_checkpoint(run)), run.name).fit()
+            # Ray Train resumes by its own list of checkpoints; `start_from` takes its place where it is damaged.
+            resumed = replace(plan, start_from=find_start_checkpoint(run))
+            return _make_trainer(resumed, run.name).fit()
         except (RayActorError, TrainingFailedError) as error:
-            failures += 1
-            is_over = isinstance(error, TrainingFailedError) and not isinstance(error, ControllerError)
-            if is_over or failures > allowed:
-                lines = "".join(f"\n  {line}" for line in describe_failure(error))
-                raise JobFailed(f"training failed; restarts allowed: {allowed}{lines}") from None
+            num_failures += 1
+
+            # Failed workers have had their restarts already; only a failed controller is started again.
+            is_final = isinstance(error, TrainingFailedError) and not isinstance(error, ControllerError)
+            if is_final or num_failures > allowed:
+                lines = [f"training failed; restarts allowed: {allowed}", *describe_failure(error)]
+                raise JobFailed("\n  ".join(lines)) from None
             console.say(f"  starting another controller: {'; '.join(describe_failure(error))}")
 
 
 def describe_failure(error: Exception) -> list[str]:
-    """A line a cause; whole tracebacks are in the run's errors.log."""
+    """Describe a failure of Ray Train, one cause a line. The run's errors.log has the tracebacks."""
     if isinstance(error, WorkerGroupError):
-        causes = {rank: find_root_cause(str(failure)) for rank, failure in sorted(error.worker_failures.items())}
-        return [f"worker {rank}: {text}" for rank, text in causes.items()]
+        lines = []
+        for rank, failure in sorted(error.worker_failures.items()):
+            lines.append(f"worker {rank}: {find_root_cause(str(failure))}")
+        return lines
+
     if isinstance(error, ControllerError):
         return [f"Ray Train's controller: {find_root_cause(str(error.controller_failure))}"]
     return [f"Ray Train's controller died: {str(error).splitlines()[0]}"]
 
 
-def _trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
+def _make_trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
+    """Make the trainer of the run `name`, whose checkpoints go to the job's storage."""
     job, storage = plan.job, locate(plan.job.storage)
     return TorchTrainer(
         functools.partial(train_worker, plan),
@@ -105,13 +81,56 @@ def _trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
 
 
 def make_scaling_config(cluster: ClusterSection) -> ScalingConfig:
-    """As many workers as the section says, with what each asks for."""
+    """Return the number of workers and the resources of each."""
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
+
+    # An elastic job has a range of workers (fewest, most).
     return ScalingConfig(
         num_workers=cluster.workers if cluster.is_elastic else cluster.max_workers,
         use_gpu=cluster.gpus_per_worker > 0,
         resources_per_worker=resources,
         elastic_resize_monitor_interval_s=cluster.resize_every_s,
     )
+
+
+# --- The network interface of gloo ---
+#
+# gloo carries gradients where there are no GPUs. It looks up the address of its machine's own name. On many machines
+# this is a loopback address (Debian's /etc/hosts says 127.0.1.1), which no other machine can reach: workers would wait
+# for each other until they time out. NCCL finds interfaces by itself.
+
+
+@dataclass
+class NodeTorchConfig(TorchConfig):
+    """Sets up the process group as Ray Train does, after telling each worker its network interface."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        """The backend that Ray Train starts."""
+        return _NodeBackend
+
+
+class _NodeBackend(_TorchBackend):
+    """Ray Train's backend, with `use_interface_of_node` before its start."""
+
+    def on_start(self, worker_group, backend_config) -> None:  # type: ignore[no-untyped-def]  # as in Ray
+        """Choose gloo's interface in every worker, then start."""
+        worker_group.execute(use_interface_of_node)
+        super().on_start(worker_group, backend_config)
+
+
+def use_interface_of_node() -> None:
+    """Tell gloo, in this process, the interface of the address by which Ray knows the node.
+
+    A value that the environment already has stays. An address of none of the interfaces changes nothing.
+    """
+    if GLOO_INTERFACE in os.environ:
+        return
+
+    node_address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if node_address in [one.address for one in addresses]:
+            os.environ[GLOO_INTERFACE] = name
+            return

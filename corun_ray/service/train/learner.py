@@ -28,18 +28,18 @@ from corun_ray.service.data.sample_maker import Batch
 
 
 def derive_step_seed(seed: int, step: int, place: int) -> int:
-    """What the random numbers of a batch, the `place`-th of all workers' at a step, start from.
+    """Return the RNG seed of one batch, the `place`-th of all workers' at a step.
 
-    Nothing of them has to be saved to go on as before.
+    The seed follows from the job alone, so a resumed run needs no saved RNG state.
     """
     return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{place}".encode(), digest_size=8).digest(), "big")
 
 
 class Learner:
-    """A student that learns by the job's method; with a `pool` by Colabator, else from synthetic pairs alone.
+    """A student that learns by the job's method: Colabator with a label pool, else synthetic pairs alone.
 
-    A step's batch is taken in `train.accumulate` parts, each of which counts as the batch of a worker of its own: so
-    many workers with one part each, or one with so many, have the same losses, random numbers and gradients.
+    The batch of a step is taken in `train.accumulate` parts, each as the batch of a worker of its own: N workers with
+    one part each, or one worker with N parts, have the same losses, random numbers and gradients.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class Learner:
     ) -> None:
         self._job, self._state, self._losses = job, state, losses
         self._rank, self._device = rank, device
-        self._student = self._prepared(state.student)
+        self._student = self._wrap_student(state.student)
+
         self.colabator: Colabator | None = None
         if isinstance(job, ColabatorJob):
             assert pool is not None and coherence is not None
@@ -62,14 +63,20 @@ class Learner:
             self.colabator = Colabator(teacher, coherence, pool, losses, job.pool.encoding)
 
     def learn(self, batch: Batch) -> Iterator[StepOutput]:
-        """Adds a step's gradients to the state, averaged over the parts of `batch` and over all ranks."""
+        """Add a step's gradients to the state, averaged over the parts of `batch` and over all ranks.
+
+        Yields the losses and labels of each part.
+        """
         num_parts = self._job.train.accumulate
         part_images = len(batch["index"]) // num_parts
         for part in range(num_parts):
+            # Cut the part out of the batch.
             images = {name: column[part * part_images : (part + 1) * part_images] for name, column in batch.items()}
             place = self._rank * num_parts + part
-            # Ranks wait for each other once, at the last part.
-            with contextlib.nullcontext() if part == num_parts - 1 else self._alone():
+
+            # Ranks exchange gradients, and so wait for each other, once a step: at the last part.
+            is_last = part == num_parts - 1
+            with contextlib.nullcontext() if is_last else self._skip_exchange():
                 torch.manual_seed(derive_step_seed(self._job.seed, self._state.step, place))
                 with self._autocast():
                     output = self._forward(images, place)
@@ -77,37 +84,44 @@ class Learner:
             yield output
 
     def _forward(self, batch: Batch, place: int) -> StepOutput:
+        """Return the losses of one part."""
         job = self._job
+
+        # Every part of every step mixes by its own seed. A step repeated after a restart mixes as before.
         synthetic = SyntheticBatch(self._to_device(batch["hazy"]), self._to_device(batch["clear"]))
         if job.data.mixup:
-            # Every part of every step draws its own, and a step that is repeated after a restart draws it again.
             synthetic = apply_mixup(synthetic, job.data.mixup, (job.seed, self._state.step, place))
+
         if self.colabator is None:
             return run_pretraining_step(self._student, synthetic, self._losses)
         real = RealBatch(self._to_device(batch["weak"]), self._to_device(batch["strong"]), batch["key"].tolist())
         return self.colabator.step(self._student, synthetic, real, self._state.step)
 
     def _to_device(self, images: np.ndarray) -> Tensor:
-        """uint8 B H W 3 → float B 3 H W in [0, 1]; travels as bytes."""
+        """Convert uint8 `B H W 3` to float `B 3 H W` in [0, 1]; bytes travel to the device, not floats."""
         return torch.from_numpy(images.copy()).to(self._device).permute(0, 3, 1, 2).float() / 255
 
     def _autocast(self) -> contextlib.AbstractContextManager:
+        """Compute in bfloat16 where the job says so."""
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._job.optim.precision == "bf16")
 
-    def _prepared(self, student: nn.Module) -> nn.Module:
+    def _wrap_student(self, student: nn.Module) -> nn.Module:
+        """Compile the student if the job says so, and average its gradients over the ranks if there are several."""
         if self._job.optim.compile:
             student = compile_network(student)
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return student
+
+        # Networks other than CORUN, subclasses included, may have parameters that take no part in restoring.
         return nn.parallel.DistributedDataParallel(
             student,
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            # A network that is not ours, or a user's class of it, may have parameters that take no part in restoring.
             find_unused_parameters=type(self._state.student) is not CORUN,
         )
 
-    def _alone(self) -> contextlib.AbstractContextManager:
+    def _skip_exchange(self) -> contextlib.AbstractContextManager:
+        """Keep gradients on this rank within the context."""
         if isinstance(self._student, nn.parallel.DistributedDataParallel):
             return self._student.no_sync()
         return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Where a run goes on when Ray Train is started again on its folder: Ray's own list of checkpoints, or the folders."""
+"""The checkpoint from which a restarted Ray Train resumes: by its own list of checkpoints, or by the run's folders."""
 
 import json
 import tempfile
@@ -11,30 +11,38 @@ from corun_ray.service.runs.record import list_checkpoint_steps, name_checkpoint
 from corun_ray.service.storage import Location, MissingFile
 
 STATE_FILE = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of a run's checkpoints. It is overwritten in place: a full disk or a crash may leave half of it."""
+"""Ray Train's list of a run's checkpoints. Ray overwrites it in place: a full disk or a crash may leave half of it."""
 
 
 def find_start_checkpoint(run: Location) -> str | None:
-    """The checkpoint to go on from where Ray Train's own list is not there or cannot be used; it is deleted then.
+    """Find the URI of the checkpoint to resume from if Ray Train's own list is missing or unusable.
 
-    None where the list is good, or there is no whole checkpoint. Raises `StorageError`.
+    An unusable list is deleted, since Ray Train would refuse to start. None if the list is good, or if there is no
+    whole checkpoint.
+
+    Raises `StorageError`.
     """
-    if _is_usable(run):
+    if _has_usable_list(run):
         return None
+
     run.child(STATE_FILE).delete()
-    for step in reversed(list_checkpoint_steps(run)):
-        if _is_whole(run.child(name_checkpoint(step))):
-            return run.child(name_checkpoint(step)).uri
-    return None
+    step = find_last_step(run)
+    return None if step is None else run.child(name_checkpoint(step)).uri
 
 
 def find_last_step(run: Location) -> int | None:
-    """The step of the run's last whole checkpoint, None if there is none; raises `StorageError`."""
-    steps = (step for step in reversed(list_checkpoint_steps(run)) if _is_whole(run.child(name_checkpoint(step))))
-    return next(steps, None)
+    """Find the step of the run's last whole checkpoint.
+
+    Raises `StorageError`.
+    """
+    for step in reversed(list_checkpoint_steps(run)):
+        if _is_whole(run.child(name_checkpoint(step))):
+            return step
+    return None
 
 
-def _is_usable(run: Location) -> bool:
+def _has_usable_list(run: Location) -> bool:
+    """Tell whether Ray Train's list is of this version of Ray and names existing folders."""
     try:
         state = json.loads(run.child(STATE_FILE).read())
         names = {one["checkpoint_dir_name"] for one in state["checkpoint_results"]}
@@ -44,6 +52,7 @@ def _is_usable(run: Location) -> bool:
 
 
 def _is_whole(checkpoint: Location) -> bool:
+    """Tell whether all files of a checkpoint are complete."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             read_record(checkpoint.download(Path(folder)))

@@ -1,4 +1,4 @@
-"""The report of a training run: what became of its validation images, its curves, its pool, and how it was made."""
+"""The report of a training run: validation images, curves, label pool, and how the run was made."""
 
 import math
 import platform
@@ -30,19 +30,24 @@ from corun_ray.service.runs.held_out import (
 )
 from corun_ray.service.storage import Location
 
-SLIDERS, STEPS_SHOWN, STAGE_IMAGES = 6, 6, 2
+MAX_SLIDERS = 6
+MAX_SLIDER_STEPS = 6
+MAX_STAGE_IMAGES = 2
 EXTREME_CELL_PX, STAGE_CELL_PX, STAGE_IMAGE_PX = 320, 300, 400
+EXTREME_MARGIN_PX = 40
+"""Gaps and headings of the picture of one best or worst image."""
 LIBRARIES = ("torch", "ray", "mlflow", "numpy", "opencv-python-headless", "pyarrow", "pyiqa")
 
 CHARTS = {
-    "Losses": ("loss/",),
-    "Learning rate": ("optim/lr",),
-    "Steps per second": ("rate/steps_per_s",),
+    "Losses": "loss/",
+    "Learning rate": "optim/lr",
+    "Steps per second": "rate/steps_per_s",
 }
+"""Title of a chart → how the names of its metrics begin."""
 POOL_CHARTS = {
-    "Labels in the pool": ("pool/labels",),
-    "Share of candidates that won": ("pool/win_rate",),
-    "Trust in the labels": ("pool/trust",),
+    "Labels in the pool": "pool/labels",
+    "Share of candidates that won": "pool/win_rate",
+    "Trust in the labels": "pool/trust",
 }
 
 
@@ -54,32 +59,49 @@ def build_training_report(
     curves: Mapping[str, Points],
     log: ValidationLog,
 ) -> bytes:
-    """The page; `facts` are what the run told at its begin, `curves` its metrics over the steps.
+    """Build the HTML page of a run.
+
+    `run` is the run's folder, `checkpoint` a local copy of its last checkpoint. `facts` are those of the console's
+    header, `curves` the run's metrics over the steps, `log` its validations.
 
     Raises `StorageError`.
     """
+    # The images that the job has chosen have pictures of every validation.
     pictured = find_pictured_steps(run)
-    shown = select_always_pictured(pictured)[:SLIDERS]
-    last = log.last_step
+    chosen = select_always_pictured(pictured)[:MAX_SLIDERS]
+    sliders = _make_sliders(run, pictured, chosen)
+    curve_charts = _draw_charts(curves, CHARTS) + _draw_validation_charts(curves)
+
     sections = [
-        PageSection("Result", "Held-out images after the last step, with 95 % bootstrap intervals.", _result(log)),
-        PageSection("Before and after", "Drag over a picture, or the bar below it.", _sliders(run, pictured, shown)),
-        PageSection("Best and worst", "By each metric, after the last step.", _extremes(run, log, pictured)),
-        PageSection("Curves", "Every value that was logged.", _charts(curves, CHARTS) + _validation_charts(curves)),
-        PageSection("Label pool", "How it grew, and what share of the candidates won.", _charts(curves, POOL_CHARTS)),
         PageSection(
-            "Stages", "What each stage of the network makes of an image.", _stages(run, checkpoint, shown, last)
+            "Result", "Validation images after the last step, with 95 % bootstrap intervals.", _tabulate_result(log)
+        ),
+        PageSection(
+            "Before and after", "Drag over a picture, or the bar below it.", _make_sliders(run, pictured, chosen)
+        ),
+        PageSection("Best and worst", "By each metric, after the last step.", _picture_extremes(run, log, pictured)),
+        PageSection("Curves", "Every logged value.", curve_charts),
+        PageSection("Label pool", "Growth, and the share of candidates that won.", _draw_charts(curves, POOL_CHARTS)),
+        PageSection(
+            "Stages",
+            "The image after each stage of the network.",
+            _picture_stages(run, checkpoint, chosen, log.last_step),
         ),
         PageSection("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),
-        PageSection("Environment", "Where it ran, and with what.", [_environment(facts)]),
+        PageSection("Environment", "Machines and versions of the run.", [_tabulate_environment(facts)]),
     ]
     summary = f"{job.kind}, {job.train.steps} steps, {facts['data']}."
     return render(run.name, summary, sections)
 
 
-def _result(log: ValidationLog) -> list[Table]:
+# --- Validation images ---
+
+
+def _tabulate_result(log: ValidationLog) -> list[Table]:
+    """Tabulate the means of the last validation; nothing without a validation."""
     if log.last_step is None:
         return []
+
     rows = []
     for (prefix, metric), images in log.at(log.last_step).items():
         found = estimate_interval(np.array([*images.values()]))
@@ -88,79 +110,107 @@ def _result(log: ValidationLog) -> list[Table]:
     return [Table(["metric", "mean", "interval", "images", "better is"], rows)]
 
 
-def _sliders(run: Location, pictured: Mapping[str, Sequence[int]], shown: Sequence[str]) -> list[Slider]:
+def _make_sliders(run: Location, pictured: Mapping[str, Sequence[int]], images: Sequence[str]) -> list[Slider]:
+    """Make a slider for each image, with some of the steps it is pictured at (image → steps)."""
     sliders = []
-    for name in shown:
+    for name in images:
+        # Evenly spread steps, the first and the last among them.
         steps = pictured[name]
-        some = sorted({steps[round(place)] for place in np.linspace(0, len(steps) - 1, STEPS_SHOWN)})
+        places = np.linspace(0, len(steps) - 1, MAX_SLIDER_STEPS)
+        some = sorted({steps[round(place)] for place in places})
+
         examples = [(step, read_example(run, name, step)) for step in some]
-        sliders.append(Slider(name, examples[0][1].hazy, [(f"step {step}", one.output) for step, one in examples]))
+        after = [(f"step {step}", example.output) for step, example in examples]
+        sliders.append(Slider(name, examples[0][1].hazy, after))
     return sliders
 
 
-def _extremes(run: Location, log: ValidationLog, pictured: Mapping[str, Sequence[int]]) -> list[PictureItem]:
+def _picture_extremes(run: Location, log: ValidationLog, pictured: Mapping[str, Sequence[int]]) -> list[PictureItem]:
+    """Picture the best and the worst image by each metric of the last validation."""
     last = log.last_step
     if last is None:
         return []
-    found = []
-    for (prefix, metric), images in log.at(last).items():
-        known = [image for image, value in images.items() if not math.isnan(value)]
-        ranked = sorted(known, key=images.__getitem__, reverse=not list_metrics()[metric].lower_better)
-        for word, image in (("best", ranked[0]), ("worst", ranked[-1])) if ranked else ():
+
+    pictures = []
+    for (prefix, metric), values in log.at(last).items():
+        # Rank the images that have a value, the best first.
+        known = [image for image, value in values.items() if not math.isnan(value)]
+        known.sort(key=values.__getitem__, reverse=not list_metrics()[metric].lower_better)
+        if not known:
+            continue
+
+        for word, image in (("best", known[0]), ("worst", known[-1])):
             name = f"{prefix}/{image}"
             if last in pictured.get(name, ()):
-                both = _side_by_side(read_example(run, name, last))
-                found.append((f"{word} {prefix}/{metric} {images[image]:.4f}: {image}", both))
-    return [PictureItem(found)] if found else []
+                caption = f"{word} {prefix}/{metric} {values[image]:.4f}: {image}"
+                pictures.append((caption, _draw_side_by_side(read_example(run, name, last))))
+    return [PictureItem(pictures)] if pictures else []
 
 
-def _side_by_side(one: Example) -> bytes:
-    row = {"hazy": decode_image(one.hazy), "restored": decode_image(one.output)}
-    return encode_thumbnail(draw_grid([row], EXTREME_CELL_PX), 2 * EXTREME_CELL_PX + 40)
+def _draw_side_by_side(example: Example) -> bytes:
+    """Draw an image and its restoration beside each other, as JPEG."""
+    row = {"hazy": decode_image(example.hazy), "restored": decode_image(example.output)}
+    return encode_thumbnail(draw_grid([row], EXTREME_CELL_PX), 2 * EXTREME_CELL_PX + EXTREME_MARGIN_PX)
 
 
-def _charts(curves: Mapping[str, Points], wanted: Mapping[str, Sequence[str]]) -> list[Charts]:
+# --- Curves ---
+
+
+def _draw_charts(curves: Mapping[str, Points], wanted: Mapping[str, str]) -> list[Charts]:
+    """Draw a chart for each title whose metrics were logged."""
     svgs = []
-    for title, names in wanted.items():
-        lines = {name.rpartition("/")[2]: curves[name] for name in curves if name.startswith(tuple(names))}
+    for title, start in wanted.items():
+        lines = {name.rpartition("/")[2]: points for name, points in curves.items() if name.startswith(start)}
         if lines:
             svgs.append(draw_line_chart(title, lines))
     return [Charts(svgs)] if svgs else []
 
 
-def _validation_charts(curves: Mapping[str, Points]) -> list[Charts]:
-    """A metric each, a line for each set of held-out images."""
+def _draw_validation_charts(curves: Mapping[str, Points]) -> list[Charts]:
+    """Draw a chart for each metric, with one line for each validation set."""
     by_metric: dict[str, dict[str, Points]] = {}
     for name, points in curves.items():
         prefix, _, metric = name.rpartition("/")
         if name.startswith("val/"):
             by_metric.setdefault(metric, {})[prefix] = points
-    svgs = [draw_line_chart(f"Held-out {metric}", lines) for metric, lines in sorted(by_metric.items())]
+
+    svgs = [draw_line_chart(f"Validation {metric}", lines) for metric, lines in sorted(by_metric.items())]
     return [Charts(svgs)] if svgs else []
 
 
-def _stages(run: Location, checkpoint: Path, shown: Sequence[str], last: int | None) -> list[PictureItem]:
+# --- Network and environment ---
+
+
+def _picture_stages(run: Location, checkpoint: Path, images: Sequence[str], last: int | None) -> list[PictureItem]:
+    """Picture the first images after each stage of the network; nothing for a network without stages."""
     network = load_network(checkpoint).network
     if last is None or not hasattr(network, "unfold"):
         return []
+
     pictures = []
-    for name in shown[:STAGE_IMAGES]:
-        tensor = to_tensor(
-            decode_image(encode_thumbnail(decode_image(read_example(run, name, last).hazy), STAGE_IMAGE_PX))
-        )
+    for name in images[:MAX_STAGE_IMAGES]:
+        # A small copy of the hazy image is enough for the size of the cells.
+        hazy = decode_image(read_example(run, name, last).hazy)
+        tensor = to_tensor(decode_image(encode_thumbnail(hazy, STAGE_IMAGE_PX)))
         rows = build_stage_rows(restore_stages(network, tensor), tensor)
         pictures.append((name, encode_png(draw_grid(list(rows.values()), STAGE_CELL_PX, list(rows)))))
     return [PictureItem(pictures, is_wide=True)] if pictures else []
 
 
-def _environment(facts: Mapping[str, str]) -> Table:
+def _tabulate_environment(facts: Mapping[str, str]) -> Table:
+    """Tabulate the run's facts, the cluster, and the versions of code and libraries."""
     resources = ray.cluster_resources() if ray.is_initialized() else {}
-    cluster = ", ".join(f"{amount:g} {kind}" for kind in ("CPU", "GPU") if (amount := resources.get(kind)))
+    amounts = []
+    for kind in ("CPU", "GPU"):
+        amount = resources.get(kind)
+        if amount:
+            amounts.append(f"{amount:g} {kind}")
+
     rows = {
         **facts,
-        "cluster": cluster,
+        "cluster": ", ".join(amounts),
         "code": read_code_version(),
         "driver": f"{socket.gethostname()}, {platform.platform()}, Python {platform.python_version()}",
-        "libraries": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
+        "libraries": ", ".join([f"{name} {version(name)}" for name in LIBRARIES]),
     }
     return Table(["", ""], [[name, text] for name, text in rows.items()])

@@ -1,16 +1,14 @@
-"""Validation during training: metrics on held-out images, and a picture grid of what the teacher makes of haze.
-
-Held-out images measured one by one, and which of them are kept as pictures."""
+"""Validation during training: metrics on the validation sets, and a picture grid of the teacher's restorations."""
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.core.data.images import BadImage, ImageU8, decode_image, encode_png
@@ -28,145 +26,207 @@ from corun_ray.service.runs.held_out import MeasuredImage, PicturePair
 from corun_ray.service.storage import MissingFile
 
 PICTURE_PX = 640
+"""Longer side of the pictures that a run keeps."""
 
-
-class Gallery:
-    """Keeps the pictures of named images and of the best and worst by each metric, and no others' in memory."""
-
-    def __init__(self, shown: set[str]) -> None:
-        self._shown = shown
-        self._measured: list[MeasuredImage] = []
-        self._kept: dict[str, PicturePair] = {}
-        self._extremes: dict[tuple[str, int], tuple[float, str]] = {}
-        """(metric, +1 the highest or -1 the lowest) → (value times that sign, image)."""
-
-    def add(self, measured: MeasuredImage, look: Callable[[], tuple[ImageU8, ImageU8]]) -> None:
-        """One more image; `look` gives what went in and what came out, and is called only if they are kept."""
-        self._measured.append(measured)
-        for metric, value in measured.values.items():
-            for sign in (1, -1) if not math.isnan(value) else ():
-                if (metric, sign) not in self._extremes or sign * value > self._extremes[metric, sign][0]:
-                    self._extremes[metric, sign] = (sign * value, measured.image)
-        wanted = self._shown | {image for _, image in self._extremes.values()}
-        if measured.image in wanted:
-            self._kept[measured.image] = PicturePair(*(encode_thumbnail(picture, PICTURE_PX) for picture in look()))
-        self._kept = {image: pictures for image, pictures in self._kept.items() if image in wanted}
-
-    def measured(self) -> list[MeasuredImage]:
-        """All of them, with the pictures that were kept."""
-        return [replace(one, pictures=self._kept.get(one.image)) for one in self._measured]
+HIGHEST, LOWEST = 1, -1
 
 
 class Validator:
-    """Measures and pictures a network; the held-out images are dealt out to the workers."""
+    """Measures and pictures a network. The validation images are dealt out to the workers."""
 
     def __init__(self, job: TrainingJob, manifest: Manifest, rank: int, num_workers: int, device: torch.device) -> None:
         self.job, self.manifest, self.device = job, manifest, device
         self.num_workers = num_workers
-        held_out = list_validation_sets(job)
-        self.held_out = [replace(held, pairs=held.pairs[rank::num_workers]) for held in held_out]
-        """This rank's share of each set."""
-        each = -(-job.train.validation_images // max(1, len(held_out)))
-        self.shown = [{key for key, _ in held.pairs[:each]} for held in held_out]
-        """Of each set, the images whose pictures are kept of every validation."""
+        sets = list_validation_sets(job)
+
+        # Each rank measures every n-th image of each set.
+        self.sets = [replace(one, pairs=one.pairs[rank::num_workers]) for one in sets]
+        """This rank's share of each validation set."""
+
+        # The first images of each set, as they are before dealing out, have pictures at every validation.
+        num_pictured = math.ceil(job.train.validation_images / max(1, len(sets)))
+        self.pictured: list[set[str]] = []
+        """The images of each set with pictures at every validation."""
+        for one in sets:
+            self.pictured.append({key for key, _ in one.pairs[:num_pictured]})
 
     def measure(self, network: nn.Module) -> tuple[dict[str, float], list[MeasuredImage]]:
-        """Mean `val/psnr` and `val/ssim` where there is a truth, and `val/fade`; `val/NAME/...` of a named set.
+        """Return the metrics of all sets, as means over all ranks, and this rank's images one by one.
 
-        Every rank calls it, and is given the means over all ranks' images and its own images one by one.
+        Metrics are `val/fade`, and `val/psnr` and `val/ssim` where the set has clear images; those of a named set are
+        `val/NAME/...`. Every rank calls this at once.
         """
         metrics: dict[str, float] = {}
         measured: list[MeasuredImage] = []
-        for held, shown in zip(self.held_out, self.shown, strict=True):
-            gallery = Gallery(shown)
-            for hazy_key, clear_key in held.pairs:
-                hazy = load_image(held.hazy_root, hazy_key)
-                scene = restore(network, to_tensor(hazy).to(self.device)).scene
-                values = self._values(held, scene, clear_key)
-                gallery.add(MeasuredImage(held.prefix, hazy_key, values), lambda: (hazy, to_image(scene)))  # noqa: B023
-            found = gallery.measured()
-            metrics |= {f"{held.prefix}/{name}": mean for name, mean in self._means(held, found).items()}
-            measured += found
+        for one, pictured in zip(self.sets, self.pictured, strict=True):
+            # Measure this rank's images, and keep pictures of some.
+            gallery = self._measure_set(network, one, pictured)
+            images = gallery.list_measured()
+            measured += images
+
+            # Average over the images of all ranks.
+            for name, mean in self._average(one, images).items():
+                metrics[f"{one.prefix}/{name}"] = mean
         return metrics, measured
 
-    def _values(self, held: ValidationSet, scene: torch.Tensor, clear_key: str | None) -> dict[str, float]:
+    def draw_picture(self, network: nn.Module, colabator: Colabator | None) -> bytes:
+        """Draw a PNG grid of the network's restorations.
+
+        Rows are real photographs with their labels for Colabator, else validation images, else training samples.
+        """
+        count = self.job.train.validation_images
+        if isinstance(self.job, ColabatorJob) and colabator is not None:
+            rows = self._make_label_rows(network, colabator, self._read_photos(self.job.data.hazy, count))
+        elif self.sets:
+            rows = self._make_validation_rows(network, math.ceil(count / len(self.sets)))
+        else:
+            rows = [self._make_sample_row(network, index) for index in range(count)]
+
+        # Sets with and without clear images share one grid: all rows get all columns, some of them empty.
+        columns: dict[str, None] = {}
+        for row in rows:
+            columns |= dict.fromkeys(row)
+        return encode_png(draw_grid([{name: row.get(name) for name in columns} for row in rows]))
+
+    # --- Measuring ---
+
+    def _measure_set(self, network: nn.Module, validation_set: ValidationSet, pictured: set[str]) -> "Gallery":
+        """Restore and measure this rank's images of a set."""
+        gallery = Gallery(pictured)
+        for hazy_key, clear_key in validation_set.pairs:
+            hazy = load_image(validation_set.hazy_root, hazy_key)
+            scene = restore(network, to_tensor(hazy).to(self.device)).scene
+            values = self._measure_scene(validation_set, scene, clear_key)
+            measured = MeasuredImage(validation_set.prefix, hazy_key, values)
+            gallery.add(measured, lambda: (hazy, to_image(scene)))  # noqa: B023  # It is called at once.
+        return gallery
+
+    def _measure_scene(self, validation_set: ValidationSet, scene: Tensor, clear_key: str | None) -> dict[str, float]:
+        """Measure a restored image `1 3 H W` by itself, and against the clear image where there is one."""
         values = {"fade": fade(scene).item()}
         if clear_key is not None:
-            assert held.clear_root is not None
-            truth = self._tensor(held.clear_root, clear_key)
-            values |= {"psnr": psnr(scene, truth).item(), "ssim": ssim(scene, truth).item()}
+            assert validation_set.clear_root is not None
+            clear = to_tensor(load_image(validation_set.clear_root, clear_key)).to(self.device)
+            values["psnr"] = psnr(scene, clear).item()
+            values["ssim"] = ssim(scene, clear).item()
         return values
 
-    def _means(self, held: ValidationSet, measured: list[MeasuredImage]) -> dict[str, float]:
-        """Over the images of all ranks."""
-        names = ("fade",) if held.clear_root is None else ("fade", "psnr", "ssim")
-        rows = [[*(image.values[name] for name in names), 1.0] for image in measured]
-        sums = torch.tensor([[0.0] * (len(names) + 1), *rows], dtype=torch.float64).sum(0).to(self.device)
+    def _average(self, validation_set: ValidationSet, measured: list[MeasuredImage]) -> dict[str, float]:
+        """Return the mean of each metric over the images of all ranks."""
+        names = ["fade"] if validation_set.clear_root is None else ["fade", "psnr", "ssim"]
+
+        # One row an image, with a 1 as the last column, whose sum is the number of images. The row of zeros stands
+        # for a rank that has no image of the set.
+        rows = [[0.0] * (len(names) + 1)]
+        for image in measured:
+            rows.append([*(image.values[name] for name in names), 1.0])
+
+        sums = torch.tensor(rows, dtype=torch.float64).sum(0).to(self.device)
         if self.num_workers > 1:
             dist.all_reduce(sums)
         return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
 
-    def picture(self, network: nn.Module, colabator: Colabator | None) -> bytes:
-        """A PNG grid: real haze with its labels for Colabator, else held-out images, else training samples."""
-        count = self.job.train.validation_images
-        if isinstance(self.job, ColabatorJob) and colabator is not None:
-            rows = self._label_rows(network, colabator, self._photos(self.job.data.hazy, count))
-        elif self.held_out:
-            each = -(-count // len(self.held_out))
-            rows = [self._held_out_row(network, held, *pair) for held in self.held_out for pair in held.pairs[:each]]
-        else:
-            rows = [self._sample_row(network, index) for index in range(count)]
-        # Sets with and without a truth share one grid.
-        columns = dict.fromkeys(name for row in rows for name in row)
-        return encode_png(draw_grid([{name: row.get(name) for name in columns} for row in rows]))
+    # --- Rows of the grid ---
 
-    def _photos(self, root: str, count: int) -> dict[str, ImageU8]:
-        """The first real photographs that can be used: what the stream sets aside must not fail a picture."""
-        found: dict[str, ImageU8] = {}
+    def _read_photos(self, root: str, count: int) -> dict[str, ImageU8]:
+        """Read the first `count` usable photographs. Bad ones are skipped, as in the stream."""
+        photos: dict[str, ImageU8] = {}
         for key in self.manifest.hazy:
-            if len(found) == count:
+            if len(photos) == count:
                 break
             with contextlib.suppress(BadImage, MissingFile):
-                found[key] = decode_image(self.manifest.read_image(root, key))
-        return found
+                photos[key] = decode_image(self.manifest.read_image(root, key))
+        return photos
 
-    def _label_rows(self, network: nn.Module, colabator: Colabator, photos: dict[str, ImageU8]) -> list[PictureRow]:
+    def _make_label_rows(
+        self, network: nn.Module, colabator: Colabator, photos: Mapping[str, ImageU8]
+    ) -> list[PictureRow]:
+        """Make a row of each photograph: the restoration, the label, and where the label is trusted."""
         rows = []
         labels = colabator.pool.prefetch(list(photos)).result()
         for image, label in zip(photos.values(), labels, strict=True):
-            weak = make_real_views(
-                image, np.random.default_rng(0), patch_px=self.job.data.patch_px, jpeg_quality=None
-            ).weak
-            row = self._restored(network, weak)
+            # The weak view, as the teacher sees it. A fixed seed: every validation shows the same crop.
+            rng = np.random.default_rng(0)
+            weak = make_real_views(image, rng, patch_px=self.job.data.patch_px, jpeg_quality=None).weak
+
+            row = self._make_restored_row(network, weak)
             row["label"] = None if label is None else to_image(torch.from_numpy(decode(label.scene))[None])
-            row["trust map"] = None if label is None else self._trust(colabator, label)
+            row["trust map"] = None if label is None else self._draw_trust(colabator, label)
             rows.append(row)
         return rows
 
-    def _trust(self, colabator: Colabator, label: Label) -> ImageU8:
-        clarity, quality = (torch.from_numpy(x.copy())[None] for x in (label.block_clarity, label.block_quality))
-        trust = colabator.coherence.build_trust_map(BlockScores(clarity, quality), *label.scene.shape[-2:])
+    def _draw_trust(self, colabator: Colabator, label: Label) -> ImageU8:
+        """Draw the trust map of a label in colours."""
+        clarity = torch.from_numpy(label.block_clarity.copy())[None]
+        quality = torch.from_numpy(label.block_quality.copy())[None]
+        height, width = label.scene.shape[-2:]
+        trust = colabator.coherence.build_trust_map(BlockScores(clarity, quality), height, width)
         return apply_colour_map(trust[0, 0].numpy())
 
-    def _sample_row(self, network: nn.Module, index: int) -> PictureRow:
-        sample = SampleMaker(self.job, self.manifest, self.job.data.patch_px, lambda bad_files: None).sample(index)
-        return {**self._restored(network, sample["hazy"]), "truth": sample["clear"]}
+    def _make_validation_rows(self, network: nn.Module, count_each: int) -> list[PictureRow]:
+        """Make a row of each of the first images of every set, with the clear image where there is one."""
+        rows = []
+        for one in self.sets:
+            for hazy_key, clear_key in one.pairs[:count_each]:
+                row = self._make_restored_row(network, load_image(one.hazy_root, hazy_key))
+                if clear_key is not None:
+                    assert one.clear_root is not None
+                    row["truth"] = load_image(one.clear_root, clear_key)
+                rows.append(row)
+        return rows
 
-    def _held_out_row(
-        self, network: nn.Module, held: ValidationSet, hazy_key: str, clear_key: str | None
-    ) -> PictureRow:
-        row = self._restored(network, load_image(held.hazy_root, hazy_key))
-        if clear_key is not None:
-            assert held.clear_root is not None
-            row["truth"] = load_image(held.clear_root, clear_key)
-        return row
+    def _make_sample_row(self, network: nn.Module, index: int) -> PictureRow:
+        """Make a row of a synthetic training sample."""
+        maker = SampleMaker(self.job, self.manifest, self.job.data.patch_px, lambda bad_files: None)
+        sample = maker.sample(index)
+        return {**self._make_restored_row(network, sample["hazy"]), "truth": sample["clear"]}
 
-    def _restored(self, network: nn.Module, hazy: ImageU8) -> PictureRow:
+    def _make_restored_row(self, network: nn.Module, hazy: ImageU8) -> PictureRow:
+        """Make a row of a hazy image, its restoration, and the transmission where the network gives one."""
         scene, transmission = restore(network, to_tensor(hazy).to(self.device))
         row: PictureRow = {"hazy": hazy, "output": to_image(scene)}
         if transmission is not None:
             row["transmission"] = apply_colour_map(transmission[0, 0].cpu().numpy())
         return row
 
-    def _tensor(self, root: str, key: str) -> torch.Tensor:
-        return to_tensor(load_image(root, key)).to(self.device)
+
+class Gallery:
+    """The measured images of a set. Pictures are kept of chosen images and of the best and worst by each metric."""
+
+    def __init__(self, chosen: set[str]) -> None:
+        self._chosen = chosen
+        self._measured: list[MeasuredImage] = []
+        self._pictures: dict[str, PicturePair] = {}
+        self._extremes: dict[tuple[str, int], tuple[float, str]] = {}
+        """(metric, `HIGHEST` or `LOWEST`) → (value times the sign, image)."""
+
+    def add(self, measured: MeasuredImage, render: Callable[[], tuple[ImageU8, ImageU8]]) -> None:
+        """Add an image. `render` returns input and output; it is called only if the pictures are kept."""
+        self._measured.append(measured)
+        self._update_extremes(measured)
+
+        # Keep the image's pictures if it is wanted now, and drop those of images that no longer are.
+        wanted = set(self._chosen)
+        for _, image in self._extremes.values():
+            wanted.add(image)
+        if measured.image in wanted:
+            hazy, output = render()
+            self._pictures[measured.image] = PicturePair(
+                encode_thumbnail(hazy, PICTURE_PX), encode_thumbnail(output, PICTURE_PX)
+            )
+        for image in self._pictures.keys() - wanted:
+            del self._pictures[image]
+
+    def list_measured(self) -> list[MeasuredImage]:
+        """List all images in the order they were added, with the pictures that were kept."""
+        return [replace(one, pictures=self._pictures.get(one.image)) for one in self._measured]
+
+    def _update_extremes(self, measured: MeasuredImage) -> None:
+        """Note where the image is the best or worst so far. An undefined value is neither."""
+        for metric, value in measured.values.items():
+            if math.isnan(value):
+                continue
+            for sign in (HIGHEST, LOWEST):
+                best = self._extremes.get((metric, sign))
+                if best is None or sign * value > best[0]:
+                    self._extremes[metric, sign] = (sign * value, measured.image)

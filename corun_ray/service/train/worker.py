@@ -1,4 +1,4 @@
-"""What one training worker runs: the loop over the stream, and what happens every so many steps."""
+"""One training worker: the loop over the stream, and the work that is due every so many steps."""
 
 import traceback
 from collections.abc import Iterator
@@ -36,146 +36,189 @@ from corun_ray.service.train.validation import Validator
 from corun_ray.service.weights.needed import open_weights
 
 
-def list_learning_cycles(optim: OptimSection) -> list[Cycle]:
-    """The cosine cycles of a job: those it lists, else one."""
-    if optim.cycles:
-        return [Cycle(cycle.steps, cycle.lr, cycle.min_lr) for cycle in optim.cycles]
-    return [Cycle(optim.schedule_steps, optim.lr, optim.min_lr)]
-
-
 def train_worker(plan: WorkerPlan) -> None:
-    """Trains until the job's last step, from the last checkpoint if there is one."""
+    """Train from the last checkpoint, if there is one, to the job's last step. Ray Train runs this in each worker."""
     rank, worker = ray.train.get_context().get_world_rank(), None
     log = Log("worker", plan.labels, rank=rank)
     try:
         worker = Worker(plan, log)
         worker.train()
     except Exception:
+        # Report the cause before Ray Train ends the process.
         log.error("worker failed", step=None if worker is None else worker.state.step)
         ray.get(plan.board.post_error.remote(rank, traceback.format_exc()))
         raise
 
 
+def list_learning_cycles(optim: OptimSection) -> list[Cycle]:
+    """List the cosine cycles of a job: those of `optim.cycles`, else one."""
+    if optim.cycles:
+        return [Cycle(cycle.steps, cycle.lr, cycle.min_lr) for cycle in optim.cycles]
+    return [Cycle(optim.schedule_steps, optim.lr, optim.min_lr)]
+
+
 class Worker:
-    """One rank of the training: its state, and its part in what all ranks do together."""
+    """One rank of the training: its state, and its part in the work that all ranks do together."""
 
     def __init__(self, plan: WorkerPlan, log: Log) -> None:
         context = ray.train.get_context()
         self.plan, self.job, self.log = plan, plan.job, log
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
-        if self.device.type == "cpu":
-            keep_freed_memory()
-            torch.set_num_threads(max(1, int(self.job.cluster.cpus_per_worker)))
-        self.model: Model = ray.get(plan.model)
-        torch.manual_seed(self.job.seed)  # of a network that begins without parameters; the same on every rank
-        self.state = TrainState.start(self._initial_network(), self.device)
-        self.keeper = PoolKeeper(plan.shards, locate(plan.pool_uri)) if plan.shards and self.rank == 0 else None
-        self.pool = self._restored_pool(self._resume())
-        run = locate(plan.run_uri)
-        self.saver = Checkpointer(run, self.state, self.model.spec, self.job.seed, self.rank, plan.board, log)
-        if self.rank == 0:
-            self.saver.discard_later()
+        self.device = self._prepare_device()
         self.manifest: Manifest = ray.get(plan.manifest)
-        self.coherence = self._coherence()
+        self.model: Model = ray.get(plan.model)
+
+        # The network. A network without parameters to start from draws them, alike on every rank.
+        torch.manual_seed(self.job.seed)
+        self.state = TrainState.start(self._build_network(), self.device)
+
+        # The last checkpoint: first the state, then the label pool's snapshot that belongs to it.
+        self.keeper = PoolKeeper(plan.shards, locate(plan.pool_uri)) if plan.shards and self.rank == 0 else None
+        self.pool = self._restore_pool(self._restore_state())
+        run, spec = locate(plan.run_uri), self.model.spec
+        self.checkpointer = Checkpointer(run, self.state, spec, self.job.seed, self.rank, plan.board, log)
+        if self.rank == 0:
+            self.checkpointer.discard_later()
+
+        # The method.
+        self.coherence = self._build_coherence()
         losses = build_losses(self.job, open_weights(self.job.loss.weights), self.coherence, self.device)
         self.learner = Learner(self.job, self.state, losses, self.coherence, self.pool, self.rank, self.device)
-        self.preemption = PreemptionWatch(self.rank, plan.board, log)
         self.cycles = list_learning_cycles(self.job.optim)
+
+        # What is watched along the way.
         self.meter = Meter(self.device)
         self.telemetry = WorkerTelemetry(plan.labels, self.rank, self.device, self.pool, self.coherence)
         self.validator = Validator(self.job, self.manifest, self.rank, self.num_workers, self.device)
+        self.preemption = PreemptionWatch(self.rank, plan.board, log)
 
     def train(self) -> None:
-        """The loop."""
+        """Train on this rank's batches, one optimizer step each, to the end of the run."""
         job, state = self.job, self.state
         self.log.info("worker started", step=state.step, workers=self.num_workers, device=str(self.device))
-        for batch in self.telemetry.watched(self._stream()):
+
+        for batch in self.telemetry.watch(self._stream()):
+            # Add up the gradients of the batch's parts, then update student and teacher.
             for output in self.learner.learn(batch):
                 self.meter.add(output)
             lr = compute_learning_rate(state.step, self.cycles, job.optim.warmup_steps)
             state.update(lr, job.optim.ema, len(batch["index"]) * self.num_workers)
+
+            # Report progress. The driver fails the job for too many bad images; there is no use in going further.
             self.meter.end_step(lr)
             if self.rank == 0:
                 self.plan.board.post_step.remote(state.step)
-            if self._due(job.train.log_every) and self._log_and_look_for_trouble():
-                return
-            if self._due(job.train.validate_every):
+            if self._is_due(job.train.log_every):
+                num_bad_files = self._post_metrics()
+                if num_bad_files > job.data.max_bad_fraction * self.manifest.num_images:
+                    return
+
+            # Measure the teacher on the validation sets.
+            if self._is_due(job.train.validate_every):
                 with self.telemetry.pause("validation"):
                     self._validate()
-            if self._due(job.train.checkpoint_every) or self.preemption.is_due(state.step):
+
+            # Save, in time before nodes are taken away.
+            if self._is_due(job.train.checkpoint_every) or self.preemption.is_due(state.step):
                 with self.telemetry.pause("checkpoint"):
-                    self.saver.save(self.pool, self.keeper)
+                    self.checkpointer.save(self.pool, self.keeper)
+
         self.log.info("worker finished", step=state.step)
 
-    def _due(self, every: int) -> bool:
-        return self.state.step % every == 0 or self.state.step == self.job.train.steps
+    # --- Before the loop ---
 
-    def _initial_network(self) -> nn.Module:
+    def _prepare_device(self) -> torch.device:
+        """Return Ray Train's device for this worker; set up torch for training on a CPU."""
+        device = ray.train.torch.get_device()
+        if device.type == "cpu":
+            keep_freed_memory()
+            torch.set_num_threads(max(1, int(self.job.cluster.cpus_per_worker)))
+        return device
+
+    def _build_network(self) -> nn.Module:
+        """Build the network to start from."""
         network = self.model.build()
         if isinstance(network, CORUN):
             network.checkpoint_activations = self.job.network.checkpoint_activations
         return network
 
-    def _resume(self) -> str | None:
-        """Restores the state from the last checkpoint; returns the pool snapshot taken with it."""
+    def _restore_state(self) -> str | None:
+        """Restore the state from the last checkpoint; return the pool snapshot saved with it, if any."""
+        # Ray Train's own checkpoint comes first. After a restart of Ray Train, the driver may have found one.
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None and self.plan.start_from is not None:
             place = locate(self.plan.start_from)
             checkpoint = Checkpoint(place.path, place.filesystem)
         if checkpoint is None:
             return None
+
         with checkpoint.as_directory() as folder:
             return checkpoints.load_run(Path(folder), self.state, self.model.spec)["pool_snapshot"]
 
-    def _restored_pool(self, snapshot: str | None) -> PoolClient | None:
-        """The label pool, standing where the checkpoint stood."""
+    def _restore_pool(self, snapshot: str | None) -> PoolClient | None:
+        """Restore the label pool to a snapshot (on rank 0) and connect to it; None for a job without a pool."""
         if not self.plan.shards:
             return None
         generation = None if self.keeper is None else self.keeper.restore(snapshot)
         return PoolClient(self.plan.shards, broadcast_from_rank_zero(generation))
 
-    def _coherence(self) -> TimedCoherence | None:
+    def _build_coherence(self) -> TimedCoherence | None:
+        """Build the scorers of a Colabator job; None for other jobs."""
         if not isinstance(self.job, ColabatorJob):
             return None
-        plain = build_coherence(self.job.coherence, open_weights(self.job.coherence.weights), self.device)
-        is_shared = self.job.coherence.share_blocks and self.num_workers > 1
-        return TimedCoherence(SharedCoherence(plain) if is_shared else plain, self.device)
+
+        section = self.job.coherence
+        coherence = build_coherence(section, open_weights(section.weights), self.device)
+        if section.share_blocks and self.num_workers > 1:
+            coherence = SharedCoherence(coherence)
+        return TimedCoherence(coherence, self.device)
+
+    # --- In the loop ---
 
     def _stream(self) -> Iterator[Batch]:
-        """This rank's batches from where the state stands to the end of the run, phase by phase."""
-        state = self.state
+        """Yield this rank's batches from the state's step to the end of the run, phase by phase."""
+        state, plan = self.state, self.plan
         if self.rank == 0:
-            attempt = Attempt(state.step, state.num_images_seen, self.num_workers)
-            self.plan.board.post_attempt.remote(attempt)
-        for phase, layout in plan_remaining_phases(self.job, state.step, state.num_images_seen, self.num_workers):
-            shards = None
-            if self.rank == 0:
-                plan = self.plan
-                task = StreamTask(plan.job, plan.manifest, plan.board, layout, phase.patch_px, plan.labels, plan.cache)
-                shards = split_stream(task)
-            yield from iterate_batches(broadcast_from_rank_zero(shards)[self.rank], layout, self.rank)
+            plan.board.post_attempt.remote(Attempt(state.step, state.num_images_seen, self.num_workers))
 
-    def _log_and_look_for_trouble(self) -> bool:
-        """Posts the metrics since the last call; says, on all ranks alike, whether too many images are bad."""
-        is_bad = False
-        metrics = self.meter.reduce()
+        for phase, layout in plan_remaining_phases(self.job, state.step, state.num_images_seen, self.num_workers):
+            # Rank 0 starts the stream of a phase and hands every rank its iterator.
+            iterators = None
+            if self.rank == 0:
+                task = StreamTask(plan.job, plan.manifest, plan.board, layout, phase.patch_px, plan.labels, plan.cache)
+                iterators = split_stream(task)
+            yield from iterate_batches(broadcast_from_rank_zero(iterators)[self.rank], layout, self.rank)
+
+    def _is_due(self, every: int) -> bool:
+        """Tell whether the work of every so many steps is due; after the last step all work is."""
+        return self.state.step % every == 0 or self.state.step == self.job.train.steps
+
+    def _post_metrics(self) -> int:
+        """Post the means since the last call; return, on all ranks alike, the number of bad files."""
+        metrics, num_bad_files = self.meter.reduce(), 0
         if self.rank == 0:
             if self.plan.shards:
-                metrics |= {f"pool/{name}": n for name, n in collect_counters(self.plan.shards).items()}
-            num_bad = ray.get(self.plan.board.count_bad_files.remote())
-            metrics["data/bad_files"] = num_bad
+                for name, value in collect_counters(self.plan.shards).items():
+                    metrics[f"pool/{name}"] = value
+            num_bad_files = ray.get(self.plan.board.count_bad_files.remote())
+            metrics["data/bad_files"] = num_bad_files
             self.plan.board.post_metrics.remote(self.state.step, metrics)
-            is_bad = num_bad > self.job.data.max_bad_fraction * self.manifest.num_images
-        return broadcast_from_rank_zero(is_bad)
+
+        # All ranks must stop at the same step, so all decide on the same number.
+        return broadcast_from_rank_zero(num_bad_files)
 
     def _validate(self) -> None:
+        """Measure the teacher, and post values and pictures."""
+        board, step = self.plan.board, self.state.step
+
+        # Every rank measures its share of the images; the metrics are means over all.
         metrics, measured = self.validator.measure(self.state.teacher)
         if measured:
-            self.plan.board.post_measured.remote(self.state.step, measured)
+            board.post_measured.remote(step, measured)
         if self.rank != 0:
             return
+
         if metrics:
-            self.plan.board.post_metrics.remote(self.state.step, metrics)
-        picture = self.validator.picture(self.state.teacher, self.learner.colabator)
-        self.plan.board.post_picture.remote(self.state.step, "restorations", picture)
+            board.post_metrics.remote(step, metrics)
+        picture = self.validator.draw_picture(self.state.teacher, self.learner.colabator)
+        board.post_picture.remote(step, "restorations", picture)

@@ -14,7 +14,7 @@ from corun_ray.service.pool.shard import ShardTelemetry
 from corun_ray.service.telemetry import prometheus as telemetry
 from corun_ray.service.telemetry.prometheus import DECLARED, Metric, MetricRecorder
 from corun_ray.service.train.coherence import DeviceTimer, TimedCoherence
-from corun_ray.service.train.follower import RunTelemetry
+from corun_ray.service.train.follower import RunGauges
 from corun_ray.service.train.meter import WorkerTelemetry
 
 LABELS = {"job_name": "j", "kind": "colabator", "run": "j-1"}
@@ -81,7 +81,7 @@ def test_a_restored_shard_counts_on_without_what_was_counted_before(recorded):
 
 
 def test_the_driver_s_gauges_are_mlflow_s_metrics_and_are_set_again_each_time(recorded):
-    run = RunTelemetry(LABELS, 100)
+    run = RunGauges(LABELS, 100)
     run.hold_metrics(
         {
             "loss/total": 2.0,
@@ -132,7 +132,7 @@ def test_a_worker_s_loop_is_watched_from_wait_to_wait(recorded, clock):
 
     pool = SimpleNamespace(waits=ReadWaits())
     worker = WorkerTelemetry(LABELS, 1, torch.device("cpu"), pool, None)
-    for _ in worker.watched(stream()):
+    for _ in worker.watch(stream()):
         clock.s += 1.0
         pool.waits.ready += 1
         pool.waits.waited_s += 0.25
@@ -165,7 +165,7 @@ def test_scores_are_timed_and_stay_the_same(clock):
         mine, its = getattr(timed, name)(images), getattr(plain, name)(images)
         assert torch.equal(mine.clarity, its.clarity) and torch.equal(mine.quality, its.quality)
     timed.score_images(images)
-    assert {scope: watch.total_s() for scope, watch in timed.watches.items()} == {"global": 6.0, "blocks": 3.0}
+    assert {scope: watch.total_s() for scope, watch in timed.timers.items()} == {"global": 6.0, "blocks": 3.0}
     assert (timed.block_px, timed.combine) == (8, "multiplication")
 
 

@@ -18,7 +18,7 @@ def test_the_chosen_the_best_and_the_worst_are_kept(order):
     picture = np.full((10, 12, 3), 90, np.uint8)
     for image in order:
         gallery.add(MeasuredImage("val", image, {"fade": VALUES[image]}), lambda: (picture, picture))
-    found = gallery.measured()
+    found = gallery.list_measured()
     assert [one.image for one in found] == list(order)
     assert {one.image for one in found if one.pictures is not None} == {"b", "c", "d"}
 
@@ -34,7 +34,7 @@ def test_pictures_are_small_and_only_made_when_kept():
     for value in (2.0, 1.0, 3.0, 2.5, 1.5, 2.2):
         gallery.add(MeasuredImage("val", str(value), {"fade": value}), look)
     assert len(looked) == 3
-    (best,) = [one for one in gallery.measured() if one.image == "3.0"]
+    (best,) = [one for one in gallery.list_measured() if one.image == "3.0"]
     assert decode_image(best.pictures.output).shape == (PICTURE_PX, PICTURE_PX // 2, 3)
     assert decode_image(best.pictures.output).mean() > decode_image(best.pictures.hazy).mean() + 100
 
@@ -43,4 +43,4 @@ def test_an_undefined_value_is_neither_best_nor_worst():
     gallery, picture = Gallery(set()), np.zeros((10, 12, 3), np.uint8)
     for image, value in {"black": float("nan"), "a": 1.0, "b": 2.0}.items():
         gallery.add(MeasuredImage("val", image, {"fade": value}), lambda: (picture, picture))
-    assert [one.image for one in gallery.measured() if one.pictures is not None] == ["a", "b"]
+    assert [one.image for one in gallery.list_measured() if one.pictures is not None] == ["a", "b"]

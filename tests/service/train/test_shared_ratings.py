@@ -85,5 +85,5 @@ def test_a_worker_shares_where_the_job_says_so_and_there_are_others(
 ) -> None:
     job = small_job("colabator", dataset, tmp_path, coherence={"share_blocks": share_blocks})
     worker = SimpleNamespace(job=job, num_workers=workers, device=torch.device("cpu"))
-    coherence = Worker._coherence(worker)  # type: ignore[arg-type]  # it looks at no more of a worker
+    coherence = Worker._build_coherence(worker)  # type: ignore[arg-type]  # it looks at no more of a worker
     assert coherence is not None and isinstance(coherence.plain, SharedCoherence) == is_shared

@@ -15,7 +15,7 @@ def run():
     def at(time_s, step, nodes="2 nodes"):
         nonlocal now, there_are
         now, there_are = time_s, nodes
-        return stalls.look(step)
+        return stalls.update(step)
 
     return at
 
@@ -29,7 +29,7 @@ def test_a_pause_is_told_of_when_it_is_long_and_again_when_it_is_twice_as_long(r
     assert run(15, 7) == "no step for 15 s after step 7 (2 nodes)"
     assert [run(16, 7), run(29, 7)] == [None, None]
     assert run(30, 7) == "no step for 30 s after step 7 (2 nodes)"
-    assert run(42, 8) == "steps go on after 42 s"
+    assert run(42, 8) == "steps continue after 42 s"
     assert run(43, 9) is None
 
 
@@ -52,7 +52,7 @@ def test_pauses_as_long_as_one_before_are_the_job_s_own(run):
 def test_going_back_to_an_earlier_step_ends_a_pause(run):
     run(0, 8)
     assert run(20, 8)
-    assert run(25, 7) == "steps go on after 25 s"
+    assert run(25, 7) == "steps continue after 25 s"
 
 
 def test_lost_nodes_are_those_that_the_cluster_had_at_first(monkeypatch):

@@ -95,7 +95,7 @@ def num_columns(picture: np.ndarray) -> int:
 def test_the_picture_has_a_column_for_what_there_is(held, has_transmission, dataset, tmp_path, sections):
     data = {} if held is None else {"validation": sections[held]}
     job = small_job("pretrain", dataset, tmp_path, data=data, train={"validation_images": 2})
-    picture = decode_image(validator(job).picture(Unchanged(has_transmission), None))
+    picture = decode_image(validator(job).draw_picture(Unchanged(has_transmission), None))
     assert num_columns(picture) == 2 + has_transmission + (held != "far")
 
 
@@ -103,7 +103,7 @@ def test_sets_with_and_without_a_truth_share_one_picture(dataset, tmp_path, sect
     """Two images of each; where a set has no truth, its cell is empty."""
     sets = {"far": sections["far"], "truth": sections["truth"]}
     job = small_job("pretrain", dataset, tmp_path, data={"validation_sets": sets}, train={"validation_images": 4})
-    picture = decode_image(validator(job).picture(Unchanged(False), None))
+    picture = decode_image(validator(job).draw_picture(Unchanged(False), None))
     assert num_columns(picture) == 3
     first_line = picture[HEADING_PX : HEADING_PX + 144]
     truth_cell = first_line[:, GAP_PX + 2 * (CELL_PX + GAP_PX) :]
@@ -114,7 +114,7 @@ def test_sets_with_and_without_a_truth_share_one_picture(dataset, tmp_path, sect
 
 def test_pairs_are_pictured_where_nothing_is_held_out(dataset, tmp_path, sections):
     job = small_job("pretrain", dataset, tmp_path, data={"paired": sections["truth"]}, train={"validation_images": 2})
-    assert num_columns(decode_image(validator(job).picture(Unchanged(True), None))) == 4
+    assert num_columns(decode_image(validator(job).draw_picture(Unchanged(True), None))) == 4
 
 
 def test_a_photograph_that_cannot_be_used_is_not_pictured_and_fails_nothing(dataset, tmp_path):
@@ -125,7 +125,7 @@ def test_a_photograph_that_cannot_be_used_is_not_pictured_and_fails_nothing(data
     colabator = Colabator(Unchanged(True), Coherence(block_px=32), LocalPool(), Losses(COLABATOR_WEIGHTS))
     one = validator(job)
     assert one.manifest.hazy[0] == "a_broken.png"
-    pictures = [decode_image(one.picture(Unchanged(True), colabator))]
+    pictures = [decode_image(one.draw_picture(Unchanged(True), colabator))]
     (hazy / "a_broken.png").unlink()
-    pictures += [decode_image(validator(job).picture(Unchanged(True), colabator))]
+    pictures += [decode_image(validator(job).draw_picture(Unchanged(True), colabator))]
     assert np.array_equal(*pictures)
