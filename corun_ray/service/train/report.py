@@ -72,21 +72,16 @@ def build_training_report(
     sliders = _make_sliders(run, pictured, chosen)
     curve_charts = _draw_charts(curves, CHARTS) + _draw_validation_charts(curves)
 
+    stages = _picture_stages(run, checkpoint, chosen, log.last_step)
+
+    result_note = "Validation images after the last step, with 95 % bootstrap intervals."
     sections = [
-        PageSection(
-            "Result", "Validation images after the last step, with 95 % bootstrap intervals.", _tabulate_result(log)
-        ),
-        PageSection(
-            "Before and after", "Drag over a picture, or the bar below it.", _make_sliders(run, pictured, chosen)
-        ),
+        PageSection("Result", result_note, _tabulate_result(log)),
+        PageSection("Before and after", "Drag over a picture, or the bar below it.", sliders),
         PageSection("Best and worst", "By each metric, after the last step.", _picture_extremes(run, log, pictured)),
         PageSection("Curves", "Every logged value.", curve_charts),
         PageSection("Label pool", "Growth, and the share of candidates that won.", _draw_charts(curves, POOL_CHARTS)),
-        PageSection(
-            "Stages",
-            "The image after each stage of the network.",
-            _picture_stages(run, checkpoint, chosen, log.last_step),
-        ),
+        PageSection("Stages", "The image after each stage of the network.", stages),
         PageSection("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),
         PageSection("Environment", "Machines and versions of the run.", [_tabulate_environment(facts)]),
     ]
