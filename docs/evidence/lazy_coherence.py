@@ -10,7 +10,8 @@ Prints a Markdown table:
 The second one holds the whole published step, network and all, against ours once the pool is warm.
 
 The eager order rates every candidate's blocks before it decides, computes features anew for every term that needs
-them, and rates both restorations once more for a number that is only logged (SPEC sections 3 and 4).
+them, and rates both restorations once more for a number that is only logged (the published code of arXiv
+2406.07966).
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Which network: a type and the arguments of its class, as plain data that travels and is stored beside its weights."""
+"""The description of a network: its type and the arguments of its class.
+
+A description is plain data. It travels to workers, and it is stored beside the network's weights.
+"""
 
 import inspect
 import json
@@ -13,14 +16,17 @@ from corun_ray.core.errors import UserError, format_error
 CORUN_TYPE = "corun"
 TYPE_PATTERN = re.compile(r"[A-Za-z]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
+PAD_MULTIPLE_PX = 16
+"""The sides of a padded image are multiples of this. The published recipe pads to 16, though CORUN needs only 8."""
+
 
 class NetworkError(UserError):
-    """A network that cannot be made or does not fit its use; the message is one line."""
+    """A network that cannot be built or does not fit its use; the message is one line."""
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """All that it takes to build a network without its weights."""
+    """Everything needed to build a network, except its weights."""
 
     type: str
     """`corun`, the name of a class of spandrel (`NAFNet`, ...), or `module.path:ClassName`."""
@@ -28,11 +34,16 @@ class NetworkSpec:
     """Keyword arguments of the class: plain JSON values (tuples become lists)."""
 
     def __post_init__(self) -> None:
-        """Raises `NetworkError` for what is no type or no plain value."""
+        """Check the type and normalise the arguments.
+
+        Raises `NetworkError` where the type is malformed, or where an argument is not a plain JSON value.
+        """
         if not isinstance(self.type, str) or not TYPE_PATTERN.fullmatch(self.type):
             raise NetworkError(f"{self.type!r} is no network type (corun, a class of spandrel, module.path:ClassName)")
         if not isinstance(self.args, dict):
             raise NetworkError(f"{self.type}: args are {type(self.args).__name__}, not a mapping of names to values")
+
+        # A round trip through JSON checks the arguments, and gives a spec the same values before and after storage.
         try:
             plain = json.loads(json.dumps(self.args, allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -40,23 +51,30 @@ class NetworkSpec:
         object.__setattr__(self, "args", plain)
 
     def to_json(self) -> str:
-        """The inverse of `from_json`."""
+        """Write the description as JSON, for `from_json`."""
         return json.dumps({"type": self.type, "args": self.args}, indent=2)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "NetworkSpec":
-        """Reads `{"type": ..., "args": {...}}` and nothing else; raises `NetworkError`."""
+        """Read an object of exactly `type` and `args`.
+
+        Raises `NetworkError` for any other content.
+        """
         try:
             content = json.loads(text)
         except ValueError as error:
             raise NetworkError(f"not JSON ({format_error(error)})") from None
+
         if not isinstance(content, dict) or content.keys() != {"type", "args"}:
             raise NetworkError("not a network's description: an object of exactly `type` and `args` was expected")
         return cls(content["type"], content["args"])
 
 
 def construct(network_class: type[nn.Module], spec: NetworkSpec) -> nn.Module:
-    """An instance of the class with the arguments of `spec`; raises `NetworkError` with what the class accepts."""
+    """Create an instance of a class with the arguments of `spec`.
+
+    Raises `NetworkError`, whose message names the arguments that the class accepts.
+    """
     try:
         return network_class(**spec.args)
     except Exception as error:
@@ -64,13 +82,24 @@ def construct(network_class: type[nn.Module], spec: NetworkSpec) -> nn.Module:
         raise NetworkError(f"{spec.type} refuses its args ({format_error(error)}); it takes {accepted}") from None
 
 
-PAD_MULTIPLE_PX = 16
-"""The published recipe pads to 16, though 8 would do."""
-
-
 def compute_padded_size(network: nn.Module, height: int, width: int) -> tuple[int, int]:
-    """The least height and width in pixels, not below those of the image, that the network takes."""
-    multiple = getattr(network, "size_multiple_px", PAD_MULTIPLE_PX)
-    least = getattr(network, "size_min_px", 0)
-    height, width = (-(-max(side, least) // multiple) * multiple for side in (height, width))
-    return (max(height, width),) * 2 if getattr(network, "size_square", False) else (height, width)
+    """Return the size in pixels to which an image is padded.
+
+    A network states its needs in optional attributes: `size_multiple_px` (else `PAD_MULTIPLE_PX`), `size_min_px` and
+    `size_square`. Neither side is ever smaller than the image's.
+    """
+    multiple_px = getattr(network, "size_multiple_px", PAD_MULTIPLE_PX)
+    min_px = getattr(network, "size_min_px", 0)
+
+    height = _round_up(max(height, min_px), multiple_px)
+    width = _round_up(max(width, min_px), multiple_px)
+
+    if getattr(network, "size_square", False):
+        side = max(height, width)
+        return side, side
+    return height, width
+
+
+def _round_up(side_px: int, multiple_px: int) -> int:
+    """Return the smallest multiple that is not below `side_px`."""
+    return -(-side_px // multiple_px) * multiple_px

@@ -1,7 +1,7 @@
-"""Coherence of pseudo labels: how clear and how good an image is, as a whole and block by block.
+"""Coherence of pseudo labels: the clarity and quality of an image, as a whole and block by block.
 
-Colabator (Fang et al., NeurIPS 2024, arXiv 2406.07966) lets global scores decide which pseudo label an image
-keeps, and local scores decide how far each region of it is trusted.
+Source: Colabator, Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3.2. Global scores decide which pseudo label an
+image keeps. Local scores decide how far each region of that label is trusted.
 """
 
 from dataclasses import dataclass
@@ -31,11 +31,7 @@ class BlockScores:
 
 
 class Coherence:
-    """Scores images with one clarity and one quality scorer, and turns block scores into trust maps.
-
-    `clarity` and `quality` are names of `CLARITY_SCORERS` and `QUALITY_SCORERS`, or scorers of one's own. `block_px` is
-    the side of the square blocks. Raises `ValueError` for an unknown name or way of combining.
-    """
+    """The scores of images by one clarity and one quality scorer, and the trust maps made of block scores."""
 
     def __init__(
         self,
@@ -44,57 +40,76 @@ class Coherence:
         block_px: int = 32,
         combine: Combine = "addition",
     ) -> None:
+        """Choose the scorers.
+
+        `clarity` and `quality` are names of `CLARITY_SCORERS` and `QUALITY_SCORERS`, or scorers of one's own.
+        `block_px` is the side of the square blocks. Raises `ValueError` for an unknown name or way of combining.
+        """
         if combine not in ("addition", "multiplication"):
             raise ValueError(f"combine: expected addition or multiplication, got {combine!r}")
-        self.clarity = _resolve(clarity, CLARITY_SCORERS, "clarity")
-        self.quality = _resolve(quality, QUALITY_SCORERS, "quality")
+        self.clarity = _find_scorer(clarity, CLARITY_SCORERS, "clarity")
+        self.quality = _find_scorer(quality, QUALITY_SCORERS, "quality")
         self.block_px = block_px
         self.combine = combine
 
     @torch.no_grad()
     def score_images(self, images: Tensor) -> GlobalScores:
-        """Rates whole images, `B 3 H W` RGB in [0, 1]."""
+        """Score whole images, `B 3 H W` RGB in [0, 1]."""
         return GlobalScores(self.clarity(images), self.quality(images))
 
     @torch.no_grad()
     def score_blocks(self, images: Tensor) -> BlockScores:
-        """Rates every `block_px` square of `B 3 H W` images in [0, 1], each as an image of its own.
+        """Compute the local scores of images, `B 3 H W` RGB in [0, 1].
 
-        Raises `ValueError` where a side is no multiple of `block_px`.
+        Every square of `block_px` is rated as an image of its own. Raises `ValueError` where a side is not a multiple
+        of `block_px`.
         """
         batch, channels, height, width = images.shape
         side = self.block_px
         if height % side or width % side:
             raise ValueError(f"block scores: expected sides that are multiples of {side} px, got {height} x {width} px")
+
+        # Cut the images into blocks: B 3 H W -> B h w 3 side side -> (B h w) 3 side side.
         rows, columns = height // side, width // side
         grid = images.reshape(batch, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
         blocks = grid.reshape(batch * rows * columns, channels, side, side)
+
+        # Rate all blocks together, and put the scores back into the grid.
         clarity, quality = self.rate_blocks(blocks)
         shape = (batch, rows, columns)
         return BlockScores(clarity.reshape(shape), quality.reshape(shape))
 
     def rate_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Clarity and quality, `N` each, of blocks `N 3 h w` in [0, 1]; N may be 0."""
+        """Rate the clarity and quality of blocks.
+
+        The blocks are `N 3 h w` in [0, 1], and each result has N scores. N may be 0.
+        """
         if not len(blocks):
             return blocks.new_empty(0), blocks.new_empty(0)
         return self.clarity(blocks), self.quality(blocks)
 
     @torch.no_grad()
     def build_trust_map(self, blocks: BlockScores, height_px: int, width_px: int) -> Tensor:
-        """Weights `B 1 H W` in [0, 1], higher where the blocks are clearer and better.
+        """Build the weights w of a label from its block scores.
 
-        Block scores are averaged (`addition`) or multiplied, then interpolated bilinearly between block
-        centres.
+        Returns `B 1 H W` in [0, 1], higher where the blocks are clearer and better.
         """
+        # One weight for each block: the average of both scores, or their product.
         if self.combine == "addition":
             trust = (blocks.clarity + blocks.quality) / 2
         else:
             trust = blocks.clarity * blocks.quality
+
+        # One weight for each pixel: bilinear interpolation between the centres of the blocks.
         size = (height_px, width_px)
         return F.interpolate(trust.unsqueeze(1), size, mode="bilinear", align_corners=False)
 
 
-def _resolve(scorer: str | Scorer, registry: dict[str, Scorer], role: str) -> Scorer:
+def _find_scorer(scorer: str | Scorer, registry: dict[str, Scorer], role: str) -> Scorer:
+    """Find a scorer by its name.
+
+    A scorer of one's own is returned as it is.
+    """
     if not isinstance(scorer, str):
         return scorer
     if scorer not in registry:

@@ -1,6 +1,4 @@
-"""Memory that a process keeps, for steps that ask for the same amounts again and again.
-
-torch.compile as this project uses it."""
+"""Settings that make training steps faster: memory that stays with the process, and torch.compile."""
 
 import ctypes
 import sys
@@ -11,29 +9,32 @@ from torch import nn
 
 from corun_ray.core.networks.corun import CORUN
 
-# What `mallopt` can set, as malloc.h numbers it.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_NEVER = -1  # as a threshold, the largest number
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of `mallopt`, as malloc.h numbers them."""
+
+MAX_THRESHOLD = -1
+"""As an unsigned threshold, the largest number."""
 
 
 def keep_freed_memory() -> None:
-    """Has this process keep what its tensors free, instead of giving it back to the system; on Linux alone.
+    """Keep the memory that tensors free, on Linux alone.
 
-    By itself glibc returns every block of over 32 MiB, and the next tensor of that size costs a page fault for each 4
-    KiB (`docs/performance.md` has what that costs, in a process's first thread and in others). torch's GPU memory is
-    kept anyway.
+    By default glibc returns every block of over 32 MiB to the system, and the next tensor of that size costs a page
+    fault for each 4 KiB. `docs/performance.md` has the cost, in a process's first thread and in others. torch keeps
+    freed GPU memory anyway.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.mallopt(_MMAP_MAX, 0)
-        libc.mallopt(_TRIM_THRESHOLD, _NEVER)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, MAX_THRESHOLD)
 
 
 def compile_network(network: nn.Module) -> nn.Module:
-    """The same network, compiled at its first call and again for other sizes; CORUN as one graph without a break.
+    """Compile a network at its first call.
 
-    Raises torch's own errors at the first call where the network cannot be compiled.
+    Other image sizes compile it again. CORUN becomes one graph without a break. The first call raises torch's own
+    errors where compiling fails.
     """
-    # Left to itself, torch 2.14 turns what enters the backward pass of a depthwise convolution into another layout.
-    layout = {"force_layout_optimization": True}
-    return cast(nn.Module, torch.compile(network, fullgraph=isinstance(network, CORUN), options={**layout}))
+    # With its own choice, torch 2.14 turns the input of a depthwise convolution's backward pass into another layout.
+    whole = isinstance(network, CORUN)
+    return cast(nn.Module, torch.compile(network, fullgraph=whole, options={"force_layout_optimization": True}))

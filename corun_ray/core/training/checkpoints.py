@@ -1,11 +1,11 @@
-"""Checkpoints: the format in circulation, in and out, the folder that a run saves, and plain model folders.
+"""Checkpoints: the published file, the folder that a run saves, and plain model folders.
 
-A published checkpoint is a `torch.save`d dict of two state dicts, `params` (student) and `params_ema` (its moving
-average, the one to use). A run's checkpoint folder holds the same file and the network's description, so that any
+A published checkpoint is a `torch.save`d dict of two state dicts: `params` (student) and `params_ema` (its moving
+average, the one to use). A run's checkpoint folder holds the same file and the network's description, so that every
 checkpoint is also a model.
 
-What the run goes on from is another file, in which there is no pickle: `training.safetensors`, with both networks and
-the optimizer. So the weights are in the folder twice, which is the price of resuming without reading the first file.
+A run resumes from another file, in which there is no pickle: `training.safetensors`, with both networks and the
+optimizer. So the folder holds the weights twice: the price of resuming without reading the published file.
 """
 
 from collections.abc import Callable
@@ -23,18 +23,28 @@ from corun_ray.core.networks.spec import CORUN_TYPE, NetworkError, NetworkSpec
 from corun_ray.core.training.state import TrainState
 from corun_ray.core.weights import WeightsError, read_tensors, read_tensors_record, read_weights, write_tensors
 
-T = TypeVar("T")
-
+# A run's checkpoint folder.
 NETWORK_FILE = "network.pth"
 SPEC_FILE = "network.json"
-MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-"""The same two of a plain model folder, under the names that other tools expect."""
 TRAINING_FILE = "training.safetensors"
 EARLIER_TRAINING_FILE = "training.pt"
-# Where other authors put the state dict; the moving average is the better one.
+
+# A plain model folder, with the names that other tools expect.
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+
 WRAPPINGS = ("params_ema", "params-ema", "params", "model_state_dict", "state_dict", "model", "net")
-NAMES_SHOWN = 3
+"""Where other authors put the state dict, the moving average first: it is the better one."""
+
+PARALLEL_PREFIX = "module."
+"""What data-parallel training puts before every name."""
+
 RECORD_TYPES = {"step": int, "num_images_seen": int, "param_groups": list, "extra": dict}
+"""The entries of a training file's record, and their types."""
+
+NAMES_SHOWN = 3
+NAMES_MAX_CHARS = 300
+
+T = TypeVar("T")
 
 
 class CheckpointError(UserError):
@@ -43,47 +53,66 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """A network with its weights, and what builds it without them."""
+    """A network with its weights, and its description."""
 
     network: nn.Module
     spec: NetworkSpec
 
 
-def load_network(path: Path) -> LoadedNetwork:
-    """The moving-average network, in eval mode, of a checkpoint folder, plain model folder or bare published file.
+# --- Networks ---
 
-    A bare file (`.pth`, `.safetensors`) must hold CORUN or an architecture that spandrel recognises. Raises
-    `CheckpointError`.
+
+def load_network(path: Path) -> LoadedNetwork:
+    """Load the moving-average network of a checkpoint, in eval mode.
+
+    `path` is a checkpoint folder, a plain model folder or a bare published file (`.pth`, `.safetensors`). A bare file
+    must hold CORUN or an architecture that spandrel recognises. Raises `CheckpointError`.
     """
     try:
+        # A folder describes its network. Of a bare file, the names and shapes of the tensors tell the network.
         if path.is_dir():
-            spec, file = read_spec(path), _network_file(path)
-            params = _params(file)
+            spec, file = read_spec(path), _find_network_file(path)
+            params = _read_params(file)
         else:
-            file, params = path, _params(path)
-            spec, params = _corun(params) or recognise(params)
+            file, params = path, _read_params(path)
+            corun = _recognise_corun(params)
+            if corun is not None:
+                spec = corun
+            else:
+                spec, params = recognise(params)
         network = build_network(spec)
     except NetworkError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    _refuse_misfit(params, network.state_dict(), f"{file}: does not fit {type(network).__name__}")
+
+    _check_fit(params, network.state_dict(), f"{file}: does not fit {type(network).__name__}")
     network.load_state_dict(params)
     return LoadedNetwork(network.eval(), spec)
 
 
 def load_params(path: Path, network: nn.Module) -> dict[str, Tensor]:
-    """The moving-average (else the only) parameters of a checkpoint folder or file, checked to be `network`'s.
+    """Load the parameters of a checkpoint folder or file.
 
-    Raises `CheckpointError`.
+    These are the moving average, or else the only parameters.
+
+    Raises `CheckpointError` unless they fit `network`.
     """
-    file = _network_file(path) if path.is_dir() else path
-    params = _params(file)
-    _refuse_misfit(params, network.state_dict(), f"{file}: does not fit {type(network).__name__}")
+    file = _find_network_file(path) if path.is_dir() else path
+    params = _read_params(file)
+    _check_fit(params, network.state_dict(), f"{file}: does not fit {type(network).__name__}")
     return params
 
 
 def read_spec(folder: Path) -> NetworkSpec:
-    """The network of a checkpoint folder or plain model folder; raises `CheckpointError`."""
-    file = folder / (CONFIG_FILE if (folder / CONFIG_FILE).exists() else SPEC_FILE)
+    """Read the network's description in a folder.
+
+    The folder is a checkpoint folder or a plain model folder.
+
+    Raises `CheckpointError`.
+    """
+    file = folder / CONFIG_FILE
+    if not file.exists():
+        file = folder / SPEC_FILE
+
     try:
         return NetworkSpec.from_json(file.read_bytes())
     except FileNotFoundError:
@@ -92,76 +121,166 @@ def read_spec(folder: Path) -> NetworkSpec:
         raise CheckpointError(f"{file}: {error}") from None
 
 
+def save_network(path: Path, student: nn.Module, teacher: nn.Module) -> None:
+    """Save both networks in the published format.
+
+    All tensors are moved to the CPU.
+    """
+    content = {}
+    for name, network in (("params", student), ("params_ema", teacher)):
+        content[name] = {key: tensor.cpu() for key, tensor in network.state_dict().items()}
+    torch.save(content, path)
+
+
 def save_model(folder: Path, loaded: LoadedNetwork) -> None:
-    """A plain model folder: the weights alone as safetensors, and what builds the network; no pickle in it."""
+    """Save a plain model folder.
+
+    It holds the weights as safetensors and the network's description, and no pickle.
+    """
     record = {"type": loaded.spec.type, "args": loaded.spec.args}
     write_tensors(folder / MODEL_FILE, loaded.network.state_dict(), record)
     (folder / CONFIG_FILE).write_text(loaded.spec.to_json())
 
 
-def _network_file(folder: Path) -> Path:
-    """The weights in a checkpoint folder or plain model folder."""
-    return folder / (MODEL_FILE if (folder / MODEL_FILE).exists() else NETWORK_FILE)
-
-
-def save_network(path: Path, student: nn.Module, teacher: nn.Module) -> None:
-    """Writes the published format; tensors are moved to the CPU."""
-    parts = {"params": student, "params_ema": teacher}
-    torch.save({name: {k: v.cpu() for k, v in net.state_dict().items()} for name, net in parts.items()}, path)
+# --- Runs ---
 
 
 def save_run(folder: Path, state: TrainState, spec: NetworkSpec, extra: dict[str, Any]) -> None:
-    """A checkpoint folder: the networks in the published format, and all that continuing the run needs.
+    """Save a checkpoint folder: a model, and the training state.
 
-    `extra` holds plain JSON values only (the id of the pool's snapshot, the seed), else it raises `TypeError` or
-    `ValueError`.
+    `extra` holds plain JSON values only (the id of the pool's snapshot, the seed). Raises `TypeError` or `ValueError`
+    where it does not.
     """
+    # The model: networks in the published format, and their description.
     save_network(folder / NETWORK_FILE, state.student, state.teacher)
     (folder / SPEC_FILE).write_text(spec.to_json())
-    write_tensors(folder / TRAINING_FILE, state.collect_tensors(), state.collect_values() | {"extra": extra})
+
+    # The training state: tensors, and a record of plain values.
+    record = state.collect_values() | {"extra": extra}
+    write_tensors(folder / TRAINING_FILE, state.collect_tensors(), record)
 
 
 def load_run(folder: Path, state: TrainState, spec: NetworkSpec) -> dict[str, Any]:
-    """Restores `state`, a run of `spec`, in place from a checkpoint folder and returns its `extra`.
+    """Restore a run from a checkpoint folder.
 
-    Raises `CheckpointError`, and then leaves `state` as it was.
+    Changes `state`, which is a run of `spec`, in place. Returns the `extra` of `save_run`.
+
+    Raises `CheckpointError`; `state` then stays as it was.
     """
+    # The folder must be of the same network.
     found = read_spec(folder)
     if found != spec:
         raise CheckpointError(f"{folder}: a run of {found.type} {found.args}, not of {spec.type} {spec.args}")
-    file = _training_file(folder)
-    tensors, record = _read(file, read_tensors)
-    _refuse_other_record(record, file)
-    _refuse_misfit(
-        tensors, state.list_expected_tensors(tensors.keys()), f"{file}: does not fit this run", same_dtypes=True
-    )
+
+    # Check everything before anything changes: the record's entries, the tensors, and AdamW's groups.
+    file = _find_training_file(folder)
+    tensors, record = _read_file(file, read_tensors)
+    _check_record(record, file)
+
+    expected = state.list_expected_tensors(tensors.keys())
+    _check_fit(tensors, expected, f"{file}: does not fit this run", same_dtypes=True)
+
     groups = state.collect_values()["param_groups"]
     if not _is_like(record["param_groups"], groups):
         raise CheckpointError(f"{file}: its param_groups are not those of this run's AdamW, like {groups}")
+
     state.restore(tensors, record)
     return record["extra"]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The `step`, `num_images_seen` and `extra` of a checkpoint folder, plain values; raises `CheckpointError`."""
-    file = _training_file(folder)
-    record = _read(file, read_tensors_record)
-    _refuse_other_record(record, file)
+    """Read the plain values of a checkpoint folder.
+
+    These are `step`, `num_images_seen` and `extra`.
+
+    Raises `CheckpointError`.
+    """
+    file = _find_training_file(folder)
+    record = _read_file(file, read_tensors_record)
+    _check_record(record, file)
     return {name: record[name] for name in ("step", "num_images_seen", "extra")}
 
 
-def _training_file(folder: Path) -> Path:
+# --- Finding and reading files ---
+
+
+def _find_network_file(folder: Path) -> Path:
+    """Find the weights in a checkpoint folder or plain model folder."""
+    model_file = folder / MODEL_FILE
+    return model_file if model_file.exists() else folder / NETWORK_FILE
+
+
+def _find_training_file(folder: Path) -> Path:
+    """Find the training state in a checkpoint folder.
+
+    Raises `CheckpointError` for the format of earlier versions.
+    """
     file = folder / TRAINING_FILE
     if not file.exists() and (folder / EARLIER_TRAINING_FILE).exists():
         raise CheckpointError(
             f"{folder}: a checkpoint of an earlier version ({EARLIER_TRAINING_FILE} instead of {TRAINING_FILE}), "
-            f"from which no run goes on; its {NETWORK_FILE} is still a model"
+            f"from which no run can resume; its {NETWORK_FILE} is still a model"
         )
     return file
 
 
-def _refuse_other_record(record: dict[str, Any], file: Path) -> None:
-    """Refuses what lacks one of the entries of `RECORD_TYPES`, has another, or one of another type."""
+def _read_file(path: Path, reader: Callable[[Path], T]) -> T:
+    """Read a file; raise `CheckpointError` in the place of `WeightsError`."""
+    try:
+        return reader(path)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _read_params(path: Path) -> dict[str, Tensor]:
+    """Read the state dict of a file, plain or wrapped.
+
+    The prefix of data-parallel training is removed.
+    """
+    content: Any = _read_file(path, read_weights)
+
+    # Unwrap: take the first wrapping that holds a dict, else the content itself.
+    if isinstance(content, dict):
+        for wrapping in WRAPPINGS:
+            if isinstance(content.get(wrapping), dict):
+                content = content[wrapping]
+                break
+
+    # A state dict has names and tensors alone.
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path}: no state dict in it (plain, or under {', '.join(WRAPPINGS)})")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: no state dict in it ({name} is {type(value).__name__}, not a tensor)")
+
+    if all(name.startswith(PARALLEL_PREFIX) for name in content):
+        content = {name.removeprefix(PARALLEL_PREFIX): value for name, value in content.items()}
+    return content
+
+
+def _recognise_corun(params: dict[str, Tensor]) -> NetworkSpec | None:
+    """Describe CORUN by the names and shapes of its tensors.
+
+    Returns None for another network's tensors.
+    """
+    # The first convolution of the first CPMM is `width 4 3 3`.
+    embedding = params.get("first.trans_net.embedding.weight")
+    if embedding is None or embedding.ndim != 4:
+        return None
+
+    # Between the first and the last stage, the stages are `basic.0`, `basic.1`, ...
+    middle = {name.split(".")[1] for name in params if name.startswith("basic.")}
+    return NetworkSpec(CORUN_TYPE, {"stages": 2 + len(middle), "width": embedding.shape[0]})
+
+
+# --- Checking what was read ---
+
+
+def _check_record(record: dict[str, Any], file: Path) -> None:
+    """Check that a record has exactly the entries of `RECORD_TYPES`.
+
+    Raises `CheckpointError`.
+    """
     if {name: type(value) for name, value in record.items()} != RECORD_TYPES:
         expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in RECORD_TYPES.items())
         raise CheckpointError(f"{file}: its record is not that of a run, which is exactly {expected}")
@@ -170,74 +289,61 @@ def _refuse_other_record(record: dict[str, Any], file: Path) -> None:
 
 
 def _is_like(value: Any, example: Any) -> bool:
-    """Whether a JSON value has the keys, lengths and types of an example; ints pass for floats, lists for tuples."""
+    """Tell whether a JSON value is built like an example.
+
+    It has the same keys, lengths and types. An int passes for a float, and a list for a tuple.
+    """
     if isinstance(example, dict):
-        return (
-            isinstance(value, dict)
-            and value.keys() == example.keys()
-            and all(_is_like(value[key], example[key]) for key in example)
-        )
+        if not isinstance(value, dict) or value.keys() != example.keys():
+            return False
+        return all(_is_like(value[key], example[key]) for key in example)
+
     if isinstance(example, list | tuple):
         return isinstance(value, list) and len(value) == len(example) and all(map(_is_like, value, example))
-    return type(value) in ((int, float) if isinstance(example, float) else (type(example),))
+
+    if isinstance(example, float):
+        return type(value) in (int, float)
+    return type(value) is type(example)
 
 
-def _read(path: Path, reader: Callable[[Path], T]) -> T:
-    try:
-        return reader(path)
-    except WeightsError as error:
-        raise CheckpointError(str(error)) from None
+def _check_fit(params: dict[str, Tensor], expected: dict[str, Tensor], what: str, same_dtypes: bool = False) -> None:
+    """Check that tensors have the expected names and shapes.
 
+    Raises `CheckpointError`, whose message starts with `what`. With `same_dtypes`, the number types are compared too.
+    """
+    # Names.
+    missing = [name for name in expected if name not in params]
+    unexpected = [name for name in params if name not in expected]
 
-def _params(path: Path) -> dict[str, Tensor]:
-    """The state dict of a file, out of its wrapping and without the prefix of data-parallel training."""
-    content: Any = _read(path, read_weights)
-    if isinstance(content, dict):
-        content = next((content[name] for name in WRAPPINGS if isinstance(content.get(name), dict)), content)
-    if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path}: no state dict in it (plain, or under {', '.join(WRAPPINGS)})")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: no state dict in it ({name} is {type(value).__name__}, not a tensor)")
-    if all(name.startswith("module.") for name in content):
-        content = {name.removeprefix("module."): value for name, value in content.items()}
-    return content
+    # Shapes and number types of the tensors that both have.
+    other_shape, other_dtype = [], []
+    for name, example in expected.items():
+        if name not in params:
+            continue
+        found = params[name]
+        if found.shape != example.shape:
+            other_shape.append(f"{name} {tuple(found.shape)} instead of {tuple(example.shape)}")
+        if same_dtypes and found.dtype != example.dtype:
+            other_dtype.append(f"{name} {found.dtype} instead of {example.dtype}")
 
-
-def _corun(params: dict[str, Tensor]) -> tuple[NetworkSpec, dict[str, Tensor]] | None:
-    """CORUN's stages and width follow from the names and shapes; None for another network's."""
-    embedding = params.get("first.trans_net.embedding.weight")
-    if embedding is None or embedding.ndim != 4:
-        return None
-    stages = 2 + len({name.split(".")[1] for name in params if name.startswith("basic.")})
-    return NetworkSpec(CORUN_TYPE, {"stages": stages, "width": embedding.shape[0]}), params
-
-
-def _refuse_misfit(
-    params: dict[str, Tensor], expected: dict[str, Tensor], what: str, same_dtypes: bool = False
-) -> None:
-    """Raises `CheckpointError`, starting with `what`, unless names and shapes (and dtypes) are those expected."""
-    shared = [name for name in expected if name in params]
-    kinds = {
-        "missing": [name for name in expected if name not in params],
-        "unexpected": [name for name in params if name not in expected],
-        "of another shape": [
-            f"{name} {tuple(params[name].shape)} instead of {tuple(expected[name].shape)}"
-            for name in shared
-            if params[name].shape != expected[name].shape
-        ],
-        "of another dtype": [
-            f"{name} {params[name].dtype} instead of {expected[name].dtype}"
-            for name in shared
-            if same_dtypes and params[name].dtype != expected[name].dtype
-        ],
-    }
-    faults = [f"{len(found)} tensors {kind} ({_first(found)})" for kind, found in kinds.items() if found]
+    # One message for all of them.
+    faults = []
+    for kind, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", other_shape),
+        ("of another dtype", other_dtype),
+    ):
+        if names:
+            faults.append(f"{len(names)} tensors {kind} ({_shorten(names)})")
     if faults:
         raise CheckpointError(f"{what}: {', '.join(faults)}")
 
 
-def _first(names: list[str]) -> str:
-    # A file's names may be anything, line breaks included.
-    shown = " ".join(", ".join(names[:NAMES_SHOWN]).split())[:300]
-    return shown + (", ..." if len(names) > NAMES_SHOWN else "")
+def _shorten(names: list[str]) -> str:
+    """Join the first few names on one line.
+
+    A file's names may be anything, line breaks included.
+    """
+    shown = " ".join(", ".join(names[:NAMES_SHOWN]).split())[:NAMES_MAX_CHARS]
+    return f"{shown}, ..." if len(names) > NAMES_SHOWN else shown

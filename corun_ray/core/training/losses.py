@@ -1,12 +1,11 @@
-"""Training losses with the published weights (Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3).
+"""The losses of pre-training and of Colabator, with the published weights.
 
-A term is left out where its weight is 0, or where what it needs is absent: the feature network, the density, or a
-transmission. Nothing is then computed for it.
+Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3. A loss is skipped, and nothing is computed for it,
+where its weight is 0 or where its needs are missing: the feature network, the density, or a transmission.
 
-
-VGG-19 as a measure of how alike two images look: the features that the losses compare.
-
-Source: Simonyan and Zisserman, ICLR 2015; layers and weights as published with CORUN (arXiv 2406.07966)."""
+The perceptual and the contrastive loss compare VGG-19 features (Simonyan and Zisserman, ICLR 2015), with the layers and
+weights that were published with CORUN.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,66 +19,27 @@ from corun_ray.core.networks.corun import Restoration
 from corun_ray.core.weights import WeightsError, read_weights
 
 VGG_FILE = "vgg19-dcbb9e9d.pth"
-"""torchvision's published ImageNet weights, under the name at which it offers them."""
+"""The name under which torchvision publishes its ImageNet weights."""
+
+VGG_BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 1))
+"""Width and number of convolutions of each block; relu5_1 is the last layer in use."""
 
 LAYER_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
-"""What relu1_1, relu2_1, relu3_1, relu4_1 and relu5_1 count for."""
+"""The weights of relu1_1, relu2_1, relu3_1, relu4_1 and relu5_1."""
 
-_BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 1))  # width and convolutions; relu5_1 is the last one used
+FEATURE_WEIGHT = 0.2
+"""A factor within the formulas of both feature losses."""
 
-
-class Vgg19Features(nn.Module):
-    """VGG-19 as far as relu5_1, its layers numbered as torchvision numbers those of `features`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels, taps = 3, []
-        for block, (width, count) in enumerate(_BLOCKS):
-            if block:
-                layers.append(nn.MaxPool2d(2))
-            taps.append(len(layers) + 1)
-            for _ in range(count):
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-                channels = width
-        self.features = nn.Sequential(*layers)
-        self._taps = frozenset(taps)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """The five features of `B 3 H W` images in [0, 1], sides of 16 px and more; as published, not normalised."""
-        found = []
-        for index, layer in enumerate(self.features):
-            images = layer(images)
-            if index in self._taps:
-                found.append(images)
-        return found
-
-
-def load_vgg19(path: Path) -> Vgg19Features:
-    """The frozen network with the weights of torchvision's file (its classifier is left out); raises `WeightsError`."""
-    content = read_weights(path)
-    # On the meta device no time goes into a random start.
-    with torch.device("meta"):
-        network = Vgg19Features()
-    weights = {}
-    for name, expected in network.state_dict().items():
-        found = content.get(name) if isinstance(content, dict) else None
-        if not isinstance(found, Tensor) or found.shape != expected.shape:
-            raise WeightsError(f"{path}: not the weights of VGG-19 (no {name} of shape {tuple(expected.shape)})")
-        weights[name] = found.float()
-    network.load_state_dict(weights, assign=True)
-    return network.requires_grad_(False).eval()
-
-
-FEATURE_WEIGHT = 0.2  # of both feature distances, within their formulas
-RATIO_EPSILON = 1e-7  # only keeps the contrastive ratio finite where the input itself was restored
+RATIO_EPSILON = 1e-7
+"""Keeps the contrastive ratio finite where the restoration is the hazy image itself."""
 
 Features = Sequence[Tensor]
+"""The five features of a batch of images, one for each of `LAYER_WEIGHTS`."""
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The factor of every term, 0 and above."""
+    """The factors of the losses, 0 and above."""
 
     pixel: float
     scattering: float
@@ -93,50 +53,83 @@ COLABATOR_WEIGHTS = LossWeights(pixel=5.0, scattering=0.01, perceptual=0.2, cont
 
 
 def rehaze(restoration: Restoration) -> Tensor:
-    """The hazy image that a restoration explains, `J T + 1 - T` (airlight 1), B 3 H W float32."""
+    """Compute the hazy image `J T + 1 - T` of a restoration.
+
+    The airlight is 1, as in the network (equation 1 of the paper). Returns `B 3 H W` float32. Raises `ValueError` for a
+    restoration without a transmission.
+    """
     scene, transmission = restoration
     if transmission is None:
         raise ValueError("a restoration without a transmission explains no haze")
+
     transmission = transmission.float()
     return scene * transmission + 1 - transmission
 
 
 def compute_perceptual(found: Features, truth: Features) -> Tensor:
-    """`0.2 sum w L1(f(x), f(y))` of two images' features."""
-    layers = zip(LAYER_WEIGHTS, found, truth, strict=True)
-    return FEATURE_WEIGHT * torch.stack([w * _distance(x, y) for w, x, y in layers]).sum()
+    """Compute the perceptual loss `0.2 sum w L1(f(x), f(y))`.
+
+    `found` and `truth` are the features f of the images x and y.
+    """
+    distances = []
+    for weight, x, y in zip(LAYER_WEIGHTS, found, truth, strict=True):
+        distances.append(weight * _compute_distance(x, y))
+    return FEATURE_WEIGHT * torch.stack(distances).sum()
 
 
 def compute_contrastive(found: Features, positive: Features, negative: Features) -> Tensor:
-    """`0.2 sum w L1(f(x), f(positive)) / L1(f(x), f(negative))`, each L1 a mean over the whole batch."""
-    layers = zip(LAYER_WEIGHTS, found, positive, negative, strict=True)
-    ratios = [w * _distance(x, near) / (_distance(x, far) + RATIO_EPSILON) for w, x, near, far in layers]
+    """Compute the contrastive loss of three images' features.
+
+    `0.2 sum w L1(f(x), f(positive)) / L1(f(x), f(negative))`, where f are the features. The loss pulls the restoration
+    x towards the positive image and pushes it away from the negative one. Each L1 is a mean over the whole batch.
+    """
+    ratios = []
+    for weight, x, near, far in zip(LAYER_WEIGHTS, found, positive, negative, strict=True):
+        ratios.append(weight * _compute_distance(x, near) / (_compute_distance(x, far) + RATIO_EPSILON))
     return FEATURE_WEIGHT * torch.stack(ratios).sum()
 
 
-def _distance(first: Tensor, second: Tensor) -> Tensor:
-    """Float32 also where autocast computed the features in fewer bits."""
+def _compute_distance(first: Tensor, second: Tensor) -> Tensor:
+    """Compute the mean L1 distance in float32.
+
+    Autocast may have computed the features in fewer bits.
+    """
     return F.l1_loss(first.float(), second.float())
+
+
+# --- The losses of a run ---
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of a run; each method's sum is what a step minimises."""
+    """The losses of a run. A step minimises the sum of what one of the methods returns."""
 
     weights: LossWeights
-    features: Vgg19Features | None = None
-    """For the perceptual and the contrastive term."""
+    features: "Vgg19Features | None" = None
+    """Needed by the perceptual and the contrastive loss."""
     density: Callable[[Tensor], Tensor] | None = None
-    """`B 3 H W` in [0, 1] to the haze density of each, `B`, differentiable; for the haze-density term."""
+    """Haze density of `B 3 H W` images in [0, 1], `B`, differentiable; needed by the haze-density loss."""
 
     def compute_pretraining(self, restoration: Restoration, clear: Tensor, hazy: Tensor) -> dict[str, Tensor]:
-        """Supervised losses on a synthetic pair; `clear` and `hazy` B 3 H W in [0, 1]."""
-        scene, weights, losses = restoration.scene, self.weights, {}
+        """Compute the supervised losses on synthetic pairs.
+
+        `restoration` (J and T_hat) restores `hazy` (P); `clear` and `hazy` are `B 3 H W` in [0, 1]. With the published
+        weights, the sum is `L1(J, clear) + 0.01 L1(J T_hat + 1 - T_hat, P) + contrastive(J, clear, P)`.
+        """
+        scene, weights = restoration.scene, self.weights
+        losses = {}
+
+        # The scene is near the truth.
         if weights.pixel:
             losses["pixel"] = weights.pixel * (scene - clear).abs().mean()
+
+        # Scene and transmission together explain the hazy image.
         if weights.scattering and restoration.transmission is not None:
             losses["scattering"] = weights.scattering * (rehaze(restoration) - hazy).abs().mean()
-        return losses | self._feature_losses((scene, clear), (scene, clear, hazy)) | self._density_loss(scene)
+
+        # The features of the scene are near those of the truth, and far from those of the hazy image.
+        losses |= self._compute_feature_losses((scene, clear), (scene, clear, hazy))
+        return losses | self._compute_density_loss(scene)
 
     def compute_colabator(
         self,
@@ -147,29 +140,42 @@ class Losses:
         label: Tensor,
         trust: Tensor,
     ) -> dict[str, Tensor]:
-        """The student's losses on a synthetic and on a real half-batch.
+        """Compute the losses on a synthetic and a real half-batch.
 
-        `clear`, `hazy_strong` (the strong view that `real` restores) and `label` (J*) B 3 H W, `trust` (w*)
-        B 1 H W; all in [0, 1]. As published, only the synthetic scene is clamped.
+        `synthetic` is compared with `clear`. `real` restores `hazy_strong` (the strong view of P), and is compared with
+        `label` (J*) as far as `trust` (w*) goes. Images are `B 3 H W`, `trust` is `B 1 H W`, all in [0, 1]. As
+        published, only the synthetic scene is clamped. With the published weights, the sum is
+
+            5 [mean(0.5 |J_syn - clear|) + mean(0.5 |J_real - J*| w* 2)]
+            + 0.01 mean(0.5 |J_real T_hat_real + 1 - T_hat_real - P_strong| w*)
+            + 0.2 perceptual(J_syn, clear) + contrastive(J_real, J*, P_strong)
         """
-        scene, weights, losses = synthetic.scene.clamp(0, 1), self.weights, {}
+        scene, weights = synthetic.scene.clamp(0, 1), self.weights
+        losses = {}
+
+        # The synthetic scene is near the truth, the real one near the label where the label is trusted.
         if weights.pixel:
             losses["pixel_synthetic"] = weights.pixel * 0.5 * (scene - clear).abs().mean()
             losses["pixel_real"] = weights.pixel * 0.5 * (2 * trust * (real.scene - label).abs()).mean()
+
+        # The real scene and its transmission together explain the hazy image, where the label is trusted.
         if weights.scattering and real.transmission is not None:
             error = (rehaze(real) - hazy_strong).abs()
             losses["scattering"] = weights.scattering * 0.5 * (trust * error).mean()
-        losses |= self._feature_losses((scene, clear), (real.scene, label, hazy_strong))
-        return losses | self._density_loss(real.scene)
 
-    def _feature_losses(
+        # The same by features: perceptual on the synthetic half, contrastive on the real half.
+        losses |= self._compute_feature_losses((scene, clear), (real.scene, label, hazy_strong))
+        return losses | self._compute_density_loss(real.scene)
+
+    def _compute_feature_losses(
         self, similar: tuple[Tensor, Tensor], contrasted: tuple[Tensor, Tensor, Tensor]
     ) -> dict[str, Tensor]:
-        """Perceptual loss of (x, truth), contrastive loss of (x, positive, negative).
+        """Compute the perceptual and the contrastive loss.
 
-        The targets learn nothing: they go through the network in one pass without a graph, the restorations in one
-        with it, and an image that both terms need goes once.
+        The perceptual loss is of (x, truth), the contrastive loss of (x, positive, negative). The first image of each
+        tuple is a restoration, and the others are targets without a gradient.
         """
+        # Collect the images of the losses that are on.
         active: dict[str, tuple[Tensor, ...]] = {}
         if self.weights.perceptual:
             active["perceptual"] = similar
@@ -177,28 +183,102 @@ class Losses:
             active["contrastive"] = contrasted
         if self.features is None or not active:
             return {}
-        live = _extract(self.features, [images[0] for images in active.values()])
+
+        restorations, targets = [], []
+        for first, *others in active.values():
+            restorations.append(first)
+            targets.extend(others)
+
+        # All restorations go through the network in one pass with a graph, and all targets in one pass without. An
+        # image that both losses need goes through once.
+        found = _extract_features(self.features, restorations)
         with torch.no_grad():
-            frozen = _extract(self.features, [target for images in active.values() for target in images[1:]])
-        found = live | frozen
+            found |= _extract_features(self.features, targets)
+
         losses = {}
         if "perceptual" in active:
-            losses["perceptual"] = self.weights.perceptual * compute_perceptual(*(found[image] for image in similar))
+            distance = compute_perceptual(*(found[image] for image in similar))
+            losses["perceptual"] = self.weights.perceptual * distance
         if "contrastive" in active:
-            losses["contrastive"] = self.weights.contrastive * compute_contrastive(
-                *(found[image] for image in contrasted)
-            )
+            distance = compute_contrastive(*(found[image] for image in contrasted))
+            losses["contrastive"] = self.weights.contrastive * distance
         return losses
 
-    def _density_loss(self, scene: Tensor) -> dict[str, Tensor]:
+    def _compute_density_loss(self, scene: Tensor) -> dict[str, Tensor]:
+        """Compute the haze-density loss, which the paper adds.
+
+        It is the mean haze density of the restored scenes.
+        """
         if self.density is None or not self.weights.haze_density:
             return {}
         return {"haze_density": self.weights.haze_density * self.density(scene.float().clamp(0, 1)).mean()}
 
 
-def _extract(network: Vgg19Features, images: Sequence[Tensor]) -> dict[Tensor, Features]:
-    """The features of every distinct tensor of images, all in one pass."""
-    distinct = list(dict.fromkeys(images))  # tensors hash by identity
+def _extract_features(network: "Vgg19Features", images: Sequence[Tensor]) -> dict[Tensor, Features]:
+    """Extract the features of distinct batches, in one pass."""
+    # Tensors hash by identity, so the same batch counts once.
+    distinct = list(dict.fromkeys(images))
     counts = [len(batch) for batch in distinct]
+
+    # Split every layer's features into those of the batches.
     parts = [layer.split(counts) for layer in network(torch.cat(distinct))]
     return dict(zip(distinct, zip(*parts, strict=True), strict=True))
+
+
+# --- The feature network ---
+
+
+class Vgg19Features(nn.Module):
+    """VGG-19 up to relu5_1; layers have the numbers of torchvision's `features`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels, taps = 3, []
+        for block, (width, count) in enumerate(VGG_BLOCKS):
+            if block:
+                layers.append(nn.MaxPool2d(2))
+
+            # A block's feature is taken after the ReLU of its first convolution.
+            taps.append(len(layers) + 1)
+            for _ in range(count):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+                channels = width
+
+        self.features = nn.Sequential(*layers)
+        self._taps = frozenset(taps)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Extract the five features of images.
+
+        The images are `B 3 H W` in [0, 1], with sides of 16 px and more. As published, the images are not normalised.
+        """
+        found = []
+        for index, layer in enumerate(self.features):
+            images = layer(images)
+            if index in self._taps:
+                found.append(images)
+        return found
+
+
+def load_vgg19(path: Path) -> Vgg19Features:
+    """Load the frozen feature network from torchvision's file, without its classifier.
+
+    Raises `WeightsError` for any other file.
+    """
+    content = read_weights(path)
+
+    # On the meta device, no time goes into random initial weights.
+    with torch.device("meta"):
+        network = Vgg19Features()
+
+    # Take the tensors that the network has, and check their shapes.
+    weights = {}
+    for name, expected in network.state_dict().items():
+        found = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            raise WeightsError(f"{path}: not the weights of VGG-19 (no {name} of shape {tuple(expected.shape)})")
+        weights[name] = found.float()
+
+    network.load_state_dict(weights, assign=True)
+    return network.requires_grad_(False).eval()

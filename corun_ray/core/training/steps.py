@@ -1,10 +1,8 @@
-"""One pre-training step and one Colabator step: the forward half, from a batch to a loss.
+"""One pre-training step and one Colabator step: the forward half, from a batch to its losses.
 
-Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, sections 3.2 and 3.3. What follows a loss (backward,
-optimizer, EMA) is the same for both and lives in `state`.
-
-
-Mixup of synthetic or paired batches (Zhang et al., ICLR 2018)."""
+Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, sections 3.2 and 3.3. The rest of a step (backward, optimizer, EMA)
+is the same for both, and is in `state`.
+"""
 
 import math
 from collections.abc import Sequence
@@ -24,48 +22,48 @@ from corun_ray.core.training.losses import Losses
 
 
 class SyntheticBatch(NamedTuple):
-    """Synthetic pairs, B 3 H W each, RGB in [0, 1]."""
+    """Synthetic pairs, `B 3 H W` each, RGB in [0, 1]."""
 
     hazy: Tensor
     clear: Tensor
 
 
 class RealBatch(NamedTuple):
-    """Real hazy images without a truth."""
+    """Real hazy images, of which no truth is known."""
 
     weak: Tensor
-    """The teacher's view, B 3 H W in [0, 1]."""
+    """The teacher's view, `B 3 H W` in [0, 1]."""
     strong: Tensor
-    """The student's view of the same images, B 3 H W in [0, 1]."""
+    """The student's view of the same images, `B 3 H W` in [0, 1]."""
     keys: Sequence[str]
-    """B names by which the pool knows the images."""
+    """The B keys of the images in the label pool."""
 
 
 class PseudoLabels(NamedTuple):
-    """What the student learns from on real haze, and how it came to be."""
+    """The best labels known of a real batch, and how they were chosen."""
 
     scene: Tensor
-    """J*, B 3 H W in [0, 1]."""
+    """J*, `B 3 H W` in [0, 1]."""
     trust: Tensor
-    """w*, B 1 H W in [0, 1]."""
+    """w*, `B 1 H W` in [0, 1]."""
     from_teacher: list[bool]
-    """Per image: the teacher's new candidate (else the pool's stored label)."""
+    """For each image, whether the label is the teacher's new candidate (else the pool's stored label)."""
     block_ratings: int
-    """Blocks rated in this step."""
+    """The number of blocks rated in this step."""
     block_ratings_saved: int
-    """Blocks of losing candidates, which rating before deciding, as published, would have rated too."""
+    """The number of blocks of losing candidates. The published code rates them too, before it decides."""
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """A step's losses (their sum is minimised) and what else is worth logging."""
+    """The losses of a step, whose sum is minimised, and its pseudo labels for the log."""
 
     losses: dict[str, Tensor]
     labels: PseudoLabels | None = None
 
 
 def run_pretraining_step(student: nn.Module, batch: SyntheticBatch, losses: Losses) -> StepOutput:
-    """Supervised training on synthetic pairs."""
+    """Restore synthetic hazy images, and compare them with their clear images."""
     with span("student"):
         restoration = as_restoration(student(batch.hazy))
     with span("losses"):
@@ -74,9 +72,9 @@ def run_pretraining_step(student: nn.Module, batch: SyntheticBatch, losses: Loss
 
 @dataclass(frozen=True)
 class Colabator:
-    """The collaborator around a student: teacher, coherence, label pool and losses.
+    """Colabator, the collaborator around a student: teacher, coherence, label pool and losses (section 3.2).
 
-    Student and teacher return a scene, or a pair of a scene and a transmission (see `networks`).
+    Student and teacher return a scene, or a pair of a scene and a transmission (see `networks.build`).
     """
 
     teacher: nn.Module
@@ -86,11 +84,19 @@ class Colabator:
     encoding: Encoding = "uint8"
 
     def step(self, student: nn.Module, synthetic: SyntheticBatch, real: RealBatch, step: int) -> StepOutput:
-        """Student on the synthetic pairs and, by the best labels known, on the real images."""
+        """Run one Colabator step.
+
+        The student learns from synthetic pairs and from pseudo labels.
+        """
+        # The best label known of each real image: the teacher's candidate, or the label in the pool.
         labels = self.choose_labels(real, step)
-        # Both halves go through in one batch: the same result, and one forward pass for DDP to follow.
+
+        # The student restores the synthetic images and the strong views of the real ones. Both halves form one batch:
+        # the result is the same, and DDP follows one forward pass.
         with span("student"):
             restoration = as_restoration(student(torch.cat([synthetic.hazy, real.strong])))
+
+        # The synthetic half is compared with the truth, the real half with its labels as far as they are trusted.
         with span("losses"):
             on_synthetic, on_real = _split(restoration, len(synthetic.hazy))
             losses = self.losses.compute_colabator(
@@ -100,35 +106,61 @@ class Colabator:
 
     @torch.no_grad()
     def choose_labels(self, real: RealBatch, step: int) -> PseudoLabels:
-        """The teacher's candidates against the pool's labels; winners are offered to the pool.
+        """Choose the best label of each real image (section 3.2).
 
-        Only a winner's blocks are rated: a losing candidate's trust map would be thrown away.
+        This is the teacher's candidate or the pool's label. Winning candidates are offered to the pool. Only their
+        blocks are rated: the trust map of a losing candidate would be thrown away.
         """
+        # Start reading the stored labels; the pool works while the teacher does.
         with span("pool"):
             pending = self.pool.prefetch(real.keys)
-        with span("teacher"):
-            scene, transmission = as_restoration(self.teacher(real.weak))
-            scene = scene.float().clamp(0, 1)
-        with span("global scores"):
-            rated = self.coherence.score_images(scene)
-            # Both in one copy: the device is waited for once in a step.
-            scores = [Scores(*pair) for pair in torch.stack([rated.clarity, rated.quality], 1).tolist()]
-        if not all(math.isfinite(score) for pair in scores for score in pair):
-            # Such a label would win the pool's first comparison and lose none after it.
-            raise FloatingPointError(f"step {step}: the teacher's scores are not finite; training has diverged")
+
+        # Candidates and their global scores.
+        candidates, scores = self._make_candidates(real.weak, step)
+
+        # A candidate wins if the image has no label yet, or if neither score is lower than the stored label's.
         with span("pool"):
             stored = pending.result()
-        wins = [supersedes(new, old.scores if old else None) for new, old in zip(scores, stored, strict=True)]
+        wins = []
+        for candidate, old in zip(scores, stored, strict=True):
+            wins.append(supersedes(candidate, old.scores if old else None))
+        winners = [image for image, won in enumerate(wins) if won]
 
-        winners = [i for i, win in enumerate(wins) if win]
-        candidates = Restoration(scene, transmission)
-        # Also without winners: workers may rate each other's.
+        # Rate the winners' blocks and make labels of them. This runs even without winners, since workers may rate each
+        # other's blocks.
         fresh = self._make_labels(winners, real.keys, scores, candidates, step)
         if fresh:
             with span("pool"):
                 self.pool.offer(list(fresh.values()))
-        chosen = [fresh.get(i, old) for i, old in enumerate(stored)]
-        return self._as_tensors([label for label in chosen if label is not None], scene, wins)
+
+        # Each image learns from its new label, or else from the stored one.
+        chosen = []
+        for image, old in enumerate(stored):
+            label = fresh.get(image, old)
+            if label is not None:
+                chosen.append(label)
+        return self._to_tensors(chosen, candidates.scene, wins)
+
+    def _make_candidates(self, weak: Tensor, step: int) -> tuple[Restoration, list[Scores]]:
+        """Restore the weak views and score the results.
+
+        Raises `FloatingPointError` where a score is not finite.
+        """
+        # The candidates: J clamped to [0, 1], and T.
+        with span("teacher"):
+            scene, transmission = as_restoration(self.teacher(weak))
+            scene = scene.float().clamp(0, 1)
+
+        # Global coherence. Both scores leave the device in one copy, so that a step waits for the device once.
+        with span("global scores"):
+            rated = self.coherence.score_images(scene)
+            scores = [Scores(*pair) for pair in torch.stack([rated.clarity, rated.quality], 1).tolist()]
+
+        # Stop at NaN and infinity: such a label would win the pool's first comparison and lose none after it.
+        for pair in scores:
+            if not math.isfinite(pair.clarity) or not math.isfinite(pair.quality):
+                raise FloatingPointError(f"step {step}: the teacher's scores are not finite; training has diverged")
+        return Restoration(scene, transmission), scores
 
     def _make_labels(
         self,
@@ -138,29 +170,46 @@ class Colabator:
         candidates: Restoration,
         step: int,
     ) -> dict[int, Label]:
+        """Make labels of the winning candidates.
+
+        The keys of the result are the images' places in the batch.
+        """
+        # Local coherence, which the trust map follows from.
         scene, transmission = candidates
         with span("local scores"):
             blocks = self.coherence.score_blocks(scene[winners])
-        return {
-            i: Label(
-                key=keys[i],
-                scores=scores[i],
+
+        # Encode the images for storage, on the CPU.
+        labels = {}
+        for row, image in enumerate(winners):
+            encoded_transmission = None
+            if transmission is not None:
+                encoded_transmission = encode(transmission[image].float().cpu().numpy(), self.encoding)
+
+            labels[image] = Label(
+                key=keys[image],
+                scores=scores[image],
                 step=step,
-                scene=encode(scene[i].cpu().numpy(), self.encoding),
-                transmission=None
-                if transmission is None
-                else encode(transmission[i].float().cpu().numpy(), self.encoding),
+                scene=encode(scene[image].cpu().numpy(), self.encoding),
+                transmission=encoded_transmission,
                 block_clarity=blocks.clarity[row].float().cpu().numpy(),
                 block_quality=blocks.quality[row].float().cpu().numpy(),
             )
-            for row, i in enumerate(winners)
-        }
+        return labels
 
-    def _as_tensors(self, labels: list[Label], like: Tensor, from_teacher: list[bool]) -> PseudoLabels:
+    def _to_tensors(self, labels: list[Label], like: Tensor, from_teacher: list[bool]) -> PseudoLabels:
+        """Convert labels, one for each image, to tensors J* and w*.
+
+        Both have the height, the width and the device of `like`, `B 3 H W`.
+        """
+        # J* as stored: new labels are decoded too, so that a label is the same in this step and in later ones.
         scene = torch.from_numpy(np.stack([decode(label.scene) for label in labels]))
+
+        # w* from the block scores.
         clarity = torch.from_numpy(np.stack([label.block_clarity for label in labels]))
         quality = torch.from_numpy(np.stack([label.block_quality for label in labels]))
         trust = self.coherence.build_trust_map(BlockScores(clarity, quality), *like.shape[-2:])
+
         num_blocks, num_fresh = clarity[0].numel(), sum(from_teacher)
         return PseudoLabels(
             scene.to(like.device),
@@ -172,7 +221,7 @@ class Colabator:
 
 
 def _split(restoration: Restoration, count: int) -> tuple[Restoration, Restoration]:
-    """The first `count` images, and the others."""
+    """Split a batch into its first `count` images and the others."""
     scene, transmission = restoration
     if transmission is None:
         return Restoration(scene[:count], None), Restoration(scene[count:], None)
@@ -180,18 +229,20 @@ def _split(restoration: Restoration, count: int) -> tuple[Restoration, Restorati
 
 
 def apply_mixup(batch: SyntheticBatch, alpha: float, generator_seed: Sequence[int]) -> SyntheticBatch:
-    """Every image and its truth, mixed alike with another pair of the batch (or, by chance, with themselves).
+    """Mix each pair with another pair of the batch.
 
-    Each image draws its own share of itself from Beta(`alpha`, `alpha`), `alpha` above 0. `generator_seed` is numbers
-    of 0 and above (the run's seed, the step, the rank); equal ones mix equally.
+    This is mixup (Zhang et al., ICLR 2018). An image and its truth are mixed alike, with a partner that may by chance
+    be themselves. Each image draws its own share of itself from Beta(`alpha`, `alpha`), with `alpha` above 0.
+    `generator_seed` is numbers of 0 and above (the run's seed, the step, the rank); equal numbers mix equally.
     """
+    # Draw shares and partners.
     generator = np.random.default_rng(generator_seed)
     count = len(batch.hazy)
     share = torch.from_numpy(generator.beta(alpha, alpha, count).astype(np.float32)).view(-1, 1, 1, 1)
     partner = torch.from_numpy(generator.permutation(count))
+
+    # Mix the hazy and the clear images alike.
     share, partner = share.to(batch.hazy.device), partner.to(batch.hazy.device)
-
-    def mix(images: Tensor) -> Tensor:
-        return share * images + (1 - share) * images[partner]
-
-    return SyntheticBatch(mix(batch.hazy), mix(batch.clear))
+    hazy = share * batch.hazy + (1 - share) * batch.hazy[partner]
+    clear = share * batch.clear + (1 - share) * batch.clear[partner]
+    return SyntheticBatch(hazy, clear)

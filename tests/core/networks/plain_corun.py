@@ -1,4 +1,6 @@
-"""CORUN written down as SPEC section 1 reads, without a thought for speed: what the network is held and timed against.
+"""CORUN as the paper describes it (Fang et al., NeurIPS 2024, section 3.1), without a thought for speed.
+
+The network is held and timed against this form.
 
 Pixels are rows (`B HW C`) where a layer works on pixels and planes (`B C H W`) where it convolves, and every layer
 turns its input into what it needs. Parameter names are those of the checkpoints.
