@@ -1,4 +1,4 @@
-"""`corun-ray check`: looks at everything a job would use, and starts nothing."""
+"""`corun-ray check`: look at everything a job would use, and start nothing."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -19,123 +19,169 @@ from corun_ray.service.data.manifest import (
 from corun_ray.service.storage import locate
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")
+SUBJECT_CHARACTERS = 9
+"""Width of the first column of the notes."""
 
-
-def check_job(job: Job, earlier: Sequence[Job]) -> tuple[list[str], list[str]]:
-    """What the job would use, and what is wrong with it, a line each.
-
-    `earlier` are the jobs before it in its file: models that they will register cannot be looked at yet.
-    """
-    notes, mistakes = [], []
-    if isinstance(job, TuneJob):
-        notes.append(f"trials    {job.tune.num_trials} of {job.train.steps} steps; the first one's files:")
-    trial = example(job)
-    for look, at in ((_data, trial), (_models, trial), (_weights, trial), (_storage, job), (_machines, job)):
-        try:
-            for note in look(at, earlier):
-                notes.append(note)
-        except UserError as error:
-            mistakes += str(error).splitlines()
-    return notes, mistakes
+Notes = Iterator[tuple[str, str]]
+"""What a check yields: subject and text of each note. A check raises `UserError` for a mistake."""
 
 
 class _Mistake(UserError):
     pass
 
 
-def _data(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
+def check_job(job: Job, earlier: Sequence[Job]) -> tuple[list[str], list[str]]:
+    """Return notes of what the job would use, and its mistakes, one a line.
+
+    `earlier` are the jobs before it in its file: models that they will register do not exist yet.
+    """
+    # A search is checked by the files of its first trial, and by the storage and machines of all trials.
+    trial = example(job)
+    checks = [
+        _check_data(trial),
+        _check_models(trial, earlier),
+        _check_weights(trial),
+        _check_storage(job),
+        _check_machines(job),
+    ]
+
+    found = []
+    if isinstance(job, TuneJob):
+        found.append(("trials", f"{job.tune.num_trials} of {job.train.steps} steps; the first one's files:"))
+
+    # A mistake ends its own check alone: the user sees the mistakes of all checks at once.
+    mistakes = []
+    for check in checks:
+        try:
+            for note in check:
+                found.append(note)
+        except UserError as error:
+            mistakes += str(error).splitlines()
+
+    notes = [f"{subject:<{SUBJECT_CHARACTERS}} {text}" for subject, text in found]
+    return notes, mistakes
+
+
+def _check_data(job: Job) -> Notes:
+    """Check that the job's images can be listed and paired."""
     if isinstance(job, TrainingJob):
         manifest = build_manifest(job)
-        yield f"data      {_pairs(manifest)}, {len(manifest.hazy)} real hazy"
+        yield "data", f"{_describe_clear_images(manifest)}, {len(manifest.hazy)} real hazy"
         for uri, reason in manifest.skipped.items():
-            yield f"set aside {uri}: {reason}"
-        for held in list_validation_sets(job):
-            yield f"held out  {len(held.pairs)} images, measured as {held.prefix}/..."
+            yield "skipped", f"{uri}: {reason}"
+
+        for images in list_validation_sets(job):
+            yield "validate", f"{len(images.pairs)} images, measured as {images.prefix}/..."
+
+        # Beyond this fraction, the job itself would fail.
         if len(manifest.skipped) > job.data.max_bad_fraction * manifest.num_images:
             share = f"{len(manifest.skipped)} of {manifest.num_images}"
-            raise _Mistake(
-                f"data.max_bad_fraction: {share} files are set aside, more than {job.data.max_bad_fraction:g}"
-            )
+            raise _Mistake(f"data.max_bad_fraction: {share} files are skipped, more than {job.data.max_bad_fraction:g}")
     elif isinstance(job, EvaluateJob):
         pairs = pair_validation_images(job.evaluate.hazy, job.evaluate.clear, "evaluate")
-        yield f"data      {len(pairs)} images to measure on"
+        yield "data", f"{len(pairs)} images to measure on"
     elif isinstance(job, DehazeJob):
-        yield f"data      {len(list_images(job.dehaze.input, 'dehaze.input'))} images to dehaze"
+        images_to_dehaze = list_images(job.dehaze.input, "dehaze.input")
+        yield "data", f"{len(images_to_dehaze)} images to dehaze"
 
 
-def _pairs(manifest: Manifest) -> str:
+def _describe_clear_images(manifest: Manifest) -> str:
     if manifest.paired_hazy is not None:
         return f"{len(manifest.clear)} pairs of degraded and clean images"
     depth = "procedural depth" if manifest.depth is None else "a depth map each"
     return f"{len(manifest.clear)} clear images with {depth}"
 
 
-def _models(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
-    sources = {}
-    if isinstance(job, TrainingJob) and job.network.init:
-        sources["network.init"] = job.network.init
-    elif isinstance(job, EvaluateJob):
-        sources = {f"evaluate.models.{name}": source for name, source in job.evaluate.models.items()}
-    elif isinstance(job, DehazeJob):
-        sources = {"dehaze.model": job.dehaze.model}
-    elif isinstance(job, ServeJob):
-        sources = {"serve.model": job.serve.model}
-    made_here = tuple(f"models:/{other.tracking.register}@" for other in earlier if other.tracking.register)
-    for key, source in sources.items():
-        if made_here and source.startswith(made_here):
-            yield f"model     {source}, from an earlier job of this file"
+def _check_models(job: Job, earlier: Sequence[Job]) -> Notes:
+    """Check that the models which the job starts from exist, as far as that is known before the start."""
+    # An earlier job of the file may register a model under any alias.
+    future_models = []
+    for other in earlier:
+        if other.tracking.register:
+            future_models.append(f"models:/{other.tracking.register}@")
+
+    for key, source in _list_model_sources(job).items():
+        if source.startswith(tuple(future_models)):
+            yield "model", f"{source}, from an earlier job of this file"
         elif source.startswith(REGISTRY_SCHEMES):
-            yield f"model     {source}, looked up when the job starts"
+            yield "model", f"{source}, looked up when the job starts"
         elif locate(source).exists():
-            yield f"model     {source}"
+            yield "model", source
         else:
             raise _Mistake(f"{key}: nothing at {source} (expected a checkpoint folder, a .pth or an MLflow URI)")
 
 
-def _needs_weights(job: Job) -> bool:
-    """Whether anything may need a file of weights; to find out which takes seconds."""
+def _list_model_sources(job: Job) -> dict[str, str]:
+    """Return the sources of the job's models, by their keys in the job file."""
+    if isinstance(job, TrainingJob) and job.network.init:
+        return {"network.init": job.network.init}
     if isinstance(job, EvaluateJob):
-        return not set(job.evaluate.metrics) <= OWN_METRICS.keys()
-    scored = isinstance(job, ColabatorJob) and (
-        job.coherence.clarity == "daclip" or job.coherence.quality not in QUALITY_NAMES
-    )
-    return scored or (isinstance(job, TrainingJob) and job.loss.weights is not None)
+        return {f"evaluate.models.{name}": source for name, source in job.evaluate.models.items()}
+    if isinstance(job, DehazeJob):
+        return {"dehaze.model": job.dehaze.model}
+    if isinstance(job, ServeJob):
+        return {"serve.model": job.serve.model}
+    return {}
 
 
-def _weights(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
-    if not _needs_weights(job):
+def _check_weights(job: Job) -> Notes:
+    """Check that the files of pretrained weights which the job needs are there."""
+    if not _may_need_weights(job):
         return
     from corun_ray.service.weights.needed import describe_missing_weights, find_needed_files
 
     needed = find_needed_files(job)
-    for folder, wanted in needed.items():
-        yield f"weights   {', '.join(wanted)} in {folder}"
-    if lines := describe_missing_weights(needed):
-        raise _Mistake("\n".join(lines))
+    for folder, files in needed.items():
+        yield "weights", f"{', '.join(files)} in {folder}"
+
+    missing = describe_missing_weights(needed)
+    if missing:
+        raise _Mistake("\n".join(missing))
 
 
-def _storage(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
+def _may_need_weights(job: Job) -> bool:
+    """Return whether the job may need files of weights; to find out which ones takes seconds of imports."""
+    if isinstance(job, EvaluateJob):
+        return not set(job.evaluate.metrics) <= OWN_METRICS.keys()
+    if isinstance(job, ColabatorJob):
+        coherence = job.coherence
+        if coherence.clarity == "daclip" or coherence.quality not in QUALITY_NAMES:
+            return True
+    return isinstance(job, TrainingJob) and job.loss.weights is not None
+
+
+def _check_storage(job: Job) -> Notes:
+    """Check that the storage answers, and tell where MLflow's records go."""
     storage = locate(job.storage)
     state = "exists" if storage.exists() else "will be made"
-    yield f"storage   {storage.uri} ({state})"
-    yield f"mlflow    {job.tracking.uri or 'mlflow.db in the storage folder'}, experiment {job.tracking.experiment}"
+    yield "storage", f"{storage.uri} ({state})"
+    yield "mlflow", f"{job.tracking.uri or 'mlflow.db in the storage folder'}, experiment {job.tracking.experiment}"
 
 
-def _machines(job: Job, earlier: Sequence[Job]) -> Iterator[str]:
+def _check_machines(job: Job) -> Notes:
+    """Tell which machines the job needs; without a cluster, check that this machine has the GPUs."""
+    cluster = os.environ.get("RAY_ADDRESS")
+    where = cluster or "a local Ray"
     if isinstance(job, EvaluateJob | DehazeJob):
-        yield f"machines  every GPU, else every CPU, of {os.environ.get('RAY_ADDRESS') or 'a local Ray'}"
+        yield "machines", f"every GPU, else every CPU, of {where}"
         return
+
+    who, key, work = "workers", "cluster.gpus_per_worker", "train"
+    if isinstance(job, ServeJob):
+        who, key, work = "replicas", "serve.gpus_per_replica", "serve"
+        yield "serves", f"{job.serve.host}, port {job.serve.port}, path {job.serve.path}"
+
+    # An elastic job runs with its fewest workers, so it needs no more than they do.
     size = job.whole_cluster
     cpus = size.min_workers * size.cpus_per_worker + size.data_cpus
     gpus = size.min_workers * size.gpus_per_worker
-    where = os.environ.get("RAY_ADDRESS")
-    needs = f"{'at least ' if size.is_elastic else ''}{cpus:g} CPUs and {gpus:g} GPUs in all"
-    who, key, work = ("workers", "cluster.gpus_per_worker", "train")
-    if isinstance(job, ServeJob):
-        who, key, work = ("replicas", "serve.gpus_per_replica", "serve")
-        yield f"serves    {job.serve.host}, port {job.serve.port}, path {job.serve.path}"
-    yield f"machines  {size.workers_text} {who}; {needs}, on {where or 'a local Ray'}"
-    if gpus and not where and gpus > count_driver_gpus():
+    needs = f"{cpus:g} CPUs and {gpus:g} GPUs in all"
+    if size.is_elastic:
+        needs = f"at least {needs}"
+    yield "machines", f"{size.workers_text} {who}; {needs}, on {where}"
+
+    # A cluster is not asked for its GPUs: this check starts and joins nothing.
+    if gpus and not cluster and gpus > count_driver_gpus():
         raise _Mistake(
             f"{key}: {gpus:g} GPUs in all, but this machine has {count_driver_gpus()} "
             f"(set RAY_ADDRESS to use a cluster, or 0 to {work} on the CPU)"

@@ -13,9 +13,9 @@ def test_pairs_and_every_held_out_set_are_looked_at(dataset, tmp_path):
     assert mistakes == []
     assert notes[:4] == [
         "data      6 pairs of degraded and clean images, 6 real hazy",
-        "held out  6 images, measured as val/...",
-        "held out  8 images, measured as val/far/...",
-        "held out  6 images, measured as val/near/...",
+        "validate  6 images, measured as val/...",
+        "validate  8 images, measured as val/far/...",
+        "validate  6 images, measured as val/near/...",
     ]
 
 
