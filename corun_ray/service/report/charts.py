@@ -42,7 +42,7 @@ def draw_line_chart(title: str, lines: Mapping[str, Points], x_label: str = "ste
 
 
 def _extract_svg(document: str) -> str:
-    """Return the `<svg>` element of an SVG file, without a size of its own."""
+    """Extract the `<svg>` element of an SVG file, without its size."""
     _, _, rest = document.partition("<svg")
     attributes, _, drawing = rest.partition(">")
     attributes = re.sub(r' (?:width|height)="[^"]*"', "", attributes)  # The page sets the width.

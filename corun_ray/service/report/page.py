@@ -75,6 +75,7 @@ def render(title: str, summary: str, sections: Sequence[PageSection]) -> bytes:
 
 @cache
 def _load_template() -> Template:
+    """Load the page's template, once a process."""
     # Everything is escaped but the charts, which are SVG elements already.
     environment = Environment(loader=PackageLoader("corun_ray.service.report", "."), autoescape=True, trim_blocks=True)
     environment.filters["data_uri"] = _encode_data_uri

@@ -71,10 +71,10 @@ def estimate_interval(values: NDArray[np.float64]) -> Interval:
 
 
 def compare(first: NDArray[np.float64], second: NDArray[np.float64], lower_better: bool) -> Comparison:
-    """Compare two models by their values of the same images, in the same order.
+    """Compare two models by their values of the same images.
 
-    Images without a finite value of both are skipped. The verdict is the sign-flip test's; with five images or fewer
-    the test can show no difference.
+    The values are in the same order. Images without a finite value of both are skipped. The verdict is the sign-flip
+    test's; with five images or fewer the test can show no difference.
     """
     from scipy import stats
 

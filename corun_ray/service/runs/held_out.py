@@ -71,6 +71,7 @@ class ValidationLog:
 
     def at(self, step: int) -> dict[tuple[str, str], dict[str, float]]:
         """Return (set, metric) → image → value after `step` steps."""
+        # Sorted keys: sets, metrics and images come in a fixed order.
         found: dict[tuple[str, str], dict[str, float]] = {}
         for (at, prefix, image, metric), value in sorted(self.values.items()):
             if at == step:
@@ -82,6 +83,8 @@ class ValidationLog:
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(COLUMNS)
+
+        # Sorted: the same values always give the same file.
         for key, value in sorted(self.values.items()):
             writer.writerow([*key, f"{value:.8g}"])
         return text.getvalue().encode()
@@ -116,6 +119,7 @@ def find_pictured_steps(run: Location) -> dict[str, list[int]]:
     if not place.exists():
         return {}
 
+    # Listings come in order of paths, so the steps of an image come in order.
     found: dict[str, list[int]] = {}
     for path in place.list_files():
         match = RESTORED_PICTURE.fullmatch(path)
@@ -147,6 +151,7 @@ def read_examples(run: Location, step: int) -> list[Example]:
 
     Raises `StorageError`.
     """
+    # An image may lack a picture of this step although it has as many as the others.
     steps = find_pictured_steps(run)
     examples = []
     for name in select_always_pictured(steps):

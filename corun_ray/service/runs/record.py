@@ -113,14 +113,17 @@ def find_last_run(job: TrainingJob) -> Location | None:
 
 
 def find_run_to_resume(job: TrainingJob, digest: str) -> tuple[Location, RunRecord] | None:
-    """Find the run that `--resume` continues, with its record; None without an earlier run.
+    """Find the run that `--resume` continues, with its record.
 
-    `digest` is that of the job's manifest. Raises `StorageError`, and `ResumeError` where job or data have changed.
+    None without an earlier run. `digest` is that of the job's manifest.
+
+    Raises `StorageError`, and `ResumeError` where job or data have changed.
     """
     run = find_last_run(job)
     if run is None:
         return None
 
+    # A resumed run must continue to learn from the same data by the same settings.
     record = read_record(run)
     refuse_changes(job, run, record, digest)
     return run, record

@@ -56,7 +56,10 @@ class Log:
         self._write(logging.WARNING, event, fields)
 
     def error(self, event: str, **fields: Any) -> None:
-        """Write an event that ends this part of the run, with the traceback of the exception being handled."""
+        """Write an event that ends this part of the run.
+
+        Within an `except`, the line has the traceback.
+        """
         self._write(logging.ERROR, event, fields)
 
     def _write(self, level: int, event: str, fields: Mapping[str, Any]) -> None:
@@ -81,7 +84,7 @@ def redact(text: str) -> str:
 
 
 def _make_writable(value: Any) -> Any:
-    """Redact a text, and turn NaN and infinity into texts: JSON has neither."""
+    """Convert a value for JSON, which has no NaN and no infinity; hide secrets."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, float) and not math.isfinite(value):
@@ -90,7 +93,7 @@ def _make_writable(value: Any) -> Any:
 
 
 def get_log_folder() -> Path:
-    """Return the folder of this node's logs in the Ray session of this process."""
+    """Return the folder of this node's logs in the Ray session."""
     context = ray.get_runtime_context()
     return Path(context.get_temp_dir(), context.get_session_name(), "logs")
 
@@ -115,6 +118,7 @@ class _SessionFile(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line; open another file if the process has joined another session."""
         try:
+            # A process may outlive its session (tests do).
             path = str(get_log_folder() / f"{FILE_PREFIX}{ray.get_runtime_context().get_worker_id()}.log")
             if self._file is None or self._file.baseFilename != path:
                 if self._file is not None:

@@ -127,7 +127,7 @@ DEHAZED_PIXELS = _counter("corun_dehazed_pixels_total", "Pixels of the images th
 
 
 def make_job_labels(job: Job, run: str) -> dict[str, str]:
-    """Return the values of `TRAINING` for a job and the name of its run."""
+    """Return the values of `TRAINING` for a job and a run's name."""
     return {"job_name": job.name, "kind": job.kind, "run": run}
 
 
@@ -149,6 +149,7 @@ class MetricRecorder:
 
         A total that has shrunk started again: its growth counts from its new value on.
         """
+        # Each combination of labels has a total of its own.
         key = (metric.name, *labels.values())
         self.add(metric, total - self._totals.get(key, 0.0), **labels)
         self._totals[key] = total

@@ -121,6 +121,9 @@ class BoardState:
 
 
 def start_board() -> ActorProxy[BoardState]:
-    """Start the board on the driver's node; the actor lives as long as the driver holds the handle."""
+    """Start the board on the driver's node.
+
+    The actor lives as long as the driver holds the handle.
+    """
     driver_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     return ray.remote(num_cpus=0, label_selector=driver_node)(BoardState).remote()

@@ -64,7 +64,7 @@ class Checkpointer:
         self._is_idle.set()
 
     def save(self, client: PoolClient | None, keeper: PoolKeeper | None) -> None:
-        """Fix the run as of now and start writing it, once a step.
+        """Save the run as of now, once a step, in the background.
 
         The snapshot holds every label that any rank has offered so far. Waits for the save before this one.
 
@@ -102,20 +102,23 @@ class Checkpointer:
         )
 
     def discard_later(self) -> None:
-        """Delete checkpoints of later steps than the state's: a crash came before Ray Train registered them."""
+        """Delete checkpoints of later steps than the state's.
+
+        Their run crashed before Ray Train registered them.
+        """
         for step in list_checkpoint_steps(self._run):
             if step > self._state.step:
                 self._run.child(name_checkpoint(step)).delete()
 
     def _write_locally(self, step: int, has_pool: bool) -> str:
-        """Write the state to a new local folder, which names the pool's snapshot of the step."""
+        """Write the state, with the name of its pool snapshot, to a local folder."""
         folder = tempfile.mkdtemp(prefix="corun-checkpoint-")
         extra = {"pool_snapshot": snapshots.format_name(step) if has_pool else None, "seed": self._seed}
         checkpoints.save_run(Path(folder), self._state, self._spec, extra)
         return folder
 
     def _upload(self, step: int, checkpoint: Checkpoint, name: str, pool: FrozenPool | None) -> Checkpoint:
-        """Write pool and checkpoint to storage; report a failure and delete what it left.
+        """Write pool and checkpoint to storage, or report the failure.
 
         Runs in a thread of Ray Train's, which calls again if an object store asks for a retry.
         """
@@ -131,7 +134,7 @@ class Checkpointer:
             self._is_idle.set()
 
     def _write_to_storage(self, step: int, checkpoint: Checkpoint, name: str, pool: FrozenPool | None) -> Checkpoint:
-        """Write segments, snapshot and checkpoint, then delete snapshots that no checkpoint needs."""
+        """Write segments, snapshot and checkpoint, then sweep the pool."""
         started_s = time.monotonic()
 
         # The snapshot comes before the checkpoint that names it.
@@ -159,7 +162,7 @@ class PreemptionWatch:
         self._nodes: list[str] = []
 
     def is_due(self, step: int) -> bool:
-        """Tell, on all ranks alike, whether a preemption has been announced since the last look."""
+        """Tell all ranks alike whether a preemption has just been announced."""
         if step % PREEMPTION_EVERY_STEPS:
             return False
 

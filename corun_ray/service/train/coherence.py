@@ -65,9 +65,9 @@ def build_losses(
 
 
 def check_scoring(job: TrainingJob) -> None:
-    """Build scorers and losses once, and try the scorers on images of the sizes of training.
+    """Try to build scorers and losses, and to rate images.
 
-    So a mistake is found before any worker starts.
+    The images have the sizes of training. So a mistake is found before any worker starts.
 
     Raises `WeightsError`, also for a scorer that cannot rate such images.
     """
@@ -155,7 +155,10 @@ class SharedCoherence(Coherence):
         super().__init__(plain.clarity, plain.quality, plain.block_px, plain.combine)
 
     def rate_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Rate blocks `N 3 H W`. All ranks must call this equally often, also without blocks. See `Coherence`."""
+        """Rate blocks `N 3 H W`.
+
+        All ranks must call this equally often, also without blocks. See `Coherence`.
+        """
         counts = _gather_counts(len(blocks), blocks.device)
         if not any(counts):
             return super().rate_blocks(blocks)
@@ -169,7 +172,7 @@ class SharedCoherence(Coherence):
 
 
 def plan_exchange(counts: Sequence[int], rank: int) -> tuple[list[int], list[int]]:
-    """Return how many blocks `rank` gives to each rank, and how many it takes from each.
+    """Return the numbers of blocks that `rank` gives to and takes from each rank.
 
     `counts` are the ranks' own blocks. After the exchange, the numbers of any two ranks differ by at most one. Blocks
     are numbered through all ranks and every rank takes one stretch of them, so their order is kept.
@@ -198,7 +201,7 @@ def _gather_counts(count: int, device: torch.device) -> list[int]:
 
 
 def _exchange(rows: Tensor, num_given: list[int], num_taken: list[int]) -> Tensor:
-    """Give rows to other ranks and return those taken from others, in order of the ranks."""
+    """Give rows to the other ranks; return the rows taken, in order of ranks."""
     taken = rows.new_empty(sum(num_taken), *rows.shape[1:])
     dist.all_to_all_single(taken, rows.contiguous(), num_taken, num_given)
     return taken

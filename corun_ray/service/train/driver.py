@@ -108,9 +108,9 @@ def run_training(
 
 
 def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
-    """Check data, weights and network before any worker starts; return the manifest and the starting model.
+    """Check data, weights and network before any worker starts.
 
-    A network's own class may lie in `folder`.
+    Returns the manifest and the model to start from. A network's own class may lie in `folder`.
 
     Raises `StorageError`, `ManifestError`, `ModelSourceError`, `WeightsError` and `JobFailed`.
     """
@@ -125,7 +125,7 @@ def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
 
 
 def _find_finished_model(job: TrainingJob, run: Location, record: RunRecord) -> str | None:
-    """Return the model of a run that has done all of the job's steps; None for other runs."""
+    """Return a run's model if it has done all of the job's steps."""
     is_finished = job.train.steps <= max(list_checkpoint_steps(run), default=0)
     return record.model if is_finished else None
 
@@ -133,7 +133,7 @@ def _find_finished_model(job: TrainingJob, run: Location, record: RunRecord) -> 
 def _open_session(
     job: TrainingJob, manifest: Manifest, model: Model, earlier: tuple[Location, RunRecord] | None, parent: str | None
 ) -> Session:
-    """Open the run's folder and its MLflow run: the earlier ones where there are any, else new ones.
+    """Open the earlier run, or a new one, in storage and in MLflow.
 
     Raises `TrackingError`.
     """
@@ -150,7 +150,7 @@ def _open_session(
 def _train(
     session: Session, facts: Mapping[str, str], console: Console, listen: Listener | None
 ) -> tuple[str, dict[str, str]]:
-    """Run the workers to the last step; return the model's URI and the results for the footer."""
+    """Run the workers to the last step; return model URI and footer lines."""
     # Record the job. The job file comes before the record: a run that has a record can be resumed.
     job_file = dump_job(session.job).encode()
     session.run.child(JOB_FILE).write(job_file)
@@ -183,7 +183,7 @@ def _train(
 
 
 def _start_actors(session: Session) -> WorkerPlan:
-    """Start the board, the label pool and the cache; return the plan of the workers."""
+    """Start board, label pool and cache; return the workers' plan."""
     job = session.job
     board = start_board()
     board.report_bad.remote(session.manifest.skipped)
@@ -205,7 +205,9 @@ def _start_actors(session: Session) -> WorkerPlan:
 
 
 def _publish_outcome(session: Session, facts: Mapping[str, str], result: Result, log: ValidationLog) -> str:
-    """Write the report, log the model, and register the model under a name the job gives; return the model's URI.
+    """Write the report, log and register the model; return its URI.
+
+    The model is registered only if the job gives a name.
 
     Raises `StorageError`, and `JobFailed` for a training without a checkpoint.
     """
@@ -245,7 +247,7 @@ def _describe_rest(run: Location) -> str:
 
 
 def _describe_session(session: Session, cluster: str) -> dict[str, str]:
-    """Return the facts of the console's header; `cluster` describes the Ray cluster."""
+    """Return the facts of the header; `cluster` describes the Ray cluster."""
     job, size = session.job, session.job.cluster
     device = f"{size.gpus_per_worker:g} GPU" if size.gpus_per_worker else f"{size.cpus_per_worker:g} CPU"
     return {
@@ -287,7 +289,10 @@ def _describe_network(job: TrainingJob, model: Model) -> str:
 
 
 def _describe_steps(job: TrainingJob) -> str:
-    """Describe steps, batches and patches: `100 steps of 8 then 4 x 2 images at 64 then 128 px`."""
+    """Describe steps, batches and patches.
+
+    `100 steps of 8 then 4 x 2 images at 64 then 128 px`.
+    """
     spans = plan_phases(job)
     batches = " then ".join(str(phase.batch) for phase in spans)
     patches = " then ".join(str(phase.patch_px) for phase in spans)

@@ -95,7 +95,7 @@ class Follower:
             raise self._failure
 
     def summarise(self) -> dict[str, str]:
-        """Return the last state of label pool, restarts and validation, for the footer."""
+        """Return the footer's lines on label pool, restarts and validation."""
         facts = {}
         if "pool/labels" in self._latest:
             labels, wins = int(self._latest["pool/labels"]), int(self._latest["pool/wins"])
@@ -111,7 +111,7 @@ class Follower:
         return facts
 
     def _follow(self) -> None:
-        """Pass events on until training ends, then the last ones. This is the thread's function."""
+        """Pass events on until training ends (the thread's function)."""
         try:
             while not self._stopping.wait(POLL_S):
                 events = ray.get(self._board.take_events.remote())
@@ -157,7 +157,7 @@ class Follower:
         self._gauges.refresh()
 
     def _pass_on_error(self, rank: int, traceback: str) -> None:
-        """Report a failed worker by the cause, and append the whole traceback to the run's file."""
+        """Report the cause, and add the traceback to the run's file."""
         cause = find_root_cause(traceback)
         self._console.say(f"  worker {rank} failed: {cause}")
         self._log.warning("worker failed", rank=rank, error=cause)
@@ -166,7 +166,7 @@ class Follower:
         self._save(ERRORS_FILE, self._errors.encode())
 
     def _pass_on_attempt(self, attempt: Attempt) -> None:
-        """Report a start of the workers; only restarts are shown on the console."""
+        """Report a start of the workers; the console shows restarts alone."""
         self._num_attempts += 1
         event = "workers started"
         if self._num_attempts > 1:
@@ -192,7 +192,7 @@ class Follower:
             self._listen(step, metrics)
 
     def _save_measured(self, step: int, measured: list[MeasuredImage]) -> None:
-        """Save the values of validation images, and the pictures of those that have some."""
+        """Save values and pictures of validation images."""
         self.validation.add(step, measured)
         self._save(VALIDATION_FILE, self.validation.to_csv())
 
@@ -203,7 +203,10 @@ class Follower:
                 self._save(f"{folder}/{name_picture(step)}", one.pictures.output)
 
     def _save(self, name: str, content: bytes) -> None:
-        """Write a file for people to the run's folder; a failed write is reported and does not end the training."""
+        """Write a file to the run's folder, or report the failed write.
+
+        The file is for people: the training does not end for lack of it.
+        """
         try:
             self._session.run.child(name).write(content)
         except StorageError as error:
@@ -222,7 +225,7 @@ class Follower:
             self._console.say(f"  {text}")
 
     def _list_details(self, num_bad_files: int) -> list[str]:
-        """List the details of the live line: loss, validation, label pool, bad files."""
+        """List the details of the live line."""
         latest, details = self._latest, []
         if "loss/total" in latest:
             details.append(f"loss {latest['loss/total']:.4f}")
@@ -290,7 +293,7 @@ class NodeWatch:
         self._first_ids = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
     def __call__(self) -> str:
-        """Describe the cluster: the number of live nodes, and the addresses of those lost since the start."""
+        """Describe the cluster: `3 nodes in the cluster, lost: 10.0.0.2`."""
         alive, dead = [], []
         for node in ray.nodes():
             if node["Alive"]:
@@ -324,7 +327,10 @@ class StallDetector:
         """The nodes in this pause's last report; None before the first."""
 
     def update(self, step: int) -> str | None:
-        """Return the line to show now that `step` steps are done; None for none. The first step is waited for."""
+        """Return the line to show now that `step` steps are done, if any.
+
+        Nothing is reported before the first step.
+        """
         paused_s = self._clock() - self._since_s
         if step != self._step:
             return self._end_pause(step, paused_s)
@@ -345,7 +351,7 @@ class StallDetector:
         return f"no step for {paused_s:.0f} s after step {step} ({nodes})"
 
     def _end_pause(self, step: int, paused_s: float) -> str | None:
-        """Start a new pause after another step; return a line if the pause before it was reported."""
+        """Start a new pause; return a line if the last one was reported."""
         text = None if self._reported_nodes is None else f"steps continue after {paused_s:.0f} s"
 
         # The wait for the first step is no pause: starting takes longer than any step.

@@ -26,7 +26,7 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def fit(plan: WorkerPlan, run: Location, console: Console) -> Result:
-    """Train from the run's last checkpoint, if it has one, to the last step.
+    """Train from the run's last checkpoint to the last step.
 
     Ray Train restarts failed workers. If its controller fails, `fit` starts another. Each resumes from the last
     checkpoint and may happen `cluster.max_failures` times.
@@ -51,7 +51,10 @@ def fit(plan: WorkerPlan, run: Location, console: Console) -> Result:
 
 
 def describe_failure(error: Exception) -> list[str]:
-    """Describe a failure of Ray Train, one cause a line. The run's errors.log has the tracebacks."""
+    """Describe a failure of Ray Train, one cause a line.
+
+    The run's errors.log has the tracebacks.
+    """
     if isinstance(error, WorkerGroupError):
         lines = []
         for rank, failure in sorted(error.worker_failures.items()):
@@ -64,7 +67,7 @@ def describe_failure(error: Exception) -> list[str]:
 
 
 def _make_trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
-    """Make the trainer of the run `name`, whose checkpoints go to the job's storage."""
+    """Make the trainer of the run `name` in the job's storage."""
     job, storage = plan.job, locate(plan.job.storage)
     return TorchTrainer(
         functools.partial(train_worker, plan),
@@ -122,9 +125,10 @@ class _NodeBackend(_TorchBackend):
 
 
 def use_interface_of_node() -> None:
-    """Tell gloo, in this process, the interface of the address by which Ray knows the node.
+    """Tell gloo, in this process, the node's network interface.
 
-    A value that the environment already has stays. An address of none of the interfaces changes nothing.
+    It is the interface of the address by which Ray knows the node. A value that the environment already has stays. An
+    address of none of the interfaces changes nothing.
     """
     if GLOO_INTERFACE in os.environ:
         return

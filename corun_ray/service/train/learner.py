@@ -28,9 +28,10 @@ from corun_ray.service.data.sample_maker import Batch
 
 
 def derive_step_seed(seed: int, step: int, place: int) -> int:
-    """Return the RNG seed of one batch, the `place`-th of all workers' at a step.
+    """Return the RNG seed of one batch.
 
-    The seed follows from the job alone, so a resumed run needs no saved RNG state.
+    The batch is the `place`-th of all workers' at a step. The seed follows from the job alone, so a resumed run needs
+    no saved RNG state.
     """
     return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{place}".encode(), digest_size=8).digest(), "big")
 
@@ -63,9 +64,9 @@ class Learner:
             self.colabator = Colabator(teacher, coherence, pool, losses, job.pool.encoding)
 
     def learn(self, batch: Batch) -> Iterator[StepOutput]:
-        """Add a step's gradients to the state, averaged over the parts of `batch` and over all ranks.
+        """Add a step's gradients to the state, part by part.
 
-        Yields the losses and labels of each part.
+        They are means over the parts of `batch` and over all ranks. Yields the losses and labels of each part.
         """
         num_parts = self._job.train.accumulate
         part_images = len(batch["index"]) // num_parts
@@ -98,7 +99,10 @@ class Learner:
         return self.colabator.step(self._student, synthetic, real, self._state.step)
 
     def _to_device(self, images: np.ndarray) -> Tensor:
-        """Convert uint8 `B H W 3` to float `B 3 H W` in [0, 1]; bytes travel to the device, not floats."""
+        """Convert uint8 `B H W 3` to float `B 3 H W` in [0, 1].
+
+        Bytes travel to the device, a quarter of the floats.
+        """
         return torch.from_numpy(images.copy()).to(self._device).permute(0, 3, 1, 2).float() / 255
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -106,7 +110,7 @@ class Learner:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._job.optim.precision == "bf16")
 
     def _wrap_student(self, student: nn.Module) -> nn.Module:
-        """Compile the student if the job says so, and average its gradients over the ranks if there are several."""
+        """Wrap the student for compilation, and for gradients averaged over ranks."""
         if self._job.optim.compile:
             student = compile_network(student)
         if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -38,7 +38,10 @@ class WorkerTelemetry:
         self._last_gpu_look_s = -GPU_MEMORY_EVERY_S
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches, and record each as a step, which ends when the next batch is asked for."""
+        """Yield the batches, and record each as a step.
+
+        A step ends when the next batch is asked for.
+        """
         while True:
             # Wait for the batch.
             started_s = time.perf_counter()
@@ -59,7 +62,7 @@ class WorkerTelemetry:
         self._recorder.add(prometheus.PAUSES, time.perf_counter() - started_s, cause=cause)
 
     def _record_step(self, num_images: int, waited_s: float, step_s: float) -> None:
-        """Record one step, and the growth of the totals that scorers and pool keep."""
+        """Record one step and the totals of scorers and pool."""
         recorder = self._recorder
         recorder.add(prometheus.STEPS)
         recorder.add(prometheus.IMAGES, num_images)
@@ -103,7 +106,7 @@ class Meter:
         self._since_s = time.perf_counter()
 
     def end_step(self, lr: float) -> None:
-        """Count one optimizer step, made with learning rate `lr` on the batches added since the last."""
+        """Count an optimizer step on the batches added since the last."""
         self._num_steps += 1
         self._lr = lr
 
@@ -126,7 +129,10 @@ class Meter:
         self._num_batches += 1
 
     def reduce(self) -> dict[str, float]:
-        """Return means since the last call, over all workers, and totals of `COUNTED`. All ranks call it at once."""
+        """Return means since the last call, and the totals of `COUNTED`.
+
+        They are of all workers. All ranks must call this at once.
+        """
         num_workers = dist.get_world_size() if dist.is_initialized() else 1
 
         # One exchange for all metrics.

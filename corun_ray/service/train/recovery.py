@@ -15,10 +15,10 @@ STATE_FILE = "checkpoint_manager_snapshot.json"
 
 
 def find_start_checkpoint(run: Location) -> str | None:
-    """Find the URI of the checkpoint to resume from if Ray Train's own list is missing or unusable.
+    """Find the checkpoint to resume from without Ray Train's own list.
 
-    An unusable list is deleted, since Ray Train would refuse to start. None if the list is good, or if there is no
-    whole checkpoint.
+    Returns its URI if the list is missing or unusable; None if the list is good, or if there is no whole checkpoint.
+    An unusable list is deleted, since Ray Train would refuse to start.
 
     Raises `StorageError`.
     """
@@ -42,7 +42,8 @@ def find_last_step(run: Location) -> int | None:
 
 
 def _has_usable_list(run: Location) -> bool:
-    """Tell whether Ray Train's list is of this version of Ray and names existing folders."""
+    """Tell whether Ray Train's list of checkpoints can be used."""
+    # Ray Train refuses a list of another version, or one that names folders that are gone.
     try:
         state = json.loads(run.child(STATE_FILE).read())
         names = {one["checkpoint_dir_name"] for one in state["checkpoint_results"]}
@@ -53,6 +54,7 @@ def _has_usable_list(run: Location) -> bool:
 
 def _is_whole(checkpoint: Location) -> bool:
     """Tell whether all files of a checkpoint are complete."""
+    # Reading the record checks that no file is cut short.
     with tempfile.TemporaryDirectory() as folder:
         try:
             read_record(checkpoint.download(Path(folder)))

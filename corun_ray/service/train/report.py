@@ -93,7 +93,7 @@ def build_training_report(
 
 
 def _tabulate_result(log: ValidationLog) -> list[Table]:
-    """Tabulate the means of the last validation; nothing without a validation."""
+    """List the means of the last validation, if there is one."""
     if log.last_step is None:
         return []
 
@@ -106,7 +106,7 @@ def _tabulate_result(log: ValidationLog) -> list[Table]:
 
 
 def _make_sliders(run: Location, pictured: Mapping[str, Sequence[int]], images: Sequence[str]) -> list[Slider]:
-    """Make a slider for each image, with some of the steps it is pictured at (image → steps)."""
+    """Make a slider for each image; `pictured` is image → steps."""
     sliders = []
     for name in images:
         # Evenly spread steps, the first and the last among them.
@@ -121,7 +121,7 @@ def _make_sliders(run: Location, pictured: Mapping[str, Sequence[int]], images: 
 
 
 def _picture_extremes(run: Location, log: ValidationLog, pictured: Mapping[str, Sequence[int]]) -> list[PictureItem]:
-    """Picture the best and the worst image by each metric of the last validation."""
+    """Show the best and the worst image by each metric."""
     last = log.last_step
     if last is None:
         return []
@@ -177,7 +177,10 @@ def _draw_validation_charts(curves: Mapping[str, Points]) -> list[Charts]:
 
 
 def _picture_stages(run: Location, checkpoint: Path, images: Sequence[str], last: int | None) -> list[PictureItem]:
-    """Picture the first images after each stage of the network; nothing for a network without stages."""
+    """Show the first images after each stage of the network.
+
+    Nothing for a network without stages.
+    """
     network = load_network(checkpoint).network
     if last is None or not hasattr(network, "unfold"):
         return []
@@ -193,7 +196,7 @@ def _picture_stages(run: Location, checkpoint: Path, images: Sequence[str], last
 
 
 def _tabulate_environment(facts: Mapping[str, str]) -> Table:
-    """Tabulate the run's facts, the cluster, and the versions of code and libraries."""
+    """List the run's facts, cluster, and versions of code and libraries."""
     resources = ray.cluster_resources() if ray.is_initialized() else {}
     amounts = []
     for kind in ("CPU", "GPU"):

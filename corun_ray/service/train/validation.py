@@ -51,10 +51,10 @@ class Validator:
             self.pictured.append({key for key, _ in one.pairs[:num_pictured]})
 
     def measure(self, network: nn.Module) -> tuple[dict[str, float], list[MeasuredImage]]:
-        """Return the metrics of all sets, as means over all ranks, and this rank's images one by one.
+        """Measure this rank's images; return metrics and images.
 
-        Metrics are `val/fade`, and `val/psnr` and `val/ssim` where the set has clear images; those of a named set are
-        `val/NAME/...`. Every rank calls this at once.
+        Metrics are means over the images of all ranks: `val/fade`, and `val/psnr` and `val/ssim` where the set has
+        clear images. Those of a named set are `val/NAME/...`. Every rank calls this at once.
         """
         metrics: dict[str, float] = {}
         measured: list[MeasuredImage] = []
@@ -102,7 +102,7 @@ class Validator:
         return gallery
 
     def _measure_scene(self, validation_set: ValidationSet, scene: Tensor, clear_key: str | None) -> dict[str, float]:
-        """Measure a restored image `1 3 H W` by itself, and against the clear image where there is one."""
+        """Measure a restored image `1 3 H W`, also against a clear image."""
         values = {"fade": fade(scene).item()}
         if clear_key is not None:
             assert validation_set.clear_root is not None
@@ -129,7 +129,7 @@ class Validator:
     # --- Rows of the grid ---
 
     def _read_photos(self, root: str, count: int) -> dict[str, ImageU8]:
-        """Read the first `count` usable photographs. Bad ones are skipped, as in the stream."""
+        """Read the first `count` photographs that can be used."""
         photos: dict[str, ImageU8] = {}
         for key in self.manifest.hazy:
             if len(photos) == count:
@@ -141,7 +141,7 @@ class Validator:
     def _make_label_rows(
         self, network: nn.Module, colabator: Colabator, photos: Mapping[str, ImageU8]
     ) -> list[PictureRow]:
-        """Make a row of each photograph: the restoration, the label, and where the label is trusted."""
+        """Make rows of photographs: restoration, label and trust map."""
         rows = []
         labels = colabator.pool.prefetch(list(photos)).result()
         for image, label in zip(photos.values(), labels, strict=True):
@@ -164,7 +164,7 @@ class Validator:
         return apply_colour_map(trust[0, 0].numpy())
 
     def _make_validation_rows(self, network: nn.Module, count_each: int) -> list[PictureRow]:
-        """Make a row of each of the first images of every set, with the clear image where there is one."""
+        """Make rows of the first images of every set."""
         rows = []
         for one in self.sets:
             for hazy_key, clear_key in one.pairs[:count_each]:
@@ -182,7 +182,7 @@ class Validator:
         return {**self._make_restored_row(network, sample["hazy"]), "truth": sample["clear"]}
 
     def _make_restored_row(self, network: nn.Module, hazy: ImageU8) -> PictureRow:
-        """Make a row of a hazy image, its restoration, and the transmission where the network gives one."""
+        """Make a row of a hazy image, its restoration and any transmission."""
         scene, transmission = restore(network, to_tensor(hazy).to(self.device))
         row: PictureRow = {"hazy": hazy, "output": to_image(scene)}
         if transmission is not None:
@@ -201,7 +201,10 @@ class Gallery:
         """(metric, `HIGHEST` or `LOWEST`) → (value times the sign, image)."""
 
     def add(self, measured: MeasuredImage, render: Callable[[], tuple[ImageU8, ImageU8]]) -> None:
-        """Add an image. `render` returns input and output; it is called only if the pictures are kept."""
+        """Add an image.
+
+        `render` returns input and output. It is called only if the pictures are kept.
+        """
         self._measured.append(measured)
         self._update_extremes(measured)
 
@@ -218,13 +221,13 @@ class Gallery:
             del self._pictures[image]
 
     def list_measured(self) -> list[MeasuredImage]:
-        """List all images in the order they were added, with the pictures that were kept."""
+        """List all images as added, with the pictures that were kept."""
         return [replace(one, pictures=self._pictures.get(one.image)) for one in self._measured]
 
     def _update_extremes(self, measured: MeasuredImage) -> None:
-        """Note where the image is the best or worst so far. An undefined value is neither."""
+        """Note where the image is the best or worst so far."""
         for metric, value in measured.values.items():
-            if math.isnan(value):
+            if math.isnan(value):  # Neither best nor worst.
                 continue
             for sign in (HIGHEST, LOWEST):
                 best = self._extremes.get((metric, sign))

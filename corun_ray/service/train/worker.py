@@ -37,7 +37,7 @@ from corun_ray.service.weights.needed import open_weights
 
 
 def train_worker(plan: WorkerPlan) -> None:
-    """Train from the last checkpoint, if there is one, to the job's last step. Ray Train runs this in each worker."""
+    """Train to the job's last step, in a worker of Ray Train."""
     rank, worker = ray.train.get_context().get_world_rank(), None
     log = Log("worker", plan.labels, rank=rank)
     try:
@@ -93,7 +93,7 @@ class Worker:
         self.preemption = PreemptionWatch(self.rank, plan.board, log)
 
     def train(self) -> None:
-        """Train on this rank's batches, one optimizer step each, to the end of the run."""
+        """Train on this rank's batches, one optimizer step each."""
         job, state = self.job, self.state
         self.log.info("worker started", step=state.step, workers=self.num_workers, device=str(self.device))
 
@@ -128,7 +128,7 @@ class Worker:
     # --- Before the loop ---
 
     def _prepare_device(self) -> torch.device:
-        """Return Ray Train's device for this worker; set up torch for training on a CPU."""
+        """Return this worker's device; set torch up for a CPU."""
         device = ray.train.torch.get_device()
         if device.type == "cpu":
             keep_freed_memory()
@@ -143,7 +143,7 @@ class Worker:
         return network
 
     def _restore_state(self) -> str | None:
-        """Restore the state from the last checkpoint; return the pool snapshot saved with it, if any."""
+        """Restore the last checkpoint's state; return its pool snapshot, if any."""
         # Ray Train's own checkpoint comes first. After a restart of Ray Train, the driver may have found one.
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None and self.plan.start_from is not None:
@@ -156,7 +156,10 @@ class Worker:
             return checkpoints.load_run(Path(folder), self.state, self.model.spec)["pool_snapshot"]
 
     def _restore_pool(self, snapshot: str | None) -> PoolClient | None:
-        """Restore the label pool to a snapshot (on rank 0) and connect to it; None for a job without a pool."""
+        """Restore the label pool to a snapshot, and connect to it.
+
+        Rank 0 restores. None for a job without a pool.
+        """
         if not self.plan.shards:
             return None
         generation = None if self.keeper is None else self.keeper.restore(snapshot)
@@ -176,7 +179,7 @@ class Worker:
     # --- In the loop ---
 
     def _stream(self) -> Iterator[Batch]:
-        """Yield this rank's batches from the state's step to the end of the run, phase by phase."""
+        """Yield this rank's batches to the end of the run."""
         state, plan = self.state, self.plan
         if self.rank == 0:
             plan.board.post_attempt.remote(Attempt(state.step, state.num_images_seen, self.num_workers))
@@ -190,11 +193,17 @@ class Worker:
             yield from iterate_batches(broadcast_from_rank_zero(iterators)[self.rank], layout, self.rank)
 
     def _is_due(self, every: int) -> bool:
-        """Tell whether the work of every so many steps is due; after the last step all work is."""
+        """Tell whether work of every so many steps is due.
+
+        After the last step, all work is due.
+        """
         return self.state.step % every == 0 or self.state.step == self.job.train.steps
 
     def _post_metrics(self) -> int:
-        """Post the means since the last call; return, on all ranks alike, the number of bad files."""
+        """Report the means since the last call; return the number of bad files.
+
+        All ranks return the same number.
+        """
         metrics, num_bad_files = self.meter.reduce(), 0
         if self.rank == 0:
             if self.plan.shards:
