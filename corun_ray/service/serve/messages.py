@@ -1,21 +1,21 @@
-"""What a replica answers to the door. Light, as the door has no need of torch."""
+"""Messages between the HTTP app and the replicas. The app has no need of torch, so this module must not import it."""
 
 from typing import NamedTuple
 
 
 class DehazedImage(NamedTuple):
-    """A restored image as a file, and what it took."""
+    """A restored image as a file, and the work on it."""
 
     file: bytes
     num_pixels: int
     batch: int
     """Images that were restored together."""
     restore_s: float
-    """For all of them."""
+    """The network's time for all images of the batch."""
 
 
 class ReplicaHealth(NamedTuple):
-    """A replica that answers."""
+    """The answer of a replica that has its model."""
 
     device: str
     """`cpu` or `cuda`."""

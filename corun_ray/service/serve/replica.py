@@ -1,15 +1,18 @@
-"""A replica of the served model: decodes, restores in batches, encodes; its event loop is never kept busy.
+"""A replica of the served model: it decodes, restores in batches and encodes.
 
-Which images of a batch are restored together."""
+The work runs in threads, so that the replica's event loop always answers.
+"""
 
 import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import ray
 import torch
 from ray import serve
 
@@ -18,101 +21,149 @@ from corun_ray.core.inference.memory import compute_batch_size, fit_in_memory
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.service.inference.photos import Pixels, read_photo, write_photo
 from corun_ray.service.inference.restorers import RestorerActor
+from corun_ray.service.models.sources import Model
 from corun_ray.service.serve.messages import DehazedImage, ReplicaHealth
 from corun_ray.service.serve.uploads import Refusal
 
-Size = TypeVar("Size", bound=Hashable)
-
-
-def group_by_size(sizes: Sequence[Size], at_once: Callable[[Size], int]) -> list[list[int]]:
-    """Positions of images of one size, in order, at most `at_once` of them in a group; the first come first."""
-    by_size: dict[Size, list[int]] = {}
-    for position, size in enumerate(sizes):
-        by_size.setdefault(size, []).append(position)
-    found = []
-    for size, positions in by_size.items():
-        most = at_once(size)
-        found += [positions[start : start + most] for start in range(0, len(positions), most)]
-    return sorted(found)
-
-
 log = logging.getLogger(__name__)
+
+Size = TypeVar("Size", bound=Hashable)
 Outcome = DehazedImage | Refusal
 Restored = tuple[Pixels, int, float]
-"""Pixels, the number of images restored together, and the seconds that it took."""
+"""Pixels, the number of images restored together, and the seconds that their batch took."""
+
+
+@dataclass(frozen=True)
+class ReplicaOptions:
+    """The resources and the batching of a replica."""
+
+    threads: int
+    """CPU threads of the network, and files that are decoded or encoded at a time."""
+    memory_mib: int | None
+    """Memory for a batch at work; None: the default of the device."""
+    gpu_share: float
+    """GPUs of the replica; 0.5 is half of one."""
+    max_batch: int
+    batch_wait_s: float
+    """Time that an image waits for others of its batch."""
 
 
 class Replica(RestorerActor):
-    """Answers with what became of an image; what the image is to blame for is an answer too, never an exception."""
+    """Restores uploaded images. An image that cannot be restored is answered with a `Refusal`, not an exception."""
 
-    def __init__(
-        self,
-        shared: dict[str, Any],
-        threads: int,
-        memory_mib: int | None,
-        gpu_share: float,
-        max_batch: int,
-        batch_wait_s: float,
-    ) -> None:
-        """`shared` as for `RestorerActor`; `gpu_share` is this replica's part of its GPU."""
-        super().__init__(shared, threads, memory_mib)
-        if memory_mib is None and self.device.type == "cuda":
-            self.memory_mib = int(self.memory_mib * min(1.0, gpu_share))
-        self.max_batch = max_batch
-        self._network = ThreadPoolExecutor(1, "network", functools.partial(torch.set_num_threads, threads))
-        self._files = ThreadPoolExecutor(max(1, threads), "files")
-        # Decoded images are large: no more of them than this batch and the next wait for the network.
-        self._decoded = asyncio.Semaphore(2 * max_batch)
-        batching: Any = self._restore
-        batching.set_max_batch_size(max_batch)
-        batching.set_batch_wait_timeout_s(batch_wait_s)
+    def __init__(self, models: Mapping[str, "ray.ObjectRef[Model]"], options: ReplicaOptions) -> None:
+        super().__init__(models, options.threads, options.memory_mib)
 
-    async def alive(self) -> ReplicaHealth:
-        """That this replica has its model and answers."""
+        # Replicas that share a GPU share its memory.
+        if options.memory_mib is None and self.device.type == "cuda":
+            self.memory_mib = int(self.memory_mib * min(1.0, options.gpu_share))
+
+        # One thread runs the network, others decode and encode: the event loop stays free for health checks.
+        set_threads = functools.partial(torch.set_num_threads, options.threads)
+        self._network_thread = ThreadPoolExecutor(1, "network", set_threads)
+        self._file_threads = ThreadPoolExecutor(max(1, options.threads), "files")
+
+        # Decoded images are large: only this batch and the next may wait for the network.
+        self._decoded_slots = asyncio.Semaphore(2 * options.max_batch)
+
+        self.max_batch = options.max_batch
+        batched: Any = self._restore
+        batched.set_max_batch_size(options.max_batch)
+        batched.set_batch_wait_timeout_s(options.batch_wait_s)
+
+    async def report_health(self) -> ReplicaHealth:
+        """Answer that this replica has its model."""
         return ReplicaHealth(self.device.type)
 
     async def dehaze(self, data: bytes, suffix: str) -> Outcome:
-        """A file that `check_image` lets through → the restored one, in the format of `suffix`."""
+        """Restore a file that `check_image` accepts.
+
+        Returns the restored file in the format of `suffix`.
+        """
         loop = asyncio.get_running_loop()
-        async with self._decoded:
+        async with self._decoded_slots:
+            # Decode: only decoding shows some kinds of damage.
             try:
-                photo = await loop.run_in_executor(self._files, read_photo, data)
+                photo = await loop.run_in_executor(self._file_threads, read_photo, data)
             except BadImage as error:
                 return Refusal(400, f"damaged or not supported: {error}")
+
+            # Restore, in a batch with the images of other requests.
             restored = await self._restore(photo.pixels)
             if isinstance(restored, Refusal):
                 return restored
+
             pixels, batch, seconds = restored
-            file = await loop.run_in_executor(self._files, write_photo, photo.with_pixels(pixels), suffix)
+            encode = functools.partial(write_photo, photo.with_pixels(pixels), suffix)
+            file = await loop.run_in_executor(self._file_threads, encode)
         height_px, width_px = pixels.shape[:2]
         return DehazedImage(file, width_px * height_px, batch, seconds)
 
     @serve.batch
     async def _restore(self, images: list[Pixels]) -> list[Restored | Refusal]:
-        return await asyncio.get_running_loop().run_in_executor(self._network, self._restore_all, images)
+        """Restore a batch of images.
+
+        Ray Serve gathers the batch: a caller passes one image and gets one outcome.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._network_thread, self._restore_all, images)
 
     def _restore_all(self, images: list[Pixels]) -> list[Restored | Refusal]:
-        found: dict[int, Restored | Refusal] = {}
-        for group in group_by_size([image.shape[:2] for image in images], self._at_once):
-            for position, outcome in zip(group, self._restore_group([images[n] for n in group]), strict=True):
-                found[position] = outcome
-        return [found[position] for position in range(len(images))]
+        """Restore images of any sizes, in order."""
+        sizes = [image.shape[:2] for image in images]
+        outcomes: dict[int, Restored | Refusal] = {}
+        for positions in group_by_size(sizes, self._choose_group_size):
+            group = [images[position] for position in positions]
+            for position, outcome in zip(positions, self._restore_group(group), strict=True):
+                outcomes[position] = outcome
+        return [outcomes[position] for position in range(len(images))]
 
-    def _at_once(self, size: tuple[int, ...]) -> int:
+    def _choose_group_size(self, size: tuple[int, ...]) -> int:
+        """Return how many images of a size fit together.
+
+        `size` is height and width.
+        """
         fitting = compute_batch_size(self.networks["model"], size[0], size[1], self.memory_mib)
         return self.max_batch if fitting is None else fitting
 
     def _restore_group(self, images: list[Pixels]) -> Sequence[Restored | Refusal]:
-        """Images of one size; what goes wrong with them leaves the others of the batch alone."""
+        """Restore images of one size together.
+
+        An error refuses the whole group, but no other group of the batch.
+        """
         started = time.monotonic()
         try:
             hazy = torch.cat([to_tensor(image) for image in images]).to(self.device)
-            scene = restore(fit_in_memory(self.networks["model"], hazy, self.memory_mib), hazy).scene
-            levels = [to_image(scene[n : n + 1], image.dtype.type) for n, image in enumerate(images)]
-        except ValueError as error:  # too small, or too large even in tiles
-            return [Refusal(422, str(error))] * len(images)
+            network = fit_in_memory(self.networks["model"], hazy, self.memory_mib)
+            scene = restore(network, hazy).scene
+
+            # Every image keeps its own number of bits.
+            pixels = [to_image(scene[n : n + 1], image.dtype.type) for n, image in enumerate(images)]
+        except ValueError as error:
+            # The images are too small, or too large even in tiles.
+            return [Refusal(422, str(error)) for _ in images]
         except Exception:
             log.exception("restoring %d images of %s failed", len(images), images[0].shape)
-            return [Refusal(500, "the model failed on this image; the log of the server says more")] * len(images)
+            reason = "the model failed on this image; the log of the server says more"
+            return [Refusal(500, reason) for _ in images]
+
         took_s = time.monotonic() - started
-        return [(pixels, len(images), took_s) for pixels in levels]
+        return [(restored, len(images), took_s) for restored in pixels]
+
+
+def group_by_size(sizes: Sequence[Size], choose_group_size: Callable[[Size], int]) -> list[list[int]]:
+    """Group the positions of images of equal size.
+
+    Positions stay in order. A group has at most `choose_group_size(size)` images. The group of the first image is
+    first.
+    """
+    positions_of: dict[Size, list[int]] = {}
+    for position, size in enumerate(sizes):
+        positions_of.setdefault(size, []).append(position)
+
+    # Cut the images of each size into groups that fit.
+    groups = []
+    for size, positions in positions_of.items():
+        length = choose_group_size(size)
+        for start in range(0, len(positions), length):
+            groups.append(positions[start : start + length])
+    return sorted(groups)

@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import RayActorError
 from starlette.testclient import TestClient
 
-from corun_ray.service.serve.app import HttpApp
+from corun_ray.service.serve.app import HttpApp, RequestLimits
 from corun_ray.service.serve.messages import DehazedImage, ReplicaHealth, ServedModel
 from corun_ray.service.serve.uploads import Refusal, UploadLimits
 from tests.service.serve.bad_uploads import encoded
@@ -19,7 +19,7 @@ class Replica:
 
     def __init__(self, behaviour) -> None:
         self.behaviour, self.cancelled, self.seen = behaviour, False, []
-        self.dehaze = self.alive = self
+        self.dehaze = self.report_health = self
 
     def remote(self, *args) -> "Replica":
         self.seen.append(args)
@@ -34,8 +34,8 @@ class Replica:
 
 def door(behaviour, max_in_flight: int = 4, timeout_s: float = 5.0) -> tuple[TestClient, Replica]:
     replica = Replica(behaviour)
-    limits = UploadLimits(max_upload_mib=1, max_megapixels=1.5, min_side_px=16)
-    app = HttpApp(replica, ServedModel("haze<b>", "3"), limits, max_in_flight, timeout_s).__serve_build_asgi_app__()
+    limits = RequestLimits(UploadLimits(max_upload_mib=1, max_megapixels=1.5, min_side_px=16), max_in_flight, timeout_s)
+    app = HttpApp(replica, ServedModel("haze<b>", "3"), limits).__serve_build_asgi_app__()
     return TestClient(app, raise_server_exceptions=False), replica
 
 

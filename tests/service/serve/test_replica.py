@@ -8,7 +8,7 @@ from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.service.models.sources import Model
-from corun_ray.service.serve.replica import Replica
+from corun_ray.service.serve.replica import Replica, ReplicaOptions
 from corun_ray.service.serve.uploads import Refusal
 from tests.conftest import photograph
 
@@ -21,7 +21,8 @@ def test_a_batch_is_as_its_images_one_by_one_and_what_fails_leaves_the_rest_alon
     model = Model(NetworkSpec("corun", {"stages": 2, "width": 4}), network.state_dict(), {})
     threads = torch.get_num_threads()
     try:
-        replica = Replica({"model": ray.put(model)}, 1, None, 0.0, 8, 0.0)
+        options = ReplicaOptions(threads=1, memory_mib=None, gpu_share=0.0, max_batch=8, batch_wait_s=0.0)
+        replica = Replica({"model": ray.put(model)}, options)
         rng = np.random.default_rng(0)
         images = [photograph(rng, *size) for size in [(40, 64), (32, 32), (40, 64), (12, 64), (40, 64), (48, 48)]]
         images[2] = images[2].astype(np.uint16) * 257
