@@ -31,9 +31,10 @@ class _Mistake(UserError):
 
 
 def check_job(job: Job, earlier: Sequence[Job]) -> tuple[list[str], list[str]]:
-    """Return notes of what the job would use, and its mistakes, one a line.
+    """Return notes and mistakes of a job, one a line.
 
-    `earlier` are the jobs before it in its file: models that they will register do not exist yet.
+    Notes tell what the job would use. `earlier` are the jobs before it in its file: models that they will register do
+    not exist yet.
     """
     # A search is checked by the files of its first trial, and by the storage and machines of all trials.
     trial = example(job)
@@ -93,7 +94,10 @@ def _describe_clear_images(manifest: Manifest) -> str:
 
 
 def _check_models(job: Job, earlier: Sequence[Job]) -> Notes:
-    """Check that the models which the job starts from exist, as far as that is known before the start."""
+    """Check that the models which the job uses exist.
+
+    Models of a registry are looked up when the job starts.
+    """
     # An earlier job of the file may register a model under any alias.
     future_models = []
     for other in earlier:
@@ -112,7 +116,7 @@ def _check_models(job: Job, earlier: Sequence[Job]) -> Notes:
 
 
 def _list_model_sources(job: Job) -> dict[str, str]:
-    """Return the sources of the job's models, by their keys in the job file."""
+    """Return the sources of the job's models, by key."""
     if isinstance(job, TrainingJob) and job.network.init:
         return {"network.init": job.network.init}
     if isinstance(job, EvaluateJob):
@@ -125,7 +129,7 @@ def _list_model_sources(job: Job) -> dict[str, str]:
 
 
 def _check_weights(job: Job) -> Notes:
-    """Check that the files of pretrained weights which the job needs are there."""
+    """Check the files of pretrained weights."""
     if not _may_need_weights(job):
         return
     from corun_ray.service.weights.needed import describe_missing_weights, find_needed_files
@@ -140,7 +144,10 @@ def _check_weights(job: Job) -> Notes:
 
 
 def _may_need_weights(job: Job) -> bool:
-    """Return whether the job may need files of weights; to find out which ones takes seconds of imports."""
+    """Return whether the job may need files of weights.
+
+    To find out which ones takes seconds of imports.
+    """
     if isinstance(job, EvaluateJob):
         return not set(job.evaluate.metrics) <= OWN_METRICS.keys()
     if isinstance(job, ColabatorJob):
@@ -151,7 +158,7 @@ def _may_need_weights(job: Job) -> bool:
 
 
 def _check_storage(job: Job) -> Notes:
-    """Check that the storage answers, and tell where MLflow's records go."""
+    """Check the storage; tell where MLflow's records go."""
     storage = locate(job.storage)
     state = "exists" if storage.exists() else "will be made"
     yield "storage", f"{storage.uri} ({state})"
@@ -159,7 +166,10 @@ def _check_storage(job: Job) -> Notes:
 
 
 def _check_machines(job: Job) -> Notes:
-    """Tell which machines the job needs; without a cluster, check that this machine has the GPUs."""
+    """Tell which machines the job needs.
+
+    Without a cluster, this machine must have the GPUs.
+    """
     cluster = os.environ.get("RAY_ADDRESS")
     where = cluster or "a local Ray"
     if isinstance(job, EvaluateJob | DehazeJob):

@@ -8,18 +8,18 @@ class JobFailed(Exception):
 
 
 def find_root_cause(traceback: str) -> str:
-    """Return the last line of the first traceback in a chain.
+    """Return the first error of a chain of tracebacks.
 
-    The first traceback tells what happened; the later ones tell what followed from it.
+    It is the last line of the first traceback. The later tracebacks tell what followed from it.
     """
     first = traceback.split("\nThe above exception was the direct cause")[0].strip()
     return first.splitlines()[-1]
 
 
 def get_first_line(error: Exception) -> str:
-    """Return the first line of an error's text, at most 300 characters.
+    """Return the first line of an error's text.
 
-    An error without text is named by its type.
+    It has at most 300 characters. An error without text is named by its type.
     """
     lines = str(error).strip().splitlines()
     return lines[0][:MAX_LINE_CHARACTERS] if lines else type(error).__name__

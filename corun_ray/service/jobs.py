@@ -17,9 +17,10 @@ from corun_ray.service.weights.needed import describe_missing_weights, find_need
 
 
 def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resume: bool = False) -> None:
-    """Run a pipeline from a job file in `folder`; the first job that fails ends it.
+    """Run a pipeline from a job file in `folder`.
 
-    With `resume`, each job resumes where its last run stopped, and work that is done is skipped.
+    The first job that fails ends the pipeline. With `resume`, each job resumes where its last run stopped, and work
+    that is done is skipped.
 
     Raises the errors of `run_training`, `run_search`, `run_evaluation`, `run_dehazing` and `run_serving`.
     """
@@ -52,7 +53,10 @@ def _check_files(job: Job) -> None:
 
 
 def _run_job(job: Job, console: Console, folder: Path, resume: bool) -> None:
-    """Run a job by its kind. Ray Tune and Ray Serve take seconds to import, so only their jobs do."""
+    """Run a job by its kind.
+
+    Ray Tune and Ray Serve take seconds to import, so only their jobs do.
+    """
     # A search is a training job too, so it comes first.
     if isinstance(job, TuneJob):
         from corun_ray.service.tune.search import run_search

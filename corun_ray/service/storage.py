@@ -143,9 +143,11 @@ class Location:
         return list(self.list_infos())
 
     def list_infos(self) -> dict[str, fs.FileInfo]:
-        """Return the info (`size`, `mtime_ns`) of every file below, by relative path, sorted.
+        """Return the info of every file below, sorted by path.
 
-        Files that a killed writer left unfinished are skipped. Raises `StorageError` where there is no such folder.
+        The info has `size` and `mtime_ns`; paths are relative. Files that a killed writer left unfinished are skipped.
+
+        Raises `StorageError` where there is no such folder.
         """
         selector = fs.FileSelector(self.path, recursive=True)
         found = self._attempt("list", lambda: self.filesystem.get_file_info(selector))
@@ -157,7 +159,10 @@ class Location:
         return dict(sorted(by_path.items()))
 
     def list_folders(self) -> list[str]:
-        """List the names of the folders directly below, sorted; none where this is no folder."""
+        """List the names of the folders directly below, sorted.
+
+        There are none where this is no folder.
+        """
         selector = fs.FileSelector(self.path, allow_not_found=True)
         found = self._attempt("list", lambda: self.filesystem.get_file_info(selector))
         return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
@@ -177,16 +182,21 @@ class Location:
         return self._attempt("read", read)
 
     def read_range(self, offset: int, num_bytes: int) -> bytes:
-        """Read a part of the file by one request; the part is shorter where the file ends.
+        """Read a part of the file by one request.
 
-        The file stays open for the next part, so it must never be changed in place. Raises the errors of `read`.
+        The part is shorter where the file ends. The file stays open for the next part, so it must never be changed in
+        place.
+
+        Raises the errors of `read`.
         """
         return self._attempt("read", lambda: _open_file(self.uri).read_at(num_bytes, offset))
 
     def download(self, folder: Path) -> Path:
-        """Copy the file or folder into `folder` under its own name; return its new path.
+        """Copy the file or folder into `folder`.
 
-        The copy appears whole or not at all. Raises the errors of `read`.
+        It keeps its own name. Returns its new path. The copy appears whole or not at all.
+
+        Raises the errors of `read`.
         """
         target = folder / self.name
 
@@ -207,7 +217,9 @@ class Location:
     # --- Writing ---
 
     def write(self, data: bytes) -> None:
-        """Replace the file; a reader sees the old content or the new one, never a part.
+        """Replace the file as a whole.
+
+        A reader sees the old content or the new one, never a part.
 
         Raises `StorageError`.
         """
@@ -225,7 +237,9 @@ class Location:
         self._attempt("write", write)
 
     def delete(self) -> None:
-        """Delete the file, or the folder with everything below; do nothing where there is neither.
+        """Delete the file, or the folder with everything below.
+
+        Where there is neither, nothing happens.
 
         Raises `StorageError`.
         """
@@ -242,7 +256,10 @@ class Location:
             self._attempt("delete", delete)
 
     def _attempt(self, verb: str, action: Callable[[], T]) -> T:
-        """Return the result of `action`; raise its errors as one line, `cannot VERB URI: REASON`."""
+        """Return the result of `action`; raise its errors as one line.
+
+        The line is `cannot VERB URI: REASON`.
+        """
         try:
             return action()
         except (OSError, ValueError) as error:
@@ -283,9 +300,10 @@ def locate(uri: str) -> Location:
 
 
 def split_options(uri: str) -> tuple[str, str]:
-    """Split a URI into its place and its options (`?region=…`), which stay at the end of the URI of a child.
+    """Split a URI into its place and its options.
 
-    A plain path has no options: a question mark belongs to a file's name there.
+    The options (`?region=…`) stay at the end of the URI of a child. A plain path has no options: a question mark
+    belongs to a file's name there.
     """
     if "://" not in uri:
         return uri, ""
@@ -300,7 +318,7 @@ def _open_file(uri: str) -> NativeFile:
 
 
 def _replace_file(path: Path, data: bytes) -> None:
-    """Write a local file under a temporary name, then move it into place."""
+    """Write a local file under a temporary name, then move it."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
     # Every writer has a name of its own: two writers must not share a temporary file.
@@ -317,5 +335,5 @@ def _replace_file(path: Path, data: bytes) -> None:
 
 
 def _is_unfinished(name: str) -> bool:
-    """Return whether a file is the temporary file of a killed writer."""
+    """Return whether a killed writer left this file."""
     return name.startswith(".") and name.endswith(".part")

@@ -55,7 +55,10 @@ class PendingRead:
     _waits: ReadWaits
 
     def result(self) -> list[Label | None]:
-        """Wait for the labels, one for each key, None where the pool has none."""
+        """Wait for the labels, None where the pool has none.
+
+        There is one item for each key.
+        """
         is_ready = self._future.done()
         start_s = time.perf_counter()
         labels = self._future.result()
@@ -80,16 +83,22 @@ class PoolClient:
         self.waits = ReadWaits()
 
     def prefetch(self, keys: Sequence[str]) -> PendingRead:
-        """Start reading the labels of `keys`; arrays are read in place on the node that holds them."""
+        """Start reading the labels of `keys`.
+
+        Arrays are read in place on the node that holds them.
+        """
         return PendingRead(FETCHER.submit(self._read, keys), self.waits)
 
     def offer(self, labels: Sequence[Label]) -> None:
-        """Hand over labels without waiting; the shards compare each one again."""
+        """Hand over labels without waiting.
+
+        The shards compare each label again.
+        """
         for link, labels_of_shard in self._group_by_link((label.key, label) for label in labels):
             link.offer(labels_of_shard)
 
     def settle(self) -> None:
-        """Wait until every label offered by this worker has been decided.
+        """Wait until all offers of this worker have been decided.
 
         Raises `PoolError` if a shard is away for more than `RETURN_TIMEOUT_S`.
         """
@@ -98,10 +107,13 @@ class PoolClient:
             link.settle(deadline_s)
 
     def _read(self, keys: Sequence[str]) -> list[Label | None]:
-        """Return the labels of `keys`, None where there is none or where it cannot be fetched now."""
+        """Return the labels of `keys`.
+
+        None where there is no label, or where it cannot be fetched now.
+        """
         # Ask all shards at once.
         asked = []
-        for link, keys_of_shard in self._group_by_link((key, key) for key in keys):
+        for link, keys_of_shard in self._group_by_link(zip(keys, keys, strict=True)):
             asked.append((link, keys_of_shard, link.read(keys_of_shard)))
 
         # Collect the references of each shard. A shard that is away gives none.
@@ -118,7 +130,9 @@ class PoolClient:
             found = ray.get([ref for _, ref in refs.values()], timeout=READ_TIMEOUT_S)
             labels = dict(zip(refs, found, strict=True))
         except RayError:
-            labels = {key: _fetch_one(link, key, ref) for key, (link, ref) in refs.items()}
+            labels = {}
+            for key, (link, ref) in refs.items():
+                labels[key] = _fetch_one(link, key, ref)
         return [labels.get(key) for key in keys]
 
     def _group_by_link(self, keyed: Iterable[tuple[str, T]]) -> list[tuple["ShardLink", list[T]]]:
@@ -130,7 +144,10 @@ class PoolClient:
 
 
 def _fetch_one(link: "ShardLink", key: str, ref: ray.ObjectRef) -> Label | None:
-    """Fetch one label where not all could be fetched: its shard may have died, or its segment be out of reach."""
+    """Fetch one label; return None where it cannot be had.
+
+    Its shard may have died, or its segment be out of reach.
+    """
     try:
         return ray.get(ref, timeout=PING_TIMEOUT_S)
     except GetTimeoutError:
@@ -164,7 +181,10 @@ class ShardLink:
         return self._shard.read.remote(list(keys)) if self._is_present() else None
 
     def receive(self, ref: "ray.ObjectRef[Reply] | None") -> list[ray.ObjectRef | None] | None:
-        """Wait for the reply to `read`; return None if the shard turned out to be away."""
+        """Wait for the reply to `read`.
+
+        Returns None if the shard turned out to be away.
+        """
         if ref is None:
             return None
 
@@ -180,7 +200,10 @@ class ShardLink:
         return reply.labels
 
     def offer(self, labels: Sequence[Label]) -> None:
-        """Hand over labels without waiting, and hold them until storage has them."""
+        """Hand over labels without waiting.
+
+        The worker holds them until storage has them.
+        """
         with self._lock:
             # Hold them first: a shard that is away is offered them when it is back.
             for label in labels:
@@ -189,7 +212,9 @@ class ShardLink:
                 self._shard.offer.remote(self._generation, list(labels))
 
     def settle(self, deadline_s: float) -> None:
-        """Wait until every label offered so far has been decided, if need be until the shard is back.
+        """Wait until all offers so far have been decided.
+
+        If need be, this waits until the shard is back.
 
         Raises `PoolError` past the deadline (of `time.monotonic`).
         """
@@ -207,7 +232,7 @@ class ShardLink:
         raise PoolError(f"label pool: shard {self._number} has not come back in {RETURN_TIMEOUT_S:.0f} s")
 
     def forget(self, key: str, label: ray.ObjectRef) -> None:
-        """Tell the shard that this label of `key` could not be fetched."""
+        """Tell the shard that a label could not be fetched."""
         self._shard.forget.remote(self._generation, [(key, label)])
 
     def _is_present(self) -> bool:
@@ -241,7 +266,7 @@ class ShardLink:
             self._probe = self._shard.ping.remote()
 
     def _note_state(self, incarnation: int | None, saved_step: int) -> bool:
-        """Take note of the shard's state; return whether it must be asked again.
+        """Note the shard's state; return whether to ask again.
 
         A shard that has restarted is offered the labels that it cannot have from storage.
         """
@@ -252,7 +277,9 @@ class ShardLink:
                 return True
 
             # A complete snapshot has every label made before its step: hold the later ones alone.
-            self._unsaved = {key: label for key, label in self._unsaved.items() if label.step >= saved_step}
+            for key, label in list(self._unsaved.items()):
+                if label.step < saved_step:
+                    del self._unsaved[key]
 
             # Another incarnation than last time means that the shard's process has restarted and lost its memory.
             has_restarted = self._incarnation not in (None, incarnation)

@@ -38,16 +38,24 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def compute_trust_map(label: Label, combine: Combine) -> NDArray[np.float32]:
-    """Compute how far the regions of a label are trusted: H W in [0, 1], of the label's size."""
-    clarity, quality = (torch.from_numpy(x.copy())[None] for x in (label.block_clarity, label.block_quality))
+    """Compute the trust in each region of a label.
+
+    The map is H W in [0, 1], of the label's size.
+    """
+    # Stored labels are read-only arrays, of which torch warns: copy the small maps of blocks.
+    clarity = torch.from_numpy(label.block_clarity.copy())[None]
+    quality = torch.from_numpy(label.block_quality.copy())[None]
+
     trust = Coherence(combine=combine).build_trust_map(BlockScores(clarity, quality), *label.scene.shape[-2:])
     return trust[0, 0].numpy()
 
 
 def load_hazy_image(root: str, key: str, height_px: int, width_px: int) -> ImageU8:
-    """Load the hazy image of a label, resized as the teacher's weak view is.
+    """Load the hazy image of a label.
 
-    `root` is a folder of images or a pack. Raises `StorageError`.
+    It is resized as the teacher's weak view is. `root` is a folder of images or a pack.
+
+    Raises `StorageError`.
     """
     # A key comes from a file: it must not lead out of the folder.
     reason = explain_unsafe_key(key)
@@ -71,7 +79,10 @@ def _read_from_pack(folder: Location, key: str) -> bytes:
 
 
 def draw_label(label: Label, hazy: ImageU8, combine: Combine) -> bytes:
-    """Draw a PNG of one row: hazy image, label, transmission (empty where there is none) and trust map."""
+    """Draw a label beside its hazy image, as PNG.
+
+    One row: hazy image, label, transmission (empty where there is none) and trust map.
+    """
     transmission = None
     if label.transmission is not None:
         transmission = apply_colour_map(decode(label.transmission)[0])
@@ -86,12 +97,18 @@ def draw_label(label: Label, hazy: ImageU8, combine: Combine) -> bytes:
 
 
 def _decode_scene(label: Label) -> ImageU8:
-    """Return the scene of a label as H W RGB in 8 bits, whatever its encoding."""
+    """Return the scene of a label as H W RGB.
+
+    8 bits, whatever the label's encoding.
+    """
     return encode(decode(label.scene), "uint8").transpose(1, 2, 0)
 
 
 def _encode_grey_png(unit: NDArray[np.floating]) -> bytes:
-    """Encode H W in [0, 1] as a grey PNG of 8 bits; 255 is 1."""
+    """Encode H W in [0, 1] as a grey PNG.
+
+    8 bits; 255 is 1.
+    """
     return cv2.imencode(".png", encode(unit, "uint8"))[1].tobytes()
 
 
@@ -107,7 +124,10 @@ class Export:
 
 
 def explain_unsafe_key(key: str) -> str | None:
-    """Explain why a key cannot be a path below a folder on every system; return None where it can."""
+    """Explain why a key cannot be a path below a folder.
+
+    The rules are those of all systems together. Returns None for a safe key.
+    """
     parts = key.split("/")
     if any(not c.isprintable() for c in key):
         return "has control characters"
@@ -123,10 +143,11 @@ def explain_unsafe_key(key: str) -> str | None:
 
 
 def plan_files(keys: Iterable[str], suffixes: Sequence[str] = ("",)) -> Export:
-    """Plan a file for each key: the key with `.png` in place of its own ending.
+    """Plan a file for each key.
 
-    A key needs one file for each of `suffixes` (`.trust`), which stand before `.png`. If several keys need the same
-    file, the first in sorted order gets it and the others are refused.
+    The file has the key's name, with `.png` in place of its own ending. A key needs one file for each of `suffixes`
+    (`.trust`), which stand before `.png`. If several keys need the same file, the first in sorted order gets it and the
+    others are refused.
     """
     planned = Export()
     owners: dict[str, str] = {}
@@ -136,9 +157,9 @@ def plan_files(keys: Iterable[str], suffixes: Sequence[str] = ("",)) -> Export:
 
         # Refuse a key that leads out of the folder, or that shares a file with an earlier key.
         reason = explain_unsafe_key(key)
-        taken = [name for name in names if name in owners]
-        if reason is None and taken:
-            reason = f"would have the same file as {owners[taken[0]]}"
+        for name in names:
+            if reason is None and name in owners:
+                reason = f"would have the same file as {owners[name]}"
 
         if reason:
             planned.refused[key] = reason
@@ -164,10 +185,12 @@ def export_labels(
     combine: Combine | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Export:
-    """Write every label below `root`, which must be empty or new, and a list of them (`LIST_FILE`).
+    """Write every label below `root`, and a list of them.
 
-    Trust maps are written where `combine` is given, transmissions of the labels that have one. Nothing is overwritten,
-    and nothing is written outside of `root`. Raises `StorageError`.
+    `root` must be empty or new. The list is `LIST_FILE`. Trust maps are written where `combine` is given, transmissions
+    of the labels that have one. Nothing is overwritten, and nothing is written outside of `root`.
+
+    Raises `StorageError`.
     """
     suffixes = [""]
     if with_transmission:
@@ -203,7 +226,10 @@ def export_labels(
 
 
 def _export_label(label: Label, root: Path, suffixes: Sequence[str], combine: Combine | None, done: Export) -> None:
-    """Write the files of one label; a label that cannot be written moves from `files` to `refused`."""
+    """Write the files of one label.
+
+    A label that cannot be written moves from `files` to `refused`.
+    """
     file = done.files.get(label.key)
     if file is None:
         return
@@ -221,10 +247,12 @@ def _export_label(label: Label, root: Path, suffixes: Sequence[str], combine: Co
 
 
 def write_below(root: Path, contents: Mapping[str, bytes]) -> str | None:
-    """Write files of one folder at paths relative to `root`; return why none can be written, or None.
+    """Write files of one folder below `root`, all or none.
 
-    An existing file, and a path that a link leads out of `root`, are left alone. Raises `OSError` for faults of the
-    disk.
+    `contents` are by relative path. Returns why none can be written, or None. An existing file, and a path that a link
+    leads out of `root`, are left alone.
+
+    Raises `OSError` for faults of the disk.
     """
     # Write the longest name first: if a name is too long, nothing has been written yet.
     paths = sorted((root / name for name in contents), key=lambda path: -len(path.name))

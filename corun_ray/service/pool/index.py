@@ -129,7 +129,10 @@ class PoolIndex:
     # --- The rule ---
 
     def read(self, keys: Sequence[str]) -> list[Entry | None]:
-        """Return the stored labels of `keys`, None where there is none."""
+        """Return the stored labels of `keys`.
+
+        None where there is no label.
+        """
         found = [self._entries.get(key) for key in keys]
 
         # Labels that are read stay in memory longest.
@@ -142,10 +145,11 @@ class PoolIndex:
         return found
 
     def offer(self, head: Head, store: Callable[[], Any]) -> bool:
-        """Compare a label with the stored one and set it if it is better; return whether the pool holds it.
+        """Take a label if it is better than the stored one.
 
-        `store` is called for a winner alone and returns its payload. The comparison here is the one that decides:
-        the worker's own was made against a label that may have been replaced since.
+        Returns whether the pool holds the label. `store` is called for a winner alone and returns its payload. The
+        comparison here is the one that decides: the worker's own was made against a label that may have been replaced
+        since.
         """
         # The same label may arrive twice, from a worker that could not know of its arrival: it is neither a new offer
         # nor a second win.
@@ -169,7 +173,7 @@ class PoolIndex:
     # --- Memory ---
 
     def attach(self, key: str, payload: Any) -> None:
-        """Take note that the label of `key` is in memory (again)."""
+        """Note that the label of `key` is in memory."""
         entry = self._entries[key]
         if entry.payload is None:
             self.counters.resident_bytes += entry.head.size_bytes
@@ -177,7 +181,10 @@ class PoolIndex:
         self._mark_used(key)
 
     def forget(self, key: str, payload: Any) -> None:
-        """Drop a payload of `key` that turned out to be lost, and the label itself if storage lacks it."""
+        """Drop a payload that turned out to be lost.
+
+        The label itself is dropped if storage lacks it.
+        """
         # Another payload means that the label has been replaced or read back since: nothing to do.
         entry = self._entries.get(key)
         if entry is None or entry.payload != payload:
@@ -188,7 +195,10 @@ class PoolIndex:
             self._remove(key)
 
     def evict(self) -> bool:
-        """Drop saved labels from memory until the budget holds; return whether memory is still over budget."""
+        """Drop saved labels from memory until the budget holds.
+
+        Returns whether memory is still over budget, because the other labels are not saved.
+        """
         # Choose victims, the least recently used first. A label that only memory has must stay.
         excess_bytes = self.counters.resident_bytes - self.budget_bytes
         victims = []
@@ -208,10 +218,11 @@ class PoolIndex:
     # --- Saving and restoring ---
 
     def freeze(self) -> FrozenIndex:
-        """Fix the shard's content as of now: the segments that stay, and those to be written.
+        """Fix the shard's content as of now.
 
-        New segments take the labels that storage lacks, and those worth moving out of old segments. The shard may
-        change while they are written; `mark_saved` then finds out which of its labels storage has.
+        Returns the segments that stay, and those to be written. New segments take the labels that storage lacks, and
+        those worth moving out of old segments. The shard may change while they are written; `mark_saved` then finds out
+        which of its labels storage has.
         """
         # Choose old segments to rewrite: those mostly superseded, and small ones once there are many.
         rewritten = self._choose_segments_to_rewrite()
@@ -256,7 +267,10 @@ class PoolIndex:
         return FrozenIndex(save_id, kept, new)
 
     def mark_saved(self, save_id: int) -> None:
-        """Take note that the segments of a save are written: its labels, unless replaced meanwhile, are in storage."""
+        """Note that the segments of a save are written.
+
+        Its labels, unless replaced meanwhile, are in storage from now on.
+        """
         # Point each label to its new row. Labels replaced since the freeze have another version, and are still unsaved.
         for key, (version, segment_row) in self._pending.pop(save_id, {}).items():
             entry = self._entries.get(key)
@@ -275,13 +289,16 @@ class PoolIndex:
                 del self._segments[name]
 
     def get_segment_names(self) -> set[str]:
-        """Return the segments that hold labels of this shard or are being written."""
+        """Return the segments in use or being written."""
         return set(self._segments)
 
     def restore(
         self, segments: Iterable[Segment], rows: Iterable[tuple[Head, SegmentRow]], counters: PoolCounters | None = None
     ) -> None:
-        """Replace the shard's content by a snapshot's; labels in memory that the snapshot holds stay there."""
+        """Replace the shard's content by that of a snapshot.
+
+        Labels in memory that the snapshot holds stay in memory.
+        """
         # Forget everything, saves under way included: no label of theirs may count as saved.
         before = self._entries
         self.counters = counters or PoolCounters()
@@ -307,14 +324,20 @@ class PoolIndex:
         return self.counters
 
     def _add(self, head: Head) -> Entry:
-        """Add a label under a version of its own, without payload or row."""
+        """Add a label under a version of its own.
+
+        It has neither payload nor row yet.
+        """
         self._last_version += 1
         entry = Entry(head, self._last_version)
         self._entries[head.key] = entry
         return entry
 
     def _mark_used(self, key: str) -> None:
-        """Move a key to the end of `_resident`: the most recently used."""
+        """Mark a label in memory as the last used.
+
+        Its key moves to the end of `_resident`.
+        """
         self._resident.pop(key, None)
         self._resident[key] = None
 
@@ -325,7 +348,10 @@ class PoolIndex:
             self.counters.resident_bytes -= entry.head.size_bytes
 
     def _remove(self, key: str) -> None:
-        """Remove the label of a key, if there is one, from memory and from its segment's count."""
+        """Remove the label of a key, if there is one.
+
+        Memory and its segment's count of labels in use follow.
+        """
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._drop_payload(entry)
@@ -333,33 +359,41 @@ class PoolIndex:
                 self._live[entry.segment_row.segment] -= 1
 
     def _move(self, entry: Entry, segment_row: SegmentRow) -> None:
-        """Point a label to its row of a segment, and keep the segments' counts of labels in use."""
+        """Point a label to its row of a segment.
+
+        The segments' counts of labels in use follow.
+        """
         if entry.segment_row is not None:
             self._live[entry.segment_row.segment] -= 1
         entry.segment_row = segment_row
         self._live[segment_row.segment] += 1
 
     def _choose_segments_to_rewrite(self) -> set[str]:
-        """Choose segments that are mostly superseded, and small ones once there are many."""
-        in_use = [segment for segment in self._segments.values() if self._live[segment.name] > 0]
+        """Choose the segments whose labels move to new ones.
 
-        # Segments of superseded labels take room, and time whenever an index is read.
-        found = []
-        for segment in in_use:
-            if self._live[segment.name] < MIN_LIVE_FRACTION * segment.rows:
-                found.append(segment)
+        These are segments mostly superseded, and small ones once there are many.
+        """
+        # Superseded labels take room in storage, and time whenever an index is read. Small segments cost a request each
+        # when a pool is restored.
+        superseded, small = [], []
+        for segment in self._segments.values():
+            live = self._live[segment.name]
+            if live == 0:
+                continue  # Nothing is left to move.
+            if live < MIN_LIVE_FRACTION * segment.rows:
+                superseded.append(segment)
+            if segment.rows < SMALL_SEGMENT_ROWS:
+                small.append(segment)
 
-        # Many small segments cost a request each when a pool is restored.
-        small = [segment for segment in in_use if segment.rows < SMALL_SEGMENT_ROWS]
+        # Superseded segments come first; small ones follow, once there are many.
+        candidates = superseded
         if len(small) > MAX_SMALL_SEGMENTS:
-            for segment in small:
-                if segment not in found:
-                    found.append(segment)
+            candidates = superseded + [segment for segment in small if segment not in superseded]
 
         # Bound the labels that one save moves. The next save continues.
         chosen: set[str] = set()
         moved_rows = 0
-        for segment in found:
+        for segment in candidates:
             moved_rows += self._live[segment.name]
             if moved_rows > MAX_MOVED_ROWS:
                 break

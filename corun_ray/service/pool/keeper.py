@@ -33,7 +33,9 @@ class PoolKeeper:
         self._generation = 0
 
     def restore(self, snapshot: str | None) -> int:
-        """Replace the pool's content by a snapshot's (None: nothing); return the generation that offers must name.
+        """Replace the pool's content by that of a snapshot.
+
+        None stands for an empty pool. Returns the generation that offers must name.
 
         Raises `StorageError` and `PoolError`.
         """
@@ -47,29 +49,36 @@ class PoolKeeper:
         return self._generation
 
     def freeze(self) -> list[ShardSave]:
-        """Fix the content of all shards as of now; they write it while training continues.
+        """Fix the content of all shards as of now.
+
+        The shards write it while training continues.
 
         Raises `PoolError`.
         """
         return self._call_all(self._freeze_shard)
 
     def finish(self, step: int, parts: Sequence[ShardSave]) -> None:
-        """Wait for the writing that `freeze` has started, and make the snapshot of `step` visible.
+        """Complete the snapshot of `step` and make it visible.
 
-        A shard that died meanwhile is saved as it stands once it is back. Raises `StorageError`, and `PoolError` where
-        a shard does not come back.
+        This waits for the writing that `freeze` has started. A shard that died meanwhile is saved as it stands once it
+        is back.
+
+        Raises `StorageError`, and `PoolError` where a shard does not come back.
         """
         # A worker of an earlier generation must not replace what the present one restored.
         if snapshots.read_current(self._pool).generation != self._generation:
             raise PoolError("label pool: another start of the workers has taken over")
 
-        # Wait for all segments: a snapshot may name written segments alone.
-        written = [self._await_segments(number, part) for number, part in enumerate(parts)]
+        # Wait for the segments of all shards: a snapshot may name written segments alone.
+        segments_by_shard, counters = [], []
+        labels = 0
+        for number, part in enumerate(parts):
+            written = self._await_segments(number, part)
+            segments_by_shard.append([*written.kept, *written.new])
+            counters.append(written.counters)
+            labels += written.counters.labels
 
         # Write the snapshot, which makes it visible.
-        segments_by_shard = [[*part.kept, *part.new] for part in written]
-        counters = [part.counters for part in written]
-        labels = sum(shard.labels for shard in counters)
         snapshots.write(self._pool, step, labels, segments_by_shard, counters)
 
         # From now on, a shard that dies restores this snapshot.
@@ -81,7 +90,9 @@ class PoolKeeper:
             shard.confirm.remote(self._generation, step)
 
     def sweep(self, keep_steps: Iterable[int]) -> None:
-        """Delete the snapshots other than those of `keep_steps`, and the segments that only they named.
+        """Delete the snapshots other than those of `keep_steps`.
+
+        The segments that only they named go as well.
 
         Raises `StorageError` and `PoolError`.
         """
@@ -98,7 +109,10 @@ class PoolKeeper:
         return shard.freeze.remote(self._generation)
 
     def _await_segments(self, number: int, part: ShardSave) -> ShardSave:
-        """Wait until a shard's new segments are written; return its part in the snapshot."""
+        """Wait until a shard's new segments are written.
+
+        Returns the shard's part in the snapshot.
+        """
         deadline_s = time.monotonic() + RETURN_TIMEOUT_S
         while part.written is not None:
             try:
@@ -113,7 +127,10 @@ class PoolKeeper:
         return part
 
     def _call_all(self, call: "Callable[[ActorProxy[PoolShard]], ray.ObjectRef[T]]") -> list[T]:
-        """Call all shards at once; call those again that do not answer."""
+        """Call all shards at once; return their answers.
+
+        Shards that do not answer are called again.
+        """
         deadline_s = time.monotonic() + RETURN_TIMEOUT_S
         refs = [call(shard) for shard in self._shards]
 
@@ -130,7 +147,9 @@ def _call_until_answered(
     deadline_s: float,
     ref: "ray.ObjectRef[T] | None" = None,
 ) -> T:
-    """Return a shard's answer; call again while the shard is away. `ref` is a call made already.
+    """Return a shard's answer; call again while it is away.
+
+    `ref` is a call made already.
 
     Raises the errors of the shard, and `PoolError` past the deadline (of `time.monotonic`).
     """
@@ -153,10 +172,10 @@ def _call_until_answered(
 def start_pool(
     num_shards: int, pool: Location, memory_mib: int | None = None, labels: Mapping[str, str] = NO_JOB
 ) -> list[ActorProxy[PoolShard]]:
-    """Start the shards as actors, spread over the nodes meant for them.
+    """Start the shards as actors.
 
-    They live as long as the driver holds the handles. `memory_mib` bounds the labels in memory of all shards together;
-    `labels` are those of the job's metrics.
+    They are spread over the nodes meant for them. They live as long as the driver holds the handles. `memory_mib`
+    bounds the labels in memory of all shards together; `labels` are those of the job's metrics.
     """
     budget_bytes = math.inf if memory_mib is None else memory_mib * MIB / num_shards
     nodes = order_nodes(ray.nodes(), ray.get_runtime_context().get_node_id())
@@ -172,26 +191,29 @@ def start_pool(
 
 
 def order_nodes(nodes: Iterable[Mapping[str, Any]], driver_node: str) -> list[str]:
-    """Return the ids of the nodes for shards: those labelled `POOL_LABEL`, else all that are alive.
+    """Return the ids of the nodes for shards, in order.
 
-    `nodes` are the descriptions of `ray.nodes()`. The driver's node comes last: if it is lost, so is the run.
+    These are the nodes labelled `POOL_LABEL` or, if there are none, all that are alive. `nodes` are the descriptions of
+    `ray.nodes()`. The driver's node comes last: if it is lost, so is the run.
     """
-    alive = [node for node in nodes if node["Alive"]]
-
     name, value = POOL_LABEL
-    reserved = [node for node in alive if node.get("Labels", {}).get(name) == value]
-
-    ids = [node["NodeID"] for node in reserved or alive]
-    return sorted(ids, key=lambda node_id: (node_id == driver_node, node_id))
+    alive, reserved = [], []
+    for node in nodes:
+        if node["Alive"]:
+            alive.append(node["NodeID"])
+            if node.get("Labels", {}).get(name) == value:
+                reserved.append(node["NodeID"])
+    return sorted(reserved or alive, key=lambda node_id: (node_id == driver_node, node_id))
 
 
 # --- Counting ---
 
 
 def collect_counters(shards: Sequence[ActorProxy[PoolShard]]) -> dict[str, float]:
-    """Collect the metrics to log: the totals of all shards and, where there are several, those of each.
+    """Collect the pool's metrics to log.
 
-    A shard that does not answer is missing from them.
+    They are the totals of all shards and, where there are several, those of each. A shard that does not answer is
+    missing from them.
     """
     refs = [shard.get_counters.remote() for shard in shards]
 

@@ -59,7 +59,9 @@ def locate_index(folder: Location, name: str) -> Location:
 def write(folder: Location, name: str, labels: Iterable[Label]) -> None:
     """Write a segment: its labels, then its index.
 
-    A reader sees each of the two files whole or not at all. Raises `StorageError`.
+    A reader sees each of the two files whole or not at all.
+
+    Raises `StorageError`.
     """
     images, index = io.BytesIO(), io.BytesIO()
     heads = []
@@ -85,7 +87,9 @@ def write(folder: Location, name: str, labels: Iterable[Label]) -> None:
 
 
 def read_index(folder: Location, name: str) -> list[Head]:
-    """Read the labels of a segment without their images, in the order of its rows.
+    """Read the labels of a segment without their images.
+
+    They are in the order of the rows.
 
     Raises `StorageError`.
     """
@@ -106,7 +110,9 @@ def read_index(folder: Location, name: str) -> list[Head]:
 
 
 def read_footer(folder: Location, name: str) -> pq.FileMetaData:
-    """Read the footer of a segment, which `read_labels` needs before it reads a label.
+    """Read the footer of a segment.
+
+    `read_labels` needs it before it reads a label.
 
     Raises `StorageError`.
     """
@@ -118,9 +124,11 @@ def read_footer(folder: Location, name: str) -> pq.FileMetaData:
 def read_labels(
     folder: Location, name: str, rows: Sequence[int] | None = None, footer: pq.FileMetaData | None = None
 ) -> Iterator[Label]:
-    """Read the labels of a segment: all of them, or those of `rows` (ascending).
+    """Read the labels of a segment.
 
-    A known `footer` saves a request. Raises `StorageError`.
+    `rows` (ascending) selects some of them. A known `footer` saves a request.
+
+    Raises `StorageError`.
     """
     place = locate_images(folder, name)
     with _translate_errors(place), place.filesystem.open_input_file(place.path) as source:
@@ -159,7 +167,10 @@ class SegmentReader:
 
 @contextmanager
 def _translate_errors(place: Location) -> Iterator[None]:
-    """Raise the errors of pyarrow, and of wrong content, as one line that names the file."""
+    """Raise reading errors as one line.
+
+    They are the errors of pyarrow and of wrong content; the line names the file.
+    """
     try:
         yield
     except (OSError, pa.ArrowException, IndexError, KeyError, TypeError, ValueError) as error:

@@ -93,14 +93,20 @@ class PoolShard:
 
     @ray.method
     def read(self, keys: Sequence[str]) -> Reply:
-        """Return references to the stored labels of `keys`, None where there is none."""
+        """Return references to the stored labels of `keys`.
+
+        None where there is no label.
+        """
         if not self._ensure_restored():
             return Reply(*NOT_RESTORED, [None] * len(keys))
 
         # Begin to read back what only storage has. The reader waits for the reference, not the shard.
         entries = self._index.read(keys)
-        self._load(entry for entry in entries if entry is not None and entry.payload is None)
-        labels = [None if entry is None else entry.payload for entry in entries]
+        labels = []
+        for entry in entries:
+            if entry is not None and entry.payload is None:
+                self._load(entry)
+            labels.append(None if entry is None else entry.payload)
 
         self._keep_to_budget()
         self._telemetry.report(self._index.get_counters())
@@ -108,7 +114,10 @@ class PoolShard:
 
     @ray.method
     def offer(self, generation: int, labels: Sequence[Label]) -> list[bool]:
-        """Keep each label that supersedes the stored one; return which the pool holds now."""
+        """Keep each label that supersedes the stored one.
+
+        Returns for each whether the pool holds it now.
+        """
         if not self._ensure_restored() or generation != self._generation:
             return [False] * len(labels)
 
@@ -123,14 +132,20 @@ class PoolShard:
 
     @ray.method
     def forget(self, generation: int, lost: Sequence[tuple[str, ray.ObjectRef]]) -> None:
-        """Drop references that a reader could not fetch; the labels are read back from storage, if it has them."""
+        """Drop references that a reader could not fetch.
+
+        The labels are read back from storage, if it has them.
+        """
         if generation == self._generation:
             for key, label in lost:
                 self._index.forget(key, label)
 
     @ray.method
     def ping(self) -> tuple[int | None, int]:
-        """Return incarnation and saved step, as in a `Reply`; all calls made before have been decided."""
+        """Return incarnation and saved step, as in a `Reply`.
+
+        All calls made before have been decided.
+        """
         return (self._incarnation, self._saved_step) if self._ensure_restored() else NOT_RESTORED
 
     @ray.method
@@ -142,7 +157,9 @@ class PoolShard:
 
     @ray.method
     def freeze(self, generation: int) -> ShardSave:
-        """Fix the shard's content as of now, and start writing what storage lacks of it.
+        """Fix the shard's content as of now; start its writing.
+
+        A task writes what storage lacks.
 
         Raises `RuntimeError` for a worker of an earlier generation, and `StorageError` where the shard cannot restore.
         """
@@ -157,14 +174,20 @@ class PoolShard:
 
     @ray.method
     def mark_saved(self, save_id: int) -> None:
-        """Take note that the segments of a save are written; called by the task that wrote them."""
+        """Note that the segments of a save are written.
+
+        The task that wrote them calls this.
+        """
         self._index.mark_saved(save_id)
         self._flush = None
         self._index.evict()
 
     @ray.method
     def confirm(self, generation: int, step: int) -> None:
-        """Take note that the snapshot of `step` is complete: workers need not hold older labels any longer."""
+        """Note that the snapshot of `step` is complete.
+
+        Workers need not hold older labels any longer.
+        """
         if generation == self._generation:
             self._saved_step = max(self._saved_step, step)
 
@@ -180,16 +203,18 @@ class PoolShard:
 
     @ray.method
     def restore(self, snapshot: str | None, generation: int) -> int:
-        """Replace the shard's content by its part of a snapshot (None: empty); return its number of labels.
+        """Replace the shard's content by its part of a snapshot.
 
-        From now on, only calls of this `generation` count. Raises `StorageError`.
+        None stands for an empty pool. Returns the number of labels. From now on, only calls of this `generation` count.
+
+        Raises `StorageError`.
         """
         return self._restore(snapshot, generation)
 
     # --- Restoring ---
 
     def _restore(self, snapshot: str | None, generation: int) -> int:
-        """Restore the index alone: the labels follow when they are read."""
+        """Restore the index; labels follow when they are read."""
         if snapshot is None:
             self._index.restore((), ())
             self._saved_step = 0
@@ -228,7 +253,10 @@ class PoolShard:
             self._restore(current.snapshot, current.generation)
 
     def _ensure_restored(self) -> bool:
-        """Restore if due; return False while storage is out of reach, so that workers continue without labels."""
+        """Restore if due; return whether the shard is whole.
+
+        It is not while storage is out of reach: workers then continue without its labels.
+        """
         try:
             self._restore_if_due()
         except StorageError:
@@ -247,22 +275,30 @@ class PoolShard:
 
     @functools.cached_property
     def _reader(self) -> Any:
-        """The `SegmentReader` actor, on the shard's node. The shard owns what it reads; it ends with the shard."""
+        """The `SegmentReader` actor on the shard's node.
+
+        The shard owns what it reads; it ends with the shard.
+        """
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         reader = ray.remote(SegmentReader).options(
             num_cpus=0, max_restarts=-1, max_concurrency=CONCURRENT_READS, label_selector=here
         )
         return reader.remote(self._pool.child(snapshots.SEGMENTS_FOLDER).uri)
 
-    def _load(self, entries: Iterable[Entry]) -> None:
-        """Start reading labels back from storage; their payloads are references to the results."""
-        for entry in entries:
-            assert entry.segment_row is not None
-            self._index.attach(entry.head.key, self._reader.read.remote(*entry.segment_row))
-            self._index.counters.loads += 1
+    def _load(self, entry: Entry) -> None:
+        """Start reading a label back from storage.
+
+        Its payload is a reference to the result.
+        """
+        assert entry.segment_row is not None
+        self._index.attach(entry.head.key, self._reader.read.remote(*entry.segment_row))
+        self._index.counters.loads += 1
 
     def _start_writing(self, frozen: FrozenIndex) -> ray.ObjectRef | None:
-        """Start a task that writes the new segments; return None where there are none."""
+        """Start a task that writes the new segments.
+
+        Returns None where there are none.
+        """
         if not frozen.new:
             self._index.mark_saved(frozen.save_id)
             return None
@@ -270,7 +306,10 @@ class PoolShard:
         return write_segments.remote(self._pool_uri, frozen.new, me, frozen.save_id)
 
     def _keep_to_budget(self) -> None:
-        """Drop saved labels from memory; where that is not enough, have the others written to storage."""
+        """Drop saved labels from memory until the budget holds.
+
+        Where that is not enough, the other labels are written to storage.
+        """
         # A flush that has ended is over, whether it failed or its report is on the way.
         if self._flush is not None and ray.wait([self._flush], timeout=0)[0]:
             self._flush = None
@@ -280,7 +319,10 @@ class PoolShard:
 
 
 def assign_shard(key: str, num_shards: int) -> int:
-    """Return the number of a key's shard: the same in every process and at every time."""
+    """Return the number of a key's shard.
+
+    It is the same in every process and at every time.
+    """
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % num_shards
 
 
@@ -296,7 +338,7 @@ def make_head(label: Label) -> Head:
 def write_segments(
     pool_uri: str, new_segments: Sequence[NewSegment], shard: ActorProxy[PoolShard], save_id: int
 ) -> None:
-    """Write segments one after the other, then report to the shard.
+    """Write segments one by one, then report to the shard.
 
     Raises `StorageError`.
     """
@@ -307,7 +349,7 @@ def write_segments(
 
 
 def _gather_labels(folder: Location, rows: Sequence[Any]) -> Iterator[Label]:
-    """Yield the labels of a new segment in the order of its rows."""
+    """Yield the labels of a new segment, row by row."""
     # Labels that only storage has are read back first, each old segment once.
     stored = _read_rows(folder, [row for row in rows if isinstance(row, SegmentRow)])
 
@@ -350,7 +392,10 @@ class ShardTelemetry:
             self._recorder.advance(metric, total)
 
     def report_restore(self, counters: PoolCounters) -> None:
-        """Report a restored shard; earlier processes have reported what its counters start from."""
+        """Report a restored shard.
+
+        Earlier processes have reported the totals from which its counters start.
+        """
         for metric, total in _list_totals(counters).items():
             self._recorder.skip(metric, total)
         self._recorder.add(prometheus.POOL_RESTORES)

@@ -79,12 +79,15 @@ class Current(_Checked):
 
 
 def format_name(step: int) -> str:
-    """Return the file name of the snapshot taken after `step` steps."""
+    """Return the file name of a step's snapshot."""
     return f"step_{step:08d}.json"
 
 
 def parse_step(name: str) -> int | None:
-    """Return the step of a snapshot's file name; None for any other file."""
+    """Return the step of a snapshot's file name.
+
+    None for any other file.
+    """
     match = _SNAPSHOT_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -96,9 +99,11 @@ def write(
     segments_by_shard: Iterable[Iterable[Segment]],
     counters: Iterable[PoolCounters],
 ) -> None:
-    """Write the snapshot of a step, which makes it visible. All of its segments must be written before.
+    """Write the snapshot of a step, which makes it visible.
 
-    `segments_by_shard` and `counters` have one item a shard. Raises `StorageError`.
+    All of its segments must be written before. `segments_by_shard` and `counters` have one item a shard.
+
+    Raises `StorageError`.
     """
     # Several shards may name the same segment, once their number has changed: list it once, with all of its shards.
     shards_of: defaultdict[Segment, list[int]] = defaultdict(list)
@@ -150,7 +155,9 @@ def read_current(pool: Location) -> Current:
 
 
 def read_index(pool: Location, snapshot: Snapshot, records: Iterable[SegmentRecord] | None = None) -> Index:
-    """Read the labels of a snapshot without their images, or those of some of its segments.
+    """Read the labels of a snapshot without their images.
+
+    `records` selects some of its segments.
 
     Raises `StorageError`.
     """
@@ -182,13 +189,18 @@ def read_labels(pool: Location, snapshot: Snapshot) -> Iterator[Label]:
 
 
 def select_segments(snapshot: Snapshot, number: int, num_shards: int) -> list[SegmentRecord]:
-    """Select the segments that hold labels of shard `number` of `num_shards`.
+    """Select the segments with labels of shard `number`.
 
     All segments, if the pool had another number of shards: its labels are spread over the shards anew.
     """
     if num_shards != len(snapshot.shards):
         return list(snapshot.segments)
-    return [segment for segment in snapshot.segments if number in segment.shards]
+
+    records = []
+    for record in snapshot.segments:
+        if number in record.shards:
+            records.append(record)
+    return records
 
 
 def select_counters(snapshot: Snapshot, number: int, num_shards: int) -> PoolCounters:
@@ -213,10 +225,13 @@ def sum_counters(snapshot: Snapshot) -> PoolCounters:
 
 
 def sweep(pool: Location, keep: set[str], in_use: Iterable[str]) -> None:
-    """Delete snapshots not among `keep` (file names), and segments named neither there nor by `in_use`.
+    """Delete snapshots and segments that are not needed.
 
-    `in_use` yields names of segments and must ask for them only when it is consumed, which is after the listing: a
-    segment begun in between is then not in the listing, so it cannot be deleted. Raises `StorageError`.
+    Needed are the snapshots of `keep` (file names), and the segments named there or by `in_use`. `in_use` yields names
+    of segments and must ask for them only when it is consumed, which is after the listing: a segment begun in between
+    is then not in the listing, so it cannot be deleted.
+
+    Raises `StorageError`.
     """
     files = pool.list_files()
 
@@ -225,7 +240,8 @@ def sweep(pool: Location, keep: set[str], in_use: Iterable[str]) -> None:
     needed: set[str] = set()
     for file in files:
         if file in keep:
-            needed.update(segment.name for segment in read(pool.child(file)).segments)
+            for record in read(pool.child(file)).segments:
+                needed.add(record.name)
         elif parse_step(file) is not None:
             pool.child(file).delete()
 

@@ -80,9 +80,11 @@ class SavedPool:
         raise StorageError(f"{segments.locate_images(folder, segment).uri}: not the labels that its index names")
 
     def list_image_kinds(self, index: Index) -> list[ImageKind]:
-        """List how the labels' images are stored, the most frequent kind first.
+        """List how the labels' images are stored.
 
-        Labels of one size are taken as one kind, so one label of each size is read. Raises `StorageError`.
+        The most frequent kind comes first. Labels of one size are taken as one kind, so one label of each size is read.
+
+        Raises `StorageError`.
         """
         # Choose one label of each size as its example.
         examples = {}
@@ -101,7 +103,9 @@ class SavedPool:
         return kinds
 
     def measure_storage_bytes(self) -> int:
-        """Add up the sizes of the snapshot's segment files, indexes included.
+        """Add up the sizes of the snapshot's segment files.
+
+        Indexes are included.
 
         Raises `StorageError`.
         """
@@ -114,7 +118,7 @@ class SavedPool:
         return total_bytes
 
     def read_job(self) -> ColabatorJob:
-        """Read the job of the run that the pool belongs to.
+        """Read the job of the pool's run.
 
         Raises `StorageError` where the job is not known.
         """
@@ -132,9 +136,12 @@ class SavedPool:
 
 
 def find_saved_pool(source: str) -> SavedPool:
-    """Find the snapshot of a path or URI, which is one of `EXPECTED_SOURCES`.
+    """Find the snapshot that a path or URI names.
 
-    A pool folder gives its newest snapshot; a run gives the snapshot of its last checkpoint. Raises `StorageError`.
+    The source is one of `EXPECTED_SOURCES`. A pool folder gives its newest snapshot; a run gives the snapshot of its
+    last checkpoint.
+
+    Raises `StorageError`.
     """
     place = locate(source)
 
@@ -154,7 +161,9 @@ def find_saved_pool(source: str) -> SavedPool:
 
 
 def list_entries(folder: Location) -> list[fs.FileInfo]:
-    """List the files and folders directly below a folder; none where this is no folder.
+    """List the files and folders directly below a folder.
+
+    There are none where this is no folder.
 
     Raises `StorageError`.
     """
@@ -191,7 +200,10 @@ def _find_newest_snapshot(pool: Location) -> str:
 
 
 def _find_in_run(run: Location) -> SavedPool:
-    """Open the snapshot of a run's last complete checkpoint, or its newest where no checkpoint is complete."""
+    """Open the snapshot of a run's last complete checkpoint.
+
+    Where no checkpoint is complete, this is the newest snapshot.
+    """
     from corun_ray.core.training.checkpoints import TRAINING_FILE
 
     pool = run.child(POOL_FOLDER)
@@ -207,7 +219,9 @@ def _find_in_run(run: Location) -> SavedPool:
 def _read_snapshot_name(checkpoint: Location) -> str:
     """Read which snapshot belongs to a checkpoint.
 
-    The name comes from a file, so it must be the bare name of a snapshot. Raises `StorageError`.
+    The name comes from a file, so it must be the bare name of a snapshot.
+
+    Raises `StorageError`.
     """
     name = _read_checkpoint_record(checkpoint)["extra"].get("pool_snapshot")
     if name is None:
@@ -220,7 +234,9 @@ def _read_snapshot_name(checkpoint: Location) -> str:
 
 
 def _read_checkpoint_record(checkpoint: Location) -> dict[str, Any]:
-    """Read the record of a checkpoint, which is in the header of its file.
+    """Read the record of a checkpoint.
+
+    It is in the header of the checkpoint's file.
 
     Raises `StorageError`.
     """
@@ -240,7 +256,9 @@ def _read_checkpoint_record(checkpoint: Location) -> dict[str, Any]:
 
 
 def _copy_header(place: Location, file: Path) -> None:
-    """Copy a safetensors file with zeros in place of its tensors, of which a checkpoint has gigabytes.
+    """Copy a safetensors file with zeros as tensors.
+
+    The tensors of a checkpoint take gigabytes.
 
     Raises `StorageError`.
     """

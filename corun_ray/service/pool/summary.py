@@ -121,6 +121,11 @@ def summarise(source: SavedPool, index: Index) -> PoolSummary:
         steps = [content.step - head.step for head in heads]
         ages = Ages(min(steps), statistics.median(steps), max(steps))
 
+    other_snapshots = []
+    for name in list_snapshots(source.pool):
+        if name != source.name:
+            other_snapshots.append(name)
+
     return PoolSummary(
         snapshot=source.uri,
         step=content.step,
@@ -137,13 +142,16 @@ def summarise(source: SavedPool, index: Index) -> PoolSummary:
         held_by_step=dict(sorted(Counter(head.step for head in heads).items())),
         segments=len(content.segments),
         segment_rows=sum(segment.rows for segment in content.segments),
-        other_snapshots=[name for name in list_snapshots(source.pool) if name != source.name],
+        other_snapshots=other_snapshots,
         images=source.list_image_kinds(index),
     )
 
 
 def _measure_spread(scores: Sequence[float]) -> ScoreSpread:
-    """Measure one score of all labels; scores outside [0, 1] count in the first or last bin."""
+    """Measure one score of all labels.
+
+    Scores outside [0, 1] count in the first or last bin.
+    """
     counts, _ = np.histogram(np.clip(scores, 0, 1), SCORE_BINS, (0, 1))
     if not scores:
         return ScoreSpread(None, None, None, counts.tolist())
@@ -200,7 +208,10 @@ def _list_facts(summary: PoolSummary) -> dict[str, str]:
 
 
 def _list_image_texts(kinds: Sequence[ImageKind]) -> list[str]:
-    """Describe each kind of images; the number of labels is told where there are several kinds."""
+    """Describe each kind of images.
+
+    The number of labels is told where there are several kinds.
+    """
     texts = []
     for kind in kinds:
         transmission = "with transmission" if kind.with_transmission else "without transmission"
@@ -215,7 +226,10 @@ def _list_image_texts(kinds: Sequence[ImageKind]) -> list[str]:
 
 
 def format_step_bars(title: str, max_ranges: int, columns: Mapping[str, Mapping[int, int]]) -> list[str]:
-    """Format counts by step as bars, over at most `max_ranges` round ranges of steps from 0 on."""
+    """Format counts by step as bars.
+
+    There are at most `max_ranges` ranges of steps, round and from 0 on.
+    """
     # The end of the ranges, past the last step.
     end = 1
     for counts in columns.values():
@@ -235,12 +249,17 @@ def format_step_bars(title: str, max_ranges: int, columns: Mapping[str, Mapping[
         for step, count in counts.items():
             totals[name][max(step, 0) // width] += count
 
-    ranges = [str(start) if width == 1 else f"{start}-{start + width - 1}" for start in starts]
+    ranges = []
+    for start in starts:
+        ranges.append(str(start) if width == 1 else f"{start}-{start + width - 1}")
     return format_bars(title, ranges, totals)
 
 
 def format_bars(title: str, rows: Sequence[str], columns: Mapping[str, Sequence[int]]) -> list[str]:
-    """Format counts with a bar each, one line a row; the longest bar of a column has `BAR_CHARACTERS`."""
+    """Format counts with a bar each, one line a row.
+
+    The longest bar of a column has `BAR_CHARACTERS`.
+    """
     # Two cells a column: the count, flush right below the column's name, and its bar.
     header = [title]
     for name in columns:
@@ -257,7 +276,10 @@ def format_bars(title: str, rows: Sequence[str], columns: Mapping[str, Sequence[
 
 
 def _draw_bar(count: int, most: int) -> str:
-    """Draw a bar in proportion to the column's largest count; any count above 0 has at least one character."""
+    """Draw a bar in proportion to the column's largest count.
+
+    Any count above 0 has at least one character.
+    """
     return "#" * -(-count * BAR_CHARACTERS // most) if count else ""
 
 
@@ -269,7 +291,10 @@ def _format_percent(part: int, whole: int) -> str:
 
 
 def find_changes(before: Mapping[str, Head], after: Mapping[str, Head]) -> list[Change]:
-    """Find the labels whose scores or step differ, or that only one snapshot has; sorted by key."""
+    """Find the labels that differ between two snapshots.
+
+    Scores or step differ, or one snapshot alone has the label. Sorted by key.
+    """
     changes = []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
@@ -286,8 +311,12 @@ def describe_changes(a: SavedPool, b: SavedPool, changes: Sequence[Change], num_
 
     # How many labels changed, and how.
     kinds = Counter(change.kind for change in changes)
-    facts = [(kind, str(kinds[kind])) for kind in ("added", "removed", "replaced")]
-    facts.append(("unchanged", str(num_after - kinds["added"] - kinds["replaced"])))
+    facts = [
+        ("added", str(kinds["added"])),
+        ("removed", str(kinds["removed"])),
+        ("replaced", str(kinds["replaced"])),
+        ("unchanged", str(num_after - kinds["added"] - kinds["replaced"])),
+    ]
 
     # How much the replaced labels gained in each score.
     replaced = [change for change in changes if change.kind == "replaced"]
@@ -308,7 +337,10 @@ def describe_changes(a: SavedPool, b: SavedPool, changes: Sequence[Change], num_
 
 
 def _list_gain_cells(change: Change) -> list[str]:
-    """Return the cells of a replaced label: its key, both scores, and its steps."""
+    """Return the cells of a replaced label.
+
+    They are its key, both scores, and its steps.
+    """
     assert change.before is not None and change.after is not None
     cells = [make_printable(change.key)]
     for old, new, gain in zip(change.before.scores, change.after.scores, change.gains, strict=True):
@@ -318,7 +350,10 @@ def _list_gain_cells(change: Change) -> list[str]:
 
 
 def format_change_lines(changes: Iterable[Change]) -> list[str]:
-    """Return the lines of `pool diff --all`: `CHANGE_COLUMNS` tab-separated, empty where a snapshot lacks the key."""
+    """Return the lines of `pool diff --all`.
+
+    `CHANGE_COLUMNS` are tab-separated, and empty where a snapshot lacks the key.
+    """
     lines = ["\t".join(CHANGE_COLUMNS)]
     for change in changes:
         cells = [change.kind, make_printable(change.key)]
@@ -329,12 +364,18 @@ def format_change_lines(changes: Iterable[Change]) -> list[str]:
 
 
 def _list_values(head: Head | None) -> list[str]:
-    """Return clarity, quality and step of a label as text, empty where there is no label."""
+    """Return clarity, quality and step of a label.
+
+    As text, empty where there is no label.
+    """
     if head is None:
         return ["", "", ""]
     return [str(head.scores.clarity), str(head.scores.quality), str(head.step)]
 
 
 def make_printable(key: str) -> str:
-    """Return a key as one line for a terminal: characters that would move the cursor are escaped."""
+    """Return a key as one line for a terminal.
+
+    Characters that would move the cursor are escaped.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in key)
