@@ -100,7 +100,7 @@ class PoolShard:
         if not self._ensure_restored():
             return Reply(*NOT_RESTORED, [None] * len(keys))
 
-        # Begin to read back what only storage has. The reader waits for the reference, not the shard.
+        # Start to read back what only storage has. The worker that asks waits for these labels; the shard does not.
         entries = self._index.read(keys)
         labels = []
         for entry in entries:
