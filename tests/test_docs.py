@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
-from corun_ray.cli.app import parser
+from corun_ray.cli.app import parse
+from corun_ray.core.errors import UserError
 from tests import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "cluster").glob("*.md"))]
@@ -87,9 +89,9 @@ def _corun_commands() -> Iterator[tuple[str, str]]:
 def test_a_command_has_the_options_that_the_page_says(where: str, command: str) -> None:
     words = shlex.split(command)[1:]
     try:
-        parser().parse_args(words)
-    except SystemExit:
-        pytest.fail(f"{where}: {command}")
+        parse(words)
+    except (UserError, typer.Exit) as error:
+        pytest.fail(f"{where}: {command}: {error}")
 
 
 FILES = sorted({name for block in WITH_COMMANDS for name in re.findall(r"\b(?:jobs|cluster)/[\w/.-]+", block.text)})

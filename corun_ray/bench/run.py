@@ -1,83 +1,83 @@
-"""Times the training step and the restoration of photographs, and scales the step to many GPUs.
+"""Runs the benchmarks that need torch and numpy alone, and prints what they found.
 
-Torch and numpy are enough: `python -m corun_ray bench step` runs on a bare GPU machine.
+`python -m corun_ray bench step` runs on a bare GPU machine.
 """
 
-import argparse
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from corun_ray.bench.dehaze import DehazeReport, DehazeSettings, bench_dehaze
+from corun_ray.bench.dehaze import DehazeSettings, bench_dehaze
 from corun_ray.bench.machine import MATRIX_SIDE
-from corun_ray.bench.scaling import ScalingReport, ScalingSettings, assumed_step, bench_scaling, measured_step
-from corun_ray.bench.step import StepReport, StepSettings, bench_step
+from corun_ray.bench.scaling import ScalingSettings, bench_scaling, measured_step
+from corun_ray.bench.scaling_model import WorkerStep
+from corun_ray.bench.step import StepSettings, bench_step
 from corun_ray.bench.tables import dehaze_table, scaling_table, step_table
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measures what `args` of `bench_options` ask for and prints it as a table; `--json` is written too.
+def run_step(settings: StepSettings, json_file: Path | None = None, trace: Path | None = None) -> None:
+    """Measure a training step and print its parts; `trace` is a profiler's trace of one more."""
+    report = bench_step(settings, trace=trace)
 
-    Raises ValueError where that cannot be had: a device, a network, an image that does not fit into the memory.
+    print_machine(settings.device)
+    print(step_table(report))
+    write_json([report], settings.device, json_file)
+
+
+def run_dehaze(sizes: Sequence[DehazeSettings], json_file: Path | None = None) -> None:
+    """Measure the restoration of photographs, one table for each size; all on the same device.
+
+    Raises ValueError where an image does not fit into the memory that it is given.
     """
-    args = argparse.Namespace(**{**vars(args), "device": _device(args.device)})
-    measure, table = PARTS[args.part]
-    reports = measure(args)
-    print(f"{_device_name(args.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    reports = [bench_dehaze(settings) for settings in sizes]
+
+    device = sizes[0].device
+    print_machine(device)
     for report in reports:
-        print(table(report))
-    if args.json:
-        about = {"torch": torch.__version__, "device": _device_name(args.device)}
-        plain = [about | dataclasses.asdict(report) for report in reports]
-        args.json.write_text(json.dumps(plain, indent=2, default=str))
+        print(dehaze_table(report))
+    write_json(reports, device, json_file)
 
 
-def _step(args: argparse.Namespace) -> list[StepReport]:
-    return [bench_step(StepSettings(**_options(args, StepSettings)), trace=args.trace)]
+def run_scaling(settings: ScalingSettings, alone: WorkerStep, check: bool, json_file: Path | None = None) -> None:
+    """Work out a step on many GPUs from the step `alone` on one; with `check`, measure on this machine too."""
+    report = bench_scaling(settings, alone, check)
+
+    device = torch.device("cpu")
+    print_machine(device)
+    print(scaling_table(report))
+    write_json([report], device, json_file)
 
 
-def _dehaze(args: argparse.Namespace) -> list[DehazeReport]:
-    options = _options(args, DehazeSettings)
-    return [bench_dehaze(DehazeSettings(height_px=height, width_px=width, **options)) for height, width in args.sizes]
+def read_step(
+    file: Path, settings: ScalingSettings, rating_s: float | None = None
+) -> tuple[ScalingSettings, WorkerStep]:
+    """Return settings and step of a file that `bench step --json` wrote.
+
+    The method and the network are those that were measured; the other settings stay.
+    Raises ValueError where the file holds no such step.
+    """
+    try:
+        (report,) = json.loads(file.read_text())
+        step = measured_step(report, rating_s)
+        measured = {name: report["settings"][name] for name in ("method", "stages", "width", "size_px")}
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--step-json: {file}: {error}") from None
+    return dataclasses.replace(settings, **measured), step
 
 
-def _scaling(args: argparse.Namespace) -> list[ScalingReport]:
-    options = _options(args, ScalingSettings)
-    if args.step_json is None:
-        alone = assumed_step(args.step_s, args.batch, args.rating_s)
-    else:
-        try:
-            (measured,) = json.loads(args.step_json.read_text())
-            alone = measured_step(measured, args.rating_s)
-            options |= {name: measured["settings"][name] for name in ("method", "stages", "width", "size_px")}
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"--step-json: {args.step_json}: {error}") from None
-    return [bench_scaling(ScalingSettings(**options), alone, args.check)]
+def find_device(name: str | None) -> torch.device:
+    """Return the named device, by default the GPU where there is one.
 
-
-PARTS: dict[str, tuple[Callable[[argparse.Namespace], list[Any]], Callable[[Any], str]]] = {
-    "step": (_step, step_table),
-    "dehaze": (_dehaze, dehaze_table),
-    "scaling": (_scaling, scaling_table),
-}
-
-
-def _options(args: argparse.Namespace, settings: type) -> dict[str, Any]:
-    """Those that have a field of their name."""
-    names = {field.name for field in dataclasses.fields(settings)}
-    return {name: value for name, value in vars(args).items() if name in names}
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def _device(name: str | None) -> torch.device:
+    Raises ValueError where the device cannot be used.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    # Only a tensor there shows that a device can be used.
     try:
         device = torch.device(name)
         if device.type not in MATRIX_SIDE:
@@ -86,3 +86,23 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name} cannot be used ({str(error).splitlines()[0]})") from None
     return device
+
+
+def name_device(device: torch.device) -> str:
+    """Return the name of a GPU, or `CPU`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def print_machine(device: torch.device) -> None:
+    """Print what the figures below were measured on."""
+    print(f"{name_device(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def write_json(reports: Iterable[Any], device: torch.device, file: Path | None) -> None:
+    """Write every figure of some reports, and what they were measured on, where a file is asked for."""
+    if file is None:
+        return
+
+    machine = {"torch": torch.__version__, "device": name_device(device)}
+    plain = [machine | dataclasses.asdict(report) for report in reports]
+    file.write_text(json.dumps(plain, indent=2, default=str))

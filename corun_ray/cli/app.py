@@ -1,48 +1,57 @@
-"""The front door: `corun-ray COMMAND`. Heavy imports happen in the command that needs them."""
+"""The front door: `corun-ray COMMAND`, from its words to its exit code.
 
-import argparse
+Heavy imports happen in the command that needs them, so that `--help` and mistakes answer at once.
+"""
+
 import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from corun_ray.cli.bench_cli import add_bench_commands
-from corun_ray.cli.common import DONE, FAILED, WRONG_REQUEST, using_ray
-from corun_ray.cli.data import add_weights_commands
-from corun_ray.cli.models import add_model_commands
-from corun_ray.cli.pack_cli import add_pack_command
-from corun_ray.cli.pool import add_pool_commands
-from corun_ray.cli.run import add_doctor_command
-from corun_ray.cli.serve_cli import add_serve_command
-from corun_ray.cli.submit import add_submit_commands
+import typer
+from typer.main import get_command
+
+from corun_ray.cli import bench, data, models, pool, run, submit
+from corun_ray.cli.command import App, Group, describe_mistake
+from corun_ray.cli.common import DONE, FAILED, WRONG_REQUEST
 from corun_ray.core.errors import UserError
 from corun_ray.service.errors import JobFailed
 
 if TYPE_CHECKING:
-    from corun_ray.service.weights.folder import Wanted
+    from typer._click import Context
 
+PROGRAM = "corun-ray"
 
 EPILOG = """\
-A job file says everything about a job; `corun-ray check --keys` lists what it may say.
+A job file says everything about a job; `corun-ray check --keys` lists its keys.
 
-  corun-ray demo demo                     make a small dataset
-  corun-ray run jobs/quickstart.yaml      train on it: pretrain, colabator, evaluate
-  corun-ray run JOB.yaml --resume         go on where its last run stopped
-  corun-ray submit JOB.yaml               run it on a cluster by Ray's Jobs API
-  corun-ray pool ls runs/RUN              look into the label pool of a run
-  corun-ray evaluate PHOTOS               measure photographs, baselines and models
-  corun-ray dehaze PHOTOS OUT --model models:/corun-demo@champion --tracking sqlite:///runs/mlflow.db
+examples:
+  corun-ray demo demo                 make a small dataset
+  corun-ray run jobs/quickstart.yaml  train on it: pretrain, colabator, evaluate
+  corun-ray run JOB.yaml --resume     resume its last run
+  corun-ray submit JOB.yaml           run it on a cluster by Ray's Jobs API
+  corun-ray pool ls runs/RUN          look into the label pool of a run
+  corun-ray evaluate PHOTOS           measure photographs, baselines and models
+  corun-ray dehaze PHOTOS OUT --model models:/corun-demo@champion
 
 RAY_ADDRESS names the cluster to use; without it, a local Ray is started.
+
 exit codes: 0 done, 1 the job failed, 2 the request is wrong"""
+
+app = App(help="Train and use image dehazing models on Ray.", epilog=EPILOG)
+for commands in (run, submit, data, pool, models, bench):
+    app.add_typer(commands.app)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line, runs the command and exits with its code."""
-    args = parser().parse_args(argv)
+    """Run the command that `argv`, or the process's own words, ask for; exit with its code."""
     try:
-        sys.exit(args.command(args))
+        context = parse(sys.argv[1:] if argv is None else argv)
+        sys.exit(context.command.invoke(context))
+
+    except typer.Exit as end:
+        # --help was shown.
+        sys.exit(end.exit_code)
     except BrokenPipeError:
         # The reader of our output (head, less) has seen enough; Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,116 +67,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(FAILED)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Every command with its options."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "corun-ray",
-        description="Train and use image dehazing models on Ray.",
-        epilog=EPILOG,
-        formatter_class=raw,
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+def parse(argv: Sequence[str]) -> "Context":
+    """Return the command that `argv` names, with the values of its parameters; run nothing.
 
-    def command(
-        name: str, run: Callable[[argparse.Namespace], int], help: str, text: str = ""
-    ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=help, description=f"{help[0].upper()}{help[1:]}. {text}", formatter_class=raw
-        )
-        sub.set_defaults(command=run)
-        return sub
+    Raises `UserError` where a command, an option or a value is wrong, and `typer.Exit` where `--help` was shown.
+    """
+    command, context = get_command(app), None
+    name, path, words = PROGRAM, PROGRAM, list(argv)
 
-    run = command("run", _run, "run the jobs of a file", "A file of several YAML documents is a pipeline.")
-    check = command("check", _check, "validate a job file and look at what it would use", "Starts nothing.")
-    check.add_argument("--keys", action="store_true", help="list every key of a job file with its default")
-    for sub in (run, check):
-        sub.add_argument("job", type=Path, nargs="?" if sub is check else None, metavar="JOB.yaml")
-        sub.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="key.path=value",
-            help="override a key in every job that has it (NAME:key.path=value: in one); may be repeated",
-        )
-
-    run.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the last run of each training job from its last checkpoint: same samples, labels and "
-        "optimizer; jobs that had ended are passed over, jobs without a run begin",
-    )
-
-    demo = command(
-        "demo", _demo, "write a small dataset of rendered scenes", "Folders: clear, depth, hazy, hazy_truth."
-    )
-    demo.add_argument("folder", type=Path, metavar="DIR")
-    demo.add_argument("--seed", type=int, default=0, help="other scenes for another seed (default 0)")
-
-    add_submit_commands(commands)
-    add_doctor_command(commands)
-    add_weights_commands(commands, _weights_of_jobs)
-    add_pack_command(commands)
-    add_pool_commands(commands)
-    add_model_commands(commands)
-    add_serve_command(commands)
-    add_bench_commands(commands)
-    return parser
-
-
-def _weights_of_jobs(args: argparse.Namespace) -> "list[tuple[str | None, Wanted]]":
-    from corun_ray.config.loading import load_jobs
-    from corun_ray.config.trials import example
-    from corun_ray.service.weights.needed import find_needed_files
-
-    jobs = map(example, load_jobs(Path(args.where), args.set))
-    return [folder for job in jobs for folder in find_needed_files(job).items()]
-
-
-def _check(args: argparse.Namespace) -> int:
-    if args.keys:
-        from corun_ray.config.reference import reference
-
-        print(reference())
-        return DONE
-    if args.job is None:
-        raise UserError("check: expected a job file, or --keys")
-    from corun_ray.config.loading import dump_job, load_jobs
-
-    jobs = load_jobs(args.job, args.set)
-    from corun_ray.service.check import check_job
-
-    wrong = []
-    for number, job in enumerate(jobs):
-        print(dump_job(job))
-        notes, mistakes = check_job(job, jobs[:number])
-        print("".join(f"# {note}\n" for note in notes))
-        wrong += [f"{job.name}: {mistake}" for mistake in mistakes]
-    if wrong:
-        raise UserError("\n".join(wrong))
-    return DONE
-
-
-def _run(args: argparse.Namespace) -> int:
-    from corun_ray.config.loading import load_jobs
-
-    jobs = load_jobs(args.job, args.set)
-    from corun_ray.service.jobs import run_jobs
-    from corun_ray.service.telemetry.console import Console
-
-    with using_ray():
-        run_jobs(jobs, Console(), args.job.parent.absolute(), args.resume)
-    return DONE
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from corun_ray.demo.dataset import write_demo
-    from corun_ray.service.telemetry.console import Console
-
-    console = Console()
-    try:
-        write_demo(args.folder, args.seed, progress=lambda done, total: console.progress(done, total, "scene"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"demo: {error}") from None
-    console.say(f"  {args.folder}: clear, depth, hazy, hazy_truth")
-    return DONE
+    # Each group names its command by its first word and leaves the others to it.
+    while True:
+        try:
+            # The parser takes words out of the list that it is given.
+            context = command.make_context(name, list(words), parent=context)
+            if not isinstance(command, Group):
+                return context
+            name, command, words = command.resolve_command(context, words)
+        except typer.TyperException as error:
+            raise UserError(f"{path}: {describe_mistake(error)}") from None
+        path = f"{path} {name}"

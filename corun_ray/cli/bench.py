@@ -1,197 +1,572 @@
-"""The command lines of the benchmarks that need only torch and numpy; building them needs neither.
+"""`corun-ray bench step | dehaze | scaling | stream | pool`: measuring parts of the service on this machine.
 
-An option's value has the name of the setting that it is (`StepSettings`, `DehazeSettings`, `ScalingSettings`).
+The first three need torch, numpy, typer and rich alone.
 """
 
-import argparse
 import math
-from collections.abc import Callable
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-METHODS = ("pretrain", "colabator")
-LINK_HELP = "between nodes, all cards of a node together; a table each (25 100 200)"
-SIZES_PX = {"1080p": (1088, 1920), "12mp": (3008, 4000), "24mp": (4000, 6000)}
-"""Names of sizes: height and width, multiples of 16."""
+import typer
 
-STEP = """\
-Times training steps on random images, by part: teacher, global and local scores, pool, student, losses, backward,
-optimizer and moving average. The scorers are those without weights; VGG-19 has random ones.
+from corun_ray.cli.command import App
+from corun_ray.cli.common import DONE, WRITE_JSON, above_0, at_least, multiple_of, share, using_ray
+from corun_ray.core.choices import DepthKind, Encoding
+from corun_ray.core.errors import UserError
 
-The floor says what the counted arithmetic would take at the measured rate of large matrix products, and what the
-memory traffic would take at that of a copy if every operation had its own pass. Compiled code may need fewer."""
+if TYPE_CHECKING:
+    from corun_ray.bench.label_pool.figures import PoolSettings
+    from corun_ray.config.jobs import TrainingJob
+    from corun_ray.service.storage import Location
 
-DEHAZE = """\
-Times the restoration of photographs by a network with random weights: megapixels a second and the most memory, of the
-GPU's tensors or of the whole process."""
 
-SCALING = """\
-Works out what a training step would take on many GPUs, from what it takes on one: DDP's buckets of gradients in rings
-and trees behind the backward pass, the label pool's answers behind the teacher's time, and the wait for the worker that
-has most blocks to rate. Tells what costs most and which key of a job helps. The formulae are in
-corun_ray.bench.scaling_model.
+class ImageSize(NamedTuple):
+    """Height and width of an image."""
 
-The step is --step-s with the shares of a CPU's, or a measured one. Links are taken for what they carry: give a measured
-bandwidth, such as nccl-tests' bus bandwidth, for a forecast, the nominal one for a bound.
+    height_px: int
+    width_px: int
 
-Then it measures gloo's all-reduce between processes of this machine and a backward pass with and without it, beside
-what the same formulae say (a minute on 2 cores; --no-check leaves it out)."""
+
+SIZES = {"1080p": ImageSize(1088, 1920), "12mp": ImageSize(3008, 4000), "24mp": ImageSize(4000, 6000)}
+"""Named sizes, multiples of 16 px."""
+SMALLEST_SIZE_PX = 16
+DEFAULT_GPUS = [8, 64, 512]
+DEFAULT_LINKS_GBIT = [25.0, 100.0, 200.0]
+DEFAULT_PROCESSES = [2, 4]
+DEFAULT_STEP_S = 0.3
+DEFAULT_SHARDS = [1, 2, 4]
+
+MIN_LABELS, MIN_SIDE_PX = 60, 8
+MIN_IN_MEMORY = 200
+"""Labels that memory must have room for, so that there is something to read from it."""
+MIN_PATCH_PX = 32
 
 EXAMPLES = """\
 examples:
-  {command} step --size 96 --stages 2                    a first look, half a minute on 2 cores
-  {command} step --precision bf16 --compile --batch 2 --json step.json
-  {command} step --method pretrain --trace step.json.gz  for chrome://tracing or ui.perfetto.dev
-  {command} dehaze --sizes 1080p 12mp --memory-mib 2816
-  {command} scaling --step-s 0.3 --gpus 8 64 512 --link-gbit 100
-  {command} scaling --step-json step.json --shards 8     the step that bench step measured"""
+  corun-ray bench step --size 96 --stages 2   a first look, half a minute
+  corun-ray bench step --precision bf16 --compile --batch 2 --json step.json
+  corun-ray bench step --method pretrain --trace step.json.gz
+                                 for chrome://tracing or ui.perfetto.dev
+  corun-ray bench dehaze --sizes 1080p 12mp --memory-mib 2816
+  corun-ray bench scaling --step-s 0.3 --gpus 8 64 512 --link-gbit 100
+  corun-ray bench scaling --step-json step.json --shards 8
+                                 the step that bench step measured"""
+
+STREAM_EXAMPLES = """\
+examples:
+  corun-ray bench stream         a minute
+  corun-ray bench stream --data s3://haze/rgb_500 --depth s3://haze/depth_500
+  corun-ray bench stream --data clear --hazy urhi --json stream.json"""
+
+POOL_EXAMPLES = """\
+examples:
+  corun-ray bench pool                            about 5 minutes on 2 cores
+  corun-ray bench pool --labels 600 --shards 1 2  a first look
+  corun-ray bench pool --labels 100000 --storage /data --json pool.json
+                                                  33 GB on disk, an hour or more
+
+What it writes below --storage is deleted at the end, and when Ctrl-C stops it."""
+
+app = App()
+bench = App(help="Measure parts of the service on this machine.")
+app.add_typer(bench, name="bench")
+
+Method = Literal["pretrain", "colabator"]
+Precision = Literal["fp32", "bf16"]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=WRITE_JSON)]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="D", help="cpu, cuda or cuda:1 (default: cuda where there is one)"),
+]
+Stages = Annotated[int, typer.Option("--stages", metavar="K", parser=at_least(2), help="of the network")]
+Width = Annotated[int, typer.Option("--width", metavar="W", parser=at_least(2), help="of the network")]
+Repeats = Annotated[int, typer.Option("--repeats", metavar="N", parser=at_least(1), help="medians are of these")]
+Compile = Annotated[bool, typer.Option("--compile", help="by torch.compile; takes minutes at first")]
+Batch = Annotated[int, typer.Option("--batch", metavar="B", parser=at_least(1), help="images of each kind and GPU")]
+WinRate = Annotated[
+    float,
+    typer.Option("--wins", metavar="SHARE", parser=share, help="of the candidates; their blocks are rated"),
+]
 
 
-def add_core_benches(
-    group: "argparse._SubParsersAction[argparse.ArgumentParser]", command: str
-) -> list[argparse.ArgumentParser]:
-    """Adds `step`, `dehaze` and `scaling` to the parsers of a command, which is named `command` in the examples."""
-    raw = argparse.RawDescriptionHelpFormatter
-    epilog = EXAMPLES.format(command=command)
-    step = group.add_parser(
-        "step", help="measure a training step", description=STEP, epilog=epilog, formatter_class=raw
-    )
-    step.add_argument("--method", choices=METHODS, default="colabator")
-    step.add_argument(
-        "--size", dest="size_px", type=multiple_of(32), default=288, metavar="PX", help="side of images (default 288)"
-    )
-    step.add_argument("--batch", type=at_least(1), default=1, metavar="B", help="images of each kind (default 1)")
-    step.add_argument(
-        "--wins",
-        dest="win_rate",
-        type=_share,
-        default=0.1,
-        metavar="SHARE",
-        help="of the candidates; their blocks are rated (0.1)",
-    )
-    step.add_argument("--no-perceptual", dest="perceptual", action="store_false", help="leave VGG-19 out of the losses")
-    step.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
-    step.add_argument("--trace", type=Path, metavar="FILE", help="also write a profiler's trace of one step")
-    _add_common(step, "step", repeats=10)
-    dehaze = group.add_parser(
-        "dehaze", help="measure the restoration of photographs", description=DEHAZE, epilog=epilog, formatter_class=raw
-    )
-    names = ", ".join(SIZES_PX)
-    dehaze.add_argument(
-        "--sizes",
-        nargs="+",
-        type=_size,
-        default=[SIZES_PX["1080p"]],
-        metavar="S",
-        help=f"{names} or WIDTHxHEIGHT (default 1080p)",
-    )
-    dehaze.add_argument(
-        "--memory-mib",
-        type=at_least(1),
-        metavar="M",
-        help="for an image at work, else bands or tiles (default: whole)",
-    )
-    _add_common(dehaze, "dehaze", repeats=3)
-    return [step, dehaze, _add_scaling(group, epilog)]
+def parse_size(text: str) -> ImageSize:
+    """Convert `1080p` or `1920x1080` to height and width."""
+    if text in SIZES:
+        return SIZES[text]
 
-
-def _add_scaling(group: "argparse._SubParsersAction[argparse.ArgumentParser]", epilog: str) -> argparse.ArgumentParser:
-    scaling = group.add_parser(
-        "scaling",
-        help="work out a step on many GPUs",
-        description=SCALING,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = scaling.add_argument
-    step = scaling.add_mutually_exclusive_group()
-    step.add_argument("--step-s", type=_above_0, default=0.3, metavar="S", help="on one GPU, candidates lose (0.3)")
-    step.add_argument("--step-json", type=Path, metavar="FILE", help="of bench step --json: the step, by part")
-    add("--rating-s", type=_above_0, metavar="S", help="what rating an image's blocks adds (0.9 of the step)")
-    add("--method", choices=METHODS, default="colabator")
-    add("--batch", type=at_least(1), default=1, metavar="B", help="images of each kind and GPU in a step (1)")
-    add("--gpus", type=at_least(1), nargs="+", default=[8, 64, 512], metavar="N", help="(default 8 64 512)")
-    add("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="(default 8)")
-    add("--link-gbit", type=_above_0, nargs="+", default=[25, 100, 200], metavar="G", help=LINK_HELP)
-    add(
-        "--link-latency-us",
-        type=_above_0,
-        default=14,
-        metavar="US",
-        help="a message between nodes (14, as NCCL counts)",
-    )
-    add("--node-gbit", type=_above_0, default=1880, metavar="G", help="within a node (1880: NCCL's for A100s)")
-    add("--node-latency-us", type=_above_0, default=4, metavar="US", help="(default 4, as NCCL counts)")
-    add("--stages", type=at_least(2), default=4, metavar="K", help="of the network (default 4)")
-    add("--width", type=at_least(2), default=30, metavar="W", help="of the network (default 30)")
-    add("--size", dest="size_px", type=multiple_of(32), default=288, metavar="PX", help="side of labels (default 288)")
-    add("--encoding", choices=("uint8", "float16", "float32"), default="uint8", help="pool.encoding (default uint8)")
-    add("--shards", type=at_least(1), default=1, metavar="S", help="pool.shards (default 1)")
-    add("--wins", dest="win_rate", type=_share, default=0.1, metavar="SHARE", help="of the candidates (default 0.1)")
-    add("--share-blocks", action="store_true", help="as with coherence.share_blocks")
-    add("--samples-per-s", type=_above_0, default=36, metavar="R", help="a core's, of bench stream (default 36)")
-    add("--no-check", dest="check", action="store_false", help="measure nothing")
-    add("--processes", type=at_least(2), nargs="+", default=[2, 4], metavar="N", help="of the check (default 2 4)")
-    add("--repeats", type=at_least(1), default=10, metavar="N", help="of the check (default 10)")
-    add("--json", type=Path, metavar="FILE", help="also write every figure to a file")
-    scaling.set_defaults(part="scaling", device="cpu")
-    return scaling
-
-
-def _add_common(parser: argparse.ArgumentParser, part: str, repeats: int) -> None:
-    parser.set_defaults(part=part)
-    parser.add_argument("--stages", type=at_least(2), default=4, metavar="K", help="of the network (default 4)")
-    parser.add_argument("--width", type=at_least(2), default=30, metavar="W", help="of the network (default 30)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--compile", action="store_true", help="by torch.compile; takes minutes at first")
-    parser.add_argument("--repeats", type=at_least(1), default=repeats, metavar="N", help=f"(default {repeats})")
-    parser.add_argument("--device", metavar="D", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to a file")
-
-
-def _size(text: str) -> tuple[int, int]:
-    """`1080p` or `1920x1080` → height and width."""
-    if text in SIZES_PX:
-        return SIZES_PX[text]
     width, _, height = text.partition("x")
-    if not (width.isdigit() and height.isdigit() and min(int(width), int(height)) >= 16):
-        expected = f"{', '.join(SIZES_PX)} or WIDTHxHEIGHT of 16 px and more"
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
-    return int(height), int(width)
+    if not (width.isdigit() and height.isdigit() and min(int(width), int(height)) >= SMALLEST_SIZE_PX):
+        expected = f"{', '.join(SIZES)} or WIDTHxHEIGHT of {SMALLEST_SIZE_PX} px and more"
+        raise ValueError(f"expected {expected}, got {text}")
+    return ImageSize(int(height), int(width))
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text}")
-    return value
+# --- step, dehaze, scaling: torch and numpy are enough ---
 
 
-def _above_0(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
+@contextmanager
+def telling_mistakes() -> Iterator[None]:
+    """Turn a ValueError of the benchmarks, which know no user, into a `UserError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"bench: {error}") from None
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option: a whole number, `least` or more."""
+@bench.command("step", epilog=EXAMPLES)
+def measure_step(
+    method: Annotated[Method, typer.Option("--method", help="kind of training")] = "colabator",
+    size_px: Annotated[int, typer.Option("--size", metavar="PX", parser=multiple_of(32), help="side of images")] = 288,
+    batch: Batch = 1,
+    win_rate: WinRate = 0.1,
+    no_perceptual: Annotated[bool, typer.Option("--no-perceptual", help="leave VGG-19 out of the losses")] = False,
+    checkpoint_activations: Annotated[
+        bool, typer.Option("--checkpoint-activations", help="less memory, more time")
+    ] = False,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="also write a profiler's trace of one step")
+    ] = None,
+    stages: Stages = 4,
+    width: Width = 30,
+    precision: Annotated[Precision, typer.Option("--precision", help="of the network's arithmetic")] = "fp32",
+    compile_network: Compile = False,
+    repeats: Repeats = 10,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> int:
+    """Measure a training step.
 
-    def whole(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is too few (at least {least})")
-        return int(text)
+    Times training steps on random images, by part: teacher, global and local scores, pool, student, losses, backward,
+    optimizer and moving average. The scorers are those without weights; VGG-19 has random ones.
 
-    whole.__name__ = "whole number"
-    return whole
+    The floor says what the counted arithmetic would take at the measured rate of large matrix products, and what the
+    memory traffic would take at that of a copy if every operation had its own pass. Compiled code may need fewer.
+    """
+    from corun_ray.bench.run import find_device, run_step
+    from corun_ray.bench.step import StepSettings
+
+    with telling_mistakes():
+        settings = StepSettings(
+            method=method,
+            size_px=size_px,
+            batch=batch,
+            stages=stages,
+            width=width,
+            precision=precision,
+            compile=compile_network,
+            perceptual=not no_perceptual,
+            win_rate=win_rate,
+            checkpoint_activations=checkpoint_activations,
+            repeats=repeats,
+            device=find_device(device),
+        )
+        run_step(settings, json_file, trace)
+    return DONE
 
 
-def multiple_of(divisor: int) -> Callable[[str], int]:
-    """The type of an option: a whole number that `divisor` divides."""
+@bench.command("dehaze", epilog=EXAMPLES)
+def measure_dehazing(
+    sizes: Annotated[
+        list[ImageSize] | None,
+        typer.Option(
+            "--sizes",
+            metavar="S ...",
+            parser=parse_size,
+            help=f"{', '.join(SIZES)} or WIDTHxHEIGHT (default 1080p)",
+        ),
+    ] = None,
+    memory_mib: Annotated[
+        int | None,
+        typer.Option(
+            "--memory-mib",
+            metavar="M",
+            parser=at_least(1),
+            help="for an image at work, else bands or tiles (default: whole)",
+        ),
+    ] = None,
+    stages: Stages = 4,
+    width: Width = 30,
+    precision: Annotated[Precision, typer.Option("--precision", help="of the network's arithmetic")] = "fp32",
+    compile_network: Compile = False,
+    repeats: Repeats = 3,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> int:
+    """Measure the restoration of photographs.
 
-    def whole(text: str) -> int:
-        if int(text) <= 0 or int(text) % divisor:
-            raise argparse.ArgumentTypeError(f"expected a multiple of {divisor}, got {text}")
-        return int(text)
+    Times the restoration of photographs by a network with random weights: megapixels a second and the most memory, of
+    the GPU's tensors or of the whole process.
+    """
+    from corun_ray.bench.dehaze import DehazeSettings
+    from corun_ray.bench.run import find_device, run_dehaze
 
-    whole.__name__ = "whole number"
-    return whole
+    with telling_mistakes():
+        torch_device = find_device(device)
+        settings: list[DehazeSettings] = []
+        for size in sizes or [SIZES["1080p"]]:
+            one = DehazeSettings(
+                height_px=size.height_px,
+                width_px=size.width_px,
+                stages=stages,
+                width=width,
+                precision=precision,
+                compile=compile_network,
+                memory_mib=memory_mib,
+                repeats=repeats,
+                device=torch_device,
+            )
+            settings.append(one)
+        run_dehaze(settings, json_file)
+    return DONE
+
+
+@bench.command("scaling", epilog=EXAMPLES)
+def work_out_scaling(
+    step_s: Annotated[
+        float | None,
+        typer.Option("--step-s", metavar="S", parser=above_0, help="on one GPU, candidates lose (default 0.3)"),
+    ] = None,
+    step_json: Annotated[
+        Path | None,
+        typer.Option("--step-json", metavar="FILE", help="of bench step --json: the step, by part"),
+    ] = None,
+    rating_s: Annotated[
+        float | None,
+        typer.Option(
+            "--rating-s",
+            metavar="S",
+            parser=above_0,
+            help="what rating an image's blocks adds (default 0.9 of the step)",
+        ),
+    ] = None,
+    method: Annotated[Method, typer.Option("--method", help="kind of training")] = "colabator",
+    batch: Batch = 1,
+    gpus: Annotated[
+        list[int], typer.Option("--gpus", metavar="N ...", parser=at_least(1), help="numbers of GPUs to compare")
+    ] = DEFAULT_GPUS,
+    gpus_per_node: Annotated[
+        int, typer.Option("--gpus-per-node", metavar="N", parser=at_least(1), help="GPUs of a node")
+    ] = 8,
+    link_gbit: Annotated[
+        list[float],
+        typer.Option(
+            "--link-gbit",
+            metavar="G ...",
+            parser=above_0,
+            help="between nodes, all cards of a node together; a table each",
+        ),
+    ] = DEFAULT_LINKS_GBIT,
+    link_latency_us: Annotated[
+        float,
+        typer.Option("--link-latency-us", metavar="US", parser=above_0, help="a message between nodes, as NCCL counts"),
+    ] = 14,
+    node_gbit: Annotated[
+        float,
+        typer.Option("--node-gbit", metavar="G", parser=above_0, help="within a node, as NCCL counts for A100s"),
+    ] = 1880,
+    node_latency_us: Annotated[
+        float,
+        typer.Option("--node-latency-us", metavar="US", parser=above_0, help="a message within a node, as NCCL counts"),
+    ] = 4,
+    stages: Stages = 4,
+    width: Width = 30,
+    size_px: Annotated[int, typer.Option("--size", metavar="PX", parser=multiple_of(32), help="side of labels")] = 288,
+    encoding: Annotated[Encoding, typer.Option("--encoding", help="pool.encoding")] = "uint8",
+    shards: Annotated[int, typer.Option("--shards", metavar="S", parser=at_least(1), help="pool.shards")] = 1,
+    win_rate: WinRate = 0.1,
+    share_blocks: Annotated[bool, typer.Option("--share-blocks", help="as with coherence.share_blocks")] = False,
+    samples_per_s: Annotated[
+        float, typer.Option("--samples-per-s", metavar="R", parser=above_0, help="a core's, of bench stream")
+    ] = 36,
+    no_check: Annotated[bool, typer.Option("--no-check", help="measure nothing")] = False,
+    processes: Annotated[
+        list[int], typer.Option("--processes", metavar="N ...", parser=at_least(2), help="of the check")
+    ] = DEFAULT_PROCESSES,
+    repeats: Repeats = 10,
+    json_file: JsonFile = None,
+) -> int:
+    """Work out a step on many GPUs.
+
+    Works out what a training step would take on many GPUs, from what it takes on one: DDP's buckets of gradients in
+    rings and trees behind the backward pass, the label pool's answers behind the teacher's time, and the wait for the
+    worker that has most blocks to rate. Tells what costs most and which key of a job helps. The formulae are in
+    corun_ray.bench.scaling_model.
+
+    The step is --step-s with the shares of a CPU's, or a measured one. Links are taken for what they carry: give a
+    measured bandwidth, such as nccl-tests' bus bandwidth, for a forecast, the nominal one for a bound.
+
+    Then it measures gloo's all-reduce between processes of this machine and a backward pass with and without it,
+    beside what the same formulae say (a minute on 2 cores; --no-check leaves it out).
+    """
+    if step_s is not None and step_json is not None:
+        raise UserError("bench scaling: --step-json is not allowed with --step-s: both give the step")
+
+    from corun_ray.bench.run import read_step, run_scaling
+    from corun_ray.bench.scaling import ScalingSettings, assumed_step
+
+    with telling_mistakes():
+        settings = ScalingSettings(
+            gpus=gpus,
+            gpus_per_node=gpus_per_node,
+            link_gbit=link_gbit,
+            link_latency_us=link_latency_us,
+            node_gbit=node_gbit,
+            node_latency_us=node_latency_us,
+            method=method,
+            stages=stages,
+            width=width,
+            size_px=size_px,
+            encoding=encoding,
+            shards=shards,
+            win_rate=win_rate,
+            share_blocks=share_blocks,
+            samples_per_s=samples_per_s,
+            processes=processes,
+            repeats=repeats,
+        )
+        if step_json is None:
+            alone = assumed_step(step_s or DEFAULT_STEP_S, batch, rating_s)
+        else:
+            settings, alone = read_step(step_json, settings, rating_s)
+        run_scaling(settings, alone, not no_check, json_file)
+    return DONE
+
+
+# --- stream ---
+
+
+@bench.command("stream", epilog=STREAM_EXAMPLES)
+def measure_stream(
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="CLEAR", help="folder, pack or URI of clear images (default: rendered ones)"),
+    ] = None,
+    depth: Annotated[
+        str | None,
+        typer.Option(
+            "--depth", metavar="DEPTH", help="folder, pack or URI of their depth (default: a procedural depth)"
+        ),
+    ] = None,
+    depth_kind: Annotated[DepthKind, typer.Option("--depth-kind", help="what the depth is")] = "inverse",
+    hazy: Annotated[
+        str | None,
+        typer.Option("--hazy", metavar="HAZY", help="folder, pack or URI of real hazy images, for Colabator's samples"),
+    ] = None,
+    patch_px: Annotated[
+        int, typer.Option("--patch", metavar="PX", parser=multiple_of(16), help="side of a patch in pixels")
+    ] = 288,
+    samples: Annotated[
+        int,
+        typer.Option("--samples", metavar="N", parser=at_least(1), help="of a measurement, which is repeated"),
+    ] = 50,
+    repeats: Repeats = 5,
+    json_file: JsonFile = None,
+) -> int:
+    """Measure how training samples are made.
+
+    Measures how many training samples a second one core reads, decodes and synthesises, and where the time goes. Each
+    of a job's data CPUs does that much; whether it is enough, `corun-ray bench step` tells.
+
+    Without --data it renders four photographs of 2 megapixels with depth first (20 s) and measures pre-training and
+    Colabator samples, from a folder and from a pack. With --data it measures yours, from a folder, a pack or a URI,
+    the time that a store takes to answer included: pre-training samples, or with --hazy Colabator's.
+
+    An image is a synthetic pair or a real hazy image; a Colabator sample has one of each.
+    """
+    # All mistakes at once, before anything heavy is imported.
+    mistakes: list[str] = []
+    if patch_px < MIN_PATCH_PX:
+        mistakes.append(f"--patch: {patch_px} is too few (at least {MIN_PATCH_PX})")
+    for option, value in (("--depth", depth), ("--hazy", hazy)):
+        if value is not None and data is None:
+            mistakes.append(f"{option}: needs --data, the clear images")
+    mistakes += _find_missing_folders({"--json": json_file})
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+
+    from corun_ray.bench.stream import StreamSettings, as_json, bench_stream, job_of, render_photographs, table
+    from corun_ray.service.data.sample_maker import TooManyBadFiles
+    from corun_ray.service.errors import JobFailed
+    from corun_ray.service.telemetry.console import Console
+
+    with using_ray(), Console() as console, tempfile.TemporaryDirectory(prefix="corun-bench-") as name:
+        facts = {"samples": f"{samples}, {repeats} times", "patch": f"{patch_px} px"}
+        console.header("bench stream", facts)
+
+        # Jobs that read the user's images, or rendered ones.
+        if data is not None:
+            kind = "Colabator" if hazy else "pre-training"
+            jobs = {kind: job_of(data, depth, depth_kind, hazy, patch_px)}
+        else:
+            render_photographs(Path(name), lambda done, total: console.progress(done, total, "photograph"))
+            jobs = _describe_rendered(Path(name), patch_px)
+
+        total = len(jobs) * samples * repeats
+        settings = StreamSettings(patch_px, samples, repeats)
+        try:
+            report = bench_stream(jobs, settings, lambda done, what: console.progress(done, total, "sample", [what]))
+        except TooManyBadFiles as error:
+            raise JobFailed(f"bench stream: {error}") from None
+
+        if json_file:
+            json_file.write_text(as_json(report))
+        console.say(f"\n{table(report)}")
+    return DONE
+
+
+def _describe_rendered(folder: Path, patch_px: int) -> "dict[str, TrainingJob]":
+    """Return the jobs that read the rendered photographs, by name: from a folder and from a pack."""
+    from corun_ray.bench.stream import job_of
+
+    clear, depth, pack = str(folder / "clear"), str(folder / "depth"), str(folder / "pack")
+    return {
+        "pre-training": job_of(clear, depth, "inverse", None, patch_px),
+        "Colabator": job_of(clear, depth, "inverse", clear, patch_px),
+        "pre-training, packed": job_of(pack, pack, "inverse", None, patch_px),
+        "Colabator, packed": job_of(pack, pack, "inverse", pack, patch_px),
+    }
+
+
+# --- pool ---
+
+
+@bench.command("pool", epilog=POOL_EXAMPLES)
+def measure_pool(
+    labels: Annotated[
+        int, typer.Option("--labels", metavar="N", parser=at_least(MIN_LABELS), help="labels in a pool")
+    ] = 5000,
+    side_px: Annotated[
+        int, typer.Option("--side", metavar="PX", parser=at_least(MIN_SIDE_PX), help="side of a label in pixels")
+    ] = 288,
+    shards: Annotated[
+        list[int],
+        typer.Option(
+            "--shards", metavar="S ...", parser=at_least(1), help="numbers of shards to compare, one pool each"
+        ),
+    ] = DEFAULT_SHARDS,
+    encoding: Annotated[Encoding, typer.Option("--encoding", help="of the labels")] = "uint8",
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage",
+            metavar="DIR",
+            help="folder or URI, reached by all nodes, below which one pool at a time is saved "
+            "(default: the temp folder)",
+        ),
+    ] = None,
+    memory_mib: Annotated[
+        int,
+        typer.Option(
+            "--memory-mib",
+            metavar="M",
+            parser=at_least(1),
+            help="memory for labels in Ray's object store, of all shards together",
+        ),
+    ] = 4096,
+    workers: Annotated[
+        int, typer.Option("--workers", metavar="W", parser=at_least(1), help="of the simulated job")
+    ] = 64,
+    json_file: JsonFile = None,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="PNG", help="also draw how costs grow with the number of labels"),
+    ] = None,
+) -> int:
+    """Measure the label pool.
+
+    Measures the label pool on this machine; no GPU, no data, no network.
+
+    A pool for each number of shards is filled with synthetic labels and measured: offers, reads of labels in memory
+    and of labels that only storage has, memory, snapshots, restoring, and how long the workers of a simulated job wait
+    for it. The table tells of the full pools; --json and --plot also show how costs grow on the way there.
+
+    With more labels than --memory-mib holds, storage has the others, as in a job with pool.memory_mib.
+    """
+    from corun_ray.bench.label_pool.figures import PoolSettings
+
+    settings = PoolSettings(labels, side_px, tuple(shards), encoding, memory_mib, workers)
+    place = storage or tempfile.gettempdir()
+
+    # All mistakes at once, before Ray is started.
+    mistakes: list[str] = []
+    least_mib = math.ceil(MIN_IN_MEMORY * settings.label_bytes / 2**20)
+    if memory_mib < least_mib:
+        mistakes.append(f"--memory-mib: {memory_mib} is too few for such labels (at least {least_mib})")
+    mistakes += _find_missing_folders({"--json": json_file, "--plot": plot_file})
+    mistakes += _find_storage_mistakes(place, settings)
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+
+    with using_ray():
+        _fill_and_measure(settings, place, json_file, plot_file)
+    return DONE
+
+
+def _find_storage_mistakes(storage: str, settings: "PoolSettings") -> Sequence[str]:
+    """Return why the labels cannot be saved in a local folder; URIs are not looked at."""
+    if "://" in storage:
+        return []
+    if not Path(storage).is_dir():
+        return [f"--storage: there is no folder {storage}"]
+
+    needed, free = settings.labels * settings.label_bytes, shutil.disk_usage(storage).free
+    if free < needed:
+        return [f"--storage: {storage} has {free / 1e9:.1f} GB free, the labels may take {needed / 1e9:.1f} GB"]
+    return []
+
+
+def _fill_and_measure(settings: "PoolSettings", storage: str, json_file: Path | None, plot_file: Path | None) -> None:
+    from corun_ray.bench.label_pool.report import as_json, plot, table
+    from corun_ray.bench.label_pool.trial import bench_pool
+    from corun_ray.service.cluster.connect import connect
+    from corun_ray.service.errors import JobFailed
+    from corun_ray.service.pool.client import PoolError
+    from corun_ray.service.storage import locate
+    from corun_ray.service.telemetry.console import Console
+
+    total = settings.labels * len(settings.shards)
+    with Console() as console, _scratch_folder(locate(storage)) as folder:
+        place = connect()
+        labels = f"{settings.labels} of {settings.side_px} px in {settings.encoding}"
+        console.header("bench pool", {"labels": labels, "on": place, "storage": folder.uri})
+
+        try:
+            for report in bench_pool(
+                settings, folder, lambda done, what: console.progress(done, total, "label", [what])
+            ):
+                # What is known already should outlast whatever ends a long run.
+                if json_file:
+                    json_file.write_text(as_json(report))
+                if plot_file:
+                    plot_file.write_bytes(plot(report))
+        except PoolError as error:
+            raise JobFailed(f"bench pool: {error}") from None
+
+        console.say(f"\n{table(report)}")
+
+
+@contextmanager
+def _scratch_folder(storage: "Location") -> "Iterator[Location]":
+    """Lend a folder of our own; delete it when Ray's processes, which might still write there, are gone."""
+    import ray
+
+    folder = storage.child(f"corun-bench-{uuid.uuid4().hex[:12]}")
+    try:
+        yield folder
+    finally:
+        ray.shutdown()
+        folder.delete()
+
+
+def _find_missing_folders(files: dict[str, Path | None]) -> Sequence[str]:
+    """Return a line for each option whose file would lie in a folder that is not there."""
+    mistakes: list[str] = []
+    for option, file in files.items():
+        if file is not None and not file.absolute().parent.is_dir():
+            mistakes.append(f"{option}: there is no folder {file.absolute().parent}")
+    return mistakes

@@ -1,17 +1,86 @@
-"""What the commands share: exit codes, and how a command that uses Ray begins and ends."""
+"""What the commands share: exit codes, values of options, and how a command that uses Ray begins and ends."""
 
+import math
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from corun_ray.cli.command import number, whole_number
 from corun_ray.service.errors import JobFailed
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 """Exit codes."""
+DEFAULT_TRACKING = "sqlite:///runs/mlflow.db"
+SOURCE_HELP = "models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth"
+WRITE_JSON = "also write every figure to a file"
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml")]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="key.path=value",
+        default_factory=list,
+        help="override a key in every job that has it (NAME:key.path=value: in one); may be repeated",
+    ),
+]
+Tracking = Annotated[
+    str,
+    typer.Option(
+        "--tracking",
+        metavar="URI",
+        envvar="MLFLOW_TRACKING_URI",
+        show_default=False,
+        help="MLflow server of models:/ and runs:/ (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)",
+    ),
+]
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a converter to whole numbers of `least` or more."""
+
+    def convert(text: str) -> int:
+        value = whole_number(text)
+        if value < least:
+            raise ValueError(f"{text} is too few (at least {least})")
+        return value
+
+    return convert
+
+
+def multiple_of(divisor: int) -> Callable[[str], int]:
+    """Return a converter to multiples of `divisor` above 0."""
+
+    def convert(text: str) -> int:
+        value = whole_number(text)
+        if value <= 0 or value % divisor:
+            raise ValueError(f"expected a multiple of {divisor}, got {text}")
+        return value
+
+    return convert
+
+
+def share(text: str) -> float:
+    """Convert a word to a share from 0 to 1."""
+    value = number(text)
+    if not 0 <= value <= 1:
+        raise ValueError(f"expected a share from 0 to 1, got {text}")
+    return value
+
+
+def above_0(text: str) -> float:
+    """Convert a word to a finite number above 0."""
+    value = number(text)
+    if not 0 < value < math.inf:
+        raise ValueError(f"expected a number above 0, got {text}")
+    return value
 
 
 @contextmanager
@@ -22,7 +91,7 @@ def using_ray() -> Iterator[None]:
     """
     # Stopped by the Jobs API or an operator, a job closes what it has opened, as at Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    log = _divert_stderr()
+    log = divert_stderr()
 
     try:
         yield
@@ -30,10 +99,11 @@ def using_ray() -> Iterator[None]:
         raise JobFailed(f"{error}\nRay's own messages: {log}") from None
 
 
-def _divert_stderr() -> Path:
+def divert_stderr() -> Path:
     """Send what Ray's C++ side writes to the terminal into a file; Python's own stderr stays where it was."""
     log = Path(tempfile.gettempdir()) / f"corun-ray-{os.getpid()}.log"
     terminal = os.dup(2)
+
     with log.open("ab") as file:
         os.dup2(file.fileno(), 2)
     sys.stderr = os.fdopen(terminal, "w", buffering=1)

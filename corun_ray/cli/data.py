@@ -1,90 +1,193 @@
-"""`corun-ray weights fetch | index | ls`. Heavy imports happen in the command that needs them."""
+"""`corun-ray weights fetch | index | ls` and `pack`: what jobs read beside their job file."""
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from corun_ray.cli.command import App
+from corun_ray.cli.common import DONE, FAILED, Overrides, at_least, using_ray
 
 if TYPE_CHECKING:
+    from corun_ray.service.telemetry.console import Console
     from corun_ray.service.weights.folder import Wanted
 
-JobNeeds = Callable[[argparse.Namespace], "Sequence[tuple[str | None, Wanted]]"]
-"""The arguments of `ls` (`where`, a job file, and `set`) → its weights folders and the files wanted of each."""
+NAMED_SKIPPED = 20
+"""Images that `pack` names one by one."""
+DIGEST_CHARACTERS = 12
+
+PACK_EXAMPLES = """\
+examples:
+  corun-ray pack rgb_500 packed --depth depth_500 --dry-run
+  corun-ray pack s3://haze/rgb_500 s3://haze/packed --depth s3://haze/depth_500
+  corun-ray run jobs/pretrain.yaml --set data.clear=s3://haze/packed \\
+      --set data.depth=s3://haze/packed"""
+
+app = App()
+weights = App(
+    help="Fetch, index and list pretrained weights.\n\n"
+    "Folders of pretrained weights have an index, weights.json, of sizes and checksums."
+)
+app.add_typer(weights, name="weights")
+
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="folder or URI of weights")]
 
 
-def add_weights_commands(commands: "argparse._SubParsersAction", job_needs: JobNeeds) -> None:
-    """Adds the command `weights` to the parsers of `corun-ray`."""
-    about = "Folders of pretrained weights with an index, weights.json, of sizes and checksums."
-    group = commands.add_parser("weights", help="fetch, index and list pretrained weights", description=about)
-    subs = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    get = subs.add_parser("fetch", help="fill a local folder from the internet, by the libraries' own downloaders")
-    get.add_argument("folder", metavar="DIR")
-    get.add_argument(
-        "what",
-        nargs="*",
-        metavar="WHAT",
-        help="daclip, vgg19, or a no-reference metric of pyiqa (default: daclip musiq vgg19)",
-    )
-    get.set_defaults(command=_fetch)
-
-    index = subs.add_parser("index", help="write weights.json for the files of a folder or URI")
-    index.add_argument("folder", metavar="DIR")
-    index.set_defaults(command=_index)
-
-    ls = subs.add_parser("ls", help="say what a job needs, or what a folder holds, and what is there")
-    ls.add_argument("where", metavar="JOB.yaml|DIR")
-    ls.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="key.path=value",
-        help="override a key of the job; may be repeated",
-    )
-    ls.set_defaults(command=lambda args: _ls(args, job_needs))
-
-
-def listing(folder_uri: str | None, wanted: "Wanted") -> list[str]:
-    """A table of `list_files`: file, size in MB, start of the SHA-256, state, needed by."""
-    from corun_ray.service.weights.folder import list_files
-
-    rows = list_files(folder_uri, wanted)
-    width = max([len(row.name) for row in rows] + [4])
-    lines = [f"{'file':<{width}}  {'MB':>8}  {'sha256':<12}  {'state':<12}  needed by"]
-    for row in rows:
-        size = "-" if row.size_bytes is None else f"{row.size_bytes / 1e6:.1f}"
-        digest = (row.sha256 or "-")[:12]
-        lines.append(f"{row.name:<{width}}  {size:>8}  {digest:<12}  {row.state:<12}  {row.needed_by}".rstrip())
-    return lines
-
-
-def _fetch(args: argparse.Namespace) -> int:
+@weights.command("fetch")
+def fetch_weights(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="a local folder")],
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="WHAT ...",
+            help="daclip, vgg19, or a no-reference metric of pyiqa (default: daclip musiq vgg19)",
+        ),
+    ] = None,
+) -> int:
+    """Fill a local folder from the internet, by the libraries' own downloaders."""
     from corun_ray.core.weights import WeightsError
     from corun_ray.service.weights.fetch import PUBLISHED, fetch
 
-    if "://" in args.folder:
-        raise WeightsError(f"{args.folder}: fetch fills a local folder; copy it to the bucket afterwards")
-    fetch(Path(args.folder), args.what or PUBLISHED)
-    return 0
+    if "://" in folder:
+        raise WeightsError(f"{folder}: fetch fills a local folder; copy it to the bucket afterwards")
+    fetch(Path(folder), what or PUBLISHED)
+    return DONE
 
 
-def _index(args: argparse.Namespace) -> int:
+@weights.command("index")
+def index_weights(folder: Folder) -> int:
+    """Write weights.json for the files of a folder or URI."""
     from corun_ray.service.weights.folder import index_folder
 
-    index_folder(args.folder)
-    print("\n".join(listing(args.folder, {})))
-    return 0
+    index_folder(folder)
+    print(format_weights(folder, {}))
+    return DONE
 
 
-def _ls(args: argparse.Namespace, job_needs: JobNeeds) -> int:
-    """Exits with 1 where a wanted file cannot be used."""
+@weights.command("ls")
+def list_weights(
+    where: Annotated[str, typer.Argument(metavar="JOB.yaml|DIR", help="a job file, or a folder or URI of weights")],
+    overrides: Overrides,
+) -> int:
+    """Say what a job needs, or what a folder holds, and what is there.
+
+    Exits with 1 where a file that a job needs cannot be used.
+    """
     from corun_ray.service.weights.folder import describe_lacking
 
-    is_job = args.where.endswith((".yaml", ".yml"))
-    folders: Sequence[tuple[str | None, Wanted]] = job_needs(args) if is_job else [(args.where, {})]
+    # A job file may name several folders; a folder by itself wants nothing.
+    folders: Sequence[tuple[str | None, Wanted]] = [(where, {})]
+    if where.endswith((".yaml", ".yml")):
+        folders = find_needs(Path(where), overrides)
     if not folders:
         print("needs no weights")
+
+    is_lacking = False
     for folder_uri, wanted in folders:
         print(f"{folder_uri or 'no weights folder'}:")
-        print("\n".join(listing(folder_uri, wanted)))
-    return int(any(describe_lacking(folder_uri, wanted) for folder_uri, wanted in folders))
+        print(format_weights(folder_uri, wanted))
+        is_lacking = is_lacking or bool(describe_lacking(folder_uri, wanted))
+    return FAILED if is_lacking else DONE
+
+
+def find_needs(job_file: Path, overrides: Sequence[str]) -> "list[tuple[str | None, Wanted]]":
+    """Return the weights folders of a file's jobs with the files that the jobs need of each."""
+    from corun_ray.config.loading import load_jobs
+    from corun_ray.config.trials import example
+    from corun_ray.service.weights.needed import find_needed_files
+
+    needs: list[tuple[str | None, Wanted]] = []
+    for job in load_jobs(job_file, overrides):
+        # A search is looked at by one of its trials.
+        needs += find_needed_files(example(job)).items()
+    return needs
+
+
+def format_weights(folder_uri: str | None, wanted: "Wanted") -> str:
+    """Return a table of the files of a folder, present and wanted."""
+    from corun_ray.service.telemetry.tables import format_table
+    from corun_ray.service.weights.folder import list_files
+
+    rows: list[tuple[str, ...]] = []
+    for file in list_files(folder_uri, wanted):
+        size_mb = "-" if file.size_bytes is None else f"{file.size_bytes / 1e6:.1f}"
+        digest = "-" if file.sha256 is None else file.sha256[:DIGEST_CHARACTERS]
+        rows.append((file.name, size_mb, digest, file.state, file.needed_by))
+    return format_table(rows, ("file", "MB", "sha256", "state", "needed by"), right={1})
+
+
+@app.command(epilog=PACK_EXAMPLES)
+def pack(
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="folder or URI of images, clear or hazy")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="folder or URI to write to: empty, or an earlier pack")],
+    depth: Annotated[
+        str | None,
+        typer.Option("--depth", metavar="DEPTH", help="folder or URI of their depth maps, paired by stem"),
+    ] = None,
+    shard_mib: Annotated[
+        int, typer.Option("--shard-mib", metavar="N", parser=at_least(1), help="size of a file in MiB")
+    ] = 128,
+    keep_png: Annotated[bool, typer.Option("--keep-png", help="leave depth maps in PNG as they are")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be written, and write nothing")] = False,
+) -> int:
+    """Write training images into a few large files.
+
+    Writes the images below IMAGES, and with --depth their depth maps, into OUT as Parquet files of --shard-mib, on
+    the Ray cluster of RAY_ADDRESS or here. A store then holds a few large objects in place of many small ones, and
+    training reads an image by one request.
+
+    A job trains on OUT as it would on IMAGES: name it as data.clear, data.hazy or data.paired.*, and as data.depth,
+    too, where it holds depth. Images keep their names and bytes, and so samples and labels stay the same. Depth maps
+    in PNG become .npy of the same values, which takes more room and far less time to decode (--keep-png leaves them).
+
+    Stopped, it resumes when it is called again; called again after images have changed, it writes the shards that
+    hold them. Files that cannot be read, and images without a depth map, are skipped and named.
+    """
+    with using_ray():
+        _plan_and_pack(images, output, depth, shard_mib, keep_png, dry_run)
+    return DONE
+
+
+def _plan_and_pack(
+    images: str, output: str, depth: str | None, shard_mib: int, keep_png: bool, is_dry_run: bool
+) -> None:
+    import time
+
+    from corun_ray.service.cluster.connect import connect
+    from corun_ray.service.data.packing import pack as write_pack
+    from corun_ray.service.data.packing import find_written_shards, plan_pack
+    from corun_ray.service.telemetry.console import Console, duration
+
+    started_s = time.monotonic()
+    with Console() as console:
+        # What there is to do, and what an earlier call has done of it.
+        plan = plan_pack(images, output, depth, shard_mib, keep_png)
+        there = find_written_shards(plan)
+        facts = {"images": f"{plan.num_images} below {plan.images}, {plan.num_bytes / 2**20:.1f} MiB"}
+        if plan.depth is not None:
+            facts["images"] += f" with their depth below {plan.depth}"
+        facts["output"] = f"{plan.output}: {len(plan.shards)} shards, {len(there)} of them there already"
+        if is_dry_run:
+            console.header("pack, dry run", facts)
+            _name_skipped(plan.skipped, console)
+            return
+
+        # Ray starts only now: a dry run needs none.
+        facts["on"] = connect()
+        console.header("pack", facts)
+        packed = write_pack(plan, there, lambda done, total: console.progress(done, total, "image"))
+
+        _name_skipped(packed.skipped, console)
+        console.footer(
+            f"done: {packed.images} images in {packed.shards} shards, {packed.num_bytes / 2**20:.1f} MiB",
+            {"skipped": str(len(packed.skipped)), "took": duration(time.monotonic() - started_s)},
+        )
+
+
+def _name_skipped(skipped: dict[str, str], console: "Console") -> None:
+    """Say which images were skipped, and why: the first few by name."""
+    for uri, reason in list(skipped.items())[:NAMED_SKIPPED]:
+        console.say(f"  skipped: {uri}: {reason}")
+    if len(skipped) > NAMED_SKIPPED:
+        console.say(f"  skipped: {len(skipped) - NAMED_SKIPPED} more")

@@ -1,207 +1,339 @@
-"""`corun-ray dehaze`, `evaluate`, `promote` and `pull`. Heavy imports happen in the command that needs them."""
+"""`corun-ray dehaze | evaluate | promote | pull | serve`: what is done with trained models."""
 
-import argparse
-import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from corun_ray.cli.common import DONE, FAILED, using_ray
+import typer
+
+from corun_ray.cli.command import App, whole_number
+from corun_ray.cli.common import DEFAULT_TRACKING, DONE, FAILED, SOURCE_HELP, Tracking, using_ray
 from corun_ray.core.errors import UserError
-
-SOURCE_HELP = "models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth"
-FORMATS = ("keep", "png", "jpg", "tif", "webp")
-
-DEHAZE = """\
-Dehazes every image below INPUT into OUTPUT, on the Ray cluster of RAY_ADDRESS or here. Names, folders, sizes and
-formats stay; 16 bits stay 16 bits (PNG, TIFF); the EXIF orientation is applied, colour profile and EXIF are kept.
-What is written is the restoration alone: an alpha channel is dropped.
-
-An image too large for --memory-mib is restored in bands, a much too large one in tiles, which takes several times as
-long. Their attention is that of the whole image, so that there are no seams. Files that cannot be used are named at the
-end, the rest is done."""
 
 DEHAZE_EXAMPLES = """\
 examples:
   corun-ray dehaze photos out --model models:/corun@champion
-  corun-ray dehaze s3://haze/raw s3://haze/clear --model models:/corun/3 --resume
+  corun-ray dehaze s3://haze/raw s3://haze/out --model models:/corun/3 --resume
   corun-ray dehaze photos out --model net.pth --transmission --format png"""
-
-EVALUATE = """\
-Measures baselines and models on a folder of images, on the Ray cluster of RAY_ADDRESS or here, and prints means with
-95 % bootstrap intervals and how each compares with the first model, image by image. Every value goes into
-STORAGE/evaluate-DATE/metrics.csv and .parquet, a contact sheet beside them.
-
-psnr, ssim and fade need no weights. Any other metric of pyiqa (brisque, niqe, nima, musiq, lpips, ...) takes its files
-from --weights, a folder or URI that `corun-ray weights` fills and checks."""
 
 EVALUATE_EXAMPLES = """\
 examples:
-  corun-ray evaluate photos                                             haze density of photographs as they are
-  corun-ray evaluate demo/hazy --truth demo/hazy_truth --model models:/corun-demo@champion
-  corun-ray evaluate s3://haze/rtts --metrics fade,brisque,nima,musiq --weights s3://haze/weights \\
-      --model new=models:/corun@candidate --model old=models:/corun@champion --against old"""
-
-
-PROMOTE = """\
-Moves the alias `champion` of a registered model to one of its versions. With --if-better it moves only where the
-held-out images of both trainings show the version to be better than the champion, by a sign-flip test of the paired
-differences at 5 %; else says why not and exits with 1. Six images or more are needed to show anything."""
+  corun-ray evaluate photos           haze density of photographs as they are
+  corun-ray evaluate demo/hazy --truth demo/hazy_truth \\
+      --model models:/corun-demo@champion
+  corun-ray evaluate s3://haze/rtts --metrics fade,brisque,nima,musiq \\
+      --weights s3://haze/weights --model new=models:/corun@candidate \\
+      --model old=models:/corun@champion --against old"""
 
 PROMOTE_EXAMPLES = """\
 examples:
   corun-ray promote corun 7
   corun-ray promote corun candidate --if-better val/fade"""
 
-PULL = """\
-Writes model.safetensors (weights), config.json (the network), and, of a registered model, README.md (its card) with
-pictures, job.yaml and validation.csv. DIR can be used as --model and as network.init."""
+SERVE_EXAMPLES = """\
+examples:
+  corun-ray serve models:/corun@champion
+  corun-ray serve net.pth --port 8080 --replicas 2
+  corun-ray serve models:/corun/3 --replicas 1,4 --gpus-per-replica 0.5
+  curl --data-binary @hazy.jpg -H 'Content-Type: image/jpeg' \\
+      http://127.0.0.1:8000/dehaze -o clear.jpg"""
+
+app = App()
 
 
-def add_model_commands(commands: "argparse._SubParsersAction") -> None:
-    """Adds the commands that use trained models to the parsers of `corun-ray`."""
-    for add in (_add_dehaze, _add_evaluate, _add_promote, _add_pull):
-        add(commands)
+@app.command(epilog=DEHAZE_EXAMPLES)
+def dehaze(
+    images: Annotated[str, typer.Argument(metavar="INPUT", help="folder or URI of images")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="folder or URI to write to")],
+    model: Annotated[str, typer.Option("--model", metavar="SOURCE", help=SOURCE_HELP)],
+    resume: Annotated[bool, typer.Option("--resume", help="skip images that are in OUTPUT already")] = False,
+    file_format: Annotated[
+        Literal["keep", "png", "jpg", "tif", "webp"],
+        typer.Option("--format", help="of the files written; keep: as they were"),
+    ] = "keep",
+    transmission: Annotated[
+        bool,
+        typer.Option("--transmission", help="also write NAME.transmission.png: 16 bit grey, 65535 is clear air"),
+    ] = False,
+    stages: Annotated[
+        bool,
+        typer.Option(
+            "--stages",
+            help="also write NAME.stages.png: every stage's scene, transmission and re-hazed image (CORUN only)",
+        ),
+    ] = False,
+    memory_mib: Annotated[
+        int | None,
+        typer.Option(
+            "--memory-mib",
+            metavar="N",
+            help="memory of one image at work; larger ones go in bands or tiles (default 2816, or 3/4 of a GPU's)",
+        ),
+    ] = None,
+    tracking: Tracking = DEFAULT_TRACKING,
+) -> int:
+    """Dehaze a folder of images.
+
+    Dehazes every image below INPUT into OUTPUT, on the Ray cluster of RAY_ADDRESS or here. Names, folders, sizes and
+    formats stay; 16 bits stay 16 bits (PNG, TIFF); the EXIF orientation is applied, colour profile and EXIF are kept.
+    An alpha channel is dropped.
+
+    An image too large for --memory-mib is restored in bands, a much too large one in tiles, which takes several times
+    as long. Bands and tiles use the attention of the whole image, so that there are no seams. Files that cannot be
+    used are skipped and named at the end.
+    """
+    section = {
+        "input": images,
+        "output": output,
+        "model": model,
+        "format": file_format,
+        "transmission": transmission,
+        "stages": stages,
+        "memory_mib": memory_mib,
+    }
+    return run_described({"kind": "dehaze", "name": "images", "dehaze": section}, tracking, resume)
 
 
-def add_command(
-    commands: "argparse._SubParsersAction", name: str, help: str, text: str, examples: str = ""
-) -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=help, description=text, epilog=examples, formatter_class=raw
-    )
-    parser.add_argument(
-        "--tracking",
-        default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db",
-        metavar="URI",
-        help="MLflow server of models:/ and runs:/ (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)",
-    )
-    return parser
+@app.command(epilog=EVALUATE_EXAMPLES)
+def evaluate(
+    images: Annotated[str, typer.Argument(metavar="INPUT", help="folder or URI of hazy images")],
+    truth: Annotated[
+        str | None,
+        typer.Option("--truth", metavar="DIR", help="folder or URI of their clear truth, paired by stem"),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option("--metrics", metavar="a,b", help="default: fade, and psnr and ssim where there is a truth"),
+    ] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="[NAME=]SOURCE",
+            help="a model, as for dehaze, and what to call it; may be repeated",
+        ),
+    ] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option("--baselines", metavar="a,b", help="hazy and dark_channel (default: both); '' for none"),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="NAME", help="what the others are compared with (default: first model)"),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="DIR", help="folder or URI of pyiqa's weights")
+    ] = None,
+    storage: Annotated[str, typer.Option("--storage", metavar="DIR", help="folder or URI for the tables")] = "runs",
+    tracking: Tracking = DEFAULT_TRACKING,
+) -> int:
+    """Measure models on a folder of images.
+
+    Measures baselines and models on a folder of images, on the Ray cluster of RAY_ADDRESS or here, and prints means
+    with 95 % bootstrap intervals and how each compares with the first model, image by image. Every value goes into
+    STORAGE/evaluate-DATE/metrics.csv and .parquet, a contact sheet beside them.
+
+    psnr, ssim and fade need no weights. Any other metric of pyiqa (brisque, niqe, nima, musiq, lpips, ...) takes its
+    files from --weights, a folder or URI that `corun-ray weights` fills and checks.
+    """
+    section: dict[str, Any] = {"hazy": images, "clear": truth, "models": name_models(models or [])}
+
+    # The defaults of what is not given are those of a job file.
+    optional = {
+        "metrics": split_names(metrics),
+        "baselines": split_names(baselines),
+        "against": against,
+        "weights": weights,
+    }
+    section |= {key: value for key, value in optional.items() if value is not None}
+    return run_described({"kind": "evaluate", "name": "evaluate", "storage": storage, "evaluate": section}, tracking)
 
 
-def _add_dehaze(commands: "argparse._SubParsersAction") -> None:
-    dehaze = add_command(commands, "dehaze", "dehaze a folder of images", DEHAZE, DEHAZE_EXAMPLES)
-    dehaze.add_argument("input", metavar="INPUT", help="folder or URI of images")
-    dehaze.add_argument("output", metavar="OUTPUT", help="folder or URI to write to")
-    dehaze.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE_HELP)
-    dehaze.add_argument("--resume", action="store_true", help="pass over images that are in OUTPUT already")
-    dehaze.add_argument(
-        "--format", choices=FORMATS, default="keep", help="of the files written (default keep: as they were)"
-    )
-    dehaze.add_argument(
-        "--transmission", action="store_true", help="also write NAME.transmission.png: 16 bit grey, 65535 is clear air"
-    )
-    dehaze.add_argument(
-        "--stages",
-        action="store_true",
-        help="also write NAME.stages.png: every stage's scene, transmission and re-hazed image (CORUN only)",
-    )
-    dehaze.add_argument(
-        "--memory-mib",
-        type=int,
-        metavar="N",
-        help="memory of one image at work; larger ones go in bands or tiles (default 2816, or 3/4 of a GPU's)",
-    )
-    dehaze.set_defaults(command=_dehaze)
+@app.command(epilog=PROMOTE_EXAMPLES)
+def promote(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="registered model")],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="a number, or an alias such as candidate")],
+    if_better: Annotated[
+        str | None,
+        typer.Option(
+            "--if-better",
+            metavar="METRIC",
+            help="only where this metric of the validation images shows it: val/fade, ...",
+        ),
+    ] = None,
+    tracking: Tracking = DEFAULT_TRACKING,
+) -> int:
+    """Make a version of a model its champion.
+
+    Moves the alias `champion` of a registered model to one of its versions. With --if-better it moves only where the
+    validation images of both trainings show the version to be better than the champion, by a sign-flip test of the
+    paired differences at 5 %; else says why not and exits with 1. Six images or more are needed to show anything.
+    """
+    from corun_ray.service.models import registry
+
+    decision = registry.promote(registry.Registry(tracking), name, version, if_better)
+    outcome = "is now the champion" if decision.moves else "not promoted"
+    print(f"{name} {version}: {outcome}: {decision.reason}")
+    return DONE if decision.moves else FAILED
 
 
-def _add_evaluate(commands: "argparse._SubParsersAction") -> None:
-    evaluate = add_command(commands, "evaluate", "measure models on a folder of images", EVALUATE, EVALUATE_EXAMPLES)
-    evaluate.add_argument("input", metavar="INPUT", help="folder or URI of hazy images")
-    evaluate.add_argument("--truth", metavar="DIR", help="folder or URI of their clear truth, paired by stem")
-    evaluate.add_argument(
-        "--metrics", type=_listed, metavar="a,b", help="default: fade, and psnr and ssim where there is a truth"
-    )
-    evaluate.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        dest="models",
-        metavar="[NAME=]SOURCE",
-        help="a model, as for dehaze, and what to call it; may be repeated",
-    )
-    evaluate.add_argument(
-        "--baselines", type=_listed, metavar="a,b", help="hazy and dark_channel (default: both); '' for none"
-    )
-    evaluate.add_argument("--against", metavar="NAME", help="what the others are compared with (default: first model)")
-    evaluate.add_argument("--weights", metavar="DIR", help="folder or URI of pyiqa's weights")
-    evaluate.add_argument(
-        "--storage", default="runs", metavar="DIR", help="folder or URI for the tables (default runs)"
-    )
-    evaluate.set_defaults(command=_evaluate)
+@app.command()
+def pull(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to write them; must be new or empty")],
+    tracking: Tracking = DEFAULT_TRACKING,
+) -> int:
+    """Write a model as plain files.
+
+    Writes model.safetensors (weights), config.json (the network), and, of a registered model, README.md (its card)
+    with pictures, job.yaml and validation.csv. DIR can be used as --model and as network.init.
+    """
+    from corun_ray.service.models import sources
+
+    for path in sources.pull_model(source, folder, tracking):
+        print(path)
+    return DONE
 
 
-def _add_promote(commands: "argparse._SubParsersAction") -> None:
-    promote = add_command(commands, "promote", "make a version of a model its champion", PROMOTE, PROMOTE_EXAMPLES)
-    promote.add_argument("name", metavar="NAME", help="registered model")
-    promote.add_argument("version", metavar="VERSION", help="a number, or an alias such as candidate")
-    promote.add_argument(
-        "--if-better", metavar="METRIC", help="only where this metric of the held-out images shows it: val/fade, ..."
-    )
-    promote.set_defaults(command=_promote)
+def parse_replicas(text: str) -> int | tuple[int, ...]:
+    """Convert `2`, or `1,4` for as many as are needed."""
+    numbers = tuple(whole_number(part) for part in text.split(","))
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
-def _add_pull(commands: "argparse._SubParsersAction") -> None:
-    pull = add_command(commands, "pull", "write a model as plain files", PULL)
-    pull.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
-    pull.add_argument("folder", type=Path, metavar="DIR", help="where to write them; must be new or empty")
-    pull.set_defaults(command=_pull)
+@app.command(epilog=SERVE_EXAMPLES)
+def serve(
+    model: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="of the application")] = "dehazing",
+    host: Annotated[
+        str | None,
+        typer.Option("--host", metavar="ADDRESS", help="where to listen (default 127.0.0.1: this machine alone)"),
+    ] = None,
+    port: Annotated[int | None, typer.Option("--port", metavar="N", help="port (default 8000)")] = None,
+    path: Annotated[
+        str | None, typer.Option("--path", metavar="PATH", help="path below which it answers (default /)")
+    ] = None,
+    replicas: Annotated[
+        Any,
+        typer.Option(
+            "--replicas",
+            metavar="N|LOW,HIGH",
+            parser=parse_replicas,
+            help="copies of the model, or as many of LOW to HIGH as are needed (default 1)",
+        ),
+    ] = None,
+    gpus_per_replica: Annotated[
+        float | None,
+        typer.Option("--gpus-per-replica", metavar="N", help="GPUs of a copy, also 0.5 (default 0: CPU)"),
+    ] = None,
+    cpus_per_replica: Annotated[
+        float | None,
+        typer.Option("--cpus-per-replica", metavar="N", help="CPUs of a copy, and its threads (default 1)"),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option("--max-batch", metavar="N", help="images of equal size that are restored together (default 4)"),
+    ] = None,
+    batch_wait_s: Annotated[
+        float | None,
+        typer.Option("--batch-wait-s", metavar="S", help="how long an image waits for others (default 0.01)"),
+    ] = None,
+    max_upload_mib: Annotated[
+        int | None, typer.Option("--max-upload-mib", metavar="N", help="largest file (default 32)")
+    ] = None,
+    max_megapixels: Annotated[
+        float | None, typer.Option("--max-megapixels", metavar="N", help="largest image (default 25)")
+    ] = None,
+    max_queued: Annotated[
+        int | None,
+        typer.Option("--max-queued", metavar="N", help="requests that may wait, more get 503 (default 32)"),
+    ] = None,
+    timeout_s: Annotated[
+        float | None,
+        typer.Option("--timeout-s", metavar="S", help="when a request is given up (default 300)"),
+    ] = None,
+    memory_mib: Annotated[
+        int | None,
+        typer.Option(
+            "--memory-mib",
+            metavar="N",
+            help="memory of a batch at work, larger images are cut (default 2816, or 3/4 of a GPU's)",
+        ),
+    ] = None,
+    tracking: Tracking = DEFAULT_TRACKING,
+) -> int:
+    """Serve a model over HTTP.
 
+    Answers POST /dehaze with the restored image, and gives people a page to drop photographs on, on Ray Serve: on the
+    cluster of RAY_ADDRESS or here. It runs until Ctrl-C, which takes it away again.
 
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _dehaze(args: argparse.Namespace) -> int:
-    section = {key: getattr(args, key) for key in ("input", "output", "model", "format", "transmission", "stages")}
-    tree = {"kind": "dehaze", "name": "images", "dehaze": section | {"memory_mib": args.memory_mib}}
-    return run_described(tree, args.tracking, args.resume)
+    There is no authentication: by default it listens at this machine's loopback address alone. The keys of a job of
+    kind serve (`corun-ray check --keys`) are these options.
+    """
+    optional = {
+        "host": host,
+        "port": port,
+        "path": path,
+        "replicas": replicas,
+        "gpus_per_replica": gpus_per_replica,
+        "cpus_per_replica": cpus_per_replica,
+        "max_batch": max_batch,
+        "batch_wait_s": batch_wait_s,
+        "max_upload_mib": max_upload_mib,
+        "max_megapixels": max_megapixels,
+        "max_queued": max_queued,
+        "timeout_s": timeout_s,
+        "memory_mib": memory_mib,
+    }
+    # The defaults of what is not given are those of a job file.
+    section = {"model": model} | {key: value for key, value in optional.items() if value is not None}
+    return run_described({"kind": "serve", "name": name, "serve": section}, tracking)
 
 
 def run_described(tree: dict[str, Any], tracking: str, resume: bool = False) -> int:
-    """Runs a job that the command line describes."""
+    """Run a job that the command line describes: `tree` is what a job file would hold."""
     from corun_ray.config.loading import job_of
     from corun_ray.service.jobs import run_jobs
     from corun_ray.service.telemetry.console import Console
 
-    with using_ray():
-        run_jobs([job_of(tree | {"tracking": {"uri": tracking}})], Console(), resume=resume)
+    with using_ray(), Console() as console:
+        run_jobs([job_of(tree | {"tracking": {"uri": tracking}})], console, resume=resume)
     return DONE
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    named = [_named(text) for text in args.models]
-    if twice := {name for name, _ in named if [other for other, _ in named].count(name) > 1}:
+def split_names(text: str | None) -> tuple[str, ...] | None:
+    """Return the names of a list such as `psnr,ssim`; None where there is no list."""
+    if text is None:
+        return None
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def name_models(texts: Sequence[str]) -> dict[str, str]:
+    """Return name → source of the models that the command line names.
+
+    Raises `UserError` where two have the same name.
+    """
+    models: dict[str, str] = {}
+    twice: set[str] = set()
+    for text in texts:
+        name, source = name_model(text)
+        if name in models:
+            twice.add(name)
+        models[name] = source
+
+    if twice:
         raise UserError(f"--model: {', '.join(sorted(twice))} is the name of several (NAME=SOURCE gives another)")
-    section: dict[str, Any] = {"hazy": args.input, "clear": args.truth, "models": dict(named)}
-    optional = {"metrics": args.metrics, "baselines": args.baselines, "against": args.against, "weights": args.weights}
-    section |= {key: value for key, value in optional.items() if value is not None}
-    tree = {"kind": "evaluate", "name": "evaluate", "storage": args.storage, "evaluate": section}
-    return run_described(tree, args.tracking)
+    return models
 
 
-def _named(text: str) -> tuple[str, str]:
-    """`NAME=SOURCE`, or a bare source, which is called by what its last parts say."""
+def name_model(text: str) -> tuple[str, str]:
+    """Return name and source of `NAME=SOURCE`; a bare source is named after its path or its registered name."""
     name, mark, source = text.partition("=")
     if mark and "/" not in name:
         return name, source
-    said = text.lower().rstrip("/")
-    return re.sub(r"[^a-z0-9._-]+", "-", said.partition(":/")[2] or said).strip("-._") or "model", text
 
-
-def _promote(args: argparse.Namespace) -> int:
-    from corun_ray.service.models.registry import Registry, promote
-
-    decision = promote(Registry(args.tracking), args.name, args.version, args.if_better)
-    is_now = "is now the champion" if decision.moves else "not promoted"
-    print(f"{args.name} {args.version}: {is_now}: {decision.reason}")
-    return DONE if decision.moves else FAILED
-
-
-def _pull(args: argparse.Namespace) -> int:
-    from corun_ray.service.models.sources import pull_model
-
-    for path in pull_model(args.source, args.folder, args.tracking):
-        print(path)
-    return DONE
+    # models:/corun@champion is called corun-champion, net.pth net.pth.
+    lower = text.lower().rstrip("/")
+    path = lower.partition(":/")[2] or lower
+    return re.sub(r"[^a-z0-9._-]+", "-", path).strip("-._") or "model", text

@@ -1,52 +1,154 @@
-"""`corun-ray doctor`. Heavy imports happen in the command."""
+"""`corun-ray run | check | demo | doctor`: job files on this machine or on the cluster of RAY_ADDRESS."""
 
-import argparse
 import os
 from pathlib import Path
+from typing import Annotated
 
-from corun_ray.cli.common import DONE, FAILED, using_ray
+import typer
 
-DOCTOR = """\
-Tries everything that a job would use, on the cluster of RAY_ADDRESS or on a Ray started here, in under a minute:
-Python, torch and the GPU driver; Ray, its nodes and its token; the GPUs as Ray and as torch see them; a sum over
-workers, as their gradients need it; storage from every node (16 MiB written, read, listed, deleted); MLflow (a run, a
-metric, an artifact, deleted again; its experiment corun-doctor stays); files of weights; clocks.
+from corun_ray.cli.command import App
+from corun_ray.cli.common import DEFAULT_TRACKING, DONE, FAILED, JobFile, Overrides, using_ray
+from corun_ray.core.errors import UserError
 
-A line each: ok, BAD with what to do, or - for what is not needed. Exit code 1 if anything is bad.
-With a job file it tries what the file's jobs would use."""
+app = App()
 
-EXAMPLES = """\
+DOCTOR_EXAMPLES = """\
 examples:
   corun-ray doctor jobs/colabator.yaml --set storage=s3://haze/runs
   corun-ray doctor --storage s3://haze/runs --tracking http://mlflow:5000"""
 
 
-def add_doctor_command(commands: "argparse._SubParsersAction") -> None:
-    """Adds `doctor` to the parsers of `corun-ray`."""
-    raw = argparse.RawDescriptionHelpFormatter
-    doctor = commands.add_parser(
-        "doctor", help="try everything that a job would use", description=DOCTOR, epilog=EXAMPLES, formatter_class=raw
-    )
-    doctor.add_argument("job", type=Path, nargs="?", metavar="JOB.yaml")
-    doctor.add_argument("--set", action="append", default=[], metavar="key.path=value", help="as for run")
-    doctor.add_argument("--storage", metavar="DIR", help="folder or URI (default: the job's, else runs)")
-    doctor.add_argument(
-        "--tracking", metavar="URI", help="MLflow (default: the job's, else MLFLOW_TRACKING_URI, else runs/mlflow.db)"
-    )
-    doctor.set_defaults(command=_doctor)
+@app.command()
+def run(
+    job: JobFile,
+    overrides: Overrides,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="resume the last run of each training job from its last checkpoint: same samples, labels and "
+            "optimizer; jobs that had ended are skipped, jobs without a run begin",
+        ),
+    ] = False,
+) -> int:
+    """Run the jobs of a file.
+
+    A file of several YAML documents is a pipeline.
+    """
+    from corun_ray.config.loading import load_jobs
+
+    # Mistakes in the file are told before the imports of the service, which take seconds.
+    jobs = load_jobs(job, overrides)
+
+    from corun_ray.service.jobs import run_jobs
+    from corun_ray.service.telemetry.console import Console
+
+    with using_ray(), Console() as console:
+        run_jobs(jobs, console, job.parent.absolute(), resume)
+    return DONE
 
 
-def _doctor(args: argparse.Namespace) -> int:
+@app.command()
+def check(
+    overrides: Overrides,
+    job: Annotated[Path | None, typer.Argument(metavar="JOB.yaml")] = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="list every key of a job file with its default, and check nothing")
+    ] = False,
+) -> int:
+    """Validate a job file and look at what it would use.
+
+    Prints each job with all of its keys and notes on what it would use. Starts nothing.
+    """
+    if keys:
+        from corun_ray.config.reference import reference
+
+        print(reference())
+        return DONE
+    if job is None:
+        raise UserError("check: expected a job file, or --keys")
+
+    from corun_ray.config.loading import dump_job, load_jobs
+
+    jobs = load_jobs(job, overrides)
+
+    from corun_ray.service.check import check_job
+
+    mistakes: list[str] = []
+    for number, one in enumerate(jobs):
+        print(dump_job(one))
+        # A later job of a pipeline may use what an earlier one makes.
+        notes, found = check_job(one, jobs[:number])
+        print("".join(f"# {note}\n" for note in notes))
+        mistakes += [f"{one.name}: {mistake}" for mistake in found]
+
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return DONE
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to write them; must be new or empty")],
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="other scenes for another seed")] = 0,
+) -> int:
+    """Write a small dataset of rendered scenes.
+
+    Folders: clear, depth, hazy, hazy_truth.
+    """
+    from corun_ray.demo.dataset import write_demo
+    from corun_ray.service.telemetry.console import Console
+
+    with Console() as console:
+        try:
+            write_demo(folder, seed, progress=lambda done, total: console.progress(done, total, "scene"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"demo: {error}") from None
+        console.say(f"  {folder}: clear, depth, hazy, hazy_truth")
+    return DONE
+
+
+@app.command(epilog=DOCTOR_EXAMPLES)
+def doctor(
+    overrides: Overrides,
+    job: Annotated[Path | None, typer.Argument(metavar="JOB.yaml")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", metavar="DIR", help="folder or URI (default: the job's, else runs)"),
+    ] = None,
+    tracking: Annotated[
+        str | None,
+        typer.Option(
+            "--tracking",
+            metavar="URI",
+            help="MLflow (default: the job's, else MLFLOW_TRACKING_URI, else runs/mlflow.db)",
+        ),
+    ] = None,
+) -> int:
+    """Try everything that a job would use.
+
+    On the cluster of RAY_ADDRESS or on a Ray started here, in under a minute: Python, torch and the GPU driver; Ray,
+    its nodes and its token; the GPUs as Ray and as torch see them; a sum over workers, as their gradients need it;
+    storage from every node (16 MiB written, read, listed, deleted); MLflow (a run, a metric, an artifact, deleted
+    again; its experiment corun-doctor stays); files of weights; clocks.
+
+    Prints a line for each: ok, BAD with what to do, or - for what is not needed. Exits with 1 if anything is bad.
+    With a job file it tries what the file's jobs would use.
+    """
     from corun_ray.config.loading import load_jobs
     from corun_ray.service.doctor.doctor import Doctor, Needs, collect_needs
     from corun_ray.service.doctor.places import shorten_patience
 
     shorten_patience()
-    tracking = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
     is_well = True
     with using_ray():
-        needs = collect_needs(load_jobs(args.job, args.set)) if args.job else Needs("runs", tracking)
-        for finding in Doctor(needs.at(args.storage, args.tracking)).examine():
+        # What to try: the places of the file's jobs, unless the options name others.
+        if job is None:
+            needs = Needs("runs", os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING)
+        else:
+            needs = collect_needs(load_jobs(job, overrides))
+
+        for finding in Doctor(needs.at(storage, tracking)).examine():
             print(finding, flush=True)
             is_well = is_well and finding.is_ok is not False
     return DONE if is_well else FAILED

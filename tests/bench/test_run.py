@@ -27,6 +27,8 @@ ABSENT = (
     "pyarrow",
     "boto3",
     "spandrel",
+    "yaml",
+    "click",
 )
 
 
@@ -124,8 +126,10 @@ def test_torch_and_numpy_are_enough() -> None:
         "small = ['--stages', '2', '--width', '4', '--repeats', '1', '--device', 'cpu']\n"
         "with contextlib.suppress(SystemExit):\n"
         "    main(['bench', 'step', '--size', '32', *small])\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main(['bench', 'scaling', '--gpus', '8', '64', *small[:4], '--no-check'])\n"
         "main(['bench', 'dehaze', '--sizes', '64x64', *small])\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "megapixels/s" in result.stdout
+    assert all(said in result.stdout for said in ("whole step, median", "costs most", "megapixels/s"))

@@ -79,7 +79,7 @@ def test_a_step_without_both_kinds_of_candidates(wins: float) -> None:
     [
         (["--step-json", "/no/such.json"], "--step-json: /no/such.json: [Errno 2] No such file"),
         (["--link-gbit", "0"], "expected a number above 0, got 0"),
-        (["--step-s", "1", "--step-json", "x"], "not allowed with argument --step-s"),
+        (["--step-s", "1", "--step-json", "x"], "--step-json is not allowed with --step-s"),
         (["--processes", "1"], "1 is too few (at least 2)"),
     ],
 )

@@ -56,7 +56,7 @@ def test_a_process_reads_a_pool_and_starts_no_ray(run):
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         result = subprocess.run(command, capture_output=True, text=True, env=env)
         assert (result.returncode, result.stderr) == (0, ""), args
-    assert "label 2/2" in result.stdout and "2 labels written, 0 left out" in result.stdout
+    assert "label 2/2" in result.stdout and "2 labels written, 0 skipped" in result.stdout
 
 
 def test_ls_and_its_json(run, pool_command):
@@ -108,11 +108,11 @@ def test_export_says_what_it_leaves_out(run, pool_command):
     keys = ["../up.png", "a.jpg", "a.png", "bell\x1b[2J.png"]
     save_pool(locate(str(run / "pool")), 30, [photo_label(key) for key in keys])
     code, out, err = pool_command("export", run, "out", "--trust", "--transmission")
-    assert (code, err) == (1, "") and "done: 1 labels written, 3 left out" in out
+    assert (code, err) == (1, "") and "done: 1 labels written, 3 skipped" in out
     assert [line.strip() for line in out.splitlines()[-3:]] == [
-        "left out: ../up.png: leads out of its folder (..)",
-        "left out: a.png: would have the same file as a.jpg",
-        r"left out: bell\x1b[2J.png: has control characters",
+        "skipped: ../up.png: leads out of its folder (..)",
+        "skipped: a.png: would have the same file as a.jpg",
+        r"skipped: bell\x1b[2J.png: has control characters",
     ]
     assert sorted(os.listdir("out")) == ["a.png", "a.transmission.png", "a.trust.png", "labels.csv"]
     code, _, err = pool_command("export", run, "out")

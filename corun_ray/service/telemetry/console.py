@@ -1,85 +1,162 @@
-"""What a person sees of a job: a header, one live line of progress, a footer. Plain lines where no terminal is."""
+"""Shows a person a job: a header, one live line of progress, a footer; plain lines where no terminal is."""
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Self
+
+from corun_ray.service.telemetry.tables import format_table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 LINE_EVERY_S = 15.0
 """Between two progress lines where the output is no terminal (a job's log)."""
+DRAW_EVERY_S = 0.1
+"""Between two drawings of the live line."""
+BAR_CHARACTERS = 10
 RATE_SPAN_S = 30.0
 FEW_MARKS = 5
-LABEL_WIDTH = 9
+INDENT = "  "
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """Return seconds as `1:02:03` or `2:03`."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class Rate:
-    """Items per second over the last half minute: what an ETA should rest on."""
+    """Items per second over the last half minute: what an ETA should rest on.
+
+    rich's own estimate counts from the first of its last 1000 updates and takes each update for a finished item: it
+    still counts the slow first steps of a training (compiling, filling caches) long after, knows nothing of a step
+    number that goes back when workers restart, and starts from the items that a resumed job had done before.
+    """
 
     def __init__(self) -> None:
         self._marks: list[tuple[float, int]] = []
 
     def update(self, done: int) -> float | None:
-        """The rate now that `done` items are done; None before there is one."""
+        """Return the rate now that `done` items are done; None before there is one."""
         now = time.monotonic()
         fresh = [(at, n) for at, n in self._marks if now - at < RATE_SPAN_S]
+
         # Slow work may take longer than the span: then the last few marks have to do.
-        known = [(at, n) for at, n in max(fresh, self._marks[-FEW_MARKS:], key=len) if n <= done]
+        marks = max(fresh, self._marks[-FEW_MARKS:], key=len)
+        # Marks above `done` are of work that is done again.
+        known = [(at, n) for at, n in marks if n <= done]
         if not known or known[-1][1] < done:
             known.append((now, done))
         self._marks = known
-        first_at, first = self._marks[0]
+
+        first_at, first = known[0]
         return (done - first) / (now - first_at) if done > first else None
 
 
 class Console:
-    """The job's output on stdout."""
+    """The job's output on stdout; leaving it ends the live line."""
 
     def __init__(self) -> None:
-        self._is_terminal = sys.stdout.isatty()
+        self._is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._live: Progress | None = None
+        self._rate = Rate()
         self._last_line_s = 0.0
         self._last_done = -1
-        self._live = ""
-        self._rate = Rate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._end_live_line()
 
     def header(self, title: str, facts: Mapping[str, str]) -> None:
-        """A title and what the job found and will use, a line each."""
+        """Print a title and what the job found and will use, a line each."""
+        self._end_live_line()
         self._rate, self._last_done, self._last_line_s = Rate(), -1, time.monotonic()
+
         self.say(f"\n{title}")
-        for label, text in facts.items():
-            self.say(f"  {label:<{LABEL_WIDTH}} {text}")
+        self._say_facts(list(facts.items()))
 
     def progress(self, done: int, total: int, what: str, details: Sequence[str] = ()) -> None:
-        """The live line: how far, how fast, how long still."""
+        """Show how far the job is, how fast, and how long still."""
         rate = self._rate.update(done)
         parts = [f"{what} {done}/{total}"]
         if rate:
             parts += [f"{rate:.2f}/s", f"ETA {duration((total - done) / rate)}"]
-        line = "  " + "  ".join([*parts, *details])
+        parts += details
+
         now = time.monotonic()
         if self._is_terminal:
-            print(f"\r{line:<{len(self._live)}}", end="", flush=True)
-            self._live = line
+            self._draw(done, total, INDENT.join(parts), now)
         elif done != self._last_done and (now - self._last_line_s >= LINE_EVERY_S or done == total):
-            print(line, flush=True)
+            print(INDENT + INDENT.join(parts), flush=True)
             self._last_done, self._last_line_s = done, now
 
     def say(self, text: str) -> None:
-        """Lines of their own."""
-        if self._is_terminal and self._live:
-            print()
-            self._live = ""
-        print(text, flush=True)
+        """Print lines of their own, above the live line while its work goes on."""
+        if self._live is not None and self._live.finished:
+            self._end_live_line()
+
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
 
     def footer(self, title: str, facts: Mapping[str, str], next_commands: Sequence[str] = ()) -> None:
-        """The result, and what one would do next."""
-        self.say(f"  {title}")
-        for label, text in facts.items():
-            self.say(f"  {label:<{LABEL_WIDTH}} {text}")
-        for command in next_commands:
-            self.say(f"  {'next':<{LABEL_WIDTH}} {command}")
+        """Print the result, and the commands that one would run next."""
+        self._end_live_line()
+        self.say(f"{INDENT}{title}")
+        next_rows = [("next", command) for command in next_commands]
+        self._say_facts([*facts.items(), *next_rows])
+
+    def _say_facts(self, rows: Sequence[tuple[str, str]]) -> None:
+        if rows:
+            self.say(format_table(rows, indent=INDENT))
+
+    def _draw(self, done: int, total: int, text: str, now: float) -> None:
+        """Draw the live line, unless it was drawn just now."""
+        if self._live is None:
+            self._live = start_live_line()
+        elif now - self._last_line_s < DRAW_EVERY_S and done < total:
+            return
+        (line,) = self._live.task_ids
+        self._live.update(line, completed=done, total=total, description=text, refresh=True)
+        self._last_line_s = now
+
+    def _end_live_line(self) -> None:
+        """Leave the live line as it stands; what comes next is below it."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def start_live_line() -> "Progress":
+    """Return rich's live line at the bottom of the terminal.
+
+    It is drawn when asked to, not by a thread, and leaves stdout and stderr alone: Ray writes to both.
+    """
+    from rich.console import Console as Terminal
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
+
+    # Green says done; everything else has the terminal's own colour.
+    bar = BarColumn(BAR_CHARACTERS, style="dim", complete_style="default", finished_style="green")
+    # The text has the rest of the line: too long, it is cut, for a second line would not be overdrawn.
+    rest_of_line = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    text = TextColumn("{task.description}", style="default", markup=False, table_column=rest_of_line)
+
+    live = Progress(
+        bar,
+        text,
+        console=Terminal(file=sys.stdout, highlight=False),
+        expand=True,
+        auto_refresh=False,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    live.add_task("")
+    live.start()
+    return live

@@ -126,9 +126,9 @@ def test_storage_that_gives_back_other_bytes_is_not_trusted(tmp_path):
 
 
 def test_the_trial_is_of_the_size_that_its_help_says():
-    from corun_ray.cli.run import DOCTOR
+    from corun_ray.cli.run import doctor
 
-    assert f"{TRIAL_MIB} MiB" in DOCTOR and doctor_places.EXPERIMENT in DOCTOR
+    assert f"{TRIAL_MIB} MiB" in doctor.__doc__ and doctor_places.EXPERIMENT in doctor.__doc__
 
 
 def test_servers_that_do_not_answer_have_no_clock():

@@ -1,6 +1,5 @@
 """Weights folders on disk, in a bucket and behind a server that counts what is read of it."""
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -17,7 +16,8 @@ import boto3
 import numpy as np
 import pytest
 
-from corun_ray.cli.data import add_weights_commands, listing
+from corun_ray.cli.app import parse
+from corun_ray.cli.data import format_weights
 from corun_ray.core.errors import UserError
 from corun_ray.core.weights import WeightsError, refuse_weights
 from corun_ray.service.weights import folder as weights
@@ -298,7 +298,7 @@ def test_the_listing_says_what_is_there_and_what_is_lacking(folder, bucket):
         put(uri, INDEX, json.dumps(index).encode())
         put(uri, "new.pt", b"new")
         put(uri, "vgg19-dcbb9e9d.pth", b"other")
-        header, *rows = listing(uri, wanted)
+        header, *rows = format_weights(uri, wanted).splitlines()
         assert header.split() == ["file", "MB", "sha256", "state", "needed", "by"]
         digest = hashlib.sha256(FILES["brisque.mat"]).hexdigest()[:12]
         assert [re.split(r"\s{2,}", row) for row in rows] == [
@@ -316,14 +316,13 @@ def test_the_listing_says_what_is_there_and_what_is_lacking(folder, bucket):
     assert describe_lacking(None, {"a.pt": "loss"}) == ["a.pt (for loss): missing (the job names no weights folder)"]
 
 
-def test_the_commands(folder, capsys):
-    parser = argparse.ArgumentParser()
+def test_the_commands(folder, capsys, monkeypatch):
     needs = [(str(folder), {"brisque.mat": "quality"}), (None, {"a.pt": "loss"})]
-    add_weights_commands(parser.add_subparsers(), lambda args: needs[: int(args.set[0])] if args.set else needs)
+    monkeypatch.setattr("corun_ray.cli.data.find_needs", lambda job, set: needs[: int(set[0])] if set else needs)
 
     def run(*words: str) -> int:
-        args = parser.parse_args(["weights", *words])
-        return args.command(args)
+        context = parse(["weights", *words])
+        return context.command.invoke(context)
 
     assert run("ls", str(folder)) == run("ls", "job.yaml", "--set", "1") == 0
     assert "brisque.mat" in capsys.readouterr().out
