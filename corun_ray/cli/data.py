@@ -155,8 +155,8 @@ def _plan_and_pack(
     import time
 
     from corun_ray.service.cluster.connect import connect
-    from corun_ray.service.data.packing import pack as write_pack
     from corun_ray.service.data.packing import find_written_shards, plan_pack
+    from corun_ray.service.data.packing import pack as write_pack
     from corun_ray.service.telemetry.console import Console, duration
 
     started_s = time.monotonic()
