@@ -1,4 +1,4 @@
-"""Runs the benchmarks that need torch and numpy alone, and prints what they found.
+"""Runs the benchmarks that need torch and numpy alone.
 
 `python -m corun_ray bench step` runs on a bare GPU machine.
 """
@@ -20,7 +20,10 @@ from corun_ray.bench.tables import dehaze_table, scaling_table, step_table
 
 
 def run_step(settings: StepSettings, json_file: Path | None = None, trace: Path | None = None) -> None:
-    """Measure a training step and print its parts; `trace` is a profiler's trace of one more."""
+    """Measure a training step and print its parts.
+
+    `trace` is the file for a profiler's trace of one more step.
+    """
     report = bench_step(settings, trace=trace)
 
     print_machine(settings.device)
@@ -29,12 +32,14 @@ def run_step(settings: StepSettings, json_file: Path | None = None, trace: Path 
 
 
 def run_dehaze(sizes: Sequence[DehazeSettings], json_file: Path | None = None) -> None:
-    """Measure the restoration of photographs, one table for each size; all on the same device.
+    """Measure the restoration of photographs; print a table a size.
 
+    All are measured on the same device.
     Raises ValueError where an image does not fit into the memory that it is given.
     """
     reports = [bench_dehaze(settings) for settings in sizes]
 
+    # The tables come together, when all sizes are measured.
     device = sizes[0].device
     print_machine(device)
     for report in reports:
@@ -43,9 +48,13 @@ def run_dehaze(sizes: Sequence[DehazeSettings], json_file: Path | None = None) -
 
 
 def run_scaling(settings: ScalingSettings, alone: WorkerStep, check: bool, json_file: Path | None = None) -> None:
-    """Work out a step on many GPUs from the step `alone` on one; with `check`, measure on this machine too."""
+    """Work out a step on many GPUs from the step `alone` on one.
+
+    With `check`, the formulae are compared with measurements on this machine.
+    """
     report = bench_scaling(settings, alone, check)
 
+    # The formulae need no device; the check is of CPU processes.
     device = torch.device("cpu")
     print_machine(device)
     print(scaling_table(report))
@@ -55,11 +64,12 @@ def run_scaling(settings: ScalingSettings, alone: WorkerStep, check: bool, json_
 def read_step(
     file: Path, settings: ScalingSettings, rating_s: float | None = None
 ) -> tuple[ScalingSettings, WorkerStep]:
-    """Return settings and step of a file that `bench step --json` wrote.
+    """Return settings and step of a file of `bench step --json`.
 
     The method and the network are those that were measured; the other settings stay.
     Raises ValueError where the file holds no such step.
     """
+    # A file of one report, with all figures of the step by part.
     try:
         (report,) = json.loads(file.read_text())
         step = measured_step(report, rating_s)
@@ -70,7 +80,7 @@ def read_step(
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the named device, by default the GPU where there is one.
+    """Return the named device, by default a GPU if any.
 
     Raises ValueError where the device cannot be used.
     """
@@ -99,10 +109,14 @@ def print_machine(device: torch.device) -> None:
 
 
 def write_json(reports: Iterable[Any], device: torch.device, file: Path | None) -> None:
-    """Write every figure of some reports, and what they were measured on, where a file is asked for."""
+    """Write every figure of some reports, and the machine, to a file.
+
+    Without a file, nothing is written.
+    """
     if file is None:
         return
 
+    # Each report by itself says what it was measured on.
     machine = {"torch": torch.__version__, "device": name_device(device)}
     plain = [machine | dataclasses.asdict(report) for report in reports]
     file.write_text(json.dumps(plain, indent=2, default=str))

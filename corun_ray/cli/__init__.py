@@ -1,4 +1,4 @@
-"""The command line, one file for each group of commands; heavy imports happen inside the commands."""
+"""The command line, one file for each group of commands."""
 
 from corun_ray.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The front door: `corun-ray COMMAND`, from its words to its exit code.
+"""The front door: from the words of `corun-ray` to its exit code.
 
 Heavy imports happen in the command that needs them, so that `--help` and mistakes answer at once.
 """
@@ -44,7 +44,10 @@ for commands in (run, submit, data, pool, models, bench):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command that `argv`, or the process's own words, ask for; exit with its code."""
+    """Run a command line and exit with its code.
+
+    `argv` are the words behind the program's name; by default those of this process.
+    """
     try:
         context = parse(sys.argv[1:] if argv is None else argv)
         sys.exit(context.command.invoke(context))
@@ -68,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str]) -> "Context":
-    """Return the command that `argv` names, with the values of its parameters; run nothing.
+    """Parse a command line; run nothing.
+
+    The context that is returned holds the command and the values of its parameters.
 
     Raises `UserError` where a command, an option or a value is wrong, and `typer.Exit` where `--help` was shown.
     """

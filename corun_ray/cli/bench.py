@@ -1,6 +1,6 @@
-"""`corun-ray bench step | dehaze | scaling | stream | pool`: measuring parts of the service on this machine.
+"""`corun-ray bench`: measuring parts of the service on this machine.
 
-The first three need torch, numpy, typer and rich alone.
+`step`, `dehaze` and `scaling` need torch, numpy, typer and rich alone.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import typer
 
 from corun_ray.cli.command import App
-from corun_ray.cli.common import DONE, WRITE_JSON, above_0, at_least, multiple_of, share, using_ray
+from corun_ray.cli.common import DONE, WRITE_JSON, at_least, multiple_of, parse_positive, parse_share, using_ray
 from corun_ray.core.choices import DepthKind, Encoding
 from corun_ray.core.errors import UserError
 
@@ -90,7 +90,7 @@ Compile = Annotated[bool, typer.Option("--compile", help="by torch.compile; take
 Batch = Annotated[int, typer.Option("--batch", metavar="B", parser=at_least(1), help="images of each kind and GPU")]
 WinRate = Annotated[
     float,
-    typer.Option("--wins", metavar="SHARE", parser=share, help="of the candidates; their blocks are rated"),
+    typer.Option("--wins", metavar="SHARE", parser=parse_share, help="of the candidates; their blocks are rated"),
 ]
 
 
@@ -99,6 +99,7 @@ def parse_size(text: str) -> ImageSize:
     if text in SIZES:
         return SIZES[text]
 
+    # People say width first, arrays have height first.
     width, _, height = text.partition("x")
     if not (width.isdigit() and height.isdigit() and min(int(width), int(height)) >= SMALLEST_SIZE_PX):
         expected = f"{', '.join(SIZES)} or WIDTHxHEIGHT of {SMALLEST_SIZE_PX} px and more"
@@ -111,7 +112,7 @@ def parse_size(text: str) -> ImageSize:
 
 @contextmanager
 def telling_mistakes() -> Iterator[None]:
-    """Turn a ValueError of the benchmarks, which know no user, into a `UserError`."""
+    """Turn a ValueError of the benchmarks into a `UserError`."""
     try:
         yield
     except ValueError as error:
@@ -141,7 +142,7 @@ def measure_step(
 ) -> int:
     """Measure a training step.
 
-    Times training steps on random images, by part: teacher, global and local scores, pool, student, losses, backward,
+    Times steps on random images, by part: teacher, global and local scores, pool, student, losses, backward,
     optimizer and moving average. The scorers are those without weights; VGG-19 has random ones.
 
     The floor says what the counted arithmetic would take at the measured rate of large matrix products, and what the
@@ -199,14 +200,16 @@ def measure_dehazing(
 ) -> int:
     """Measure the restoration of photographs.
 
-    Times the restoration of photographs by a network with random weights: megapixels a second and the most memory, of
-    the GPU's tensors or of the whole process.
+    Restores random images by a network with random weights: megapixels a second and the most memory, of the GPU's
+    tensors or of the whole process.
     """
     from corun_ray.bench.dehaze import DehazeSettings
     from corun_ray.bench.run import find_device, run_dehaze
 
     with telling_mistakes():
         torch_device = find_device(device)
+
+        # The same network on images of each size.
         settings: list[DehazeSettings] = []
         for size in sizes or [SIZES["1080p"]]:
             one = DehazeSettings(
@@ -229,7 +232,7 @@ def measure_dehazing(
 def work_out_scaling(
     step_s: Annotated[
         float | None,
-        typer.Option("--step-s", metavar="S", parser=above_0, help="on one GPU, candidates lose (default 0.3)"),
+        typer.Option("--step-s", metavar="S", parser=parse_positive, help="on one GPU, candidates lose (default 0.3)"),
     ] = None,
     step_json: Annotated[
         Path | None,
@@ -240,7 +243,7 @@ def work_out_scaling(
         typer.Option(
             "--rating-s",
             metavar="S",
-            parser=above_0,
+            parser=parse_positive,
             help="what rating an image's blocks adds (default 0.9 of the step)",
         ),
     ] = None,
@@ -257,21 +260,25 @@ def work_out_scaling(
         typer.Option(
             "--link-gbit",
             metavar="G ...",
-            parser=above_0,
+            parser=parse_positive,
             help="between nodes, all cards of a node together; a table each",
         ),
     ] = DEFAULT_LINKS_GBIT,
     link_latency_us: Annotated[
         float,
-        typer.Option("--link-latency-us", metavar="US", parser=above_0, help="a message between nodes, as NCCL counts"),
+        typer.Option(
+            "--link-latency-us", metavar="US", parser=parse_positive, help="a message between nodes, as NCCL counts"
+        ),
     ] = 14,
     node_gbit: Annotated[
         float,
-        typer.Option("--node-gbit", metavar="G", parser=above_0, help="within a node, as NCCL counts for A100s"),
+        typer.Option("--node-gbit", metavar="G", parser=parse_positive, help="within a node, as NCCL counts for A100s"),
     ] = 1880,
     node_latency_us: Annotated[
         float,
-        typer.Option("--node-latency-us", metavar="US", parser=above_0, help="a message within a node, as NCCL counts"),
+        typer.Option(
+            "--node-latency-us", metavar="US", parser=parse_positive, help="a message within a node, as NCCL counts"
+        ),
     ] = 4,
     stages: Stages = 4,
     width: Width = 30,
@@ -281,7 +288,7 @@ def work_out_scaling(
     win_rate: WinRate = 0.1,
     share_blocks: Annotated[bool, typer.Option("--share-blocks", help="as with coherence.share_blocks")] = False,
     samples_per_s: Annotated[
-        float, typer.Option("--samples-per-s", metavar="R", parser=above_0, help="a core's, of bench stream")
+        float, typer.Option("--samples-per-s", metavar="R", parser=parse_positive, help="a core's, of bench stream")
     ] = 36,
     no_check: Annotated[bool, typer.Option("--no-check", help="measure nothing")] = False,
     processes: Annotated[
@@ -292,19 +299,20 @@ def work_out_scaling(
 ) -> int:
     """Work out a step on many GPUs.
 
-    Works out what a training step would take on many GPUs, from what it takes on one: DDP's buckets of gradients in
-    rings and trees behind the backward pass, the label pool's answers behind the teacher's time, and the wait for the
-    worker that has most blocks to rate. Tells what costs most and which key of a job helps. The formulae are in
+    Forecasts the time of a training step on many GPUs from its time on one: DDP's buckets of gradients in rings and
+    trees behind the backward pass, the label pool's answers behind the teacher's time, and the wait for the worker
+    that has most blocks to rate. Tells what costs most and which key of a job helps. The formulae are in
     corun_ray.bench.scaling_model.
 
-    The step is --step-s with the shares of a CPU's, or a measured one. Links are taken for what they carry: give a
-    measured bandwidth, such as nccl-tests' bus bandwidth, for a forecast, the nominal one for a bound.
+    The step on one GPU is a measured one (--step-json), or --step-s with the shares of parts that a CPU showed. Give
+    links a measured bandwidth, such as nccl-tests' bus bandwidth, for a forecast, or the nominal one for a bound.
 
-    Then it measures gloo's all-reduce between processes of this machine and a backward pass with and without it,
-    beside what the same formulae say (a minute on 2 cores; --no-check leaves it out).
+    A check follows: gloo's all-reduce between processes of this machine and a backward pass with and without it,
+    beside what the same formulae say (a minute on 2 cores; --no-check skips it).
     """
+    # Both give the step on one GPU.
     if step_s is not None and step_json is not None:
-        raise UserError("bench scaling: --step-json is not allowed with --step-s: both give the step")
+        raise UserError("bench scaling: --step-json is not allowed with --step-s")
 
     from corun_ray.bench.run import read_step, run_scaling
     from corun_ray.bench.scaling import ScalingSettings, assumed_step
@@ -329,6 +337,7 @@ def work_out_scaling(
             processes=processes,
             repeats=repeats,
         )
+        # The step on one GPU; a measured one brings its network along.
         if step_json is None:
             alone = assumed_step(step_s or DEFAULT_STEP_S, batch, rating_s)
         else:
@@ -369,12 +378,12 @@ def measure_stream(
 ) -> int:
     """Measure how training samples are made.
 
-    Measures how many training samples a second one core reads, decodes and synthesises, and where the time goes. Each
-    of a job's data CPUs does that much; whether it is enough, `corun-ray bench step` tells.
+    Tells how many training samples a second one core reads, decodes and synthesises, and where the time goes. Each of
+    a job's data CPUs does that much; `corun-ray bench step` tells how much a GPU needs.
 
-    Without --data it renders four photographs of 2 megapixels with depth first (20 s) and measures pre-training and
-    Colabator samples, from a folder and from a pack. With --data it measures yours, from a folder, a pack or a URI,
-    the time that a store takes to answer included: pre-training samples, or with --hazy Colabator's.
+    Without --data, four photographs of 2 megapixels with depth are rendered first (20 s); pre-training and Colabator
+    samples are measured, from a folder and from a pack. With --data, your images are measured, from a folder, a pack
+    or a URI, with the time that a store takes to answer: pre-training samples, or with --hazy Colabator's.
 
     An image is a synthetic pair or a real hazy image; a Colabator sample has one of each.
     """
@@ -406,6 +415,7 @@ def measure_stream(
             render_photographs(Path(name), lambda done, total: console.progress(done, total, "photograph"))
             jobs = _describe_rendered(Path(name), patch_px)
 
+        # The table comes when all are measured.
         total = len(jobs) * samples * repeats
         settings = StreamSettings(patch_px, samples, repeats)
         try:
@@ -420,7 +430,10 @@ def measure_stream(
 
 
 def _describe_rendered(folder: Path, patch_px: int) -> "dict[str, TrainingJob]":
-    """Return the jobs that read the rendered photographs, by name: from a folder and from a pack."""
+    """Return jobs that read the rendered photographs, by name.
+
+    Both kinds of training read them from a folder and from a pack.
+    """
     from corun_ray.bench.stream import job_of
 
     clear, depth, pack = str(folder / "clear"), str(folder / "depth"), str(folder / "pack")
@@ -479,7 +492,7 @@ def measure_pool(
 ) -> int:
     """Measure the label pool.
 
-    Measures the label pool on this machine; no GPU, no data, no network.
+    Runs on this machine and needs no GPU, no data, no network.
 
     A pool for each number of shards is filled with synthetic labels and measured: offers, reads of labels in memory
     and of labels that only storage has, memory, snapshots, restoring, and how long the workers of a simulated job wait
@@ -489,6 +502,7 @@ def measure_pool(
     """
     from corun_ray.bench.label_pool.figures import PoolSettings
 
+    # The labels' size in bytes decides what fits.
     settings = PoolSettings(labels, side_px, tuple(shards), encoding, memory_mib, workers)
     place = storage or tempfile.gettempdir()
 
@@ -508,12 +522,16 @@ def measure_pool(
 
 
 def _find_storage_mistakes(storage: str, settings: "PoolSettings") -> Sequence[str]:
-    """Return why the labels cannot be saved in a local folder; URIs are not looked at."""
+    """Return why the labels cannot be saved there.
+
+    Only local folders are looked at, not URIs.
+    """
     if "://" in storage:
         return []
     if not Path(storage).is_dir():
         return [f"--storage: there is no folder {storage}"]
 
+    # The largest pool there is at one time.
     needed, free = settings.labels * settings.label_bytes, shutil.disk_usage(storage).free
     if free < needed:
         return [f"--storage: {storage} has {free / 1e9:.1f} GB free, the labels may take {needed / 1e9:.1f} GB"]
@@ -521,6 +539,7 @@ def _find_storage_mistakes(storage: str, settings: "PoolSettings") -> Sequence[s
 
 
 def _fill_and_measure(settings: "PoolSettings", storage: str, json_file: Path | None, plot_file: Path | None) -> None:
+    """Measure a pool for each number of shards; print the table."""
     from corun_ray.bench.label_pool.report import as_json, plot, table
     from corun_ray.bench.label_pool.trial import bench_pool
     from corun_ray.service.cluster.connect import connect
@@ -531,6 +550,7 @@ def _fill_and_measure(settings: "PoolSettings", storage: str, json_file: Path | 
 
     total = settings.labels * len(settings.shards)
     with Console() as console, _scratch_folder(locate(storage)) as folder:
+        # Ray starts here, when all that could be wrong was checked.
         place = connect()
         labels = f"{settings.labels} of {settings.side_px} px in {settings.encoding}"
         console.header("bench pool", {"labels": labels, "on": place, "storage": folder.uri})
@@ -552,19 +572,20 @@ def _fill_and_measure(settings: "PoolSettings", storage: str, json_file: Path | 
 
 @contextmanager
 def _scratch_folder(storage: "Location") -> "Iterator[Location]":
-    """Lend a folder of our own; delete it when Ray's processes, which might still write there, are gone."""
+    """Lend a new folder below a storage; delete it afterwards."""
     import ray
 
     folder = storage.child(f"corun-bench-{uuid.uuid4().hex[:12]}")
     try:
         yield folder
     finally:
+        # Ray's processes might still write there.
         ray.shutdown()
         folder.delete()
 
 
 def _find_missing_folders(files: dict[str, Path | None]) -> Sequence[str]:
-    """Return a line for each option whose file would lie in a folder that is not there."""
+    """Return a line for each file whose folder is missing."""
     mistakes: list[str] = []
     for option, file in files.items():
         if file is not None and not file.absolute().parent.is_dir():

@@ -1,6 +1,6 @@
-"""How commands are parsed and shown: typer's classes with one-line errors and plain help.
+"""typer's classes with one-line mistakes and plain help.
 
-typer's own errors and help are boxes drawn by rich, which wrap badly in logs and pipes.
+typer tells mistakes by a usage text of several lines, or draws boxes that wrap badly in logs and pipes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,29 +18,36 @@ if TYPE_CHECKING:
 
 SEVERAL = " ..."
 """Ends the metavar of an option that takes several values: `--gpus N ...`."""
+NAMES_WIDTH = 26
+"""Characters of the column of names in a help page; what is longer has a line of its own."""
 
 
 class App(typer.Typer):
-    """Commands of one file or of the whole program, parsed and shown by the classes below."""
+    """A set of commands, parsed and shown by the classes below."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(
             cls=Group,
+            # Completion would list options for shells beside those of a job.
             add_completion=False,
+            # Plain text: rich would read brackets in the help as styles, and draw boxes.
             rich_markup_mode=None,
             context_settings={"help_option_names": ["-h", "--help"]},
             **settings,
         )
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
-        """Return a decorator that makes a function a command; its docstring is the help."""
+        """Return a decorator that makes a function a command.
+
+        The help is the function's docstring.
+        """
         return super().command(name, cls=Command, **settings)
 
 
 class Command(TyperCommand):
     """One command: a function with its arguments and options."""
 
-    # Words that no argument takes are refused here, in this project's words.
+    # typer leaves words that no argument takes to `parse_args`, which refuses them.
     allow_extra_args = True
 
     def __init__(self, name: str | None, **settings: Any) -> None:
@@ -56,25 +63,34 @@ class Command(TyperCommand):
         return rest
 
     def _repeat_names(self, ctx: "Context", words: Sequence[str]) -> list[str]:
-        """Return the words with an option's name before each of its values.
+        """Repeat an option's name before each of its values.
 
-        `--gpus 8 64` becomes `--gpus 8 --gpus 64`, which is all that typer's parser knows.
+        An option of typer takes a fixed number of words, or may be repeated. Ours with `SEVERAL` take all words up to
+        the next option, so `--gpus 8 64` becomes `--gpus 8 --gpus 64`.
+        Raises `BadParameter` where an option stands without its value.
         """
-        options = {name: one for one in self.params if isinstance(one, TyperOption) for name in one.opts}
-        repeated: list[str] = []
-        # The option with several values that the words at hand belong to.
-        open_name = ""
+        options: dict[str, TyperOption] = {}
+        for parameter in self.params:
+            if isinstance(parameter, TyperOption):
+                options |= dict.fromkeys(parameter.opts, parameter)
 
-        for number, word in enumerate(words):
+        repeated: list[str] = []
+        # The name of the option of several values that the words at hand belong to.
+        open_name = ""
+        for position, word in enumerate(words):
+            # Behind -- are arguments alone.
             if word == "--":
-                return repeated + list(words[number:])
+                return repeated + list(words[position:])
+
             if word.startswith("--") or word in ctx.help_option_names:
+                # A name, which ends the values of the option before.
                 option = options.get(word)
-                following = words[number + 1 : number + 2]
-                if option is not None and not option.is_flag and (not following or following[0].startswith("--")):
-                    raise typer.BadParameter(f"expected {name_value(option)}", ctx, option)
-                open_name = word if option is not None and name_value(option).endswith(SEVERAL) else ""
+                open_name = ""
+                if option is not None and not option.is_flag:
+                    check_value_follows(option, words[position + 1 :], ctx)
+                    open_name = word if name_value(option).endswith(SEVERAL) else ""
             elif open_name and repeated[-1] != open_name:
+                # A second or later value; the first has its name already.
                 repeated.append(open_name)
             repeated.append(word)
         return repeated
@@ -88,11 +104,20 @@ class Command(TyperCommand):
         write_help(self, ctx, formatter)
 
 
+def check_value_follows(option: TyperOption, words: Sequence[str], ctx: "Context") -> None:
+    """Refuse an option without a value behind it.
+
+    Raises `BadParameter`; typer would take the next option's name for the value.
+    """
+    if not words or words[0].startswith("--"):
+        raise typer.BadParameter(f"expected {name_value(option)}", ctx, option)
+
+
 class Group(TyperGroup):
     """A command with commands of its own."""
 
     def resolve_command(self, ctx: "Context", args: list[str]) -> tuple[str, Any, list[str]]:
-        """Return name, command and remaining words of the command that the first word names."""
+        """Return name and command of the first word, and the other words."""
         if not args:
             raise UserError(f"{ctx.command_path}: expected a command: {', '.join(self.commands)}")
         if args[0] not in self.commands:
@@ -113,24 +138,24 @@ class Group(TyperGroup):
 
 
 class Conversion:
-    """Turns the words of one parameter into values, in place of typer's conversion.
+    """Converter of one parameter's words, in place of typer's own.
 
-    typer imports pydantic to convert any value, even a plain word. `bench step` must run without it, and its messages
-    speak of types ("Input should be a valid integer"), not of what a user may write.
+    typer imports pydantic to convert any value, even a plain word. `bench step` has to run without pydantic, whose
+    messages besides speak of types ("Input should be a valid integer") and not of what one may write.
     """
 
     def __init__(self, parameter: TyperArgument | TyperOption) -> None:
         self._convert = find_converter(parameter)
 
     def coerce(self, value: Any, param: Any, ctx: "Context") -> Any:
-        """Return the value of a parameter; typer calls this with its words or with its default."""
+        """Convert a parameter's words or default; typer calls this."""
         takes_several = param.multiple or param.nargs == -1
         if value is None:
             return () if takes_several else None
 
         words = value if takes_several else [value]
         try:
-            # Defaults are values already.
+            # A default is a value already, unless it is a word.
             values = [self._convert(word) if isinstance(word, str) else word for word in words]
         except ValueError as error:
             raise typer.BadParameter(str(error), ctx, param) from None
@@ -138,7 +163,7 @@ class Conversion:
 
 
 def convert_plainly(parameter: Any) -> Any:
-    """Return a parameter, or None, whose values are made by `Conversion`."""
+    """Give a parameter, if there is one, its `Conversion`; return it."""
     if parameter is not None:
         # typer asks this object for the value, and makes one of pydantic's where there is none.
         parameter._runtime_param = Conversion(parameter)
@@ -146,19 +171,21 @@ def convert_plainly(parameter: Any) -> Any:
 
 
 def find_converter(parameter: TyperArgument | TyperOption) -> Callable[[str], Any]:
-    """Return the function that converts a word: the parameter's parser, else by its annotation."""
+    """Return the function that converts a word to a parameter's value."""
+    # The parser that the parameter names comes first.
     kind, parser = parameter.type_descriptor.annotation, parameter.type_descriptor.parameter_info.parser
     if parser is not None:
         return parser
+
+    # Else the annotation decides, of a list that of its items.
     if get_origin(kind) is list:
         (kind,) = get_args(kind)
-
     if get_origin(kind) is Literal:
         return one_of(get_args(kind))
     if kind is int:
-        return whole_number
+        return parse_whole_number
     if kind is float:
-        return number
+        return parse_number
     return Path if kind is Path else str
 
 
@@ -173,16 +200,16 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
     return convert
 
 
-def whole_number(text: str) -> int:
-    """Return the whole number that a word spells."""
+def parse_whole_number(text: str) -> int:
+    """Convert a word to a whole number."""
     try:
         return int(text)
     except ValueError:
         raise ValueError(f"expected a whole number, got {text}") from None
 
 
-def number(text: str) -> float:
-    """Return the number that a word spells."""
+def parse_number(text: str) -> float:
+    """Convert a word to a number."""
     try:
         return float(text)
     except ValueError:
@@ -194,13 +221,16 @@ def number(text: str) -> float:
 
 def describe_mistake(error: typer.TyperException) -> str:
     """Return what is wrong with a command's words as one line."""
+    # typer hands out no public name for the error of an unknown option.
     if hasattr(error, "possibilities") and hasattr(error, "option_name"):
         hint = suggest(error.option_name, error.possibilities or ()) or "; --help lists them"
         return f"no option {error.option_name}{hint}"
+
+    # Others have a sentence of typer's.
     if not isinstance(error, typer.BadParameter) or error.param is None:
         return error.message[:1].lower() + error.message[1:].rstrip(".")
 
-    # An error about the value of one parameter; the error of a missing one has no message.
+    # What is wrong with the value of one parameter; a missing one has no message.
     parameter = error.param
     if isinstance(parameter, TyperOption):
         return f"{parameter.opts[0]}: {error.message}" if error.message else f"missing option {name_option(parameter)}"
@@ -210,7 +240,8 @@ def describe_mistake(error: typer.TyperException) -> str:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean evaluate?`, or nothing where no known word is like it."""
+    """Return `; did you mean evaluate?`, or nothing without a close word."""
+    # Only mistakes need it.
     import difflib
 
     closest = difflib.get_close_matches(word, list(known), 2)
@@ -221,12 +252,13 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def write_help(command: TyperCommand | TyperGroup, ctx: "Context", formatter: Any) -> None:
-    """Write usage, description, commands, arguments, options and examples, as plain text."""
+    """Write usage, description, commands, arguments, options and examples as plain text."""
     parameters = command.get_params(ctx)
     arguments = [one for one in parameters if isinstance(one, TyperArgument)]
     options = [one for one in parameters if isinstance(one, TyperOption)]
 
-    formatter.write_usage(ctx.command_path, " ".join(usage_words(command, arguments, options)), "usage: ")
+    usage = " ".join(list_usage_words(command, arguments, options))
+    formatter.write_usage(ctx.command_path, usage, "usage: ")
     write_paragraphs(command.help, formatter)
 
     sections = [
@@ -237,12 +269,12 @@ def write_help(command: TyperCommand | TyperGroup, ctx: "Context", formatter: An
     for title, rows in sections:
         if rows:
             with formatter.section(title):
-                formatter.write_dl(rows, col_max=26)
+                formatter.write_dl(rows, col_max=NAMES_WIDTH)
 
     write_paragraphs(command.epilog, formatter)
 
 
-def usage_words(
+def list_usage_words(
     command: TyperCommand | TyperGroup, arguments: Sequence[TyperArgument], options: Sequence[TyperOption]
 ) -> Iterator[str]:
     """Yield what follows the command's name in its usage line."""
@@ -257,7 +289,7 @@ def usage_words(
 
 
 def list_commands(command: TyperCommand | TyperGroup) -> list[tuple[str, str]]:
-    """Return name and first line of help of each command of a group."""
+    """Return name and first line of help of a group's commands."""
     rows: list[tuple[str, str]] = []
     if isinstance(command, TyperGroup):
         for name, one in command.commands.items():
@@ -266,13 +298,13 @@ def list_commands(command: TyperCommand | TyperGroup) -> list[tuple[str, str]]:
 
 
 def name_option(option: TyperOption) -> str:
-    """Return an option's names and the name of its value: `--port N`."""
+    """Return an option as the help names it: `--port N`."""
     names = ", ".join(sorted(option.opts, key=len))
     return names if option.is_flag else f"{names} {name_value(option)}"
 
 
 def name_value(parameter: TyperArgument | TyperOption) -> str:
-    """Return what stands for a parameter's value in the help: `DIR`, or its choices."""
+    """Return what stands for a parameter's value: `DIR`, or its choices."""
     if parameter.metavar is not None:
         return parameter.metavar
     choices = parameter.type_descriptor.choices
@@ -284,7 +316,7 @@ def describe_option(option: TyperOption) -> str:
     if option.is_flag:
         return "show this help" if option.name == "help" else option.help or ""
 
-    # A string stands for a default that is worked out; a list of nothing is no default to speak of.
+    # A string stands for a default that is worked out when the command runs.
     default = option.show_default if isinstance(option.show_default, str) else option.default
     if not option.show_default or default is None or callable(default):
         return option.help or ""
@@ -294,7 +326,10 @@ def describe_option(option: TyperOption) -> str:
 
 
 def write_paragraphs(text: str | None, formatter: Any) -> None:
-    """Write paragraphs as wide as the terminal; those with indented lines, such as examples, stay as they are."""
+    """Write paragraphs as wide as the terminal, examples as they are.
+
+    Examples are paragraphs with indented lines.
+    """
     for paragraph in (text or "").split("\n\n"):
         if paragraph:
             formatter.write_paragraph()

@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, values of options, and how a command that uses Ray begins and ends."""
+"""What the commands share: exit codes, options, and the use of Ray."""
 
 import math
 import os
@@ -12,16 +12,20 @@ from typing import Annotated
 
 import typer
 
-from corun_ray.cli.command import number, whole_number
+from corun_ray.cli.command import parse_number, parse_whole_number
 from corun_ray.service.errors import JobFailed
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 """Exit codes."""
+
 DEFAULT_TRACKING = "sqlite:///runs/mlflow.db"
 SOURCE_HELP = "models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth"
 WRITE_JSON = "also write every figure to a file"
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml")]
+# --- Arguments and options of several commands ---
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="a job file")]
+PerhapsJobFile = Annotated[Path | None, typer.Argument(metavar="JOB.yaml", help="a job file")]
 Overrides = Annotated[
     list[str],
     typer.Option(
@@ -43,11 +47,14 @@ Tracking = Annotated[
 ]
 
 
+# --- Converters from a word to an option's value; their ValueErrors say what was expected ---
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """Return a converter to whole numbers of `least` or more."""
 
     def convert(text: str) -> int:
-        value = whole_number(text)
+        value = parse_whole_number(text)
         if value < least:
             raise ValueError(f"{text} is too few (at least {least})")
         return value
@@ -59,7 +66,7 @@ def multiple_of(divisor: int) -> Callable[[str], int]:
     """Return a converter to multiples of `divisor` above 0."""
 
     def convert(text: str) -> int:
-        value = whole_number(text)
+        value = parse_whole_number(text)
         if value <= 0 or value % divisor:
             raise ValueError(f"expected a multiple of {divisor}, got {text}")
         return value
@@ -67,27 +74,30 @@ def multiple_of(divisor: int) -> Callable[[str], int]:
     return convert
 
 
-def share(text: str) -> float:
+def parse_share(text: str) -> float:
     """Convert a word to a share from 0 to 1."""
-    value = number(text)
+    value = parse_number(text)
     if not 0 <= value <= 1:
         raise ValueError(f"expected a share from 0 to 1, got {text}")
     return value
 
 
-def above_0(text: str) -> float:
+def parse_positive(text: str) -> float:
     """Convert a word to a finite number above 0."""
-    value = number(text)
+    value = parse_number(text)
     if not 0 < value < math.inf:
         raise ValueError(f"expected a number above 0, got {text}")
     return value
 
 
+# --- Ray ---
+
+
 @contextmanager
 def using_ray() -> Iterator[None]:
-    """Run a command that uses Ray: a stop closes what is open, and Ray's own messages go into a file.
+    """Run a command that uses Ray.
 
-    A `JobFailed` that leaves names that file.
+    A stop by SIGTERM closes what is open, as Ctrl-C does. Ray's own messages go into a file, which a `JobFailed` names.
     """
     # Stopped by the Jobs API or an operator, a job closes what it has opened, as at Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -100,10 +110,14 @@ def using_ray() -> Iterator[None]:
 
 
 def divert_stderr() -> Path:
-    """Send what Ray's C++ side writes to the terminal into a file; Python's own stderr stays where it was."""
+    """Send what Ray's C++ side writes to stderr into a file.
+
+    Python's own stderr stays where it was.
+    """
     log = Path(tempfile.gettempdir()) / f"corun-ray-{os.getpid()}.log"
     terminal = os.dup(2)
 
+    # C++ writes to file descriptor 2; Python's stderr gets the terminal under another number.
     with log.open("ab") as file:
         os.dup2(file.fileno(), 2)
     sys.stderr = os.fdopen(terminal, "w", buffering=1)

@@ -1,4 +1,4 @@
-"""`corun-ray weights fetch | index | ls` and `pack`: what jobs read beside their job file."""
+"""`corun-ray weights | pack`: what jobs read beside their job file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +45,10 @@ def fetch_weights(
         ),
     ] = None,
 ) -> int:
-    """Fill a local folder from the internet, by the libraries' own downloaders."""
+    """Fill a local folder from the internet.
+
+    The libraries' own downloaders fetch the files; their checksums go into the folder's index.
+    """
     from corun_ray.core.weights import WeightsError
     from corun_ray.service.weights.fetch import PUBLISHED, fetch
 
@@ -61,6 +64,7 @@ def index_weights(folder: Folder) -> int:
     from corun_ray.service.weights.folder import index_folder
 
     index_folder(folder)
+    # A folder by itself wants nothing: the table has the files that are there.
     print(format_weights(folder, {}))
     return DONE
 
@@ -70,8 +74,9 @@ def list_weights(
     where: Annotated[str, typer.Argument(metavar="JOB.yaml|DIR", help="a job file, or a folder or URI of weights")],
     overrides: Overrides,
 ) -> int:
-    """Say what a job needs, or what a folder holds, and what is there.
+    """List the weights that a job needs or a folder holds.
 
+    Says of each file whether it is there and is the one of the index.
     Exits with 1 where a file that a job needs cannot be used.
     """
     from corun_ray.service.weights.folder import describe_lacking
@@ -83,6 +88,7 @@ def list_weights(
     if not folders:
         print("needs no weights")
 
+    # A table for each folder; one unusable file decides the exit code.
     is_lacking = False
     for folder_uri, wanted in folders:
         print(f"{folder_uri or 'no weights folder'}:")
@@ -92,7 +98,7 @@ def list_weights(
 
 
 def find_needs(job_file: Path, overrides: Sequence[str]) -> "list[tuple[str | None, Wanted]]":
-    """Return the weights folders of a file's jobs with the files that the jobs need of each."""
+    """Return the weights folders of a file's jobs, with the files needed."""
     from corun_ray.config.loading import load_jobs
     from corun_ray.config.trials import example
     from corun_ray.service.weights.needed import find_needed_files
@@ -105,10 +111,11 @@ def find_needs(job_file: Path, overrides: Sequence[str]) -> "list[tuple[str | No
 
 
 def format_weights(folder_uri: str | None, wanted: "Wanted") -> str:
-    """Return a table of the files of a folder, present and wanted."""
+    """Return a table of a folder's files, present and wanted."""
     from corun_ray.service.telemetry.tables import format_table
     from corun_ray.service.weights.folder import list_files
 
+    # A file that is wanted and missing has no size, one that was never indexed no digest.
     rows: list[tuple[str, ...]] = []
     for file in list_files(folder_uri, wanted):
         size_mb = "-" if file.size_bytes is None else f"{file.size_bytes / 1e6:.1f}"
@@ -152,6 +159,7 @@ def pack(
 def _plan_and_pack(
     images: str, output: str, depth: str | None, shard_mib: int, keep_png: bool, is_dry_run: bool
 ) -> None:
+    """Write the shards that are missing; in a dry run, count them."""
     import time
 
     from corun_ray.service.cluster.connect import connect
@@ -161,7 +169,7 @@ def _plan_and_pack(
 
     started_s = time.monotonic()
     with Console() as console:
-        # What there is to do, and what an earlier call has done of it.
+        # Look at what there is to do, and what an earlier call has done of it.
         plan = plan_pack(images, output, depth, shard_mib, keep_png)
         there = find_written_shards(plan)
         facts = {"images": f"{plan.num_images} below {plan.images}, {plan.num_bytes / 2**20:.1f} MiB"}
@@ -178,6 +186,7 @@ def _plan_and_pack(
         console.header("pack", facts)
         packed = write_pack(plan, there, lambda done, total: console.progress(done, total, "image"))
 
+        # The images that are not in the pack are named before the sums.
         _name_skipped(packed.skipped, console)
         console.footer(
             f"done: {packed.images} images in {packed.shards} shards, {packed.num_bytes / 2**20:.1f} MiB",
@@ -186,7 +195,7 @@ def _plan_and_pack(
 
 
 def _name_skipped(skipped: dict[str, str], console: "Console") -> None:
-    """Say which images were skipped, and why: the first few by name."""
+    """Name the first images that were skipped, with reasons."""
     for uri, reason in list(skipped.items())[:NAMED_SKIPPED]:
         console.say(f"  skipped: {uri}: {reason}")
     if len(skipped) > NAMED_SKIPPED:

@@ -1,4 +1,4 @@
-"""`corun-ray dehaze | evaluate | promote | pull | serve`: what is done with trained models."""
+"""`corun-ray dehaze | evaluate | promote | pull | serve`: uses of trained models."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from corun_ray.cli.command import App, whole_number
+from corun_ray.cli.command import App, parse_whole_number
 from corun_ray.cli.common import DEFAULT_TRACKING, DONE, FAILED, SOURCE_HELP, Tracking, using_ray
 from corun_ray.core.errors import UserError
 
@@ -83,6 +83,7 @@ def dehaze(
     as long. Bands and tiles use the attention of the whole image, so that there are no seams. Files that cannot be
     used are skipped and named at the end.
     """
+    # The keys of a job file's section.
     section = {
         "input": images,
         "output": output,
@@ -137,6 +138,7 @@ def evaluate(
     psnr, ssim and fade need no weights. Any other metric of pyiqa (brisque, niqe, nima, musiq, lpips, ...) takes its
     files from --weights, a folder or URI that `corun-ray weights` fills and checks.
     """
+    # The keys of a job file's section.
     section: dict[str, Any] = {"hazy": images, "clear": truth, "models": name_models(models or [])}
 
     # The defaults of what is not given are those of a job file.
@@ -197,8 +199,8 @@ def pull(
 
 
 def parse_replicas(text: str) -> int | tuple[int, ...]:
-    """Convert `2`, or `1,4` for as many as are needed."""
-    numbers = tuple(whole_number(part) for part in text.split(","))
+    """Convert `2`, or `1,4` for a range, to numbers."""
+    numbers = tuple(parse_whole_number(part) for part in text.split(","))
     return numbers[0] if len(numbers) == 1 else numbers
 
 
@@ -292,7 +294,10 @@ def serve(
 
 
 def run_described(tree: dict[str, Any], tracking: str, resume: bool = False) -> int:
-    """Run a job that the command line describes: `tree` is what a job file would hold."""
+    """Run a job that the command line describes.
+
+    `tree` is what a job file would hold.
+    """
     from corun_ray.config.loading import job_of
     from corun_ray.service.jobs import run_jobs
     from corun_ray.service.telemetry.console import Console
@@ -303,14 +308,15 @@ def run_described(tree: dict[str, Any], tracking: str, resume: bool = False) -> 
 
 
 def split_names(text: str | None) -> tuple[str, ...] | None:
-    """Return the names of a list such as `psnr,ssim`; None where there is no list."""
+    """Return the names of a list such as `psnr,ssim`."""
+    # '' is a list of nothing: `--baselines ''`.
     if text is None:
         return None
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def name_models(texts: Sequence[str]) -> dict[str, str]:
-    """Return name → source of the models that the command line names.
+    """Return the models that the command line names, by name.
 
     Raises `UserError` where two have the same name.
     """
@@ -328,12 +334,13 @@ def name_models(texts: Sequence[str]) -> dict[str, str]:
 
 
 def name_model(text: str) -> tuple[str, str]:
-    """Return name and source of `NAME=SOURCE`; a bare source is named after its path or its registered name."""
+    """Return name and source of `NAME=SOURCE` or of a bare source."""
+    # An = behind a / is part of a path or URI.
     name, mark, source = text.partition("=")
     if mark and "/" not in name:
         return name, source
 
-    # models:/corun@champion is called corun-champion, net.pth net.pth.
+    # A bare source is named after its path: models:/corun@champion becomes corun-champion.
     lower = text.lower().rstrip("/")
     path = lower.partition(":/")[2] or lower
     return re.sub(r"[^a-z0-9._-]+", "-", path).strip("-._") or "model", text

@@ -1,4 +1,4 @@
-"""`corun-ray pool ls | show | export | diff`: looking into a saved label pool."""
+"""`corun-ray pool`: looking into a saved label pool."""
 
 import difflib
 import json
@@ -85,13 +85,13 @@ def show_label(
         typer.Option("--output", metavar="PNG", help="file to write (default: KEY.png in this folder, without its /)"),
     ] = None,
 ) -> int:
-    """Picture one label beside its hazy image."""
+    """Draw one label beside its hazy image."""
     from corun_ray.service.pool.export import picture
     from corun_ray.service.pool.source import find
     from corun_ray.service.pool.summary import printable
     from corun_ray.service.storage import StorageError, locate
 
-    # The label.
+    # The label's record in the index, then its planes.
     source = find(where)
     index = source.index()
     if key not in index:
@@ -103,6 +103,7 @@ def show_label(
     image = _read_hazy_image(key, hazy, job, unknown, *label.scene.shape[-2:])
     combine = job.coherence.combine if job else DEFAULT_COMBINE
 
+    # The picture goes beside nothing else: one file here, or where --output says.
     place = locate(output or _file_name(key))
     place.write(picture(label, image, combine))
 
@@ -168,10 +169,14 @@ def compare_snapshots(
         bool, typer.Option("--all", help="list every change instead, as tab-separated lines")
     ] = False,
 ) -> int:
-    """Say what changed from one snapshot to another, by scores and steps."""
+    """Show what changed from one snapshot to another.
+
+    Counts labels added, removed and replaced, with their scores and steps.
+    """
     from corun_ray.service.pool.source import find
     from corun_ray.service.pool.summary import change_lines, changes, diff_summary
 
+    # The indexes alone, which are small beside the labels.
     earlier, later = find(a), find(b)
     before = {key: head for key, (head, _) in earlier.index().items()}
     after = {key: head for key, (head, _) in later.index().items()}
@@ -183,7 +188,7 @@ def compare_snapshots(
 
 
 def _read_job(source: "SavedPool") -> "tuple[ColabatorJob | None, str]":
-    """Return the job of the pool's run, or None and why it is not known."""
+    """Return the job of the pool's run, or None and the reason."""
     from corun_ray.service.storage import StorageError
 
     try:
@@ -204,6 +209,7 @@ def _read_hazy_image(
     from corun_ray.service.pool.summary import printable
     from corun_ray.service.storage import StorageError
 
+    # --hazy first, then where the run had its images.
     if not root and job is not None:
         root = job.data.hazy
     try:
@@ -215,12 +221,13 @@ def _read_hazy_image(
 
 
 def _file_name(key: str) -> str:
-    """Return the key and `.png` as the name of one file here."""
+    """Return a key as the name of a PNG file here."""
+    # A key is a path below the folder of hazy images, with any characters.
     return "".join(c if c.isprintable() and c not in "/\\:" else "_" for c in key) + ".png"
 
 
 def _closest_keys(key: str, keys: Collection[str]) -> str:
-    """Return a note of the keys that are most like an unknown one; empty where none is."""
+    """Return a note of the keys that are most like `key`."""
     from corun_ray.service.pool.summary import printable
 
     closest = difflib.get_close_matches(key, keys, CLOSEST_KEYS, CLOSEST_LIKENESS)

@@ -1,4 +1,4 @@
-"""`corun-ray run | check | demo | doctor`: job files on this machine or on the cluster of RAY_ADDRESS."""
+"""`corun-ray run | check | demo | doctor`: job files, here or on a cluster."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from corun_ray.cli.command import App
-from corun_ray.cli.common import DEFAULT_TRACKING, DONE, FAILED, JobFile, Overrides, using_ray
+from corun_ray.cli.common import DEFAULT_TRACKING, DONE, FAILED, JobFile, Overrides, PerhapsJobFile, using_ray
 from corun_ray.core.errors import UserError
 
 app = App()
@@ -51,14 +51,14 @@ def run(
 @app.command()
 def check(
     overrides: Overrides,
-    job: Annotated[Path | None, typer.Argument(metavar="JOB.yaml")] = None,
+    job: PerhapsJobFile = None,
     keys: Annotated[
         bool, typer.Option("--keys", help="list every key of a job file with its default, and check nothing")
     ] = False,
 ) -> int:
     """Validate a job file and look at what it would use.
 
-    Prints each job with all of its keys and notes on what it would use. Starts nothing.
+    Prints each job with all of its keys, and notes on what it would use. Starts nothing.
     """
     if keys:
         from corun_ray.config.reference import reference
@@ -70,6 +70,7 @@ def check(
 
     from corun_ray.config.loading import dump_job, load_jobs
 
+    # Mistakes in the file are told before the imports of the service, which take seconds.
     jobs = load_jobs(job, overrides)
 
     from corun_ray.service.check import check_job
@@ -89,7 +90,7 @@ def check(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to write them; must be new or empty")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to write it: new, empty, or of an earlier call")],
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="other scenes for another seed")] = 0,
 ) -> int:
     """Write a small dataset of rendered scenes.
@@ -111,7 +112,7 @@ def demo(
 @app.command(epilog=DOCTOR_EXAMPLES)
 def doctor(
     overrides: Overrides,
-    job: Annotated[Path | None, typer.Argument(metavar="JOB.yaml")] = None,
+    job: PerhapsJobFile = None,
     storage: Annotated[
         str | None,
         typer.Option("--storage", metavar="DIR", help="folder or URI (default: the job's, else runs)"),
@@ -139,6 +140,7 @@ def doctor(
     from corun_ray.service.doctor.doctor import Doctor, Needs, collect_needs
     from corun_ray.service.doctor.places import shorten_patience
 
+    # A place that does not answer is a finding; nobody waits minutes for it.
     shorten_patience()
     is_well = True
     with using_ray():

@@ -1,4 +1,4 @@
-"""`corun-ray submit | jobs | schema`: job files on a cluster, by Ray's Jobs API."""
+"""`corun-ray submit | jobs | schema`: job files for Ray's Jobs API."""
 
 import sys
 from datetime import datetime
@@ -85,11 +85,13 @@ def submit(
     """
     from corun_ray.service.cluster.submission import prepare_submission
 
+    # The file is validated here; nothing was asked of the cluster yet.
     submission = prepare_submission(job, overrides, resume, name, more_env=env or [])
     if dry_run:
         print(_describe(submission))
         return DONE
 
+    # From here on the job runs, whatever becomes of this process.
     cluster = _connect(address)
     submission_id = cluster.submit(submission)
     print(f"submitted as {submission_id} to {cluster.address}", flush=True)
@@ -119,6 +121,7 @@ def list_jobs(address: Address = None) -> int:
     """List all jobs, the last first."""
     from corun_ray.service.telemetry.tables import format_table
 
+    # What Ray knows of each submission, in columns.
     rows: list[tuple[str, ...]] = []
     for job in _connect(address).all():
         rows.append((str(job.submission_id), job.status.value.lower(), *_format_times(job)))
@@ -168,13 +171,14 @@ def stop(name: Name, address: Address = None) -> int:
 
 
 def _connect(address: str | None) -> "JobsClient":
+    """Return a client of the cluster's Jobs API."""
     from corun_ray.service.cluster.jobs_api import JobsClient
 
     return JobsClient(address)
 
 
 def _describe(submission: "Submission") -> str:
-    """Return what would be sent, a line each."""
+    """Return the parts of a submission, a line each."""
     from corun_ray.service.telemetry.tables import format_table
 
     metadata = [f"{key}={value}" for key, value in submission.metadata.items()]
@@ -197,7 +201,10 @@ def _list_next_commands(name: str) -> str:
 
 
 def _follow_log(cluster: "JobsClient", submission_id: str, name: str) -> int:
-    """Copy the log to the job's end, or until a person wants no more of it; return the exit code."""
+    """Print the log to the job's end; return the exit code.
+
+    Ctrl-C asks whether to stop the job, and else leaves it alone.
+    """
     from corun_ray.service.cluster.jobs_api import LogCopy
 
     copy = LogCopy(lambda text: print(text, end="", flush=True))
@@ -205,17 +212,18 @@ def _follow_log(cluster: "JobsClient", submission_id: str, name: str) -> int:
         try:
             return _tell_end(cluster.follow(submission_id, copy))
         except KeyboardInterrupt:
+            # Ctrl-C reaches this process alone: the job runs on, unless the person wants it to stop.
             if not _wants_to_stop(name):
                 print(f"left alone, it goes on:\n{_list_next_commands(name)}")
                 return DONE
 
-            # The log is followed on, to the end that the stop brings.
+            # Go on following, to the end that the stop brings.
             print("stopping", flush=True)
             cluster.stop(submission_id)
 
 
 def _wants_to_stop(name: str) -> bool:
-    """Ask whether to stop the job as well; without a terminal, leave it alone."""
+    """Ask whether to stop the job as well; without a terminal, no."""
     if not sys.stdin.isatty():
         return False
     try:
@@ -241,9 +249,10 @@ def _tell_end(job: "JobDetails") -> int:
 
 
 def _format_times(job: "JobDetails") -> tuple[str, str]:
-    """Return when a job was started, and how long it has taken."""
+    """Return a job's start, and how long it has taken."""
     from corun_ray.service.telemetry.console import duration
 
+    # Ray counts in milliseconds; a job that waits has no start, one that runs no end.
     if not job.start_time:
         return "-", "-"
     started_s = job.start_time / 1000

@@ -1,4 +1,7 @@
-"""Shows a person a job: a header, one live line of progress, a footer; plain lines where no terminal is."""
+"""Shows a person a job: a header, progress, a footer.
+
+Progress is one live line on a terminal, elsewhere a plain line now and then.
+"""
 
 import os
 import sys
@@ -29,7 +32,7 @@ def duration(seconds: float) -> str:
 
 
 class Rate:
-    """Items per second over the last half minute: what an ETA should rest on.
+    """Items per second over the last half minute, for the ETA.
 
     rich's own estimate counts from the first of its last 1000 updates and takes each update for a finished item: it
     still counts the slow first steps of a training (compiling, filling caches) long after, knows nothing of a step
@@ -40,7 +43,7 @@ class Rate:
         self._marks: list[tuple[float, int]] = []
 
     def update(self, done: int) -> float | None:
-        """Return the rate now that `done` items are done; None before there is one."""
+        """Return the rate now that `done` items are done, if any."""
         now = time.monotonic()
         fresh = [(at, n) for at, n in self._marks if now - at < RATE_SPAN_S]
 
@@ -73,7 +76,7 @@ class Console:
         self._end_live_line()
 
     def header(self, title: str, facts: Mapping[str, str]) -> None:
-        """Print a title and what the job found and will use, a line each."""
+        """Print a title and facts about the job, a line each."""
         self._end_live_line()
         self._rate, self._last_done, self._last_line_s = Rate(), -1, time.monotonic()
 
@@ -81,7 +84,7 @@ class Console:
         self._say_facts(list(facts.items()))
 
     def progress(self, done: int, total: int, what: str, details: Sequence[str] = ()) -> None:
-        """Show how far the job is, how fast, and how long still."""
+        """Show how far the job is, its rate and its ETA."""
         rate = self._rate.update(done)
         parts = [f"{what} {done}/{total}"]
         if rate:
@@ -96,7 +99,7 @@ class Console:
             self._last_done, self._last_line_s = done, now
 
     def say(self, text: str) -> None:
-        """Print lines of their own, above the live line while its work goes on."""
+        """Print lines above the live line, while that goes on."""
         if self._live is not None and self._live.finished:
             self._end_live_line()
 
@@ -127,7 +130,7 @@ class Console:
         self._last_line_s = now
 
     def _end_live_line(self) -> None:
-        """Leave the live line as it stands; what comes next is below it."""
+        """Leave the live line as it stands and go below it."""
         if self._live is not None:
             self._live.stop()
             self._live = None

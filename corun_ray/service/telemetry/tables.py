@@ -15,20 +15,25 @@ WIDEST = 10_000
 def format_table(
     rows: Sequence[Sequence[object]], header: Sequence[str] = (), right: Collection[int] = (), indent: str = ""
 ) -> str:
-    """Return rows as lines of aligned columns, below a header where one is given.
+    """Return rows as lines of aligned columns.
 
-    `right` are the numbers of the columns that stand flush right, such as those of figures. Lines have no trailing
-    blanks and there is none after the last. All rows have the same number of cells.
+    A header, where one is given, is the first line. `right` are the numbers of the columns that stand flush right,
+    such as those of figures. All rows have the same number of cells. Lines have no trailing blanks, and the text no
+    trailing newline.
     """
+    # A table without lines or frame, its columns GAP apart.
     table = Table(box=None, show_header=bool(header), show_edge=False, pad_edge=False, padding=(0, len(GAP), 0, 0))
+
     number_of_columns = len(header) if header else max(map(len, rows), default=0)
     for number in range(number_of_columns):
         # Text, not markup: brackets in a file's name are not a style.
         title = Text(header[number]) if header else ""
         table.add_column(title, justify="right" if number in right else "left", no_wrap=True)
+
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
 
+    # Without colours, and wide enough for any line; rich pads the last column.
     output = io.StringIO()
     Console(file=output, width=WIDEST, color_system=None, legacy_windows=False).print(table)
     return "\n".join(f"{indent}{line}".rstrip() for line in output.getvalue().splitlines())
