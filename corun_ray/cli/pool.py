@@ -59,14 +59,14 @@ def list_labels(
     ] = None,
 ) -> int:
     """Count labels; show their scores, age and size."""
-    from corun_ray.service.pool.source import find
-    from corun_ray.service.pool.summary import describe, summarise
+    from corun_ray.service.pool.source import find_saved_pool
+    from corun_ray.service.pool.summary import describe_summary, summarise
     from corun_ray.service.storage import locate
 
-    source = find(where)
-    summary = summarise(source, source.index())
+    source = find_saved_pool(where)
+    summary = summarise(source, source.read_index())
 
-    print("\n".join(describe(summary)))
+    print("\n".join(describe_summary(summary)))
     if json_file:
         locate(json_file).write(json.dumps(asdict(summary), indent=1).encode())
     return DONE
@@ -86,17 +86,17 @@ def show_label(
     ] = None,
 ) -> int:
     """Draw one label beside its hazy image."""
-    from corun_ray.service.pool.export import picture
-    from corun_ray.service.pool.source import find
-    from corun_ray.service.pool.summary import printable
+    from corun_ray.service.pool.export import draw_label
+    from corun_ray.service.pool.source import find_saved_pool
+    from corun_ray.service.pool.summary import make_printable
     from corun_ray.service.storage import StorageError, locate
 
     # The label's record in the index, then its planes.
-    source = find(where)
-    index = source.index()
+    source = find_saved_pool(where)
+    index = source.read_index()
     if key not in index:
-        raise StorageError(f"{source.uri}: no label of {printable(key)}{_closest_keys(key, index)}")
-    label = source.label(key, index[key][1])
+        raise StorageError(f"{source.uri}: no label of {make_printable(key)}{_closest_keys(key, index)}")
+    label = source.read_label(key, index[key][1])
 
     # The run's job says where hazy images lie and how scores become trust.
     job, unknown = _read_job(source)
@@ -105,11 +105,11 @@ def show_label(
 
     # The picture goes beside nothing else: one file here, or where --output says.
     place = locate(output or _file_name(key))
-    place.write(picture(label, image, combine))
+    place.write(draw_label(label, image, combine))
 
     clarity, quality = label.scores
     note = f" (not known: {unknown})" if unknown else ""
-    print(f"{printable(key)}: clarity {clarity:.4f}, quality {quality:.4f}, made at step {label.step}")
+    print(f"{make_printable(key)}: clarity {clarity:.4f}, quality {quality:.4f}, made at step {label.step}")
     print(f"  trust map by {combine}{note}\n  {place.uri}")
     return DONE
 
@@ -127,15 +127,15 @@ def export_labels(
 
     Every label becomes DIR/KEY with .png as its suffix, 8 bit; DIR/labels.csv lists them.
     """
-    from corun_ray.service.pool.export import export
-    from corun_ray.service.pool.source import find
-    from corun_ray.service.pool.summary import printable
+    from corun_ray.service.pool import export
+    from corun_ray.service.pool.source import find_saved_pool
+    from corun_ray.service.pool.summary import make_printable
     from corun_ray.service.storage import StorageError
     from corun_ray.service.telemetry.console import Console
 
     if "://" in folder:
         raise StorageError(f"{folder}: export fills a local folder; copy it to the bucket afterwards")
-    source = find(where)
+    source = find_saved_pool(where)
 
     with Console() as console:
         console.header("pool export", {"snapshot": source.uri, "output": folder})
@@ -148,7 +148,7 @@ def export_labels(
             if unknown:
                 console.say(f"  trust maps by {combine} (not known: {unknown})")
 
-        done = export(
+        done = export.export_labels(
             source,
             Path(folder),
             transmission,
@@ -157,7 +157,7 @@ def export_labels(
         )
         console.footer(f"done: {len(done.files)} labels written, {len(done.refused)} skipped", {})
         for key, reason in done.refused.items():
-            console.say(f"  skipped: {printable(key)}: {printable(reason)}")
+            console.say(f"  skipped: {make_printable(key)}: {make_printable(reason)}")
     return FAILED if done.refused else DONE
 
 
@@ -173,16 +173,16 @@ def compare_snapshots(
 
     Counts labels added, removed and replaced, with their scores and steps.
     """
-    from corun_ray.service.pool.source import find
-    from corun_ray.service.pool.summary import change_lines, changes, diff_summary
+    from corun_ray.service.pool.source import find_saved_pool
+    from corun_ray.service.pool.summary import describe_changes, find_changes, format_change_lines
 
     # The indexes alone, which are small beside the labels.
-    earlier, later = find(a), find(b)
-    before = {key: head for key, (head, _) in earlier.index().items()}
-    after = {key: head for key, (head, _) in later.index().items()}
-    found = changes(before, after)
+    earlier, later = find_saved_pool(a), find_saved_pool(b)
+    before = {key: head for key, (head, _) in earlier.read_index().items()}
+    after = {key: head for key, (head, _) in later.read_index().items()}
+    found = find_changes(before, after)
 
-    lines = change_lines(found) if all_changes else diff_summary(earlier, later, found, len(after))
+    lines = format_change_lines(found) if all_changes else describe_changes(earlier, later, found, len(after))
     print("\n".join(lines))
     return DONE
 
@@ -192,7 +192,7 @@ def _read_job(source: "SavedPool") -> "tuple[ColabatorJob | None, str]":
     from corun_ray.service.storage import StorageError
 
     try:
-        return source.job(), ""
+        return source.read_job(), ""
     except StorageError as error:
         return None, str(error)
 
@@ -205,8 +205,8 @@ def _read_hazy_image(
     The image lies below `root`, else below the job's data.hazy; `unknown` says why there is no job.
     Raises `StorageError` where it cannot be read.
     """
-    from corun_ray.service.pool.export import hazy_image
-    from corun_ray.service.pool.summary import printable
+    from corun_ray.service.pool.export import load_hazy_image
+    from corun_ray.service.pool.summary import make_printable
     from corun_ray.service.storage import StorageError
 
     # --hazy first, then where the run had its images.
@@ -215,9 +215,11 @@ def _read_hazy_image(
     try:
         if not root:
             raise StorageError(unknown)
-        return hazy_image(root, key, height_px, width_px)
+        return load_hazy_image(root, key, height_px, width_px)
     except StorageError as error:
-        raise StorageError(f"no hazy image of {printable(key)}: {error}; name its folder with --hazy ROOT") from None
+        raise StorageError(
+            f"no hazy image of {make_printable(key)}: {error}; name its folder with --hazy ROOT"
+        ) from None
 
 
 def _file_name(key: str) -> str:
@@ -228,7 +230,7 @@ def _file_name(key: str) -> str:
 
 def _closest_keys(key: str, keys: Collection[str]) -> str:
     """Return a note of the keys that are most like `key`."""
-    from corun_ray.service.pool.summary import printable
+    from corun_ray.service.pool.summary import make_printable
 
     closest = difflib.get_close_matches(key, keys, CLOSEST_KEYS, CLOSEST_LIKENESS)
-    return f" (the closest: {', '.join(map(printable, closest))})" if closest else ""
+    return f" (the closest: {', '.join(map(make_printable, closest))})" if closest else ""
