@@ -1,4 +1,4 @@
-"""What the trials of a search came to: a table, best first, a CSV, and a picture of metric and cost."""
+"""The results of a search: its trials ranked, as a table, a CSV, a plot of metric and cost, and a page."""
 
 import csv
 import io
@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from ray.tune import Result
 from torch.utils.flop_counter import FlopCounterMode
 
 from corun_ray.config.jobs import TuneJob
@@ -18,157 +20,228 @@ from corun_ray.core.networks.build import build_network
 from corun_ray.service.errors import JobFailed, find_root_cause
 from corun_ray.service.models.sources import get_network_spec
 from corun_ray.service.report.page import Listing, PageSection, PictureItem, Table, render
+from corun_ray.service.telemetry.tables import format_table
 
-RATE = "rate/steps_per_s"
-VALIDATION = "val/"
+RATE_METRIC = "rate/steps_per_s"
+VALIDATION_PREFIX = "val/"
+PLOT_SIZE_INCHES = (11, 4.5)
+PLOT_DPI = 110
+BEST_MARKER_SIZE = 160
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One trial when all have ended."""
+    """One trial after the end of the search."""
 
     name: str
     values: Mapping[str, Any]
-    """What the search gave it, by key."""
+    """The values that the search chose, by key of the job file."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     step: int = 0
     model: str | None = None
-    """None: it failed, or was stopped because it fell behind."""
+    """None: the trial failed, or was stopped because it fell behind."""
     error: str | None = None
 
     @classmethod
-    def of(cls, result: Any) -> "TrialResult":
-        """From a result of Ray Tune."""
+    def from_ray(cls, result: Result) -> "TrialResult":
+        """Convert a result of Ray Tune."""
         last = result.metrics or {}
-        numbers = {name: float(value) for name, value in last.items() if "/" in name and isinstance(value, int | float)}
+
+        # Our metrics have a slash in their names; Tune's own do not, except for the searched keys.
+        metrics = {}
+        for name, value in last.items():
+            if "/" in name and not name.startswith("config/") and isinstance(value, int | float):
+                metrics[name] = float(value)
+
         return cls(
             name=result.path.rstrip("/").rpartition("/")[2],
             values=dict(result.config or {}),
-            metrics={name: value for name, value in numbers.items() if not name.startswith("config/")},
+            metrics=metrics,
             step=last.get("step", 0),
             model=last.get("model"),
-            error=None if result.error is None else _reason(str(result.error)),
+            error=None if result.error is None else _extract_reason(str(result.error)),
         )
 
     @property
     def validation(self) -> dict[str, float]:
-        """What it was last measured at."""
-        return {name: value for name, value in self.metrics.items() if name.startswith(VALIDATION)}
+        """The metrics of the last validation."""
+        found = {}
+        for name, value in self.metrics.items():
+            if name.startswith(VALIDATION_PREFIX):
+                found[name] = value
+        return found
 
 
-def _reason(traceback: str) -> str:
-    """What a trial died of: a job's own account of its failure has lines, of which none is to be lost."""
-    _, told, account = traceback.rpartition(f"{JobFailed.__name__}: ")
-    return account.strip() if told else find_root_cause(traceback)
+def _extract_reason(traceback: str) -> str:
+    """Return the reason of a trial's failure.
+
+    A `JobFailed` has several lines that are all needed; of another error, the root cause is enough.
+    """
+    _, marker, message = traceback.rpartition(f"{JobFailed.__name__}: ")
+    return message.strip() if marker else find_root_cause(traceback)
 
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """What a network costs, whatever it was trained to."""
+    """The cost of a network, which does not depend on its training."""
 
     parameters: int
     gflops: float
-    """Of one forward pass of one training patch; a multiplication and an addition are two."""
+    """One forward pass of one training patch; a multiplication and an addition count as two."""
 
 
 @dataclass(frozen=True)
 class SearchSummary:
-    """What is shown and kept of a search."""
+    """The results of a search, to be shown and stored."""
 
     cells: list[list[str]]
-    """A heading, then a row a trial."""
+    """A heading, then a row for each trial."""
     csv: bytes
     png: bytes
 
     @property
     def lines(self) -> list[str]:
-        """The cells under each other."""
-        widths = [max(map(len, column)) for column in zip(*self.cells, strict=True)]
-        return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in self.cells]
+        """The cells as lines of aligned columns."""
+        heading, *rows = self.cells
+        return format_table(rows, heading, right=range(len(heading))).splitlines()
 
-    def report(self, job: TuneJob, run: str) -> bytes:
-        """The page about the search whose run is called `run`."""
+    def render_page(self, job: TuneJob, run: str) -> bytes:
+        """Render the page about a search.
+
+        `run` is the name of the search's run.
+        """
         better = "less" if job.tune.mode == "min" else "more"
+        heading, *rows = self.cells
+        plot = PictureItem([("", self.png)], is_wide=True)
         sections = [
-            PageSection("Trials", "Best first; those that were stopped last.", [Table(self.cells[0], self.cells[1:])]),
-            PageSection(
-                "Plot", "What a trial came to, and what its network costs.", [PictureItem([("", self.png)], True)]
-            ),
+            PageSection("Trials", "Best first; trials that were stopped come last.", [Table(heading, rows)]),
+            PageSection("Plot", "The metric of each trial, and the cost of its network.", [plot]),
             PageSection("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),
         ]
         return render(run, f"{job.tune.num_trials} trials, {better} of {job.tune.metric} is better.", sections)
 
 
+# --- From trials to a summary ---
+
+
 def rank_trials(trials: Sequence[TrialResult], metric: str, mode: str) -> list[TrialResult]:
-    """Best first; trials that were stopped come after those that ended, failed ones are left out."""
+    """Sort the trials, best first.
+
+    `mode` is `min` or `max`. Trials that were stopped come after those that ended; failed trials are omitted.
+    """
     sign = 1 if mode == "min" else -1
-    measured = [trial for trial in trials if trial.error is None and metric in trial.metrics]
+    measured = []
+    for trial in trials:
+        if trial.error is None and metric in trial.metrics:
+            measured.append(trial)
     return sorted(measured, key=lambda trial: (trial.model is None, sign * trial.metrics[metric]))
 
 
 def measure_cost(job: TuneJob, trial: TrialResult) -> NetworkCost:
-    """Counted on the network itself, with one patch of noise."""
-    own = trial_job(job, trial.values)
-    network = build_network(get_network_spec(own)).eval()
-    side_px = own.data.patch_px
+    """Count a trial's parameters and operations on one random patch."""
+    own_job = trial_job(job, trial.values)
+    network = build_network(get_network_spec(own_job)).eval()
+    side_px = own_job.data.patch_px
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.rand(1, 3, side_px, side_px))
-    return NetworkCost(sum(p.numel() for p in network.parameters()), counter.get_total_flops() / 1e9)
+
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return NetworkCost(parameters, counter.get_total_flops() / 1e9)
 
 
 def summarise_search(job: TuneJob, trials: Sequence[TrialResult]) -> SearchSummary:
-    """Of trials in their order, the best first."""
-    costs = [measure_cost(job, trial) for trial in trials]
-    rows = [_row(job, trial, cost) for trial, cost in zip(trials, costs, strict=True)]
+    """Summarise ranked trials, the best first."""
+    costs, rows = [], []
+    for trial in trials:
+        cost = measure_cost(job, trial)
+        costs.append(cost)
+        rows.append(_make_row(job, trial, cost))
+
+    # A trial may lack a metric of others: the columns are those of all rows, in order of their first appearance.
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns.update(dict.fromkeys(row))
+
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer = csv.DictWriter(text, list(columns))
     writer.writeheader()
     writer.writerows(rows)
-    return SearchSummary(_cells(rows), text.getvalue().encode(), _plot(job, trials, costs))
+    return SearchSummary(_make_cells(rows), text.getvalue().encode(), _plot(job, trials, costs))
 
 
-def _row(job: TuneJob, trial: TrialResult, cost: NetworkCost) -> dict[str, Any]:
-    own = trial_job(job, trial.values)
-    images_per_s = trial.metrics.get(RATE, 0.0) * own.train.images_per_worker * own.cluster.max_workers
-    return {
-        **{key.rpartition(".")[2]: value for key, value in trial.values.items()},
-        "parameters": cost.parameters,
-        "GFLOPs": round(cost.gflops, 3),
-        "images/s": round(images_per_s, 2),
-        **{name.removeprefix(VALIDATION): round(value, 4) for name, value in trial.validation.items()},
-        "steps": trial.step,
-        "trial": trial.name,
-    }
+def _make_row(job: TuneJob, trial: TrialResult, cost: NetworkCost) -> dict[str, Any]:
+    """Return a trial's values, cost, pace and metrics."""
+    own_job = trial_job(job, trial.values)
+    steps_per_s = trial.metrics.get(RATE_METRIC, 0.0)
+    images_per_s = steps_per_s * own_job.train.images_per_worker * own_job.cluster.max_workers
+
+    # Searched keys stand without their section, metrics without their prefix.
+    row: dict[str, Any] = {}
+    for key, value in trial.values.items():
+        row[key.rpartition(".")[2]] = value
+    row |= {"parameters": cost.parameters, "GFLOPs": round(cost.gflops, 3), "images/s": round(images_per_s, 2)}
+    for name, value in trial.validation.items():
+        row[name.removeprefix(VALIDATION_PREFIX)] = round(value, 4)
+    row |= {"steps": trial.step, "trial": trial.name}
+    return row
 
 
-def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    names = list(rows[0])
-    return [names, *([f"{row.get(name, '')}" for name in names] for row in rows)]
+def _make_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return a heading, then the cells of every row.
+
+    The columns are those of the best trial.
+    """
+    columns = list(rows[0])
+    cells = [columns]
+    for row in rows:
+        cells.append([str(row.get(column, "")) for column in columns])
+    return cells
+
+
+# --- The plot ---
 
 
 def _plot(job: TuneJob, trials: Sequence[TrialResult], costs: Sequence[NetworkCost]) -> bytes:
-    """A PNG: the metric, and beside it the cost of the network, against the first searched key."""
+    """Plot metric and cost against the first searched key.
+
+    Returns a PNG.
+    """
     key, metric = next(iter(job.tune.search)), job.tune.metric
-    places = [trial.values[key] for trial in trials]
-    ended = [trial.model is not None for trial in trials]
     better = "less" if job.tune.mode == "min" else "more"
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, heights, label in zip(
-        figure.subplots(1, 2),
-        ([trial.metrics[metric] for trial in trials], [cost.gflops for cost in costs]),
-        (f"{metric} ({better} is better)", "GFLOPs of a patch, forward"),
-        strict=True,
-    ):
-        for is_ended, marker, name in ((True, "o", "ended"), (False, "x", "stopped early")):
-            some = [number for number, one in enumerate(ended) if one == is_ended]
-            if some:
-                axes.scatter([places[n] for n in some], [heights[n] for n in some], marker=marker, label=name)
-        axes.scatter([places[0]], [heights[0]], s=160, facecolors="none", edgecolors="C3", label="best")
-        axes.set(xlabel=key, ylabel=label)
-        if all(isinstance(place, int) for place in places):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(True, alpha=0.3)
-        axes.legend()
+    metrics = [trial.metrics[metric] for trial in trials]
+    gflops = [cost.gflops for cost in costs]
+
+    figure = Figure(figsize=PLOT_SIZE_INCHES, layout="constrained")
+    metric_axes, cost_axes = figure.subplots(1, 2)
+    _plot_trials(metric_axes, key, trials, metrics, f"{metric} ({better} is better)")
+    _plot_trials(cost_axes, key, trials, gflops, "GFLOPs of a patch, forward")
+
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
+    figure.savefig(file, format="png", dpi=PLOT_DPI)
     return file.getvalue()
+
+
+def _plot_trials(axes: Axes, key: str, trials: Sequence[TrialResult], heights: Sequence[float], label: str) -> None:
+    """Plot one height of each trial.
+
+    The first trial is the best.
+    """
+    positions = [trial.values[key] for trial in trials]
+
+    # Trials that ended and trials that were stopped have different markers.
+    for has_ended, marker, name in ((True, "o", "ended"), (False, "x", "stopped early")):
+        xs, ys = [], []
+        for trial, position, height in zip(trials, positions, heights, strict=True):
+            if (trial.model is not None) == has_ended:
+                xs.append(position)
+                ys.append(height)
+        if xs:
+            axes.scatter(xs, ys, marker=marker, label=name)
+    axes.scatter([positions[0]], [heights[0]], s=BEST_MARKER_SIZE, facecolors="none", edgecolors="C3", label="best")
+
+    # Whole numbers get no ticks between them.
+    axes.set(xlabel=key, ylabel=label)
+    if all(isinstance(position, int) for position in positions):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, alpha=0.3)
+    axes.legend()

@@ -1,4 +1,4 @@
-"""One trial of a search, inside its Tune actor: a whole training job with its own workers, pool and MLflow run."""
+"""One trial of a search, in its Tune actor: a whole training job with its own workers, label pool and MLflow run."""
 
 import functools
 import tempfile
@@ -18,34 +18,40 @@ from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
 
-TRIALS = "trials"
-"""The folder of a search's run that holds its trials' runs."""
+TRIALS_FOLDER = "trials"
+"""The folder of a search's run that holds the runs of its trials."""
 
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """What all trials of a search have in common."""
+    """Everything that the trials of a search share."""
 
     job: TuneJob
     run_uri: str
     mlflow_run: str
-    """The search's own run, parent of the trials'."""
+    """The search's own MLflow run, parent of those of the trials."""
     code: UserCode
 
 
 def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> dict[str, Any]:
-    """Trains with the values of `config`; returns its last metrics, `step`, and the URI of its `model`.
+    """Train with the values that Tune chose.
 
-    A trial that is started again goes on with its run. Raises what `run_training` raises.
+    `config` maps keys of the job file to values. Returns the last metrics, `step`, and the URI of the `model`. A trial
+    that is started again resumes its run. Raises the errors of `run_training`.
     """
-    values = {key: value.item() if hasattr(value, "item") else value for key, value in config.items()}
+    # Samples of ranges are NumPy scalars; the job file takes plain numbers.
+    values = {}
+    for key, value in config.items():
+        values[key] = value.item() if hasattr(value, "item") else value
     values |= build_overrides(plan.job, locate(plan.run_uri), tune.get_context().get_trial_name())
-    job, steps = trial_job(plan.job, values), plan.job.tune.pretrain_steps
+    job = trial_job(plan.job, values)
+
     latest: dict[str, Any] = {}
 
-    def listen(step: int, metrics: Mapping[str, float]) -> None:
+    def report(step: int, metrics: Mapping[str, float]) -> None:
+        """Pass the metrics of a validation on to Tune."""
         latest.update(metrics, step=step)
-        # The last result comes with the model: a trial that is so far must not be stopped any more.
+        # Not at the last step: its metrics come with the model, and until then Tune could stop the trial.
         if plan.job.tune.metric in metrics and step < job.train.steps:
             tune.report(dict(latest))
 
@@ -53,20 +59,30 @@ def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> dict[str, Any]:
         folder = Path(name)
         write_code(plan.code, folder)
         train = functools.partial(run_training, console=Console(), folder=folder, resume=True, parent=plan.mlflow_run)
-        if steps:
-            job = trial_job(plan.job, values | {"network.init": train(pretraining_of(job, steps))})
-        model = train(job, listen=listen)
-    return _last_metrics(job) | latest | {"step": job.train.steps, "model": model}
 
+        # Pre-train where the search asks for it, and start the trial from the result.
+        if plan.job.tune.pretrain_steps:
+            pretrained = train(pretraining_of(job, plan.job.tune.pretrain_steps))
+            job = trial_job(plan.job, {**values, "network.init": pretrained})
 
-def _last_metrics(job: ColabatorJob) -> dict[str, float]:
-    """Those of the trial's run: of one that had ended before Tune took note of it, nothing else is heard."""
-    run = find_last_run(job)
-    assert run is not None
-    return read_last_metrics(get_tracking_uri(job), read_record(run).mlflow_run)
+        model = train(job, listen=report)
+
+    # A run that had ended before Tune knew of it reports nothing: read its metrics from MLflow.
+    return {**_read_last_metrics(job), **latest, "step": job.train.steps, "model": model}
 
 
 def build_overrides(job: TuneJob, run: Location, trial: str) -> dict[str, Any]:
-    """Keys of a trial's job that the search decides: its place, and that only the best becomes a registered model."""
-    place = run.child(TRIALS).child(trial)
-    return {"storage": place.uri, "tracking.uri": get_tracking_uri(job), "tracking.register": None}
+    """Build the keys that the search sets itself.
+
+    A trial has its own folder, the search's MLflow, and registers no model: only the best model of the search is
+    registered.
+    """
+    folder = run.child(TRIALS_FOLDER).child(trial)
+    return {"storage": folder.uri, "tracking.uri": get_tracking_uri(job), "tracking.register": None}
+
+
+def _read_last_metrics(job: ColabatorJob) -> dict[str, float]:
+    """Return the last metrics of a trial's run, from MLflow."""
+    run = find_last_run(job)
+    assert run is not None
+    return read_last_metrics(get_tracking_uri(job), read_record(run).mlflow_run)

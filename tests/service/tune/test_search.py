@@ -79,7 +79,7 @@ def test_when_no_trial_comes_to_an_end_the_reason_is_told(local_ray, dataset, tm
     tune = {"search": {"seed": [1]}, "trials_at_once": 1}
     network = {"type": "user_net:Net", "args": {"size": 3}}
     job = search_job(dataset, tmp_path, tune=tune, network=network, cluster={"max_failures": 0})
-    with pytest.raises(JobFailed, match="not one of 1 trials has come to an end"):
+    with pytest.raises(JobFailed, match="none of the 1 trials has ended"):
         run_search(job, Console(), tmp_path)
     assert "not today" in capsys.readouterr().out
 
@@ -91,11 +91,11 @@ def test_the_reason_of_a_failed_trial_is_told_whole():
         metrics={"val/fade": 0.5, "config/network.stages": 3, "step": 2},
         error="Traceback\n  x\ncorun_ray.service.fit.JobFailed: training failed\n  worker 0: KeyError: 3\nthe run: r\n",
     )
-    found = TrialResult.of(result)
+    found = TrialResult.from_ray(result)
     assert (found.name, found.step, found.model, found.metrics) == ("00001_stages-3", 2, None, {"val/fade": 0.5})
     assert found.error == "training failed\n  worker 0: KeyError: 3\nthe run: r"
     result.error = "Traceback\n  x\nOSError: gone\n"
-    assert TrialResult.of(result).error == "OSError: gone"
+    assert TrialResult.from_ray(result).error == "OSError: gone"
 
 
 def trial(name, stages, fade, model="m", **kwargs):
@@ -146,7 +146,7 @@ def test_a_search_that_was_killed_repeats_no_trial_that_had_ended(dataset, tmp_p
     assert before
     result = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, timeout=400)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert "goes on with this search" in result.stdout
+    assert "resumes this search" in result.stdout
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == before
     _, files = files_of(job)
     rows = list(csv.DictReader(io.StringIO(files["trials.csv"].decode())))
