@@ -38,7 +38,7 @@ class Manifest:
     """The depth map of each image of `clear`; None: procedural depth."""
     hazy: tuple[str, ...]
     skipped: dict[str, str] = field(default_factory=dict)
-    """URI -> reason, of images that cannot be used and of files that match nothing."""
+    """URI → reason, of images that cannot be used and of files that match nothing."""
     paired_hazy: tuple[str, ...] | None = None
     """The degraded image of each image of `clear`; None: haze is synthesised."""
     packs: dict[str, Pack] = field(default_factory=dict)
@@ -193,11 +193,11 @@ class Pairing:
     """Images with their partners (depth maps, clean images), and the reasons for the files left over."""
 
     pairs: dict[str, str]
-    """Image -> partner."""
+    """Image → partner."""
     unpaired: dict[str, str]
-    """Image -> reason."""
+    """Image → reason."""
     unused: dict[str, str]
-    """Partner -> reason."""
+    """Partner → reason."""
 
     def list_skipped(self, image_root: str, partner_root: str) -> dict[str, str]:
         """Return the reason of every file left over, by its URI."""

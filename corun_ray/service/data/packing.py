@@ -42,7 +42,7 @@ MIB = 2**20
 PARALLEL_READS = 8
 """Files that a task reads at once: it waits for the store more than it works."""
 SKIPPED_KEY = b"corun_ray.left_out"
-"""Metadata of a shard's part of the index: a JSON object, URI -> reason, of images that could not be packed."""
+"""Metadata of a shard's part of the index: a JSON object, URI → reason, of images that could not be packed."""
 
 
 # --- The plan ---
@@ -70,7 +70,7 @@ class PackPlan:
     keep_png: bool
     shards: tuple[tuple[PackEntry, ...], ...]
     skipped: dict[str, str] = field(default_factory=dict)
-    """URI -> reason, of images without a depth map and of depth maps without an image."""
+    """URI → reason, of images without a depth map and of depth maps without an image."""
 
     def name_shard(self, shard: int) -> str:
         """Return a shard's file name without suffix, which differs for any other content.
@@ -152,7 +152,7 @@ class PackResult:
     num_bytes: int
     """Size of all shards."""
     skipped: dict[str, str]
-    """URI -> reason."""
+    """URI → reason."""
 
 
 def find_written_shards(plan: PackPlan) -> set[int]:

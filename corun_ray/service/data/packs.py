@@ -42,7 +42,7 @@ INDEX_SCHEMA = pa.schema(
 )
 """Columns of the index; one row for each image."""
 SHARDS = b"corun_ray.shards"
-"""Metadata of an index: a JSON object, file name -> bytes, of all shards in their order."""
+"""Metadata of an index: a JSON object, file name → bytes, of all shards in their order."""
 
 
 class ByteRange(NamedTuple):

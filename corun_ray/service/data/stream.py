@@ -115,11 +115,11 @@ class BlockLayout:
 
     def map_rows_to_samples(self, rows: np.ndarray) -> np.ndarray:
         """Map row numbers of the dataset to sample indices of the run's stream."""
-        # Row number -> block, step within the block, position within the step's batch.
+        # Row number → block, step within the block, position within the step's batch.
         block, row = np.divmod(rows, self.rows_per_block)
         step, position = np.divmod(row, self.batch)
 
-        # Block -> rank, and how many blocks of that rank came before.
+        # Block → rank, and how many blocks of that rank came before.
         blocks_before, rank = np.divmod(block, self.num_workers)
         step = blocks_before * self.steps_per_block + step
         return self.first_sample + (step * self.num_workers + rank) * self.batch + position

@@ -1,4 +1,4 @@
-"""Fills a weights folder from the internet, by the downloaders of the libraries that the weights belong to."""
+"""Fetching: fill a weights folder from the internet, by the downloaders of the libraries that the weights belong to."""
 
 import hashlib
 import re
@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlparse
 import torch
 
 from corun_ray.core.metrics.catalog import list_no_reference_metrics
-from corun_ray.core.scoring import quality as iqa
+from corun_ray.core.metrics.pyiqa import build_metric, get_file_name
 from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.weights.folder import INDEX, Content, compute_content, read_index, write_index
@@ -20,120 +20,145 @@ from corun_ray.service.weights.folder import INDEX, Content, compute_content, re
 PUBLISHED = ("daclip", "musiq", "vgg19")
 """What the published recipe needs."""
 DACLIP_HUB = "weblzw/daclip-uir-ViT-B-32-irsde"
+MAX_REASON_LENGTH = 200
+"""Characters of a downloader's error that a message repeats."""
 
 Progress = Callable[[str], None]
 
 
-class _Wanted(WeightsError):
-    """Ends the building of a metric at a file that must be fetched first."""
-
-
 def fetch(folder: Path, what: Sequence[str], progress: Progress = print) -> None:
-    """Fetches the files of `vgg19`, `daclip` and no-reference metrics of pyiqa into `folder`, each indexed as it comes.
+    """Fetch the files of `vgg19`, `daclip` and no-reference metrics of pyiqa into `folder`.
 
-    Files that are there as the index says are kept. `progress` gets one line a file. Raises `WeightsError` for a name
-    that is none of these, for a host that cannot be reached and for a file that is not what it should be.
+    Each file is added to the index as it arrives. Files that are there as the index says are kept. `progress` is
+    called with one line for each file.
+
+    Raises `WeightsError` for an unknown name, a host that cannot be reached, and a file with a wrong checksum.
     """
-    if unknown := sorted({*what} - {"vgg19", "daclip", *list_no_reference_metrics()}):
+    # Refuse unknown names before anything is fetched.
+    unknown = sorted(set(what) - {"vgg19", "daclip", *list_no_reference_metrics()})
+    if unknown:
         raise WeightsError(f"{', '.join(unknown)}: expected vgg19, daclip or a no-reference metric of pyiqa")
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WeightsError(f"cannot make {folder}: {error.strerror}") from None
+
     for name in what:
         if name == "vgg19":
-            _fetch_file(_vgg19_url(), folder, progress)
+            _fetch_file(_get_vgg19_url(), folder, progress)
         elif name == "daclip":
-            _fetch_file(_daclip_url(), folder, progress)
+            _fetch_file(_get_daclip_url(), folder, progress)
         else:
             _fetch_metric(name, folder, progress)
 
 
+class _FileNeeded(WeightsError):
+    """Stops the building of a metric at a file that must be fetched first; the message is its URL."""
+
+
 def _fetch_metric(name: str, folder: Path, progress: Progress) -> None:
-    """Builds a metric, which tells what it needs, again and again until it has it all."""
+    """Fetch the files of a pyiqa metric.
+
+    Only building the metric tells which files it needs, so it is built again and again until it has all of them.
+    """
     fetched: set[str] = set()
 
     def find(url: str) -> Path:
         if url not in fetched:
-            raise _Wanted(url)
-        return folder / iqa.get_file_name(url)
+            raise _FileNeeded(url)
+        return folder / get_file_name(url)
 
     while True:
         try:
-            iqa.build_metric(name, find)
+            build_metric(name, find)
             return
-        except _Wanted as wanted:
-            # While a metric is built the downloaders are replaced: only now can they be used.
-            url = str(wanted)
+        except _FileNeeded as needed:
+            url = str(needed)
+        # Outside of `build_metric`, which replaces the libraries' downloaders while it runs.
         _fetch_file(url, folder, progress)
         fetched.add(url)
 
 
 def _fetch_file(url: str, folder: Path, progress: Progress) -> None:
-    """Puts a file into the folder and its index, unless it is there as the index says."""
+    """Download a file into the folder and add it to the index, unless it is there as the index says."""
     contents = read_index(str(folder)) if (folder / INDEX).exists() else {}
-    name = iqa.get_file_name(url)
+    name = get_file_name(url)
     path = folder / name
     if path.is_file() and contents.get(name) == compute_content(path):
-        progress(f"{name}  {_megabytes(contents[name])}  already there")
+        progress(f"{name}  {_format_megabytes(contents[name])}  already there")
         return
-    began_s = time.monotonic()
-    # Beside the target, so that the last step is a rename; a broken download leaves nothing.
+
+    # Download beside the target, so that the last step is a rename; a broken download leaves nothing.
+    started_s = time.monotonic()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
         _download(url, Path(scratch)).replace(path)
+
     contents[name] = compute_content(path)
     write_index(str(folder), contents)
-    progress(f"{name}  {_megabytes(contents[name])}  {time.monotonic() - began_s:.1f} s")
+    progress(f"{name}  {_format_megabytes(contents[name])}  {time.monotonic() - started_s:.1f} s")
 
 
 def _download(url: str, scratch: Path) -> Path:
-    """The file in the empty folder `scratch`, checked against the SHA-256 that its publisher gives, if any."""
+    """Download a file into the empty folder `scratch`, checked against its publisher's SHA-256, if there is one."""
     try:
-        if hub := re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", urlparse(url).path):
-            return _from_hub(hub[1], unquote(hub[2]), scratch)
-        # OpenAI's URLs hold the whole digest, torchvision's file names its first digits.
-        whole, start = re.search(r"/([0-9a-f]{64})/", url), re.search(r"-([0-9a-f]{8,})\.\w+$", url)
-        digest = whole or start
-        path = scratch / iqa.get_file_name(url)
+        # Hugging Face's URLs name a repository.
+        hub = re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", urlparse(url).path)
+        if hub:
+            return _download_from_hub(hub[1], unquote(hub[2]), scratch)
+
+        # OpenAI's URLs hold the whole digest; torchvision's file names hold its first digits.
+        whole_digest = re.search(r"/([0-9a-f]{64})/", url)
+        digest = whole_digest or re.search(r"-([0-9a-f]{8,})\.\w+$", url)
+        path = scratch / get_file_name(url)
         torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress=sys.stderr.isatty())
-        return _as_state_dict(path) if whole else path
+        return _convert_to_state_dict(path) if whole_digest else path
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise WeightsError(f"{iqa.get_file_name(url)}: cannot be had from {urlparse(url).netloc} ({reason})") from None
+        reason = " ".join(str(error).split())[:MAX_REASON_LENGTH] or type(error).__name__
+        host = urlparse(url).netloc
+        raise WeightsError(f"{get_file_name(url)}: cannot be had from {host} ({reason})") from None
 
 
-def _from_hub(repository: str, name: str, scratch: Path) -> Path:
+def _download_from_hub(repository: str, name: str, scratch: Path) -> Path:
+    """Download a file of a Hugging Face repository; raises `WeightsError` for a wrong checksum."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    expected = get_hf_file_metadata(hf_hub_url(repository, name)).etag or ""
+    etag = get_hf_file_metadata(hf_hub_url(repository, name)).etag or ""
     path = Path(hf_hub_download(repository, name, local_dir=scratch))
-    # The hub's tag of a large file is its SHA-256, which the client does not check; that of a small one is not.
-    if re.fullmatch("[0-9a-f]{64}", expected):
+
+    # The tag of a large file is its SHA-256, which the hub's client does not check. The tag of a small file is not.
+    if re.fullmatch("[0-9a-f]{64}", etag):
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
-            raise WeightsError(f"expected SHA-256 {expected}, got {found}")
+        if found != etag:
+            raise WeightsError(f"expected SHA-256 {etag}, got {found}")
     return path
 
 
-def _as_state_dict(archive: Path) -> Path:
-    """OpenAI's CLIP archives hold code; jobs load data only, so the tensors are taken out, once and here alone."""
+def _convert_to_state_dict(archive: Path) -> Path:
+    """Replace one of OpenAI's CLIP archives by its tensors.
+
+    The archives hold code, and jobs load data only. The code is loaded once, here alone.
+    """
     tensors = dict(torch.jit.load(str(archive), map_location="cpu").state_dict())
     torch.save(tensors, archive)
     return archive
 
 
-def _megabytes(content: Content) -> str:
+def _format_megabytes(content: Content) -> str:
+    """Return a file's size as text."""
     return f"{content.size_bytes / 1e6:.1f} MB"
 
 
-def _vgg19_url() -> str:
+def _get_vgg19_url() -> str:
+    """Return torchvision's URL of VGG-19."""
     from torchvision.models import VGG19_Weights
 
     return VGG19_Weights.IMAGENET1K_V1.url
 
 
-def _daclip_url() -> str:
+def _get_daclip_url() -> str:
+    """Return Hugging Face's URL of DA-CLIP."""
     from huggingface_hub import hf_hub_url
 
     return hf_hub_url(DACLIP_HUB, DACLIP_FILE)

@@ -1,4 +1,4 @@
-"""Weights folders: files by the libraries' own names, checked against `weights.json`, had once per node.
+"""Weights folders: files under the libraries' own names, checked against `weights.json`, downloaded once per node.
 
 A folder or URI holds the files flat, and the index `{"files": {name: {"size": bytes, "sha256": hex}}}`.
 """
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 from pyarrow import fs
 
+from corun_ray.core.errors import format_error
 from corun_ray.core.weights import WeightsError, WeightsSource
 from corun_ray.service.storage import Location, StorageError, locate
 
@@ -26,6 +27,12 @@ CACHE_VARIABLE = "CORUN_WEIGHTS_CACHE"
 DEFAULT_CACHE = Path("~/.cache/corun_ray/weights")
 CHUNK_BYTES = 8 * 2**20
 LOCK_TIMEOUT_S = 30 * 60.0
+
+OK, MISSING, SIZE_DIFFERS, NOT_INDEXED = "ok", "missing", "size differs", "not indexed"
+"""States of a file in a listing."""
+
+Wanted = Mapping[str, str]
+"""File name → what needs the file."""
 
 
 @dataclass(frozen=True)
@@ -39,47 +46,61 @@ class Content:
         return f"{self.size_bytes} bytes with SHA-256 {self.sha256[:12]}…"
 
 
+# --- Using files ---
+
+
 @dataclass(frozen=True)
 class WeightsFolder:
-    """A `WeightsSource`: the files of a folder or URI, each checked once per process before it is used.
+    """A `WeightsSource`: the files of a folder or URI, each checked once per process before its first use.
 
-    A local folder is used in place. From anywhere else a file comes once per node into `cache` (by default
-    CORUN_WEIGHTS_CACHE or ~/.cache/corun_ray/weights of the machine it runs on), while other processes wait for it.
+    A local folder is used in place. From anywhere else a file is downloaded once per node into `cache`, by default
+    CORUN_WEIGHTS_CACHE or ~/.cache/corun_ray/weights of the machine; other processes wait for the download.
     """
 
     uri: str
     cache: Path | None = None
 
     def __call__(self, name: str) -> Path:
-        """The checked file on this machine; raises `WeightsError` where it is missing, damaged or not indexed."""
-        with _weights_errors():
+        """Return the checked file on this machine.
+
+        Raises `WeightsError` where the file is missing, damaged or not indexed.
+        """
+        with _translate_errors():
             folder = locate(self.uri)
             content = read_index(self.uri).get(name)
             if content is None:
                 raise WeightsError(
                     f"{name} is not in {self.uri}/{INDEX}; `corun-ray weights fetch` gets files, "
-                    f"`corun-ray weights index` takes up those put there"
+                    f"`corun-ray weights index` adds files that are there to the index"
                 )
+
+            # A local file is used where it is.
             if folder.is_local:
                 path = Path(folder.path) / name
                 if not path.is_file():
                     raise WeightsError(f"{path}: no such file, though {INDEX} lists it")
-                _compare(str(path), content, compute_content(path))
+                _check_content(str(path), content, compute_content(path))
                 return path
-            target = (self.cache or _default_cache()) / content.sha256[:16] / name
-            return target if _holds(target, content) else _fill(target, folder.child(name), content)
+
+            # Any other comes through the node's cache. The digest is part of the path, so that a file of the same name
+            # with other bytes has a place of its own.
+            target = (self.cache or _find_default_cache()) / content.sha256[:16] / name
+            if _has_content(target, content):
+                return target
+            return _download_to_cache(target, folder.child(name), content)
 
 
 class RecordingSource:
-    """A source that remembers which files were asked for, and why some could not be had."""
+    """A `WeightsSource` that remembers which files it was asked for, and why some were missing."""
 
     def __init__(self, source: WeightsSource) -> None:
         self.source = source
         self.asked: list[str] = []
         self.missing: dict[str, str] = {}
+        """File name -> reason."""
 
     def __call__(self, name: str) -> Path:
-        """What the source gives; its `WeightsError` is noted and passed on."""
+        """Return the file of the wrapped source; a `WeightsError` is recorded and raised again."""
         if name not in self.asked:
             self.asked.append(name)
         try:
@@ -89,72 +110,40 @@ class RecordingSource:
             raise
 
 
-def read_index(uri: str) -> dict[str, Content]:
-    """The validated index of a weights folder, by file name; raises `WeightsError` where there is none."""
-    with _weights_errors():
-        place = locate(uri).child(INDEX)
-        if not place.exists():
-            raise WeightsError(f"{uri}: no {INDEX} there; `corun-ray weights index {uri}` makes it")
-        return _parse(place.read(), place.uri)
-
-
-def write_index(uri: str, contents: dict[str, Content]) -> None:
-    """Replaces the index of a weights folder; raises `WeightsError` where it cannot be written."""
-    files = {name: {"size": content.size_bytes, "sha256": content.sha256} for name, content in sorted(contents.items())}
-    with _weights_errors():
-        locate(uri).child(INDEX).write(json.dumps({"files": files}, indent=1).encode() + b"\n")
-
-
-def inspect_folder(uri: str) -> tuple[dict[str, int], dict[str, Content]]:
-    """Sizes in bytes of the weight files that lie in a folder, and its index (empty where there is none)."""
-    with _weights_errors():
-        folder = locate(uri)
-        return _sizes(folder), read_index(uri) if folder.child(INDEX).exists() else {}
-
-
-def index_folder(uri: str) -> dict[str, Content]:
-    """Reads every weight file of a folder or URI and writes its index; raises `WeightsError` where there is none."""
-    with _weights_errors():
-        folder = locate(uri)
-        names = [name for name in _sizes(folder) if _is_plain(name)]
-        if not names:
-            raise WeightsError(f"{uri}: no weight files there ({' '.join(SUFFIXES)})")
-        contents = {name: _stream(folder.child(name)) for name in names}
-    write_index(uri, contents)
-    return contents
-
-
 def compute_content(path: Path) -> Content:
-    """Size and SHA-256 of a local file, read once per process and state of the file."""
+    """Compute size and SHA-256 of a local file; read once per process and state of the file."""
     state = path.stat()
-    return Content(state.st_size, _sha256(path, state.st_size, state.st_mtime_ns))
+    return Content(state.st_size, _compute_sha256(path, state.st_size, state.st_mtime_ns))
 
 
 @lru_cache(maxsize=256)
-def _sha256(path: Path, size_bytes: int, modified_ns: int) -> str:
-    """The digest of a file as it is; size and time of change tell it from what it was."""
+def _compute_sha256(path: Path, size_bytes: int, modified_ns: int) -> str:
+    """Compute the digest of a file; its size and time of change are keys of the cache."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _holds(path: Path, content: Content) -> bool:
+def _has_content(path: Path, content: Content) -> bool:
+    """Return whether a local file is there, whole and undamaged."""
     return path.is_file() and path.stat().st_size == content.size_bytes and compute_content(path) == content
 
 
-def _fill(target: Path, place: Location, content: Content) -> Path:
-    """Downloads a file into the cache, unless another process has done so while this one waited."""
+def _download_to_cache(target: Path, place: Location, content: Content) -> Path:
+    """Download a file into the cache, unless another process did so while this one waited for the lock."""
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f"{target.name}.lock")
     part = target.with_name(f"{target.name}.part")
     try:
         with FileLock(lock, timeout=LOCK_TIMEOUT_S):
-            if _holds(target, content):
+            if _has_content(target, content):
                 return target
+
+            # Check while downloading, then rename: a reader never sees a part of the file.
             target.unlink(missing_ok=True)
             try:
                 _check_size(place, content)
                 with part.open("wb") as file:
-                    _compare(place.uri, content, _stream(place, file))
+                    _check_content(place.uri, content, _hash_file(place, file))
                 part.replace(target)
             finally:
                 part.unlink(missing_ok=True)
@@ -164,28 +153,21 @@ def _fill(target: Path, place: Location, content: Content) -> Path:
     return target
 
 
-def _stream(place: Location, copy: BinaryIO | None = None) -> Content:
-    """Reads a file in chunks, into `copy` if given."""
-    digest, size = hashlib.sha256(), 0
-    # pyarrow would unpack a `.gz` on the way.
+def _hash_file(place: Location, copy: BinaryIO | None = None) -> Content:
+    """Compute the content of a file, read in chunks; also write the chunks to `copy`, if given."""
+    digest, size_bytes = hashlib.sha256(), 0
+    # Without `compression=None`, pyarrow would unpack a `.gz` on the way.
     with place.filesystem.open_input_stream(place.path, compression=None) as source:
         while chunk := source.read(CHUNK_BYTES):
             digest.update(chunk)
-            size += len(chunk)
+            size_bytes += len(chunk)
             if copy is not None:
                 copy.write(chunk)
-    return Content(size, digest.hexdigest())
-
-
-def _sizes(folder: Location) -> dict[str, int]:
-    """The weight files in a folder, without those of folders below it."""
-    found = folder.filesystem.get_file_info(fs.FileSelector(folder.path))
-    files = (info for info in found if info.type == fs.FileType.File and info.base_name.endswith(SUFFIXES))
-    return {info.base_name: info.size for info in sorted(files, key=lambda info: info.base_name)}
+    return Content(size_bytes, digest.hexdigest())
 
 
 def _check_size(place: Location, expected: Content) -> None:
-    """Spares the download of what cannot be right."""
+    """Raise `WeightsError` for a file of another size, before it is downloaded."""
     info = place.filesystem.get_file_info(place.path)
     if info.type != fs.FileType.File:
         raise WeightsError(f"{place.uri}: no such file, though {INDEX} lists it")
@@ -193,26 +175,69 @@ def _check_size(place: Location, expected: Content) -> None:
         raise WeightsError(f"{place.uri}: expected {expected}, found {info.size} bytes")
 
 
-def _compare(where: str, expected: Content, found: Content) -> None:
+def _check_content(where: str, expected: Content, found: Content) -> None:
+    """Raise `WeightsError` for a file of other bytes."""
     if found != expected:
         raise WeightsError(f"{where}: expected {expected}, found {found}")
 
 
-def _default_cache() -> Path:
+def _find_default_cache() -> Path:
+    """Return the cache folder of this machine."""
     return Path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser()
 
 
-def _parse(data: bytes, where: str) -> dict[str, Content]:
+# --- The index ---
+
+
+def read_index(uri: str) -> dict[str, Content]:
+    """Read the index of a weights folder, by file name.
+
+    Raises `WeightsError` where there is none, or where it says anything else than it may.
+    """
+    with _translate_errors():
+        place = locate(uri).child(INDEX)
+        if not place.exists():
+            raise WeightsError(f"{uri}: no {INDEX} there; `corun-ray weights index {uri}` makes it")
+        return _parse_index(place.read(), place.uri)
+
+
+def write_index(uri: str, contents: dict[str, Content]) -> None:
+    """Replace the index of a weights folder; raises `WeightsError` where it cannot be written."""
+    files = {}
+    for name, content in sorted(contents.items()):
+        files[name] = {"size": content.size_bytes, "sha256": content.sha256}
+    with _translate_errors():
+        locate(uri).child(INDEX).write(json.dumps({"files": files}, indent=1).encode() + b"\n")
+
+
+def index_folder(uri: str) -> dict[str, Content]:
+    """Read every weight file of a folder or URI and write its index.
+
+    Raises `WeightsError` for a folder without weight files.
+    """
+    with _translate_errors():
+        folder = locate(uri)
+        names = [name for name in _list_sizes(folder) if _is_plain(name)]
+        if not names:
+            raise WeightsError(f"{uri}: no weight files there ({' '.join(SUFFIXES)})")
+        contents = {name: _hash_file(folder.child(name)) for name in names}
+    write_index(uri, contents)
+    return contents
+
+
+def _parse_index(data: bytes, where: str) -> dict[str, Content]:
+    """Parse and validate an index; raises `WeightsError`."""
     try:
         record = json.loads(data)
     except ValueError as error:
         raise WeightsError(f"{where}: not JSON ({error})") from None
     if not isinstance(record, dict) or set(record) != {"files"} or not isinstance(record["files"], dict):
         raise WeightsError(f"{where}: expected an object with `files` alone")
-    return {name: _content(name, entry, where) for name, entry in record["files"].items()}
+    return {name: _parse_entry(name, entry, where) for name, entry in record["files"].items()}
 
 
-def _content(name: str, entry: Any, where: str) -> Content:
+def _parse_entry(name: str, entry: Any, where: str) -> Content:
+    """Parse and validate the entry of one file; raises `WeightsError`."""
     if not _is_plain(name):
         raise WeightsError(f"{where}: {name!r} is no plain file name")
     match entry:
@@ -224,29 +249,25 @@ def _content(name: str, entry: Any, where: str) -> Content:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name stays in its folder and hides from nobody."""
+    """Return whether a name is a visible file right in the folder."""
     return re.fullmatch(r"[^\x00-\x1f/\\.][^\x00-\x1f/\\]*", name) is not None and name != INDEX
 
 
 @contextmanager
-def _weights_errors() -> Iterator[None]:
-    """What storage and the disk refuse, as `WeightsError`."""
+def _translate_errors() -> Iterator[None]:
+    """Turn errors of storage and of the disk into `WeightsError`."""
     try:
         yield
     except (OSError, StorageError) as error:
-        raise WeightsError(" ".join(str(error).split())[:300]) from None
+        raise WeightsError(format_error(error)) from None
 
 
-Wanted = Mapping[str, str]
-"""File name → what needs it."""
-
-
-OK, MISSING, SIZE_DIFFERS, NOT_INDEXED = "ok", "missing", "size differs", "not indexed"
+# --- Listing ---
 
 
 @dataclass(frozen=True)
 class FileState:
-    """One line of `weights ls`; `size_bytes` and `sha256` are what the index says, None where it does not."""
+    """One line of `weights ls`; `size_bytes` and `sha256` are those of the index, None where it has none."""
 
     name: str
     size_bytes: int | None
@@ -256,31 +277,60 @@ class FileState:
 
 
 def list_files(folder_uri: str | None, wanted: Wanted) -> list[FileState]:
-    """The files that a folder holds, its index lists or `wanted` names; sizes are looked at, contents are not read.
+    """List the files that a folder holds, its index names, or a job wants.
 
-    Raises `WeightsError` for a folder that cannot be read. None is the folder of a job that names none.
+    Sizes are compared, contents are not read. `folder_uri` is None for a job without a weights folder.
+
+    Raises `WeightsError` for a folder that cannot be read.
     """
-    from corun_ray.service.weights.folder import inspect_folder
+    sizes: dict[str, int] = {}
+    indexed: dict[str, Content] = {}
+    if folder_uri is not None:
+        sizes, indexed = inspect_folder(folder_uri)
 
-    there, indexed = inspect_folder(folder_uri) if folder_uri is not None else ({}, {})
-
-    def state(name: str) -> str:
-        if name not in there:
-            return MISSING
-        if name not in indexed:
-            return NOT_INDEXED
-        return OK if there[name] == indexed[name].size_bytes else SIZE_DIFFERS
-
-    rows = []
-    for name in sorted({*there, *indexed, *wanted}):
+    files = []
+    for name in sorted({*sizes, *indexed, *wanted}):
+        # A file outside the index has a size, but no digest.
         content = indexed.get(name)
-        size, sha256 = (content.size_bytes, content.sha256) if content else (there.get(name), None)
-        rows.append(FileState(name, size, sha256, state(name), wanted.get(name, "")))
-    return rows
+        if content is None:
+            size_bytes, sha256 = sizes.get(name), None
+        else:
+            size_bytes, sha256 = content.size_bytes, content.sha256
+
+        if name not in sizes:
+            state = MISSING
+        elif content is None:
+            state = NOT_INDEXED
+        elif sizes[name] == content.size_bytes:
+            state = OK
+        else:
+            state = SIZE_DIFFERS
+        files.append(FileState(name, size_bytes, sha256, state, wanted.get(name, "")))
+    return files
 
 
 def describe_lacking(folder_uri: str | None, wanted: Wanted) -> list[str]:
-    """One line for each wanted file that cannot be used as it is; empty where all are there."""
+    """Return a line for each wanted file that cannot be used as it is."""
     where = "the job names no weights folder" if folder_uri is None else folder_uri
-    rows = [row for row in list_files(folder_uri, wanted) if row.name in wanted and row.state != OK]
-    return [f"{row.name} (for {row.needed_by}): {row.state} ({where})" for row in rows]
+    lines = []
+    for file in list_files(folder_uri, wanted):
+        if file.name in wanted and file.state != OK:
+            lines.append(f"{file.name} (for {file.needed_by}): {file.state} ({where})")
+    return lines
+
+
+def inspect_folder(uri: str) -> tuple[dict[str, int], dict[str, Content]]:
+    """Return the sizes in bytes of the weight files in a folder, and its index (empty without one)."""
+    with _translate_errors():
+        folder = locate(uri)
+        index = read_index(uri) if folder.child(INDEX).exists() else {}
+        return _list_sizes(folder), index
+
+
+def _list_sizes(folder: Location) -> dict[str, int]:
+    """Return the sizes in bytes of the weight files right in a folder, sorted by name."""
+    sizes = {}
+    for info in folder.filesystem.get_file_info(fs.FileSelector(folder.path)):
+        if info.type == fs.FileType.File and info.base_name.endswith(SUFFIXES):
+            sizes[info.base_name] = info.size
+    return dict(sorted(sizes.items()))

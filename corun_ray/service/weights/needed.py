@@ -1,8 +1,8 @@
-"""The networks that judge a Colabator run, built from the job's sections: scorers and the features of the losses."""
+"""The weight files that a job needs: those of its scorers, losses and metrics."""
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from corun_ray.config.jobs import ColabatorJob, EvaluateJob, Job, TrainingJob
 from corun_ray.core.choices import QUALITY_NAMES
@@ -18,40 +18,59 @@ NeededFiles = dict[str | None, dict[str, str]]
 
 
 def open_weights(uri: str | None) -> WeightsSource:
-    """The weights below a folder or URI of the job file, checked and kept on this node."""
+    """Return the source of the weights in a folder or URI of the job file."""
     return refuse_weights if uri is None else WeightsFolder(uri)
 
 
 def describe_missing_weights(needed: NeededFiles) -> list[str]:
-    """One line for each of `find_needed_files` that cannot be used as it is; raises `WeightsError`."""
-    return [f"weights: {line}" for folder, wanted in needed.items() for line in describe_lacking(folder, wanted)]
+    """Return a line for each needed file that cannot be used as it is; raises `WeightsError`."""
+    lines = []
+    for folder, wanted in needed.items():
+        for line in describe_lacking(folder, wanted):
+            lines.append(f"weights: {line}")
+    return lines
 
 
 def find_needed_files(job: Job) -> NeededFiles:
-    """The weight files that a job needs.
+    """Find the weight files that a job needs.
 
-    What a metric of pyiqa needs is found by building it: where its first file is missing, later ones stay unknown.
+    The files of a pyiqa metric are found by building the metric: where its first file is missing, later ones stay
+    unknown.
     """
     needed: NeededFiles = {}
+
+    def add(folder: str | None, files: Sequence[str], key: str) -> None:
+        for file in files:
+            needed.setdefault(folder, {})[file] = key
+
+    # The scorers that rate candidates for the label pool.
     if isinstance(job, ColabatorJob):
         section = job.coherence
         if section.clarity == "daclip":
-            needed.setdefault(section.weights, {})[DACLIP_FILE] = "coherence.clarity daclip"
+            add(section.weights, [DACLIP_FILE], "coherence.clarity daclip")
         if section.quality not in QUALITY_NAMES:
-            asked = _asked(section.weights, lambda source: load_quality(section.quality, source, section.quality_range))
-            needed.setdefault(section.weights, {}).update(dict.fromkeys(asked, f"coherence.quality {section.quality}"))
+            files = _record_files(
+                section.weights, lambda source: load_quality(section.quality, source, section.quality_range)
+            )
+            add(section.weights, files, f"coherence.quality {section.quality}")
+
+    # The features of the perceptual loss.
     if isinstance(job, TrainingJob) and job.loss.perceptual == "vgg19":
-        needed.setdefault(job.loss.weights, {})[VGG_FILE] = "loss.perceptual vgg19"
+        add(job.loss.weights, [VGG_FILE], "loss.perceptual vgg19")
+
+    # The metrics of an evaluation.
     if isinstance(job, EvaluateJob):
+        weights = job.evaluate.weights
         for metric in job.evaluate.metrics:
-            asked = _asked(job.evaluate.weights, functools.partial(load_measure, metric))
-            needed.setdefault(job.evaluate.weights, {}).update(dict.fromkeys(asked, f"evaluate.metrics {metric}"))
-    return {folder: files for folder, files in needed.items() if files}
+            files = _record_files(weights, functools.partial(load_measure, metric))
+            add(weights, files, f"evaluate.metrics {metric}")
+    return needed
 
 
-def _asked(folder: str | None, load: Callable[[WeightsSource], object]) -> list[str]:
-    """The files that a metric asks for while it is built, as far as that gets."""
+def _record_files(folder: str | None, load: Callable[[WeightsSource], object]) -> list[str]:
+    """Return the files that `load` asks for, up to the first that is missing."""
     source = RecordingSource(open_weights(folder))
-    with contextlib.suppress(WeightsError):  # of the file that is missing, or that the listing will show
+    # A missing file ends the loading; the listing will show it.
+    with contextlib.suppress(WeightsError):
         load(source)
     return source.asked

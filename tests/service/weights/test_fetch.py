@@ -10,7 +10,6 @@ from huggingface_hub import constants
 from torchvision.models import VGG19_Weights
 
 from corun_ray.core.metrics.pyiqa import keep_pyiqa_offline
-from corun_ray.core.scoring import quality as iqa
 from corun_ray.core.weights import WeightsError, read_weights
 from corun_ray.service.weights import fetch as weights_fetch
 from corun_ray.service.weights.fetch import DACLIP_FILE, fetch
@@ -51,9 +50,9 @@ def internet(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:  # noqa
     point_hub_at(server.url, monkeypatch)
     monkeypatch.setitem(brisque_arch.default_model_urls, "url", server.url + BRISQUE_PATH)
     monkeypatch.setitem(clip_model._MODELS, "RN50", server.url + clip_path)
-    monkeypatch.setattr(weights_fetch, "_vgg19_url", lambda: f"{server.url}/models/{VGG_FILE}")
+    monkeypatch.setattr(weights_fetch, "_get_vgg19_url", lambda: f"{server.url}/models/{VGG_FILE}")
 
-    build = iqa.build_metric
+    build = weights_fetch.build_metric
 
     def build_metric(name, find):
         if name != "clipiqa":
@@ -61,7 +60,7 @@ def internet(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:  # noqa
         with keep_pyiqa_offline(find):
             return clip_model._download(clip_model._MODELS["RN50"], "")
 
-    monkeypatch.setattr(iqa, "build_metric", build_metric)
+    monkeypatch.setattr(weights_fetch, "build_metric", build_metric)
     return server
 
 
@@ -120,7 +119,7 @@ def test_without_a_network_the_host_is_named(internet, tmp_path, monkeypatch, wh
     point_hub_at(closed, monkeypatch)
     monkeypatch.setitem(brisque_arch.default_model_urls, "url", closed + BRISQUE_PATH)
     monkeypatch.setitem(clip_model._MODELS, "RN50", f"{closed}/{'0' * 64}/RN50.pt")
-    monkeypatch.setattr(weights_fetch, "_vgg19_url", lambda: f"{closed}/{VGG_FILE}")
+    monkeypatch.setattr(weights_fetch, "_get_vgg19_url", lambda: f"{closed}/{VGG_FILE}")
     with pytest.raises(WeightsError, match=f"cannot be had from {closed[7:]} ") as refusal:
         fetch(tmp_path, [what], print)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
@@ -140,9 +139,9 @@ def test_the_publishers_digests_are_found_in_their_urls(monkeypatch, tmp_path):
     monkeypatch.setattr(
         torch.hub, "download_url_to_file", lambda url, path, digest, progress: asked.update({url: digest})
     )
-    monkeypatch.setattr(weights_fetch, "_as_state_dict", lambda path: path)
+    monkeypatch.setattr(weights_fetch, "_convert_to_state_dict", lambda path: path)
     swin = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_tiny_patch4_window7_224.pth"
     for url in (VGG19_Weights.IMAGENET1K_V1.url, clip_model._MODELS["RN50"], swin):
         weights_fetch._download(url, tmp_path)
     assert [digest and digest[:8] for digest in asked.values()] == ["dcbb9e9d", "afeb0e10", None]
-    assert list(asked)[0] == weights_fetch._vgg19_url()
+    assert list(asked)[0] == weights_fetch._get_vgg19_url()

@@ -166,10 +166,10 @@ def test_a_cached_file_is_read_once_and_downloaded_once(folder, server, tmp_path
     source = WeightsFolder("s3://weights", tmp_path / "cache")
     weights.locate.cache_clear()
     path = source("brisque.mat")
-    weights._sha256.cache_clear()
+    weights._compute_sha256.cache_clear()
     for _ in range(3):
         assert source("brisque.mat") == path
-    assert weights._sha256.cache_info().misses == 1
+    assert weights._compute_sha256.cache_info().misses == 1
     assert server.sent_bytes["/weights/brisque.mat"] == len(FILES["brisque.mat"])
     weights.locate.cache_clear()
 
