@@ -150,7 +150,7 @@ def doctor(
         else:
             needs = collect_needs(load_jobs(job, overrides))
 
-        for finding in Doctor(needs.at(storage, tracking)).examine():
+        for finding in Doctor(needs.replace_places(storage, tracking)).examine():
             print(finding, flush=True)
             is_well = is_well and finding.is_ok is not False
     return DONE if is_well else FAILED

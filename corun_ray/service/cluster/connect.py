@@ -1,4 +1,4 @@
-"""Connecting to Ray, quietly: the cluster of `RAY_ADDRESS`, else one started on this machine."""
+"""Connecting to Ray, quietly: to the cluster of `RAY_ADDRESS`, else to one started on this machine."""
 
 import logging
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from corun_ray import PACKAGE
 from corun_ray.core.errors import UserError
 
-# Read by Ray at import.
+# Ray reads these when it is imported, so they are set first.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
@@ -20,64 +20,84 @@ from corun_ray.config.jobs import ClusterSection
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job, whose runtime environment then holds our code already."""
+LOG_LEVELS = {
+    "ray": logging.ERROR,
+    "ray.train": logging.ERROR,
+    # These log every error with its traceback, and also raise it to us.
+    "ray.data": logging.CRITICAL,
+    "ray.tune": logging.CRITICAL,
+    "ray.serve": logging.CRITICAL,
+}
 
 
 class ClusterError(UserError):
     """A cluster that cannot be reached, or has less than the job needs; the message is one line."""
 
 
-def connect(*needs: ClusterSection) -> str:
-    """Connects (once a process) and returns what to call the place; raises `ClusterError`.
+def connect(*sizes: ClusterSection) -> str:
+    """Connect to Ray (once per process) and return the name of the place for people.
 
-    `needs` are the sizes of the jobs to come. A local Ray gets as many logical CPUs as the largest asks for, so that
-    training workers and decoding tasks share a small machine; a cluster must really have them.
+    `sizes` are those of the jobs to come. A local Ray gets as many logical CPUs as the largest job asks for, so that
+    training workers and decoding tasks share a small machine. A cluster must really have them.
+
+    Raises `ClusterError`.
     """
     if not ray.is_initialized():
-        _start_or_join(max((_cpus_needed(need, need.max_workers) for need in needs), default=1))
-    for need in needs:
-        _check_size(need)
-    if not os.environ.get("RAY_ADDRESS"):
+        min_cpus = max((_count_cpus(size, size.max_workers) for size in sizes), default=1)
+        _start_ray(min_cpus)
+    for size in sizes:
+        _check_size(size)
+
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
         return "a local Ray"
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    return f"{os.environ['RAY_ADDRESS']} ({nodes} node{'s' * (nodes != 1)})"
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    return f"{address} ({format_nodes(num_nodes)})"
 
 
-def _cpus_needed(cluster: ClusterSection, workers: int) -> float:
-    return workers * cluster.cpus_per_worker + cluster.data_cpus
+def format_nodes(count: int) -> str:
+    """Return a number of nodes as text."""
+    return "1 node" if count == 1 else f"{count} nodes"
 
 
-def _start_or_join(min_cpus: float) -> None:
+def _start_ray(min_cpus: float) -> None:
+    """Join the cluster of RAY_ADDRESS, else start Ray here with at least `min_cpus` logical CPUs."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    # Ray Data and Tune log an error with tracebacks, and give it to us as well.
-    levels = {
-        "ray": logging.ERROR,
-        "ray.train": logging.ERROR,
-        "ray.data": logging.CRITICAL,
-        "ray.tune": logging.CRITICAL,
-        "ray.serve": logging.CRITICAL,
-    }
-    for name, level in levels.items():
+    for name, level in LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    if os.environ.get("RAY_ADDRESS"):
+
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        # Workers need our code; those of a submitted job have it already.
         environment = {} if IN_RAY_JOB in os.environ else {"py_modules": [str(PACKAGE)]}
         try:
-            ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, **quiet)
+            ray.init(address=address, runtime_env=environment, **quiet)
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
-            raise ClusterError(f"RAY_ADDRESS: no Ray cluster at {os.environ['RAY_ADDRESS']} ({reason})") from None
+            raise ClusterError(f"RAY_ADDRESS: no Ray cluster at {address} ({reason})") from None
     else:
         num_cpus = max(os.cpu_count() or 1, math.ceil(min_cpus))
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
-    if on_sigterm is signal.default_int_handler:
-        # Ray has taken SIGTERM for itself, and aborts a process that is still closing what it opened 3 s later.
-        signal.signal(signal.SIGTERM, on_sigterm)
+
+    # ray.init() installs its own SIGTERM handler, which kills a process that is still closing files after 3 s.
+    # Restore ours.
+    if sigterm_handler is signal.default_int_handler:
+        signal.signal(signal.SIGTERM, sigterm_handler)
 
 
-def _check_size(cluster: ClusterSection) -> None:
+def _check_size(size: ClusterSection) -> None:
+    """Raise `ClusterError` where Ray has less than the smallest size of the job."""
     total = ray.cluster_resources()
-    workers = cluster.min_workers
-    needed = {"CPU": _cpus_needed(cluster, workers), "GPU": workers * cluster.gpus_per_worker}
+    needed = {
+        "CPU": _count_cpus(size, size.min_workers),
+        "GPU": size.min_workers * size.gpus_per_worker,
+    }
     for kind, amount in needed.items():
         if amount > total.get(kind, 0):
             raise ClusterError(f"cluster: {amount:g} {kind}s are needed in all, Ray has {total.get(kind, 0):g}")
+
+
+def _count_cpus(size: ClusterSection, workers: int) -> float:
+    """Return the logical CPUs of a job with so many workers, decoding tasks included."""
+    return workers * size.cpus_per_worker + size.data_cpus

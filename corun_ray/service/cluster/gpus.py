@@ -1,13 +1,14 @@
-"""The GPUs of this machine by its driver's own word: asking torch would take seconds to import."""
+"""The GPUs of this machine, counted by their driver: importing torch for that would take seconds."""
 
 import shutil
 import subprocess
 
 
 def count_driver_gpus() -> int:
-    """How many the NVIDIA driver lists; 0 where there is none."""
+    """Return the number of GPUs that the NVIDIA driver lists; 0 without a driver."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return 0
+
     listing = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

@@ -1,4 +1,4 @@
-"""Ray's Jobs API as a person needs it: submit, follow, look, stop, by a job's name."""
+"""Submitted jobs by their names, through Ray's Jobs API: submit, follow, look at and stop them."""
 
 import asyncio
 import logging
@@ -21,56 +21,68 @@ from corun_ray.core.errors import UserError
 from corun_ray.service.cluster.submission import EXCLUDED_PATTERNS, Submission
 
 NAME_KEY = "corun_name"
+"""Key of a job's metadata that holds its name."""
 POLL_S = 1.0
 PATIENCE_S = 60.0
-"""How long a cluster that no longer answers is asked again while a log is followed."""
-CHATTY = (
-    *("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"),
-    *("ray._private.runtime_env.packaging", "ray._private.runtime_env.working_dir"),
+"""How long `follow` asks a cluster that no longer answers."""
+CHATTY_LOGGERS = (
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+    "ray._private.runtime_env.working_dir",
 )
-"""Loggers of Ray's client that tell of every file that is not uploaded."""
+"""Loggers of Ray's client that report every file that is not uploaded."""
 RUNNING = (JobStatus.PENDING, JobStatus.RUNNING)
 
-
-T = TypeVar("T")
+Answer = TypeVar("Answer")
 
 
 class JobsError(UserError):
-    """A cluster's Jobs API that does not answer or refuses; the message is one line."""
+    """A Jobs API that does not answer or refuses; the message is one line."""
 
 
 class JobsClient:
-    """The submitted jobs of a cluster, its last first."""
+    """The submitted jobs of a cluster."""
 
     def __init__(self, address: str | None = None) -> None:
-        """`address` is that of the dashboard, http://HOST:8265; else RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
+        """Connect to the dashboard at `address`, http://HOST:8265.
 
-        Raises `JobsError`.
+        Without an address, RAY_API_SERVER_ADDRESS or RAY_ADDRESS gives it. Raises `JobsError`.
         """
+        # Ray's client prefers its variables to its argument.
         if address:
-            os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray's client lets its variables win over its argument
+            os.environ["RAY_API_SERVER_ADDRESS"] = address
         self.address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
         if not self.address:
             raise JobsError("no cluster: give --address http://HOST:8265, or set RAY_API_SERVER_ADDRESS")
+
         if _has_token():
             os.environ.setdefault("RAY_AUTH_MODE", "token")
-        for name in CHATTY:
+        for name in CHATTY_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
-        self._client = self._asked(JobSubmissionClient)
+        self._client = self._call_api(JobSubmissionClient)
 
     def submit(self, submission: Submission) -> str:
-        """Hands a job over, code included; returns its id. Raises `JobsError`, also where one of its name runs."""
-        running = [job.submission_id for job in self.all() if has_name(job, submission.name) and job.status in RUNNING]
-        if running:
-            raise JobsError(f"{submission.name} is running already ({running[0]}): stop it, or give another --name")
+        """Submit a job, code included, and return its id.
+
+        Raises `JobsError`, also where a job of that name is running.
+        """
+        for job in self.list_jobs():
+            if has_name(job, submission.name) and job.status in RUNNING:
+                raise JobsError(
+                    f"{submission.name} is running already ({job.submission_id}): stop it, or give another --name"
+                )
+
         environment: dict[str, Any] = {
             "working_dir": str(submission.working_dir),
             "env_vars": dict(submission.env),
             "excludes": EXCLUDED_PATTERNS,
         }
-        if submission.py_modules:  # Ray takes an empty list for a broken one
+        # Ray refuses an empty list of modules.
+        if submission.py_modules:
             environment["py_modules"] = [str(module) for module in submission.py_modules]
-        return self._asked(
+
+        return self._call_api(
             lambda: self._client.submit_job(
                 entrypoint=submission.entrypoint,
                 submission_id=f"{submission.name}-{datetime.now():%Y%m%d-%H%M%S}",
@@ -79,64 +91,77 @@ class JobsClient:
             )
         )
 
-    def all(self) -> list[JobDetails]:
-        """Every job that was submitted, the last first. Raises `JobsError`."""
-        jobs = [job for job in self._asked(self._client.list_jobs) if job.submission_id]
+    def list_jobs(self) -> list[JobDetails]:
+        """List every job that was submitted, the last one first; raises `JobsError`."""
+        jobs = [job for job in self._call_api(self._client.list_jobs) if job.submission_id]
         return sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)
 
     def find(self, name: str) -> JobDetails:
-        """The last job of that name, or the one of that id; raises `JobsError`, saying which there are."""
-        jobs = self.all()
+        """Return the last job of a name, or the job of an id.
+
+        Raises `JobsError`, naming the jobs that there are.
+        """
+        jobs = self.list_jobs()
         for job in jobs:
             if name == job.submission_id or has_name(job, name):
                 return job
-        names = sorted({_name(job) for job in jobs})
-        meant = closest(name, names)
-        there = f"did you mean {meant}?" if meant else f"there are: {', '.join(names) or 'none'}"
-        raise JobsError(f"no job is called {name} ({there})")
 
-    def info(self, submission_id: str) -> JobDetails:
-        """How a job stands. Raises `JobsError`."""
-        return self._asked(lambda: self._client.get_job_info(submission_id))
+        # Suggest a similar name, or list all of them.
+        names = sorted({_get_name(job) for job in jobs})
+        similar = closest(name, names)
+        if similar:
+            raise JobsError(f"no job is called {name} (did you mean {similar}?)")
+        raise JobsError(f"no job is called {name} (there are: {', '.join(names) or 'none'})")
 
-    def log(self, submission_id: str) -> str:
-        """All that a job has printed so far. Raises `JobsError`."""
-        return self._asked(lambda: self._client.get_job_logs(submission_id))
+    def read_status(self, submission_id: str) -> JobDetails:
+        """Read how a job stands; raises `JobsError`."""
+        return self._call_api(lambda: self._client.get_job_info(submission_id))
+
+    def read_log(self, submission_id: str) -> str:
+        """Read all that a job has printed so far; raises `JobsError`."""
+        return self._call_api(lambda: self._client.get_job_logs(submission_id))
 
     def stop(self, submission_id: str) -> None:
-        """Asks a job to end; it has ended when `follow` returns. Raises `JobsError`."""
-        self._asked(lambda: self._client.stop_job(submission_id))
+        """Ask a job to end; it has ended when `follow` returns. Raises `JobsError`."""
+        self._call_api(lambda: self._client.stop_job(submission_id))
 
     def follow(self, submission_id: str, copy: "LogCopy") -> JobDetails:
-        """Copies what a job prints until it ends; returns how it ended.
+        """Copy what a job prints until it ends, and return how it ended.
 
         A connection that breaks is made again. Raises `JobsError` after a minute without an answer.
         """
-        lost_at: float | None = None
+        lost_since_s: float | None = None
         while True:
-            with suppress(RuntimeError, OSError, aiohttp.ClientError):  # a broken connection: `info` tells more
+            # Copy until the connection ends or breaks; the status tells why it did.
+            with suppress(RuntimeError, OSError, aiohttp.ClientError):
                 asyncio.run(self._tail(submission_id, copy))
+
             try:
-                job = self.info(submission_id)
+                job = self.read_status(submission_id)
                 if job.status.is_terminal():
+                    # The connection may have missed the end of the log.
                     copy.begin()
-                    copy.add(self.log(submission_id))
+                    copy.add(self.read_log(submission_id))
                     return job
-                lost_at = None
+                lost_since_s = None
             except JobsError as error:
-                lost_at = lost_at or time.monotonic()
-                if time.monotonic() - lost_at > PATIENCE_S:
-                    raise JobsError(f"{error}; the job may go on: corun-ray jobs follow {submission_id}") from None
+                now_s = time.monotonic()
+                if lost_since_s is None:
+                    lost_since_s = now_s
+                if now_s - lost_since_s > PATIENCE_S:
+                    raise JobsError(f"{error}; the job may still run: corun-ray jobs follow {submission_id}") from None
             time.sleep(POLL_S)
 
     async def _tail(self, submission_id: str, copy: "LogCopy") -> None:
+        """Copy a job's log from its beginning, as it grows."""
         copy.begin()
         async for text in self._client.tail_job_logs(submission_id):
             copy.add(text)
 
-    def _asked(self, action: Callable[[], T]) -> T:
+    def _call_api(self, call: Callable[[], Answer]) -> Answer:
+        """Return the answer of a call to Ray's client; raises `JobsError` in place of the client's errors."""
         try:
-            return action()
+            return call()
         except AuthenticationError:
             have = "the token here is another" if _has_token() else "there is none here"
             raise JobsError(
@@ -151,34 +176,37 @@ class JobsClient:
 
 
 class LogCopy:
-    """A log as it grows, each part of it written once, though it comes from its beginning at every connection."""
+    """Copy of a log that grows: each part is written once, though every connection starts from its beginning."""
 
     def __init__(self, write: Callable[[str], object]) -> None:
         self._write = write
-        self._position = self._written = 0
+        self._position = 0
+        self._num_written = 0
 
     def begin(self) -> None:
-        """The next text is the log's first."""
+        """Take the next text as the log's first."""
         self._position = 0
 
     def add(self, text: str) -> None:
-        """The next part of the log."""
-        if fresh := text[max(0, self._written - self._position) :]:
+        """Write the next part of the log, without what was written before."""
+        fresh = text[max(0, self._num_written - self._position) :]
+        if fresh:
             self._write(fresh)
         self._position += len(text)
-        self._written = max(self._written, self._position)
+        self._num_written = max(self._num_written, self._position)
 
 
 def has_name(job: JobDetails, name: str) -> bool:
-    """Whether a job was submitted under this name."""
-    return _name(job) == name
+    """Return whether a job was submitted under this name."""
+    return _get_name(job) == name
 
 
-def _name(job: JobDetails) -> str:
+def _get_name(job: JobDetails) -> str:
+    """Return a job's name; its id where it was not submitted by us."""
     return (job.metadata or {}).get(NAME_KEY) or str(job.submission_id)
 
 
 def _has_token() -> bool:
-    """Whether Ray would find a token here."""
+    """Return whether Ray would find a token here."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).expanduser().exists()

@@ -1,58 +1,99 @@
-"""The folders and URIs that a job file names, and what they mean on another machine."""
+"""The folders and URIs that a job file names."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from corun_ray.config.jobs import Job
 from corun_ray.service.storage import locate
 
-FOLDERS = (
-    *("storage", "data.clear", "data.depth", "data.hazy", "data.paired.hazy", "data.paired.clear"),
-    *("data.validation.hazy", "data.validation.clear"),
-    *("data.validation_sets.*.hazy", "data.validation_sets.*.clear"),
-    *("coherence.weights", "loss.weights", "evaluate.hazy", "evaluate.clear", "evaluate.weights"),
-    *("dehaze.input", "dehaze.output"),
+FOLDER_KEYS = (
+    "storage",
+    "data.clear",
+    "data.depth",
+    "data.hazy",
+    "data.paired.hazy",
+    "data.paired.clear",
+    "data.validation.hazy",
+    "data.validation.clear",
+    "data.validation_sets.*.hazy",
+    "data.validation_sets.*.clear",
+    "coherence.weights",
+    "loss.weights",
+    "evaluate.hazy",
+    "evaluate.clear",
+    "evaluate.weights",
+    "dehaze.input",
+    "dehaze.output",
 )
-"""The keys of a job file that name folders or URIs; `*` is every key at its place."""
+"""Keys of a job file that name folders or URIs; `*` stands for every key at its place."""
+
+
+@dataclass(frozen=True)
+class _FolderKey:
+    """A key of a job that names a folder: the section that holds it, and its whole path."""
+
+    section: dict[str, Any]
+    key: str
+    path: str
+
+    @property
+    def value(self) -> str:
+        """The folder or URI."""
+        return self.section[self.key]
 
 
 def make_paths_absolute(job: Job) -> Job:
-    """The job with its folders absolute: workers do not run where the driver does."""
+    """Return the job with absolute folders, since workers do not run in the driver's folder."""
     tree = job.model_dump()
-    for section, key, _ in _places(tree):
-        section[key] = locate(section[key]).uri
-    for path, choice in tree.get("tune", {}).get("search", {}).items():
-        if path in FOLDERS and isinstance(choice, tuple):
-            tree["tune"]["search"][path] = tuple(locate(value).uri for value in choice)
+    for folder in _find_folders(tree):
+        folder.section[folder.key] = locate(folder.value).uri
+
+    # Folders among which a search chooses.
+    search = tree.get("tune", {}).get("search", {})
+    for path, choices in _find_searched_folders(tree).items():
+        search[path] = tuple(locate(choice).uri for choice in choices)
     return type(job).model_validate(tree)
 
 
 def list_folders(job: Job) -> list[tuple[str, str]]:
-    """Every folder or URI that the job names, after its key's path."""
+    """List every folder or URI that the job names: the path of its key, and the folder."""
     tree = job.model_dump()
-    found = [(path, section[key]) for section, key, path in _places(tree)]
-    searched = tree.get("tune", {}).get("search", {}).items()
-    choices = [(path, choice) for path, choice in searched if path in FOLDERS and isinstance(choice, tuple)]
-    return found + [(f"tune.search.{path}", value) for path, choice in choices for value in choice]
+    folders = [(folder.path, folder.value) for folder in _find_folders(tree)]
+    for path, choices in _find_searched_folders(tree).items():
+        for choice in choices:
+            folders.append((f"tune.search.{path}", choice))
+    return folders
 
 
-def _places(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """The sections of a job that name a folder, with the key in each that does and its whole path."""
-    for path in FOLDERS:
+def _find_searched_folders(tree: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return the folders among which a search chooses, by the path of their key."""
+    found = {}
+    for path, choices in tree.get("tune", {}).get("search", {}).items():
+        if path in FOLDER_KEYS and isinstance(choices, tuple):
+            found[path] = choices
+    return found
+
+
+def _find_folders(tree: dict[str, Any]) -> Iterator[_FolderKey]:
+    """Yield the keys of a job that name a folder."""
+    for path in FOLDER_KEYS:
         *names, key = path.split(".")
-        for section, prefix in _sections(tree, names):
+        for section, prefix in _find_sections(tree, names):
             if section.get(key):
-                yield section, key, f"{prefix}{key}"
+                yield _FolderKey(section, key, f"{prefix}{key}")
 
 
-def _sections(tree: dict[str, Any], names: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
-    """The sections at a path, each with its own; none where the job leaves it out."""
+def _find_sections(tree: dict[str, Any], names: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
+    """Return the sections at a path, each with its own path; none where the job has no such section."""
     found = [(tree, "")]
     for name in names:
-        found = [
-            (section[key], f"{prefix}{key}.")
-            for section, prefix in found
-            for key in (section if name == "*" else [name])
-            if section.get(key)
-        ]
+        # Go one level deeper: into one section, or into all of them for `*`.
+        deeper = []
+        for section, prefix in found:
+            keys = list(section) if name == "*" else [name]
+            for key in keys:
+                if section.get(key):
+                    deeper.append((section[key], f"{prefix}{key}."))
+        found = deeper
     return found

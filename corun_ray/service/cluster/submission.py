@@ -1,4 +1,4 @@
-"""What goes to a cluster with a submitted job: its command, the code, the environment that its file names."""
+"""What goes to a cluster with a submitted job: its command, the code, and the environment that its file names."""
 
 import os
 import shlex
@@ -6,20 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from corun_ray import PACKAGE
 from corun_ray.config.jobs import DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob
 from corun_ray.config.loading import JobFileError, load_jobs
-from corun_ray.service.cluster.connect import PACKAGE
 from corun_ray.service.cluster.paths import list_folders
 
 SQLITE = "sqlite:///"
-ELSEWHERE = "a submitted job runs on the cluster: give a URI, or an absolute path that its nodes reach"
+ABSOLUTE_STARTS = ("/", "~", "models:", "runs:")
+"""How a place begins that means the same on every machine, as does any URI."""
+RELATIVE_ADVICE = "a submitted job runs on the cluster: give a URI, or an absolute path that its nodes reach"
 EXCLUDED_PATTERNS = ["/tests/", "/docs/"]
-"""Of a checkout, what no job needs; Ray leaves out what .gitignore names."""
+"""Folders of a checkout that no job needs. Ray also excludes what .gitignore names."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """All that Ray's Jobs API is told of a job file."""
+    """All that Ray's Jobs API needs to know of a job file."""
 
     name: str
     entrypoint: str
@@ -30,8 +32,62 @@ class Submission:
     metadata: Mapping[str, str]
 
 
-class _Asked(Mapping[str, str]):
-    """An environment that remembers which of its variables were asked for."""
+def prepare_submission(
+    path: Path,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    name: str | None = None,
+    env: Mapping[str, str] = os.environ,
+    more_env: Sequence[str] = (),
+) -> Submission:
+    """Prepare a job file so that it means on the cluster what it means here.
+
+    Variables that the file names go along with their values of `env`, and so do the variables of `more_env`, given as
+    `NAME` or `NAME=VALUE`. The name is that of the file's only job, else that of the file.
+
+    Raises `JobFileError` for any mistake in the file, for variables that are not set, and for relative paths, which
+    would mean another place on the cluster.
+    """
+    recorded_env = _RecordingEnvironment(env)
+    jobs = load_jobs(path, overrides, recorded_env)
+    given_env, unset = _read_variables(more_env, env)
+
+    # Collect all mistakes, so that the user sees them at once.
+    mistakes = []
+    for job in jobs:
+        owner = f"job {job.name}: " if len(jobs) > 1 else ""
+        for key, place in _find_relative_places(job):
+            mistakes.append(f"{owner}{key}: {place} is relative, and {RELATIVE_ADVICE}")
+    for variable in unset:
+        mistakes.append(f"--env {variable}: not set here (or NAME=VALUE)")
+    if mistakes:
+        raise JobFileError(mistakes)
+
+    # A job file of this checkout goes with the whole checkout; any other goes with its folder and our package.
+    file, checkout = path.absolute(), PACKAGE.parent
+    is_in_checkout = (checkout / "pyproject.toml").exists() and file.is_relative_to(checkout)
+    working_dir = checkout if is_in_checkout else file.parent
+
+    # The same command as here.
+    command = ["python3", "-m", "corun_ray", "run", str(file.relative_to(working_dir))]
+    for override in overrides:
+        command += ["--set", override]
+    if resume:
+        command.append("--resume")
+
+    default_name = jobs[0].name if len(jobs) == 1 else file.stem.lower()
+    return Submission(
+        name=name or default_name,
+        entrypoint=shlex.join(command),
+        working_dir=working_dir,
+        py_modules=() if is_in_checkout else (PACKAGE,),
+        env=recorded_env.found | given_env,
+        metadata={"jobs": ",".join(job.name for job in jobs), "kinds": ",".join(job.kind for job in jobs)},
+    )
+
+
+class _RecordingEnvironment(Mapping[str, str]):
+    """An environment that remembers which of its variables were read."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self._env = env
@@ -48,71 +104,32 @@ class _Asked(Mapping[str, str]):
         return len(self._env)
 
 
-def prepare_submission(
-    path: Path,
-    overrides: Sequence[str] = (),
-    resume: bool = False,
-    name: str | None = None,
-    env: Mapping[str, str] = os.environ,
-    more_env: Sequence[str] = (),
-) -> Submission:
-    """How a job file is submitted so that it means on the cluster what it means here.
-
-    Variables that the file names go along with their values of `env`, and so do those of `more_env`, `NAME` or
-    `NAME=VALUE`. The name is that of the file's one job, else of the file. Raises JobFileError: for whatever is wrong
-    with the file, for variables that are not set, and for relative paths, which would mean another place there.
-    """
-    asked = _Asked(env)
-    jobs = load_jobs(path, overrides, asked)
-    relative = [
-        f"{f'job {job.name}: ' if len(jobs) > 1 else ''}{key}: {place} is relative, and {ELSEWHERE}"
-        for job in jobs
-        for key, place in _relative_places(job)
-    ]
-    given, unset = _given(more_env, env)
-    if wrong := [*relative, *(f"--env {one}: not set here (or NAME=VALUE)" for one in unset)]:
-        raise JobFileError(wrong)
-    file = path.absolute()
-    checkout = PACKAGE.parent
-    is_of_checkout = (checkout / "pyproject.toml").exists() and file.is_relative_to(checkout)
-    working_dir = checkout if is_of_checkout else file.parent
-    settings = [word for one in overrides for word in ("--set", one)]
-    command = ["python3", "-m", "corun_ray", "run", str(file.relative_to(working_dir)), *settings]
-    return Submission(
-        name=name or (jobs[0].name if len(jobs) == 1 else file.stem.lower()),
-        entrypoint=shlex.join([*command, *["--resume"] * resume]),
-        working_dir=working_dir,
-        py_modules=() if is_of_checkout else (PACKAGE,),
-        env=asked.found | given,
-        metadata={"jobs": ",".join(job.name for job in jobs), "kinds": ",".join(job.kind for job in jobs)},
-    )
-
-
-def _given(more_env: Sequence[str], env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The variables asked for, and the names among them that have no value."""
-    given, unset = {}, []
-    for text in more_env:
+def _read_variables(texts: Sequence[str], env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Read variables given as `NAME` or `NAME=VALUE`; also return the texts that have no value."""
+    found, unset = {}, []
+    for text in texts:
         name, mark, value = text.partition("=")
         if mark and name:
-            given[name] = value
+            found[name] = value
         elif name in env:
-            given[name] = env[name]
+            found[name] = env[name]
         else:
             unset.append(text)
-    return given, unset
+    return found, unset
 
 
-def _relative_places(job: Job) -> Iterator[tuple[str, str]]:
-    """Keys that name places by a relative path; a model may be one of MLflow's."""
-    places = [*list_folders(job), *_models(job)]
+def _find_relative_places(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield the keys that name a place by a relative path, and the path."""
+    places = [*list_folders(job), *_list_models(job)]
     if job.tracking.uri.startswith(SQLITE):
         places.append(("tracking.uri", job.tracking.uri.removeprefix(SQLITE)))
     for key, place in places:
-        if not place.startswith(("/", "~", "models:", "runs:")) and "://" not in place:
+        if not place.startswith(ABSOLUTE_STARTS) and "://" not in place:
             yield key, place
 
 
-def _models(job: Job) -> Iterator[tuple[str, str]]:
+def _list_models(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield the keys that name a model, which is a file or one of MLflow's, and the model."""
     if isinstance(job, TrainingJob) and job.network.init:
         yield "network.init", job.network.init
     elif isinstance(job, EvaluateJob):

@@ -1,4 +1,4 @@
-"""`corun-ray doctor`: tries everything that a job would use, a line each, with what to do where it fails."""
+"""`corun-ray doctor`: try everything that a job would use; a line for each, with advice where it fails."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -7,22 +7,21 @@ from dataclasses import dataclass, field, replace
 from corun_ray.config.jobs import ClusterSection, Job
 from corun_ray.config.trials import example
 from corun_ray.core.weights import WeightsError
-from corun_ray.service.cluster import connect as cluster
-from corun_ray.service.cluster.connect import ClusterError
+from corun_ray.service.cluster.connect import ClusterError, connect, format_nodes
 from corun_ray.service.doctor.nodes import ClusterNodes, NodeTrouble, collect_local_facts, measure_all_reduce
-from corun_ray.service.doctor.places import StorageSpeed, is_listening, measure_server_clocks, try_mlflow, try_storage
+from corun_ray.service.doctor.places import is_listening, measure_server_clocks, try_mlflow, try_storage
 from corun_ray.service.models.tracking import TrackingError, get_tracking_uri
 from corun_ray.service.storage import StorageError, locate
 from corun_ray.service.weights.needed import NeededFiles, describe_missing_weights, find_needed_files
 
-MAX_CLOCK_S = 5.0
-"""More apart, timestamps of logs and metrics mislead; object stores refuse requests 15 minutes off."""
+MAX_CLOCK_OFFSET_S = 5.0
+"""Beyond, timestamps of logs and metrics mislead; object stores refuse requests that are 15 minutes off."""
 ALL_REDUCE_MIB = 64
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A line: what was looked at, whether it works (None: not looked at), what was seen, and what to do."""
+    """A line: what was tried, whether it works (None: not tried), what was seen, and advice."""
 
     name: str
     is_ok: bool | None
@@ -44,23 +43,25 @@ class Needs:
     size: ClusterSection = field(default_factory=lambda: ClusterSection(workers=(2, 2)))
     weights: NeededFiles = field(default_factory=dict)
 
-    def at(self, storage: str | None, tracking: str | None) -> "Needs":
-        """The same at other places, where some are given."""
+    def replace_places(self, storage: str | None, tracking: str | None) -> "Needs":
+        """Return the same needs with other places, where any are given."""
         return replace(self, storage=storage or self.storage, tracking=tracking or self.tracking)
 
 
 def collect_needs(jobs: Sequence[Job]) -> Needs:
-    """What a file's jobs use together: the first one's places, everyone's weights, the largest size."""
+    """Collect what a file's jobs use: the places of the first, the largest size, the weights of all."""
     largest = max((job.whole_cluster for job in jobs), key=lambda size: (size.gpus_per_worker, size.min_workers))
+
     weights: NeededFiles = {}
-    for job in map(example, jobs):
-        for folder, files in find_needed_files(job).items():
+    for job in jobs:
+        # Of a search, an example of its trials.
+        for folder, files in find_needed_files(example(job)).items():
             weights.setdefault(folder, {}).update(files)
     return Needs(jobs[0].storage, get_tracking_uri(jobs[0]), largest, weights)
 
 
-class _Bad(Exception):
-    """Something does not work: what was seen, and what to do about it."""
+class _Problem(Exception):
+    """Something that does not work: what was seen, and what to do about it."""
 
     def __init__(self, text: str, advice: str) -> None:
         super().__init__(text)
@@ -68,147 +69,188 @@ class _Bad(Exception):
 
 
 class Doctor:
-    """One examination. Nothing that is tried is left behind, but for an empty MLflow experiment."""
+    """One examination. It leaves nothing behind, except for an empty MLflow experiment.
+
+    Each `_examine_…` returns what it saw, or None where there is nothing to try, and raises `_Problem`.
+    """
 
     def __init__(self, needs: Needs) -> None:
         self.needs = needs
         self.nodes: ClusterNodes | None = None
+        """None until, or unless, Ray is connected."""
 
     def examine(self) -> Iterator[Finding]:
-        """The findings as they are made."""
-        looks: dict[str, Callable[[], str | None]] = {
-            "driver": self._driver,
-            "ray": self._ray,
-            "gpus": self._gpus,
-            "workers": self._workers,
-            "storage": self._storage,
-            "mlflow": self._mlflow,
-            "weights": self._weights,
-            "clock": self._clock,
+        """Yield the findings as they are made."""
+        steps: dict[str, Callable[[], str | None]] = {
+            "driver": self._examine_driver,
+            "ray": self._examine_ray,
+            "gpus": self._examine_gpus,
+            "workers": self._examine_workers,
+            "storage": self._examine_storage,
+            "mlflow": self._examine_mlflow,
+            "weights": self._examine_weights,
+            "clock": self._examine_clocks,
         }
-        for name, look in looks.items():
+        for name, step in steps.items():
             try:
-                text = look()
-            except _Bad as bad:
-                yield Finding(name, False, str(bad), bad.advice)
+                text = step()
+            except _Problem as problem:
+                yield Finding(name, False, str(problem), problem.advice)
             except NodeTrouble as trouble:
-                yield Finding(name, False, str(trouble), "look at the nodes: ray status, and the logs of the one named")
+                advice = "look at the nodes: ray status, and the logs of the one named"
+                yield Finding(name, False, str(trouble), advice)
             else:
-                yield Finding(name, True, text) if text else Finding(name, None, self._why_not(name))
+                if text:
+                    yield Finding(name, True, text)
+                else:
+                    yield Finding(name, None, self._explain_omission(name))
 
-    def _why_not(self, name: str) -> str:
+    def _explain_omission(self, name: str) -> str:
+        """Return why a step tried nothing."""
         if name == "weights":
             return "no file of weights is needed"
-        return "not looked at without Ray" if self.nodes is None else "no GPU is asked for, and there is none"
+        if self.nodes is None:
+            return "not looked at without Ray"
+        return "no GPU is asked for, and there is none"
 
-    def _driver(self) -> str:
+    def _examine_driver(self) -> str:
+        """Compare the GPUs of the NVIDIA driver with those of torch."""
         facts = collect_local_facts()
         if facts.driver_gpus and not facts.torch_gpus:
-            raise _Bad(
+            raise _Problem(
                 f"the NVIDIA driver has {facts.driver_gpus} GPUs, torch {facts.torch} none",
                 f"update the driver: this torch is built for CUDA {facts.cuda}",
             )
         gpus = f"{facts.torch_gpus} GPUs" if facts.torch_gpus else "no GPU"
         return f"Python {facts.python}, torch {facts.torch}, Ray {facts.ray}, {gpus} here"
 
-    def _ray(self) -> str:
-        # A Ray that starts here has as many logical CPUs as the job wants; a cluster has what it has.
-        sizes = [] if os.environ.get("RAY_ADDRESS") else [self.needs.size.model_copy(update={"gpus_per_worker": 0.0})]
+    def _examine_ray(self) -> str:
+        """Connect to Ray; compare the versions on its nodes; look for token authentication."""
+        # A Ray that starts here gets as many logical CPUs as the job wants; a cluster has what it has.
+        address = os.environ.get("RAY_ADDRESS", "")
+        sizes = []
+        if not address:
+            sizes.append(self.needs.size.model_copy(update={"gpus_per_worker": 0.0}))
         try:
-            place = cluster.connect(*sizes)
+            place = connect(*sizes)
         except ClusterError as error:
-            if is_listening(os.environ.get("RAY_ADDRESS", "")):
-                advice = "something listens there: does it know your token, and is its Ray of the version above?"
-                advice += " (RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
+            if is_listening(address):
+                advice = (
+                    "something listens there: does it know your token, and is its Ray of the version above? "
+                    "(RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
+                )
             else:
                 advice = "give RAY_ADDRESS=HOST:6379 of a head that runs and can be reached; without, a Ray starts here"
-            raise _Bad(str(error), advice) from None
+            raise _Problem(str(error), advice) from None
+
+        # All nodes must run the same versions.
         self.nodes = ClusterNodes()
-        if other := self.nodes.with_other_versions():
-            raise _Bad(f"{place}: other versions on {other}", "give every node the same image")
-        token = "on" if os.environ.get("RAY_AUTH_MODE") == "token" else "off"
-        if token == "off" and os.environ.get("RAY_ADDRESS"):
-            raise _Bad(
+        others = self.nodes.describe_other_versions()
+        if others:
+            raise _Problem(f"{place}: other versions on {others}", "give every node the same image")
+
+        # A cluster must ask for a token; a Ray that was started here is reached from here alone.
+        has_token = os.environ.get("RAY_AUTH_MODE") == "token"
+        if address and not has_token:
+            raise _Problem(
                 f"{place}: token authentication is off: whoever reaches it can run code on it",
                 "start every node with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN",
             )
-        return f"{place}: {self.nodes.summary()}, token authentication {token}"
+        return f"{place}: {self.nodes.summarise()}, token authentication {'on' if has_token else 'off'}"
 
-    def _gpus(self) -> str | None:
+    def _examine_gpus(self) -> str | None:
+        """Compare the GPUs that Ray counts with those that torch sees, and with those that the job needs."""
         if self.nodes is None:
             return None
-        wanted = self.needs.size.min_workers * self.needs.size.gpus_per_worker
-        has = self.nodes.ray_gpus()
-        for address, facts in self.nodes.facts().items():
-            if facts.torch_gpus < has.get(address, 0):
-                raise _Bad(
-                    f"Ray has {has[address]:g} GPUs on {address}, torch sees {facts.torch_gpus}",
+
+        ray_gpus = self.nodes.count_ray_gpus()
+        for address, facts in self.nodes.collect_facts().items():
+            if facts.torch_gpus < ray_gpus.get(address, 0):
+                raise _Problem(
+                    f"Ray has {ray_gpus[address]:g} GPUs on {address}, torch sees {facts.torch_gpus}",
                     "check its driver (nvidia-smi) and that it runs the GPU image",
                 )
-        if wanted > sum(has.values()):
-            raise _Bad(
-                f"the job asks for {wanted:g} GPUs, Ray has {sum(has.values()):g}",
+
+        wanted = self.needs.size.min_workers * self.needs.size.gpus_per_worker
+        total = sum(ray_gpus.values())
+        if wanted > total:
+            raise _Problem(
+                f"the job asks for {wanted:g} GPUs, Ray has {total:g}",
                 "add GPU nodes, or train on CPUs: --set cluster.gpus_per_worker=0",
             )
-        return f"{sum(has.values()):g} in Ray, and torch sees them" if sum(has.values()) else None
+        return f"{total:g} in Ray, and torch sees them" if total else None
 
-    def _workers(self) -> str | None:
+    def _examine_workers(self) -> str | None:
+        """Start the job's workers and let them sum tensors, as they sum their gradients."""
         if self.nodes is None:
             return None
         try:
-            cluster.connect(self.needs.size)
+            connect(self.needs.size)
             return measure_all_reduce(self.needs.size, ALL_REDUCE_MIB)
         except ClusterError as error:
-            raise _Bad(str(error), "start more nodes, or ask for less (cluster.workers, serve.replicas)") from None
+            raise _Problem(str(error), "start more nodes, or ask for less (cluster.workers, serve.replicas)") from None
         except RuntimeError as error:
-            raise _Bad(
+            raise _Problem(
                 f"workers cannot talk to each other: {error}",
                 "open all ports between the nodes; with several networks set NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME",
             ) from None
 
-    def _storage(self) -> str:
+    def _examine_storage(self) -> str:
+        """Write, read, list and delete from here and from every node."""
         place = locate(self.needs.storage)
         advice = "check the URI, and that every node has AWS_ENDPOINT_URL and credentials in its environment"
         if place.is_local:
             advice = "give a URI or a folder that all nodes share and may write"
-        try:
-            outcomes: list[StorageSpeed] = [try_storage(place)]
-            if self.nodes is not None:
-                outcomes += self.nodes.try_storage(place)
-        except StorageError as error:
-            raise _Bad(str(error), advice) from None
-        write, read = (min(getattr(one, name) for one in outcomes) for name in ("write_mb_per_s", "read_mb_per_s"))
-        count = len(outcomes) - 1
-        seen_from = f"here and {count} node{'s' * (count != 1)}" if count else "here"
-        return f"{place.uri} from {seen_from}: write {write:.0f} MB/s, read {read:.0f} MB/s at least, list, delete"
 
-    def _mlflow(self) -> str:
+        try:
+            speeds = [try_storage(place)]
+            if self.nodes is not None:
+                speeds += self.nodes.try_storage(place)
+        except StorageError as error:
+            raise _Problem(str(error), advice) from None
+
+        # The slowest place counts.
+        write = min(speed.write_mb_per_s for speed in speeds)
+        read = min(speed.read_mb_per_s for speed in speeds)
+        num_nodes = len(speeds) - 1
+        tried_from = f"here and {format_nodes(num_nodes)}" if num_nodes else "here"
+        return f"{place.uri} from {tried_from}: write {write:.0f} MB/s, read {read:.0f} MB/s at least, list, delete"
+
+    def _examine_mlflow(self) -> str:
+        """Log a run and read it back."""
         try:
             return f"{self.needs.tracking}: {try_mlflow(self.needs.tracking)}"
         except TrackingError as error:
-            raise _Bad(str(error), "check MLFLOW_TRACKING_URI and the server's own artifact store") from None
+            raise _Problem(str(error), "check MLFLOW_TRACKING_URI and the server's own artifact store") from None
 
-    def _weights(self) -> str | None:
+    def _examine_weights(self) -> str | None:
+        """Look for the needed weight files."""
         try:
-            wrong = describe_missing_weights(self.needs.weights)
+            mistakes = describe_missing_weights(self.needs.weights)
         except WeightsError as error:
-            wrong = [str(error)]
-        if wrong:
-            raise _Bad(
-                "; ".join(wrong), "corun-ray weights fetch JOB.yaml, or put the files there and `weights add` them"
-            )
+            mistakes = [str(error)]
+        if mistakes:
+            advice = "corun-ray weights fetch DIR, or put the files there and run corun-ray weights index DIR"
+            raise _Problem("; ".join(mistakes), advice)
+
         files = [name for wanted in self.needs.weights.values() for name in wanted]
         return f"{', '.join(files)}: there, and as their checksums say" if files else None
 
-    def _clock(self) -> str:
-        offsets = measure_server_clocks(self.needs.storage, self.needs.tracking)
+    def _examine_clocks(self) -> str:
+        """Compare the clocks of all servers and nodes with ours."""
+        offsets_s = measure_server_clocks(self.needs.storage, self.needs.tracking)
         if self.nodes is not None:
-            offsets |= self.nodes.clocks()
-        wrong = {name: offset_s for name, offset_s in offsets.items() if abs(offset_s) > MAX_CLOCK_S}
+            offsets_s |= self.nodes.measure_clocks()
+
+        wrong = []
+        for name, offset_s in offsets_s.items():
+            if abs(offset_s) > MAX_CLOCK_OFFSET_S:
+                wrong.append(f"{name} {offset_s:+.0f} s")
         if wrong:
-            said = ", ".join(f"{name} {offset_s:+.0f} s" for name, offset_s in wrong.items())
-            raise _Bad(
-                f"apart from the clock here: {said}", "let every machine take its time from NTP (chronyc tracking)"
+            raise _Problem(
+                f"apart from the clock here: {', '.join(wrong)}",
+                "let every machine take its time from NTP (chronyc tracking)",
             )
-        most = max(map(abs, offsets.values()), default=0.0)
-        return f"{', '.join(offsets) or 'this machine'}: at most {most:.1f} s apart"
+
+        largest_s = max(map(abs, offsets_s.values()), default=0.0)
+        return f"{', '.join(offsets_s) or 'this machine'}: at most {largest_s:.1f} s apart"

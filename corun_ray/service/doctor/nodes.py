@@ -7,13 +7,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.actor import ActorProxy
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
@@ -21,37 +22,46 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from corun_ray.config.jobs import ClusterSection
+from corun_ray.service.cluster.connect import format_nodes
 from corun_ray.service.cluster.gpus import count_driver_gpus
 from corun_ray.service.doctor.places import StorageSpeed, shorten_patience, try_storage
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.train.launch import NodeTorchConfig, describe_failure, make_scaling_config
 
-T = TypeVar("T")
-ANSWER_S = 60.0
-ASKED_FOR_TIME = 5
-REPEATS = 3
+ANSWER_TIMEOUT_S = 60.0
+CLOCK_QUESTIONS = 5
+"""How often a node is asked for its time; the fastest answer counts."""
+ALL_REDUCE_REPEATS = 3
 MIB = 2**20
+BYTES_PER_FLOAT = 4
+
+Answer = TypeVar("Answer")
 
 
 class NodeTrouble(Exception):
     """A node that does not answer; the message is one line."""
 
 
+# --- Facts, storage and clocks of every node ---
+
+
 @dataclass(frozen=True)
 class MachineFacts:
-    """What a machine has."""
+    """Versions and GPUs of a machine."""
 
     python: str
     torch: str
     ray: str
     cuda: str | None
     torch_gpus: int
+    """GPUs that torch can use."""
     driver_gpus: int
+    """GPUs that the NVIDIA driver lists."""
 
 
 def collect_local_facts() -> MachineFacts:
-    """Of the machine that this runs on."""
+    """Collect the facts of this machine."""
     return MachineFacts(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -62,17 +72,25 @@ def collect_local_facts() -> MachineFacts:
     )
 
 
-class _Node:
-    """An actor on a node, without resources of its own."""
+class NodeProbe:
+    """Actor on a node that answers the doctor; it needs no CPU."""
 
-    def facts(self) -> MachineFacts:
+    @ray.method
+    def collect_facts(self) -> MachineFacts:
+        """Collect the facts of this node."""
         return collect_local_facts()
 
-    def time(self) -> float:
+    @ray.method
+    def read_clock(self) -> float:
+        """Return this node's time in seconds since 1970."""
         return time.time()
 
+    @ray.method
     def try_storage(self, place: Location, marker: str, content: bytes) -> StorageSpeed | str:
-        """A storage error travels as text: Ray would wrap it in others."""
+        """Try storage from this node, which must see the file `marker` that another machine wrote.
+
+        A storage error is returned as its text: Ray would wrap one that is raised in others.
+        """
         shorten_patience()
         try:
             if not place.child(marker).exists() or place.child(marker).read() != content:
@@ -83,111 +101,101 @@ class _Node:
 
 
 class ClusterNodes:
-    """The nodes of the cluster that is connected, by address."""
+    """The living nodes of the connected cluster, by address, with a probe on each."""
 
     def __init__(self) -> None:
         self._nodes = {node["NodeManagerAddress"]: node for node in ray.nodes() if node["Alive"]}
-        actor = ray.remote(num_cpus=0)(_Node)
-        self._actors = {
-            address: actor.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote()
-            for address, node in self._nodes.items()
-        }
+
+        self._probes: dict[str, ActorProxy[NodeProbe]] = {}
+        for address, node in self._nodes.items():
+            on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            probe = ray.remote(NodeProbe).options(num_cpus=0, scheduling_strategy=on_node).remote()
+            self._probes[address] = probe
         self._facts: dict[str, MachineFacts] = {}
 
-    def facts(self) -> dict[str, MachineFacts]:
-        """What each has. Raises `NodeTrouble`."""
-        self._facts = self._facts or self._asked(lambda actor: actor.facts.remote())
+    def collect_facts(self) -> dict[str, MachineFacts]:
+        """Return the facts of each node; raises `NodeTrouble`."""
+        if not self._facts:
+            self._facts = self._ask_all(lambda probe: probe.collect_facts.remote())
         return self._facts
 
-    def with_other_versions(self) -> str:
-        """The nodes whose Python, torch or Ray is not that of this process, with what they have; empty for none."""
+    def describe_other_versions(self) -> str:
+        """Return the nodes whose Python, torch or Ray differ from those of this process; empty for none."""
         here = collect_local_facts()
-        others = {
-            address: facts
-            for address, facts in self.facts().items()
-            if (facts.python, facts.torch, facts.ray) != (here.python, here.torch, here.ray)
-        }
-        return "; ".join(f"{a} (Python {f.python}, torch {f.torch}, Ray {f.ray})" for a, f in others.items())
+        others = []
+        for address, facts in self.collect_facts().items():
+            if (facts.python, facts.torch, facts.ray) != (here.python, here.torch, here.ray):
+                others.append(f"{address} (Python {facts.python}, torch {facts.torch}, Ray {facts.ray})")
+        return "; ".join(others)
 
-    def ray_gpus(self) -> dict[str, float]:
-        """GPUs by Ray's count."""
+    def count_ray_gpus(self) -> dict[str, float]:
+        """Return the GPUs that Ray counts on each node."""
         return {address: node["Resources"].get("GPU", 0.0) for address, node in self._nodes.items()}
 
-    def summary(self) -> str:
-        """How many nodes and what they have."""
+    def summarise(self) -> str:
+        """Return the number of nodes and their resources as text."""
         cpus = sum(node["Resources"].get("CPU", 0.0) for node in self._nodes.values())
-        count = len(self._nodes)
-        return f"{count} node{'s' * (count != 1)}, {cpus:g} CPUs, {sum(self.ray_gpus().values()):g} GPUs"
+        gpus = sum(self.count_ray_gpus().values())
+        return f"{format_nodes(len(self._nodes))}, {cpus:g} CPUs, {gpus:g} GPUs"
 
-    def clocks(self) -> dict[str, float]:
-        """Seconds by which the clock of each is ahead of ours, as the fastest of a few questions tells it."""
-        return {address: _clock(actor) for address, actor in self._actors.items()}
+    def measure_clocks(self) -> dict[str, float]:
+        """Return the seconds by which the clock of each node is ahead of ours."""
+        return {address: _measure_clock(probe) for address, probe in self._probes.items()}
 
     def try_storage(self, place: Location) -> list[StorageSpeed]:
-        """Tries storage from each, which must also see what is written from here; raises `StorageError`."""
+        """Try storage from each node, which must also see a file that is written from here.
+
+        Raises `StorageError`, naming the node.
+        """
         marker, content = f".corun-doctor-{os.urandom(6).hex()}", os.urandom(16)
         place.child(marker).write(content)
         try:
-            outcomes = self._asked(lambda actor: actor.try_storage.remote(place, marker, content))
+            answers = self._ask_all(lambda probe: probe.try_storage.remote(place, marker, content))
         finally:
             place.child(marker).delete()
-        for address, outcome in outcomes.items():
-            if isinstance(outcome, str):
-                raise StorageError(f"from {address}: {outcome}")
-        return list(outcomes.values())
 
-    def _asked(self, ask: Callable[[Any], Any]) -> dict[str, Any]:
-        answers = {address: ask(actor) for address, actor in self._actors.items()}
-        return {address: _answer(address, answer) for address, answer in answers.items()}
+        speeds = []
+        for address, answer in answers.items():
+            if isinstance(answer, str):
+                raise StorageError(f"from {address}: {answer}")
+            speeds.append(answer)
+        return speeds
+
+    def _ask_all(self, ask: "Callable[[ActorProxy[NodeProbe]], ray.ObjectRef[Answer]]") -> dict[str, Answer]:
+        """Ask all nodes at once and return their answers; raises `NodeTrouble`."""
+        pending = {address: ask(probe) for address, probe in self._probes.items()}
+        return {address: _await_answer(address, answer) for address, answer in pending.items()}
 
 
-def _answer(address: str, answer: Any) -> Any:
+def _await_answer(address: str, answer: "ray.ObjectRef[Answer]") -> Answer:
+    """Wait for a node's answer; raises `NodeTrouble`."""
     try:
-        return ray.get(answer, timeout=ANSWER_S)
+        return ray.get(answer, timeout=ANSWER_TIMEOUT_S)
     except RayError as error:
         raise NodeTrouble(f"{address} does not answer: {find_root_cause(str(error))}") from None
 
 
-def _clock(actor: Any) -> float:
-    tries = []
-    for _ in range(ASKED_FOR_TIME):
-        asked = time.time()
-        told = ray.get(actor.time.remote(), timeout=ANSWER_S)
-        answered = time.time()
-        tries.append((answered - asked, told - (asked + answered) / 2))
-    return min(tries)[1]
+def _measure_clock(probe: ActorProxy[NodeProbe]) -> float:
+    """Return the seconds by which a node's clock is ahead of ours."""
+    # The node read its clock about halfway between question and answer.
+    measured = []
+    for _ in range(CLOCK_QUESTIONS):
+        asked_s = time.time()
+        node_s = ray.get(probe.read_clock.remote(), timeout=ANSWER_TIMEOUT_S)
+        answered_s = time.time()
+        measured.append((answered_s - asked_s, node_s - (asked_s + answered_s) / 2))
+
+    # The fastest answer is the most exact.
+    _, offset_s = min(measured)
+    return offset_s
 
 
-def measure_all_reduce(size: ClusterSection, mib: int) -> str:
-    """Sums `mib` MiB over the job's workers as their gradients would be; says how fast.
-
-    Raises RuntimeError where they cannot, in one line.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = TorchTrainer(
-            functools.partial(_all_reduce, mib),  # type: ignore[arg-type]
-            scaling_config=make_scaling_config(size),
-            torch_config=NodeTorchConfig(timeout_s=int(ANSWER_S)),
-            run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=0)),
-        )
-        try:
-            # Ray's annotations are those of its older trainer, which had no such values.
-            summed: _Summed = trainer.fit().return_value  # type: ignore[attr-defined]
-        except TrainingFailedError as error:
-            raise RuntimeError("; ".join(describe_failure(error))) from None
-    if summed.workers == 1:
-        return "a single worker: nothing to sum"
-    # Each byte crosses the slowest link 2 (n - 1) / n times, as NCCL's own tests count.
-    speed = 2 * (summed.workers - 1) / summed.workers * mib * MIB / summed.seconds / 1e9
-    where = f"{summed.workers} workers on {summed.nodes} node{'s' * (summed.nodes != 1)}"
-    return f"{where}: {mib} MiB summed by {summed.backend} in {1000 * summed.seconds:.0f} ms, {speed:.2f} GB/s"
+# --- A sum over the training workers ---
 
 
 @dataclass(frozen=True)
-class _Summed:
-    """What one of the workers saw: how many they were, on how many nodes, and the least time of a sum."""
+class _SumResult:
+    """Number of workers and nodes that took part in a sum, and its least time."""
 
     workers: int
     nodes: int = 1
@@ -195,22 +203,56 @@ class _Summed:
     seconds: float = 0.0
 
 
-def _all_reduce(mib: int) -> _Summed:
+def measure_all_reduce(size: ClusterSection, mib: int) -> str:
+    """Sum `mib` MiB over the job's workers as their gradients would be; return the speed as text.
+
+    Raises `RuntimeError`, in one line, where they cannot.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TorchTrainer(
+            functools.partial(_sum_on_worker, mib),  # type: ignore[arg-type]
+            scaling_config=make_scaling_config(size),
+            torch_config=NodeTorchConfig(timeout_s=int(ANSWER_TIMEOUT_S)),
+            run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=0)),
+        )
+        try:
+            # Ray's annotations are those of its older trainer, whose results had no return value.
+            result: _SumResult = trainer.fit().return_value  # type: ignore[attr-defined]
+        except TrainingFailedError as error:
+            raise RuntimeError("; ".join(describe_failure(error))) from None
+
+    if result.workers == 1:
+        return "a single worker: nothing to sum"
+    # Each byte crosses the slowest link 2 (n - 1) / n times, as NCCL's own tests count.
+    num_bytes = 2 * (result.workers - 1) / result.workers * mib * MIB
+    gb_per_s = num_bytes / result.seconds / 1e9
+    where = f"{result.workers} workers on {format_nodes(result.nodes)}"
+    return f"{where}: {mib} MiB summed by {result.backend} in {1000 * result.seconds:.0f} ms, {gb_per_s:.2f} GB/s"
+
+
+def _sum_on_worker(mib: int) -> _SumResult:
+    """Sum `mib` MiB over all workers, in each of them, and check the sum."""
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     workers, rank = context.get_world_size(), context.get_world_rank()
     if workers == 1:
-        return _Summed(workers)
+        return _SumResult(workers)
+
     seconds = []
-    for _ in range(1 + REPEATS):  # the first one connects
-        numbers = torch.full((mib * MIB // 4,), float(rank + 1), device=device)
+    # One more, since the first sum also connects the workers.
+    for _ in range(1 + ALL_REDUCE_REPEATS):
+        numbers = torch.full((mib * MIB // BYTES_PER_FLOAT,), float(rank + 1), device=device)
         dist.barrier()
-        started = time.monotonic()
+        started_s = time.monotonic()
         dist.all_reduce(numbers)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.monotonic() - started)
+        seconds.append(time.monotonic() - started_s)
+
+        # The sum of 1 to n.
         if not bool((numbers == workers * (workers + 1) / 2).all()):
             raise RuntimeError(f"rank {rank} got a wrong sum")
+
+    # Count the nodes that took part.
     nodes: list[str] = [""] * workers
     dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
-    return _Summed(workers, len(set(nodes)), dist.get_backend(), min(seconds[1:]))
+    return _SumResult(workers, len(set(nodes)), dist.get_backend(), min(seconds[1:]))

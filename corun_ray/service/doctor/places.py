@@ -1,4 +1,4 @@
-"""The doctor's trials of what lies outside Ray: an object store, an MLflow server, their clocks."""
+"""The doctor's trials of what lies outside Ray: an object store, an MLflow server, and their clocks."""
 
 import email.utils
 import os
@@ -17,88 +17,123 @@ from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow, 
 from corun_ray.service.storage import PATIENCE_VARIABLE, Location, StorageError
 
 TRIAL_MIB = 16
+MIB = 2**20
 MB = 10**6
 EXPERIMENT = "corun-doctor"
-ANSWER_S = 10
+TRIAL_METRICS = {"trial": 1.0}
+ANSWER_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
 class StorageSpeed:
-    """Of a trial of storage."""
+    """How fast a trial wrote to storage and read from it."""
 
     write_mb_per_s: float
     read_mb_per_s: float
 
 
 def shorten_patience() -> None:
-    """Lets this process give up on a store or server within seconds, not minutes."""
-    os.environ.setdefault(PATIENCE_VARIABLE, str(ANSWER_S))
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ANSWER_S))
+    """Let this process give up on a store or server within seconds, not minutes."""
+    os.environ.setdefault(PATIENCE_VARIABLE, str(ANSWER_TIMEOUT_S))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ANSWER_TIMEOUT_S))
 
 
 def try_storage(place: Location) -> StorageSpeed:
-    """Writes, reads, lists and deletes a file below `place`; raises `StorageError` for what does not work."""
+    """Write, read, list and delete a file below `place`.
+
+    Raises `StorageError` for a step that does not work.
+    """
     folder = place.child(f".corun-doctor-{uuid.uuid4().hex[:12]}")
-    content = os.urandom(TRIAL_MIB * 2**20)
+    content = os.urandom(TRIAL_MIB * MIB)
     try:
-        started = time.monotonic()
+        # Write and read.
+        started_s = time.monotonic()
         folder.child("trial.bin").write(content)
-        written = time.monotonic()
-        same = folder.child("trial.bin").read() == content
-        read = time.monotonic()
-        if not same:
+        written_s = time.monotonic()
+        is_same = folder.child("trial.bin").read() == content
+        read_s = time.monotonic()
+        if not is_same:
             raise StorageError(f"cannot trust {place.uri}: it gives back other bytes than were written")
+
+        # List.
         if folder.list_files() != ["trial.bin"]:
             raise StorageError(f"cannot list {place.uri}: a file that was written is not in it")
     finally:
-        with suppress(StorageError):  # the error that is under way says more
+        # Delete; the error of an earlier step says more than one of this step.
+        with suppress(StorageError):
             folder.delete()
+
     if folder.child("trial.bin").exists():
         raise StorageError(f"cannot delete in {place.uri}: a file that was deleted is still there")
-    return StorageSpeed(len(content) / MB / (written - started), len(content) / MB / (read - written))
+    num_mb = len(content) / MB
+    return StorageSpeed(num_mb / (written_s - started_s), num_mb / (read_s - written_s))
 
 
 def try_mlflow(uri: str) -> str:
-    """Logs a run with a metric and an artifact, reads both back and deletes it; raises `TrackingError`."""
+    """Log a run with a metric and an artifact, read both back and delete the run; return what was done.
+
+    Raises `TrackingError` for a step that does not work.
+    """
     mlflow = connect_to_mlflow(uri)
     content = uuid.uuid4().hex
     try:
         client = mlflow.MlflowClient(uri)
-        run = client.create_run(get_or_create_experiment(mlflow, uri, EXPERIMENT)).info.run_id
+        run_id = client.create_run(get_or_create_experiment(mlflow, uri, EXPERIMENT)).info.run_id
         try:
-            client.log_metric(run, "trial", 1.0)
-            client.log_text(run, content, "trial.txt")
+            # Log.
+            for name, value in TRIAL_METRICS.items():
+                client.log_metric(run_id, name, value)
+            client.log_text(run_id, content, "trial.txt")
+
+            # Read back.
             with tempfile.TemporaryDirectory() as folder:
-                same = Path(client.download_artifacts(run, "trial.txt", folder)).read_text() == content
-            same = same and client.get_run(run).data.metrics == {"trial": 1.0}
+                artifact = Path(client.download_artifacts(run_id, "trial.txt", folder)).read_text()
+            is_same = artifact == content and client.get_run(run_id).data.metrics == TRIAL_METRICS
         finally:
-            client.delete_run(run)
+            client.delete_run(run_id)
     except Exception as error:
         raise TrackingError(f"{uri} does not work as MLflow: {get_first_line(error)}") from None
-    if not same:
+
+    if not is_same:
         raise TrackingError(f"{uri} gives back other values than were logged")
     return "run, metric and artifact, written and read"
 
 
 def is_listening(address: str) -> bool:
-    """Whether anything takes connections at HOST:PORT."""
+    """Return whether a server accepts connections at HOST:PORT."""
     host, _, port = address.rpartition(":")
-    with suppress(OSError, ValueError), socket.create_connection((host, int(port)), ANSWER_S):
+    with suppress(OSError, ValueError), socket.create_connection((host, int(port)), ANSWER_TIMEOUT_S):
         return True
     return False
 
 
 def measure_server_clocks(storage: str, tracking: str) -> dict[str, float]:
-    """Seconds by which the clocks of the object store and of MLflow are ahead of ours, as far as they tell."""
+    """Return the seconds by which the clocks of the object store and of MLflow are ahead of ours.
+
+    A server that does not answer, or whose answer has no date, is missing in the result.
+    """
     servers = {"MLflow": tracking}
     if storage.startswith("s3://"):
         servers["the object store"] = os.environ.get("AWS_ENDPOINT_URL") or "https://s3.amazonaws.com"
+
     offsets = {}
     for name, url in servers.items():
+        # MLflow in a file has no clock of its own.
         if url.startswith("http"):
             with suppress(requests.RequestException, TypeError, ValueError):
-                asked = time.time()
-                answer = requests.head(url, timeout=ANSWER_S)
-                told = email.utils.parsedate_to_datetime(answer.headers["Date"]).timestamp()
-                offsets[name] = told + 0.5 - (asked + time.time()) / 2  # a date is cut to the second
+                offsets[name] = _measure_http_clock(url)
     return offsets
+
+
+def _measure_http_clock(url: str) -> float:
+    """Return the seconds by which a server's clock is ahead of ours, by the date of its answer.
+
+    Raises `requests.RequestException`, `TypeError` or `ValueError` where no date can be read.
+    """
+    asked_s = time.time()
+    answer = requests.head(url, timeout=ANSWER_TIMEOUT_S)
+    server_s = email.utils.parsedate_to_datetime(answer.headers["Date"]).timestamp()
+    answered_s = time.time()
+
+    # The date is cut to the second, half a second on average, and was written halfway between question and answer.
+    return server_s + 0.5 - (asked_s + answered_s) / 2

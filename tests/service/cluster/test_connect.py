@@ -6,9 +6,9 @@ import sys
 
 DRIVER = """
 import signal, time
-from corun_ray.service.cluster import connect as cluster
+from corun_ray.service.cluster.connect import connect
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-cluster.connect()
+connect()
 try:
     signal.raise_signal(signal.SIGTERM)
     time.sleep(1)

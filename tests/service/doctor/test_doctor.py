@@ -96,7 +96,7 @@ def test_a_cluster_that_is_not_there_is_named_and_the_rest_is_looked_at(needs, m
 
         raise ClusterError("RAY_ADDRESS: no Ray cluster at 127.0.0.1:1")
 
-    monkeypatch.setattr("corun_ray.service.cluster.connect.connect", no_cluster)
+    monkeypatch.setattr("corun_ray.service.doctor.doctor.connect", no_cluster)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         assert "does it know your token" in examined(needs)["ray"].advice
@@ -143,4 +143,5 @@ def test_the_needs_of_a_file_are_those_of_its_jobs_together(tmp_path):
     assert (found.storage, found.tracking) == ("/one", "sqlite:////one/mlflow.db")
     assert found.size.min_workers == 4
     assert [*found.weights] == ["/w"]
-    assert found.at("s3://b", None).storage == "s3://b" and found.at(None, "http://m").tracking == "http://m"
+    assert found.replace_places("s3://b", None).storage == "s3://b"
+    assert found.replace_places(None, "http://m").tracking == "http://m"
