@@ -38,7 +38,7 @@ def test_a_job_of_the_checkout_goes_with_it_and_with_the_variables_that_it_names
     sent = prepare_submission(JOBS / "colabator.yaml", ["train.steps=7 "], resume=True, env=env, more_env=more_env)
     assert sent.name == "colabator"
     assert sent.entrypoint == ("python3 -m corun_ray run jobs/colabator.yaml --set 'train.steps=7 ' --resume")
-    assert (sent.working_dir / "corun_ray" / "cli.py").exists() and sent.py_modules == ()
+    assert (sent.working_dir / "corun_ray" / "__main__.py").exists() and sent.py_modules == ()
     assert sent.env == {**env, "A": "b=c"}
     assert sent.metadata == {"jobs": "colabator", "kinds": "colabator"}
 
