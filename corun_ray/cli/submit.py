@@ -123,7 +123,7 @@ def list_jobs(address: Address = None) -> int:
 
     # What Ray knows of each submission, in columns.
     rows: list[tuple[str, ...]] = []
-    for job in _connect(address).all():
+    for job in _connect(address).list_jobs():
         rows.append((str(job.submission_id), job.status.value.lower(), *_format_times(job)))
 
     print(format_table(rows, ("JOB", "STATUS", "STARTED", "TOOK")) if rows else "no job was submitted to this cluster")
@@ -142,7 +142,7 @@ def show_status(name: Name, address: Address = None) -> int:
 
     print(job.submission_id)
     print(format_table(rows, indent="  "))
-    for line in cluster.log(str(job.submission_id)).splitlines()[-LAST_LINES:]:
+    for line in cluster.read_log(str(job.submission_id)).splitlines()[-LAST_LINES:]:
         print(f"  | {line}")
     return DONE
 
