@@ -2,8 +2,9 @@
 
 import posixpath
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
@@ -155,18 +156,9 @@ def dehaze(
     if not wanted:
         return result
 
-    # Start the actors. The dataset must have no name here: see `iterate_rows`.
-    DataContext.get_current().enable_progress_bars = False
-    slots, threads = plan_actor_pool(len(wanted))
-    rows = iterate_rows(
-        ray.data.from_items(wanted, override_num_blocks=min(len(wanted), MAX_BLOCKS)).map_batches(
-            ImageDehazer, batch_size=1, fn_constructor_args=({"model": ray.put(model)}, threads, section), **slots
-        )
-    )
-
     # Count the outcomes as they come.
     recorder = MetricRecorder({"job_name": job_name})
-    for done, row in enumerate(rows, 1):
+    for done, row in enumerate(_dehaze_images(section, model, wanted), 1):
         if row["error"]:
             result.bad_files[posixpath.join(section.input, row["key"])] = row["error"]
         else:
@@ -176,6 +168,22 @@ def dehaze(
         if progress:
             progress(done, len(wanted))
     return result
+
+
+def _dehaze_images(section: DehazeSection, model: Model, keys: list[str]) -> Iterator[dict[str, Any]]:
+    """Start the actors; return their results one by one.
+
+    Raises `StorageError`.
+    """
+    DataContext.get_current().enable_progress_bars = False
+    slots, threads = plan_actor_pool(len(keys))
+
+    # The dataset must have no name here: see `iterate_rows`.
+    return iterate_rows(
+        ray.data.from_items(keys, override_num_blocks=min(len(keys), MAX_BLOCKS)).map_batches(
+            ImageDehazer, batch_size=1, fn_constructor_args=({"model": ray.put(model)}, threads, section), **slots
+        )
+    )
 
 
 def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> DehazeResult:

@@ -125,6 +125,7 @@ def _format_interval(interval: Interval, signed: bool = False) -> str:
 
 def build_interval_table(intervals: Intervals) -> pa.Table:
     """Return a table of `model`, `metric`, `mean`, `low`, `high`, `images`."""
+    # One row for each model and metric.
     rows = []
     for model, row in intervals.items():
         for metric, interval in row.items():

@@ -74,13 +74,9 @@ def describe_model(
 
     `data_digest` is that of the job's manifest, `run` the run's folder, `log` the run's validation values.
     """
-    # Reduce the last validation to a mean and an interval for each metric, such as `val/psnr`.
-    last_step = log.last_step
-    last_values = {} if last_step is None else log.at(last_step)
-    intervals = {}
-    for (prefix, metric), values_of_images in last_values.items():
-        intervals[f"{prefix}/{metric}"] = estimate_interval(np.array(list(values_of_images.values())))
+    intervals = _estimate_intervals(log)
 
+    # The tags are for programs: what the model is, where it comes from, how good it is.
     job_text = dump_job(job)
     set_digests = [f"{images.prefix}={_digest_images(images)}" for images in list_validation_sets(job)]
     tags = {
@@ -97,7 +93,7 @@ def describe_model(
         tags[name] = f"{interval.mean:.6g}"
 
     # The picture is left out where the run has no validation images.
-    pictures = _draw_pictures(run, last_step)
+    pictures = _draw_pictures(run, log.last_step)
     card = CARD.format(
         title=_make_title(spec),
         summary=tags[SUMMARY_TAG],
@@ -130,6 +126,18 @@ def read_code_version() -> str:
     return f"{number} sources {digest.hexdigest()[:DIGEST_CHARACTERS]}"
 
 
+def _estimate_intervals(log: ValidationLog) -> dict[str, Interval]:
+    """Reduce the last validation to mean and interval of each metric.
+
+    The keys are such as `val/psnr`.
+    """
+    last_values = {} if log.last_step is None else log.at(log.last_step)
+    intervals = {}
+    for (prefix, metric), values_of_images in last_values.items():
+        intervals[f"{prefix}/{metric}"] = estimate_interval(np.array(list(values_of_images.values())))
+    return intervals
+
+
 def _digest_images(images: ValidationSet) -> str:
     """Return a digest of a validation set's file names."""
     listing = json.dumps([images.hazy_root, images.clear_root, images.pairs])
@@ -153,6 +161,7 @@ def _summarise(job: TrainingJob, spec: NetworkSpec) -> str:
 
 def _tabulate(intervals: Mapping[str, Interval]) -> str:
     """Return the validation's means as a Markdown table."""
+    # A metric without an interval has an empty cell.
     lines = ["| metric | mean | 95 % interval | images |", "| --- | --- | --- | --- |"]
     for name, interval in intervals.items():
         lines.append(f"| {name} | {interval.mean:.4f} | {interval.span} | {interval.count} |")

@@ -66,7 +66,7 @@ def _save_flavours(path: Path, mlflow_model: "Model", checkpoint: Path, code: Us
     # Imported late: `connect_to_mlflow` first sets environment variables that MLflow reads at import.
     import mlflow.pyfunc
     import mlflow.pytorch
-    from mlflow.models import Model, ModelSignature
+    from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
     # Copy the two files that are the network: a checkpoint may hold training state beside them.
@@ -78,9 +78,10 @@ def _save_flavours(path: Path, mlflow_model: "Model", checkpoint: Path, code: Us
 
     # The pytorch flavour is saved beside the model first, because each flavour wants a folder of its own.
     pip_requirements = [*REQUIREMENTS, *list_required_packages(network.spec)]
+    pytorch_folder = work_folder / PYTORCH_FOLDER
     mlflow.pytorch.save_model(
         AnySize(network.network),
-        str(work_folder / PYTORCH_FOLDER),
+        str(pytorch_folder),
         pip_requirements=pip_requirements,
         signature=False,
         serialization_format="pickle",
@@ -100,9 +101,17 @@ def _save_flavours(path: Path, mlflow_model: "Model", checkpoint: Path, code: Us
         pip_requirements=pip_requirements,
     )
 
-    # Move the pickled module into the model, and enter its flavour beside pyfunc.
-    flavour = Model.load(str(work_folder / PYTORCH_FOLDER)).flavors["pytorch"]
-    shutil.copytree(work_folder / PYTORCH_FOLDER / flavour["model_data"], path / PYTORCH_FOLDER)
+    _add_pytorch_flavour(path, mlflow_model, pytorch_folder)
+
+
+def _add_pytorch_flavour(path: Path, mlflow_model: "Model", pytorch_folder: Path) -> None:
+    """Move a saved pytorch model into the folder of the pyfunc model."""
+    from mlflow.models import Model
+
+    # Only the pickled module moves: its code is that of the pyfunc flavour.
+    flavour = Model.load(str(pytorch_folder)).flavors["pytorch"]
+    shutil.copytree(pytorch_folder / flavour["model_data"], path / PYTORCH_FOLDER)
+
     moved = {**flavour, "model_data": PYTORCH_FOLDER, "code": CODE_FOLDER}
     mlflow_model.add_flavor("pytorch", **moved)
     mlflow_model.save(str(path / "MLmodel"))
@@ -118,5 +127,6 @@ def _copy_package_code(folder: Path) -> Path:
 
 def _make_input_example() -> np.ndarray:
     """Return a grey ramp, uint8 1 H W 3."""
+    # MLflow stores the example with the model, so it is small.
     level = np.linspace(60, 220, EXAMPLE_PX).astype(np.uint8)
     return np.broadcast_to(level[:, None, None], (1, EXAMPLE_PX, EXAMPLE_PX, 3)).copy()

@@ -183,6 +183,7 @@ class Registry:
         """Return a version by number or alias, else None."""
         from mlflow.exceptions import MlflowException
 
+        # MLflow has one call for numbers and one for aliases.
         is_number = version_or_alias.isdecimal()
         get = self._client.get_model_version if is_number else self._client.get_model_version_by_alias
         with self._translate_errors(f"{name}: cannot be read"):

@@ -90,6 +90,8 @@ class HttpApp:
             Route("/healthz", self.report_health, methods=["GET"]),
             Route("/metrics", self.report_metrics, methods=["GET"]),
         ]
+
+        # Errors are answered in JSON, as refusals are.
         handlers = {HTTPException: _answer_http_error, Exception: _answer_internal_error}
         return Starlette(routes=routes, exception_handlers=handlers)
 
@@ -114,11 +116,13 @@ class HttpApp:
         A replica answers only once its model is loaded.
         """
         facts = {"model": self._model.name, "version": self._model.version}
+
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
                 health = await self._ask_for_health()
         except TimeoutError:
             return _answer_refusal(Refusal(503, "no replica answers"), **facts)
+
         return JSONResponse({"status": "ok", **facts, "device": health.device})
 
     async def _ask_for_health(self) -> ReplicaHealth:
@@ -140,6 +144,7 @@ class HttpApp:
         """
         started = time.monotonic()
         status = CLIENT_GONE
+
         self._in_flight += 1
         self._metrics.in_flight.inc()
         try:

@@ -61,6 +61,7 @@ def build_application(section: ServeSection, model: Model, served: ServedModel, 
         timeout_s=section.timeout_s,
     )
 
+    # The app mostly waits, so it reserves no CPU.
     app = serve.deployment(
         name="door",
         max_ongoing_requests=APP_REQUESTS_FACTOR * limits.max_in_flight,
@@ -124,7 +125,10 @@ class Deployment:
         self._name, self._section = job.name, job.serve
         self._model, self._served = model, served
         self._owner = uuid.uuid4().hex
+
+        # Without proxies, Ray Serve does not run yet.
         self._starts_serve = not serve.status().proxies
+
         self.is_ours = False
         """Whether the application is deployed, and has not been replaced or deleted as far as is known."""
         self.url = ""
@@ -168,6 +172,7 @@ class Deployment:
         Ends when the application is deleted or replaced by someone else. Raises `JobFailed`.
         """
         status = ApplicationStatus.RUNNING
+
         while self.is_ours:
             time.sleep(POLL_S)
             try:

@@ -93,9 +93,11 @@ class Replica(RestorerActor):
             if isinstance(restored, Refusal):
                 return restored
 
+            # Encode with the metadata of the upload.
             pixels, batch, seconds = restored
             encode = functools.partial(write_photo, photo.with_pixels(pixels), suffix)
             file = await loop.run_in_executor(self._file_threads, encode)
+
         height_px, width_px = pixels.shape[:2]
         return DehazedImage(file, width_px * height_px, batch, seconds)
 
@@ -110,11 +112,14 @@ class Replica(RestorerActor):
     def _restore_all(self, images: list[Pixels]) -> list[Restored | Refusal]:
         """Restore images of any sizes, in order."""
         sizes = [image.shape[:2] for image in images]
+
+        # Images of one size go through the network together.
         outcomes: dict[int, Restored | Refusal] = {}
         for positions in group_by_size(sizes, self._choose_group_size):
             group = [images[position] for position in positions]
             for position, outcome in zip(positions, self._restore_group(group), strict=True):
                 outcomes[position] = outcome
+
         return [outcomes[position] for position in range(len(images))]
 
     def _choose_group_size(self, size: tuple[int, ...]) -> int:

@@ -138,6 +138,8 @@ async def read_body(chunks: AsyncIterator[bytes], limits: UploadLimits, timeout_
     Raises `Refusal` as soon as the body is too long, whatever length the headers say, or takes too long to arrive.
     """
     parts, length = [], 0
+
+    # Count while reading: a client may send more than it has declared.
     try:
         async with asyncio.timeout(timeout_s):
             async for chunk in chunks:
@@ -147,6 +149,7 @@ async def read_body(chunks: AsyncIterator[bytes], limits: UploadLimits, timeout_
                 parts.append(chunk)
     except TimeoutError:
         raise Refusal(408, f"the upload took more than {timeout_s:g} s") from None
+
     return b"".join(parts)
 
 
@@ -162,6 +165,7 @@ def check_image(data: bytes, limits: UploadLimits) -> ImageHeader:
     """
     if not data:
         raise Refusal(400, f"empty, {EXPECTED}")
+
     header = read_header(data)
     if header is None:
         raise Refusal(400, f"not an image, or a damaged one, {EXPECTED}")
@@ -180,6 +184,7 @@ def check_image(data: bytes, limits: UploadLimits) -> ImageHeader:
         raise Refusal(422, "it has several frames or pages, expected one image")
     if header.work_px > limits.max_pixels:
         raise Refusal(422, f"a file of this structure takes too much work to decode ({size})")
+
     return header
 
 
@@ -198,6 +203,7 @@ def read_header(data: bytes) -> ImageHeader | None:
                 return read(data)
             except Exception:
                 return None
+
     return None
 
 

@@ -211,6 +211,7 @@ def _plot(job: TuneJob, trials: Sequence[TrialResult], costs: Sequence[NetworkCo
     metrics = [trial.metrics[metric] for trial in trials]
     gflops = [cost.gflops for cost in costs]
 
+    # The metric at the left, the cost at the right.
     figure = Figure(figsize=PLOT_SIZE_INCHES, layout="constrained")
     metric_axes, cost_axes = figure.subplots(1, 2)
     _plot_trials(metric_axes, key, trials, metrics, f"{metric} ({better} is better)")
