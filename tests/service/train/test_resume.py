@@ -14,7 +14,8 @@ from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
 from tests.service.jobs import small_job
 
-HERE = Path(__file__).parent
+NETWORK_FOLDER = Path(__file__).parents[1]
+"""Of `traced.py`, which has the class of the network."""
 
 
 def traced_job(dataset, folder, steps, workers=1, accumulate=1):
@@ -43,7 +44,7 @@ def train(job, dataset, resume=False):
     """Runs the job; returns the steps that it traced: the digests of all ranks in order, synthetic then real."""
     trace = dataset.parent / "trace.txt"
     trace.write_text("")
-    run_training(job, Console(), HERE, resume)
+    run_training(job, Console(), NETWORK_FOLDER, resume)
     lines = [line.split() for line in trace.read_text().splitlines()]
     ranks = [[line[1:] for line in lines if line[0] == str(rank)] for rank in range(job.cluster.max_workers)]
     ranks = [passes[-len(ranks[0]) :] for passes in ranks]
