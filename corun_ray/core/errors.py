@@ -8,9 +8,9 @@ class UserError(Exception):
 
 
 def format_error(error: Exception) -> str:
-    """Return an error's text as one line of at most 300 characters.
+    """Return an error's text as one line.
 
-    An error without a text is named by its class.
+    The line has at most 300 characters. An error without a text is named by its class.
     """
     text = " ".join(str(error).split())
     return text[:MAX_ERROR_CHARS] or type(error).__name__

@@ -20,9 +20,9 @@ _listening: ContextVar["PhaseTimes | None"] = ContextVar("listening", default=No
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Time the work inside as one phase, if this thread has a listener.
+    """Time the work inside as one phase.
 
-    Phases must not be nested.
+    Only where this thread has a listener. Phases must not be nested.
     """
     times = _listening.get()
     if times is None:
@@ -34,9 +34,9 @@ def phase(name: str) -> Iterator[None]:
 
 @contextmanager
 def span(name: str) -> Iterator[None]:
-    """Time the work inside as a phase and show it in profiler traces.
+    """Time the work inside and show it in traces.
 
-    Costs some microseconds where nobody listens.
+    A span is a phase that the profiler records. Costs some microseconds where nobody listens.
     """
     with record_function(name), phase(name):
         yield
@@ -65,7 +65,10 @@ class PhaseTimes:
 
     @contextmanager
     def add_time(self, name: str) -> Iterator[None]:
-        """Add the time of the work inside to `name`, also where it raises."""
+        """Add the time of the work inside to `name`.
+
+        Also where the work raises.
+        """
         started_s = self.now_s()
         try:
             yield
@@ -73,7 +76,7 @@ class PhaseTimes:
             self.seconds[name] += self.now_s() - started_s
 
     def now_s(self) -> float:
-        """Return the time in seconds by the clock that times phases."""
+        """Return the clock's time in seconds."""
         return time.perf_counter()
 
 
@@ -89,6 +92,6 @@ class SpanTimes(PhaseTimes):
         self._device = device
 
     def now_s(self) -> float:
-        """Return the time in seconds once the device has finished all submitted work."""
+        """Return the clock's time once the device is idle."""
         synchronize(self._device)
         return super().now_s()

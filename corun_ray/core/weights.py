@@ -29,14 +29,18 @@ class WeightsError(UserError):
 
 
 def refuse_weights(name: str) -> Path:
-    """Raise `WeightsError`: the source of a job without a weights folder."""
+    """Refuse any file of weights.
+
+    The source of a job without a weights folder. Raises `WeightsError`.
+    """
     raise WeightsError(f"{name} is needed, but the job names no weights folder")
 
 
 def read_weights(path: Path) -> Any:
-    """Read tensors and plain values of a `.safetensors`, `.pt` or `.pth` file.
+    """Read tensors and plain values of a weights file.
 
-    Tensors lie on the CPU and are memory-mapped where the format allows it.
+    The file is `.safetensors`, `.pt` or `.pth`. Tensors lie on the CPU and are memory-mapped where the format allows
+    it.
 
     Raises `WeightsError` for a file that holds anything else; such a file is never run.
     """
@@ -56,7 +60,10 @@ def read_weights(path: Path) -> Any:
 
 
 def _is_zip(path: Path) -> bool:
-    """Return whether a torch file has the zip format, which can be memory-mapped; its predecessor cannot."""
+    """Return whether a torch file can be memory-mapped.
+
+    Files of the zip format can be mapped; those of the format before it cannot.
+    """
     with path.open("rb") as file:
         return file.read(2) == b"PK"
 
@@ -65,7 +72,9 @@ def _is_zip(path: Path) -> bool:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Write tensors and a record to one safetensors file, whole or not at all.
+    """Write tensors and a record to one safetensors file.
+
+    Writes the file whole or not at all.
 
     Raises `TypeError` or `ValueError` where `record` is not plain JSON.
     """
@@ -89,7 +98,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors, memory-mapped on the CPU, and the record of a file of `write_tensors`.
+    """Read a file of `write_tensors`.
+
+    Returns the tensors, memory-mapped on the CPU, and the record.
 
     Raises `WeightsError` for any other file.
     """
@@ -105,7 +116,10 @@ def read_tensors_record(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the record and, `with_tensors`, the tensors of a file of `write_tensors`."""
+    """Read a file of `write_tensors`.
+
+    Without `with_tensors`, only its record.
+    """
     from safetensors import safe_open
 
     tensors: dict[str, Tensor] = {}

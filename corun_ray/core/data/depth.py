@@ -61,7 +61,10 @@ class DepthMap:
         return cls(pixels, kind, low, high)
 
     def to_inverse(self, region: NDArray) -> NDArray[np.float32]:
-        """Convert a region `h w` of the map's pixels to inverse depth in [0, 1]."""
+        """Convert pixels to inverse depth in [0, 1].
+
+        `region` is any part `h w` of the map's pixels.
+        """
         depth = region.astype(np.float32)
         if self.kind == "metres":
             depth = np.where(depth > 0, self.high - depth, np.float32(0))
@@ -85,10 +88,11 @@ class DepthMap:
 
 
 def draw_procedural_depth(rng: np.random.Generator, height_px: int, width_px: int) -> DepthMap:
-    """Draw a plausible, smooth outdoor depth for an image without a depth map.
+    """Draw a plausible outdoor depth, smooth and inverse.
 
-    A ground plane from the lower edge to a horizon, sky above it, and upright objects standing on the ground, each as
-    far away as its foot. The objects' edges are soft, because the image has no edges in the same places.
+    The depth is for an image without a depth map. The scene is a ground plane from the lower edge to a horizon, sky
+    above it, and upright objects standing on the ground, each as far away as its foot. The objects' edges are soft,
+    because the image has no edges in the same places.
     """
     scale = _SKETCH_PX / max(height_px, width_px)
     sketch_height = max(round(height_px * scale), _MIN_SKETCH_PX)
@@ -98,7 +102,10 @@ def draw_procedural_depth(rng: np.random.Generator, height_px: int, width_px: in
 
 
 def _sketch_outdoors(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float32]:
-    """Draw the inverse depth of an outdoor scene, `height width`; lengths are shares of the image's sides."""
+    """Draw an outdoor scene's inverse depth, `height width`.
+
+    Lengths are shares of the image's sides.
+    """
     row, column = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j].astype(np.float32)
 
     # The ground: the inverse depth of a plane seen in perspective is linear in the image row.
@@ -122,5 +129,5 @@ def _sketch_outdoors(rng: np.random.Generator, height: int, width: int) -> NDArr
 
 
 def _soft_step(distance: NDArray[np.float32], softness: float) -> NDArray[np.float32]:
-    """Rise smoothly from 0 to 1 where `distance` changes its sign."""
+    """Rise from 0 to 1 where `distance` turns positive."""
     return 0.5 + 0.5 * np.tanh(distance / softness)

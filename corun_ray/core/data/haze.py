@@ -32,7 +32,10 @@ class Haze:
 
 
 def sample_haze(rng: np.random.Generator, haze_range: HazeRange) -> Haze:
-    """Draw a haze; a tinted airlight is clipped to [0, 1]."""
+    """Draw a haze.
+
+    A tinted airlight is clipped to [0, 1].
+    """
     beta = rng.uniform(*haze_range.beta)
 
     # The tint is drawn before the grey: the order decides the random numbers.
@@ -44,19 +47,20 @@ def sample_haze(rng: np.random.Generator, haze_range: HazeRange) -> Haze:
 
 
 def compute_transmission(inverse_depth: NDArray[np.float32], beta: float) -> NDArray[np.float32]:
-    """Compute `T = exp(−2β(1 − d))`, `H W` in (0, 1].
+    """Compute the transmission `T = exp(−2β(1 − d))`.
 
-    `inverse_depth` is `d`, `H W` in [0, 1].
+    Returns `H W` in (0, 1]. `inverse_depth` is `d`, `H W` in [0, 1].
     """
     return np.exp(2 * beta * (inverse_depth - 1))
 
 
 def add_haze(scene: NDArray[np.float32], transmission: NDArray[np.float32], haze: Haze) -> NDArray[np.float32]:
-    """Compute `scene · T + A · (1 − T)`, `H W 3` in [0, 1].
+    """Lay haze over a scene.
 
-    `scene` is `H W 3` in [0, 1], `transmission` is `H W` in (0, 1].
+    Computes `scene · T + A · (1 − T)`, `H W 3` in [0, 1]. `scene` is `H W 3` in [0, 1], `transmission` is `H W` in (0,
+    1].
     """
-    # Written as `(scene − A) · T + A`: two passes less.
+    # Computed as `(scene − A) · T + A`.
     # OpenCV works on all channels of a pixel at once, twice as fast as numpy channel by channel.
     airlight = np.array((*haze.airlight, 0.0))
     hazy = cv2.subtract(scene, airlight)

@@ -1,8 +1,8 @@
 """Image and depth files: bytes in, arrays out, and one clear reason when a file cannot be used.
 
-What a JPEG file says of itself, without decoding it.
-
-Layout: ITU-T T.81. A file is a row of segments, each begun by a marker; coded pixels follow those that begin a scan."""
+Headers of JPEG files are read without decoding. Their layout is ITU-T T.81: a file is a sequence of segments, each
+begun by a marker; coded pixels follow the segments that begin a scan.
+"""
 
 import io
 import math
@@ -14,8 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 MIN_SIDE_PX = 8
+MAX_REASON_CHARS = 120
+
+ImageU8 = NDArray[np.uint8]
+"""An image `H W 3`, RGB, 0…255."""
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
+# A chunk of a PNG file holds four bytes each of length, type and checksum, besides its data.
+_PNG_CHUNK_BYTES = 12
+
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+"""Reader of a .npy header by the file's version; version 3 is for names of fields, which depth never has."""
+
+_JPEG_START = b"\xff\xd8\xff"
+_JPEG_END_MARKER = 0xD9
+_JPEG_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of the segments that begin a frame, and so tell its size."""
+# A marker that begins a segment or ends the file: neither a stuffed 0xFF of the coded data nor a restart marker.
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
 
 _JPEG_FLAGS = {
     1: cv2.IMREAD_COLOR_RGB,
@@ -23,11 +39,9 @@ _JPEG_FLAGS = {
     4: cv2.IMREAD_REDUCED_COLOR_4 & ~cv2.IMREAD_COLOR | cv2.IMREAD_COLOR_RGB,
     8: cv2.IMREAD_REDUCED_COLOR_8 & ~cv2.IMREAD_COLOR | cv2.IMREAD_COLOR_RGB,
 }
-"""By the reduction; its decoder gives RGB as easily as BGR."""
-_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-"""By the file's version; version 3 is for names of fields, and depth has none."""
+"""OpenCV's flags by the reduction; the JPEG decoder gives RGB as easily as BGR."""
 
-# A refused file is reported once, by `BadImage`; OpenCV's own lines would only repeat it.
+# A refused file is reported once, by `BadImage`; OpenCV's own log lines would only repeat the report.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
@@ -35,32 +49,41 @@ class BadImage(ValueError):
     """A file that cannot be used; the message is the reason on one line, the caller adds the path."""
 
 
-def decode_image(data: bytes, least_px: int | None = None) -> NDArray[np.uint8]:
-    """Decodes a photograph to `H W 3`, RGB, uint8: as `decode_pixels`, 16 bit scaled to 8 (rounded).
+# --- Photographs ---
 
-    With `least_px`, for those who will make it smaller anyway, a JPEG comes at a half, a quarter or an eighth of its
-    size as long as both sides keep so many pixels: most of the work of its decoder is then never done.
+
+def decode_image(data: bytes, least_px: int | None = None) -> ImageU8:
+    """Decode a photograph to `H W 3`, RGB, uint8.
+
+    16 bits are scaled to 8, rounded. With `least_px`, for callers that shrink the image anyway, a JPEG is decoded at a
+    half, a quarter or an eighth of its size as long as both sides keep `least_px` pixels. That spares the decoder most
+    of its work.
+
+    Raises `BadImage` as `decode_pixels` does.
     """
-    image = decode_pixels(data, 1 if least_px is None else choose_reduction(data, least_px))
+    reduction = 1 if least_px is None else choose_reduction(data, least_px)
+    image = decode_pixels(data, reduction)
     if image.dtype == np.uint16:
         return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return image.astype(np.uint8, copy=False)
 
 
 def decode_pixels(data: bytes, reduction: int = 1) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Decodes a photograph to `H W 3`, RGB, uint8 or uint16; a JPEG at 1/`reduction` of its size (1, 2, 4 or 8).
+    """Decode a photograph with its own bit depth.
 
-    Grey becomes three equal channels, the EXIF orientation is applied. An alpha channel is dropped, not composited:
-    the colours under it are the photograph.
+    Returns `H W 3`, RGB, uint8 or uint16. A JPEG is decoded at 1/`reduction` of its size (1, 2, 4 or 8). Grey becomes
+    three equal channels, and the EXIF orientation is applied. An alpha channel is dropped, not composited: the colours
+    under it are the photograph.
 
-    Raises `BadImage` if the file is empty, truncated, damaged, no image, of floating-point pixels, or has a
+    Raises `BadImage` if the file is empty, truncated, damaged, not an image, has floating-point pixels, or has a
     side under 8 px.
     """
     if is_jpeg(data):
         image: NDArray = _decode(data, _JPEG_FLAGS[reduction])
     else:
-        # Not IMREAD_COLOR_RGB: OpenCV 5.0 gives wrong pixels for TIFF files of 16 bits then.
+        # Not IMREAD_COLOR_RGB: with it, OpenCV 5.0 gives wrong pixels for TIFF files of 16 bits.
         image = cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH), cv2.COLOR_BGR2RGB)
+
     if image.dtype not in (np.uint8, np.uint16):
         raise BadImage(f"pixels are {image.dtype}, expected 8 or 16 bit integers")
     height_px, width_px = image.shape[:2]
@@ -69,12 +92,54 @@ def decode_pixels(data: bytes, reduction: int = 1) -> NDArray[np.uint8] | NDArra
     return image
 
 
+def encode_png(rgb: ImageU8) -> bytes:
+    """Encode `H W 3` RGB uint8 as a PNG file."""
+    return cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1].tobytes()
+
+
+def _decode(data: bytes, flags: int) -> NDArray:
+    """Decode a whole image file with OpenCV.
+
+    Raises `BadImage` for an empty, truncated or damaged file.
+    """
+    # OpenCV's version decides whether half an image passes, so look for the end of the file here.
+    if not data:
+        raise BadImage("empty file")
+    if is_jpeg(data) and not has_jpeg_end(data):
+        raise BadImage("truncated JPEG")
+    if data.startswith(_PNG_START) and not _has_png_end(data):
+        raise BadImage("truncated PNG")
+
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise BadImage(f"OpenCV refuses it: {error.err}") from error
+    if image is None:
+        raise BadImage("not an image, or a damaged one")
+    return image
+
+
+def _has_png_end(data: bytes) -> bool:
+    """Return whether a PNG's last chunk is present."""
+    # Walk from chunk to chunk: length, type, data, checksum.
+    position = len(_PNG_START)
+    while position + _PNG_CHUNK_BYTES <= len(data):
+        if data[position + 4 : position + 8] == b"IEND":
+            return True
+        position += _PNG_CHUNK_BYTES + int.from_bytes(data[position : position + 4], "big")
+    return False
+
+
+# --- Depth maps ---
+
+
 def decode_depth(data: bytes, suffix: str) -> NDArray:
-    """Decodes a depth map to `H W`, real numbers in the file's own unit; perhaps a view of `data`.
+    """Decode a depth map to `H W`.
 
-    `suffix` is the file's: `.npy` (`H W` or `1 H W`, any real dtype) or `.png` (8 or 16 bit, grey).
+    Values are real numbers in the file's own unit; the array may be a view of `data`. `suffix` is the file's: `.npy`
+    (`H W` or `1 H W`, any real dtype) or `.png` (8 or 16 bit, grey).
 
-    Raises `BadImage` if the file cannot be read or has another shape; `DepthMap.from_pixels` looks at the values.
+    Raises `BadImage` if the file cannot be read or has another shape; `DepthMap.from_pixels` checks the values.
     """
     match suffix.lower():
         case ".npy":
@@ -85,53 +150,31 @@ def decode_depth(data: bytes, suffix: str) -> NDArray:
             raise BadImage(".mat: MATLAB depth maps are not read; convert to .npy")
         case _:
             raise BadImage(f"depth map is '{suffix}', expected .npy or .png")
+
     if depth.size == 0:
         raise BadImage("depth map is empty")
     return depth
 
 
-def encode_png(rgb: NDArray[np.uint8]) -> bytes:
-    """Encodes `H W 3` RGB uint8 as a PNG file."""
-    return cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1].tobytes()
-
-
-def _decode(data: bytes, flags: int) -> NDArray:
-    if not data:
-        raise BadImage("empty file")
-    # Whether half an image passes depends on the decoder's version: so look for the end here.
-    if is_jpeg(data) and not has_jpeg_end(data):
-        raise BadImage("truncated JPEG")
-    if data.startswith(_PNG_START) and not _png_has_end(data):
-        raise BadImage("truncated PNG")
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error as error:
-        raise BadImage(f"OpenCV refuses it: {error.err}") from error
-    if image is None:
-        raise BadImage("not an image, or a damaged one")
-    return image
-
-
-def _png_has_end(data: bytes) -> bool:
-    position = len(_PNG_START)
-    while position + 12 <= len(data):  # a chunk: length, type, data, checksum
-        if data[position + 4 : position + 8] == b"IEND":
-            return True
-        position += 12 + int.from_bytes(data[position : position + 4], "big")
-    return False
-
-
 def _decode_npy(data: bytes) -> NDArray:
+    """Decode a .npy file of real numbers to `H W`.
+
+    Returns a view of `data`.
+
+    Raises `BadImage` for anything else.
+    """
+    # Unlike numpy's `read_array`, `frombuffer` makes no copy.
     try:
         file = io.BytesIO(data)
-        # Unlike `read_array`, without a copy.
         read_header = _NPY_HEADERS[np.lib.format.read_magic(file)]
         shape, is_fortran, dtype = read_header(file)
-        count = math.prod(shape)
-        depth = np.frombuffer(data, dtype, count, file.tell()).reshape(shape, order="F" if is_fortran else "C")
-    except Exception as error:  # a damaged header lets any error of Python's parser through
-        reason = " ".join(str(error).split())[:120]
+        values = np.frombuffer(data, dtype, math.prod(shape), file.tell())
+        depth = values.reshape(shape, order="F" if is_fortran else "C")
+    except Exception as error:
+        # A damaged header can raise any error of Python's parser.
+        reason = " ".join(str(error).split())[:MAX_REASON_CHARS]
         raise BadImage(f"not a readable .npy file: {reason}") from error
+
     if depth.dtype.kind not in "fiub":
         raise BadImage(f"depth map is of {depth.dtype}, expected real numbers")
     if depth.ndim == 3 and depth.shape[0] == 1:
@@ -142,6 +185,12 @@ def _decode_npy(data: bytes) -> NDArray:
 
 
 def _decode_depth_png(data: bytes) -> NDArray:
+    """Decode a grey PNG to `H W`.
+
+    Equal colour channels count as grey.
+
+    Raises `BadImage` for colours.
+    """
     depth = _decode(data, cv2.IMREAD_UNCHANGED)
     if depth.ndim == 2:
         return depth
@@ -150,59 +199,66 @@ def _decode_depth_png(data: bytes) -> NDArray:
     return depth[..., 0]
 
 
-_START = b"\xff\xd8\xff"
-_END = 0xD9
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers of the segments that begin a frame, and so tell its size."""
-# Any marker that a segment or the end follows: neither a stuffed 0xFF of the coded data nor a restart.
-_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
+# --- Headers of JPEG files ---
 
 
 def is_jpeg(data: bytes) -> bool:
-    """Whether a file begins as a JPEG does."""
-    return data.startswith(_START)
+    """Return whether a file begins as a JPEG does."""
+    return data.startswith(_JPEG_START)
 
 
 def has_jpeg_end(data: bytes) -> bool:
-    """Whether a JPEG's last segment is there."""
-    return any(marker == _END for marker, _ in _segments(data))
+    """Return whether a JPEG's last segment is present."""
+    return any(marker == _JPEG_END_MARKER for marker, _ in _walk_segments(data))
 
 
 def choose_reduction(data: bytes, least_px: int) -> int:
-    """By how much (1, 2, 4, 8) a file may be reduced for both sides to keep `least_px`; 1 for all but JPEG."""
-    height_px, width_px = _sides(data) if is_jpeg(data) else (0, 0)
-    return next((by for by in (8, 4, 2) if min(height_px, width_px) >= by * least_px), 1)
+    """Return the largest reduction that keeps `least_px` a side.
+
+    The reduction is 8, 4, 2 or 1. Only JPEG files can be reduced: 1 for all others.
+    """
+    height_px, width_px = _read_jpeg_size(data) if is_jpeg(data) else (0, 0)
+    for reduction in (8, 4, 2):
+        if min(height_px, width_px) >= reduction * least_px:
+            return reduction
+    return 1
 
 
 def limit_jpeg_height(data: bytes, rows: int) -> bytes:
-    """The same file, but that its header promises no more than `rows` pixels of height: decoders stop there.
+    """Lower the height in a JPEG's header to `rows`.
 
-    Up to the last 16, rows have the pixels of the whole: colours at half the resolution are interpolated across blocks.
+    Decoders stop there. A lower height stays. All rows but the last 16 have the pixels of the whole image: colours at
+    half the resolution are interpolated across blocks.
     """
-    for marker, start in _segments(data):
-        if marker in _FRAMES:
+    for marker, start in _walk_segments(data):
+        if marker in _JPEG_FRAME_MARKERS:
+            # After the marker: two bytes of length, one of precision, two of height, two of width.
             height = slice(start + 3, start + 5)
             lower = min(rows, int.from_bytes(data[height], "big"))
             return b"".join((data[: height.start], lower.to_bytes(2, "big"), data[height.stop :]))
     return data
 
 
-def _sides(data: bytes) -> tuple[int, int]:
-    """Height and width in pixels, before its EXIF orientation is applied; 0 where no frame's header is found."""
-    for marker, start in _segments(data):
-        if marker in _FRAMES:
-            return int.from_bytes(data[start + 3 : start + 5], "big"), int.from_bytes(
-                data[start + 5 : start + 7], "big"
-            )
+def _read_jpeg_size(data: bytes) -> tuple[int, int]:
+    """Read a JPEG's height and width in pixels.
+
+    The EXIF orientation is not applied. Both are 0 where no frame's header is found.
+    """
+    for marker, start in _walk_segments(data):
+        if marker in _JPEG_FRAME_MARKERS:
+            height_px = int.from_bytes(data[start + 3 : start + 5], "big")
+            width_px = int.from_bytes(data[start + 5 : start + 7], "big")
+            return height_px, width_px
     return 0, 0
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Each segment's marker and where it starts; to search for bytes alone could find an embedded thumbnail's."""
+def _walk_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield each segment's marker and the position after the marker.
+
+    A plain search for bytes could find the markers of an embedded thumbnail.
+    """
     position = 2
-    while match := _MARKER.search(data, position):
+    while match := _JPEG_MARKER.search(data, position):
         yield match[1][0], match.end()
+        # Skip the segment by its length, which counts itself but not the marker.
         position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
-
-
-ImageU8 = NDArray[np.uint8]

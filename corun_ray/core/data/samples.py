@@ -50,10 +50,11 @@ def make_synthetic_pair(
     random_resize: bool,
     rotation: bool = False,
 ) -> Pair:
-    """Lay random haze over a random crop of a clear image `H W 3`.
+    """Lay random haze over a random crop.
 
-    `depth_map` is the whole image's; a map of another resolution is resized. Only the region that the crop keeps is
-    processed, at its own resolution: noise and JPEG are the camera's, so resizing to the patch softens them.
+    `clear` is a whole clear image `H W 3`. `depth_map` is the whole image's; a map of another resolution is resized.
+    Only the region that the crop keeps is processed, at its own resolution: noise and JPEG are the camera's, so
+    resizing to the patch softens them.
 
     Raises `BadImage` if the depth map has another aspect ratio than the image.
     """
@@ -98,7 +99,7 @@ def crop_pair(
     random_resize: bool,
     rotation: bool = False,
 ) -> Pair:
-    """Crop the same random patch from a degraded image and its clear truth.
+    """Crop the same patch from a degraded and clear image.
 
     Both images are `H W 3` and get the same flip and turn. Nothing is added to the degraded image.
 
@@ -111,7 +112,7 @@ def crop_pair(
             f"of {width_px} x {height_px} px"
         )
 
-    # Cutting decodes: only the resizing counts as phase "resize".
+    # Cut outside of any phase: cutting a file decodes, which is a phase of its own.
     crop = augment.sample_crop(
         rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
     )
@@ -121,15 +122,19 @@ def crop_pair(
 
 
 def compute_real_side_px(patch_px: int) -> int:
-    """Return the least side in pixels at which a real hazy image must be decoded."""
+    """Return the least decoded side of a real image.
+
+    Both sides of a real hazy image must be decoded to at least so many pixels.
+    """
     return math.ceil(_REAL_OVERSIZE * patch_px)
 
 
 def make_real_views(hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, jpeg_quality: int | None) -> RealViews:
-    """Resize a real hazy image to the weak view and derive the strong view from it.
+    """Make the weak and strong view of a real image.
 
-    `hazy` is `H W 3`; both sides become `patch_px`. The image is neither cropped nor flipped, so that its pseudo
-    label stays aligned over epochs. `jpeg_quality` is the quality of the synthetic half of the same sample.
+    The weak view is the resized image; the strong view is derived from the weak one. `hazy` is `H W 3`; both sides
+    become `patch_px`. The image is neither cropped nor flipped, so that its pseudo label stays aligned over epochs.
+    `jpeg_quality` is the quality of the synthetic half of the same sample.
     """
     with phase("resize"):
         weak = augment.resize(hazy, patch_px, patch_px)

@@ -1,10 +1,10 @@
-"""CORUN on large images, row band by row band: nothing wider than the features is ever kept of a whole image.
+"""CORUN on large images, row band by row band: only the features are ever kept of a whole image.
 
-Within a block the feed-forward network makes four channels of each, several times over; kept for a whole image, they
-are most of what a restoration needs. Only the attention's sums need all pixels, and these are taken band by band too.
-So a block is computed in bands with a margin of the few pixels that its convolutions see. The result is that of the
-whole image but for rounding, at hardly more work; tiles (`core.tiled`), which keep no features, need less memory still
-and compute everything several times.
+Within a block the feed-forward network makes four channels of each feature, several times over; for a whole image,
+these temporaries are most of the memory of a restoration. Only the attention's sums need all pixels, and sums can be
+taken band by band. So each block is computed in bands, with a margin of the few pixels that its convolutions see. The
+result equals the whole image's but for rounding, at hardly more work. Tiles (`core.inference.tiled`) keep no features:
+they need less memory still, but compute everything several times.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,13 +17,16 @@ from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.cpmm import CPMM, Block, SpectralAttention
 
 MIN_ROWS = 8
-"""Of a band: more than the margins of its neighbours reach into it."""
+"""Least rows of a band: more than the margins of its neighbours reach into it."""
 HALO_PX = 3
 """How far the convolutions of a block see: two of the attention's, one of the feed-forward network's."""
 
 
 def in_bands(network: CORUN, band_px: int) -> CORUN:
-    """A copy of the network whose CPMMs work on bands of about `band_px` of their pixels; for inference only."""
+    """Copy the network for inference in bands.
+
+    A band has about `band_px` pixels of a CPMM's features.
+    """
     return network.replace_cpmms(lambda cpmm: BandedCPMM(cpmm, band_px))
 
 
@@ -36,59 +39,81 @@ class BandedCPMM(nn.Module):
 
     @torch.no_grad()
     def forward(self, estimate: Tensor, partner: Tensor) -> Tensor:
-        """As the CPMM's own."""
+        """Refine `estimate` with the help of `partner`, as `CPMM.forward` does."""
         cpmm = self.cpmm
-        features = self._mapped(cpmm.embedding, estimate, partner)
+        features = self._convolve(cpmm.embedding, estimate, partner)
+
+        # Down the U: refine at each level, keep the features for the way up.
         skips = []
         for block, down in cast(Iterable[tuple[Block, nn.Module]], cpmm.encoder_layers):
             self._refine(block, features)
             skips.append(features)
             features = down(features)
+
         self._refine(cpmm.bottleneck, features)
+
+        # Up again: fuse with the kept features, then refine.
         for up, fuse, block in cast(Iterable[tuple[nn.Module, nn.Module, Block]], cpmm.decoder_layers):
-            features = self._fused(up, fuse, features, skips.pop())
+            features = self._fuse(up, fuse, features, skips.pop())
             self._refine(block, features)
-        return estimate + self._mapped(cpmm.mapping, features)
+
+        return estimate + self._convolve(cpmm.mapping, features)
 
     def _refine(self, block: Block, features: Tensor) -> None:
-        """The block, in place."""
+        """Apply a block to `features` in place."""
         (attention,) = (module for module in block.modules() if isinstance(module, SpectralAttention))
-        # In float64, so that many bands add up.
+
+        # First pass: the attention's sums over all pixels, in float64 so that many bands add up.
         sums = sum(attention.compute_products(features[..., band, :]).double() for band, _ in self._bands(features, 0))
+
+        # Second pass: each band with its margin, under the attention weights of the whole image.
         before: Tensor | None = None
         try:
             attention.fixed_mixing = attention.compute_mixing(cast(Tensor, sums))
             for band, outer in self._bands(features, HALO_PX):
                 seen = features[..., outer, :].clone(memory_format=torch.channels_last)
-                if before is not None:  # the margin above is as it was before its own band was written
+                # The band above has been overwritten: restore the margin that this band must see.
+                if before is not None:
                     seen[..., : before.shape[-2], :] = before
-                inner = _within(band, outer)
+
+                # Keep this band's last rows as they are now, for the band below.
+                inner = _shift_into(band, outer)
                 before = seen[..., inner.stop - HALO_PX : inner.stop, :].clone()
                 features[..., band, :] = block(seen)[..., inner, :]
         finally:
             attention.fixed_mixing = None
 
-    def _fused(self, up: nn.Module, fuse: nn.Module, features: Tensor, skip: Tensor) -> Tensor:
-        """`fuse(up(features), skip)`, in the memory of `skip`."""
+    def _fuse(self, up: nn.Module, fuse: nn.Module, features: Tensor, skip: Tensor) -> Tensor:
+        """Compute `fuse(up(features), skip)` in the memory of `skip`."""
         for band, outer in self._bands(features, 1):
-            inner, rows = _within(band, outer), slice(2 * band.start, 2 * band.stop)
+            # `up` doubles the resolution, so all rows count twice after it.
+            inner = _shift_into(band, outer)
+            rows = slice(2 * band.start, 2 * band.stop)
             raised = up(features[..., outer, :])[..., 2 * inner.start : 2 * inner.stop, :]
             skip[..., rows, :] = fuse(torch.cat([raised, skip[..., rows, :]], 1))
         return skip
 
-    def _mapped(self, convolution: nn.Module, *parts: Tensor) -> Tensor:
-        """A 3x3 convolution of `parts`, side by side as channels."""
-        made = []
+    def _convolve(self, convolution: nn.Module, *parts: Tensor) -> Tensor:
+        """Apply a 3x3 convolution, band by band.
+
+        `parts` stand side by side as channels.
+        """
+        bands = []
         for band, outer in self._bands(parts[0], 1):
             seen = torch.cat([part[..., outer, :] for part in parts], 1)
             seen = seen.contiguous(memory_format=torch.channels_last)
-            made.append(convolution(seen)[..., _within(band, outer), :])
-        output = made[0].new_empty(*made[0].shape[:2], *parts[0].shape[-2:])
+            bands.append(convolution(seen)[..., _shift_into(band, outer), :])
+
+        # Join the bands in memory that is channels-last, as the CPMM's own features are.
+        output = bands[0].new_empty(*bands[0].shape[:2], *parts[0].shape[-2:])
         output = output.contiguous(memory_format=torch.channels_last)
-        return torch.cat(made, -2, out=output)
+        return torch.cat(bands, -2, out=output)
 
     def _bands(self, features: Tensor, halo_px: int) -> Iterator[tuple[slice, slice]]:
-        """Rows of each band, and the rows that must be seen to compute them."""
+        """Yield the rows of each band, without and with margin.
+
+        A band's margin must be seen to compute the band.
+        """
         height, width = features.shape[-2:]
         rows = max(MIN_ROWS, self.band_px // width)
         for start in range(0, height, rows):
@@ -96,5 +121,6 @@ class BandedCPMM(nn.Module):
             yield slice(start, stop), slice(max(0, start - halo_px), min(height, stop + halo_px))
 
 
-def _within(band: slice, outer: slice) -> slice:
+def _shift_into(band: slice, outer: slice) -> slice:
+    """Return where `band` lies within `outer`."""
     return slice(band.start - outer.start, band.stop - outer.start)

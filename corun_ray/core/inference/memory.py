@@ -13,74 +13,103 @@ from corun_ray.core.networks.spec import compute_padded_size
 
 MIB = 2**20
 BYTES_PER_PX_AND_CHANNEL = 100
-"""Of a CPMM at work, per pixel and channel of `width` (measured: 45 to 95), the feed-forward above all."""
+"""Memory of a CPMM at work, mostly its feed-forward network, per pixel and channel of `width` (measured: 45 to 95)."""
 FEATURE_BYTES_PER_PX_AND_CHANNEL = 12
-"""Of what a CPMM that works in bands keeps of the whole image (measured: 7 to 11)."""
-CPU_BAND_PX, GPU_BAND_PX = 2**15, 2**21
-"""Pixels of a band: few enough for a processor's cache, many enough for a GPU (the latter untried)."""
+"""Memory that a CPMM working in bands keeps of the whole image (measured: 7 to 11)."""
 STATE_BYTES_PER_PX = 75
-"""Of the image and what the stages pass on (measured: 69)."""
+"""Memory of the image and of the state that stages pass on (measured: 69)."""
+CPU_BAND_PX = 2**15
+"""Pixels of a band on a CPU: few enough for the processor's cache."""
+GPU_BAND_PX = 2**21
+"""Pixels of a band on a GPU: enough to keep it busy (not measured)."""
 SMALLEST_CORE_PX = 64
 
 
 class TooLarge(ValueError):
-    """An image that cannot be restored within the memory; the message says what it would take."""
+    """An image that cannot be restored within the memory; the message tells the memory it needs."""
 
 
 def fit_in_memory(network: nn.Module, hazy: Tensor, memory_mib: int) -> nn.Module:
-    """The network to restore `hazy` B 3 H W with, in about `memory_mib` beyond the network's and the image's own.
+    """Choose whole, bands or tiles to fit `memory_mib`.
 
-    Only CORUN's need is known: another network takes any image whole. A CORUN that computes in bands or in tiles
-    gives what it would give of the whole image but for rounding; see `core.banded` and `core.tiled`, which needs least
-    memory and several times as long. Raises `TooLarge`.
+    Returns the network, or a copy that works in bands or in tiles, to restore `hazy` with. `hazy` is B 3 H W. The
+    memory comes on top of the network's and the image's own. Only CORUN's need is known: any other network is returned
+    as it is. The result in bands or tiles equals the whole image's but for rounding. Tiles need the least memory and
+    several times as long; see `core.inference.banded` and `core.inference.tiled`.
+
+    Raises `TooLarge` where even tiles do not fit.
     """
     if not isinstance(network, CORUN):
         return network
+
     height, width = hazy.shape[-2:]
     on_cpu = hazy.device.type == "cpu"
     band_px = CPU_BAND_PX if on_cpu else GPU_BAND_PX
-    # A band stays in a processor's cache: there, bands are also faster than the whole.
+
+    # A band stays in a processor's cache: on a CPU, bands of a large image are also faster than the whole.
     bands_are_faster = on_cpu and height * width > 2 * band_px
     if estimate_whole_mib(network, height, width) <= memory_mib and not bands_are_faster:
         return network
+
     if estimate_banded_mib(network, height, width, band_px) <= memory_mib:
         return in_bands(network, band_px)
     return in_tiles(network, choose_tile_side_px(network, height, width, memory_mib))
 
 
 def estimate_whole_mib(network: CORUN, height: int, width: int) -> int:
-    """What an image needs as a whole."""
-    return -(-_whole_bytes(network, height, width) // MIB)
+    """Estimate the memory to restore an image as a whole."""
+    return _round_up_to_mib(_estimate_whole_bytes(network, height, width))
 
 
 def estimate_banded_mib(network: CORUN, height: int, width: int, band_px: int) -> int:
-    """What an image needs in bands of `band_px` pixels."""
+    """Estimate the memory to restore an image in bands.
+
+    A band has `band_px` pixels.
+    """
     rows, columns = compute_padded_size(network, height, width)
-    per_px = STATE_BYTES_PER_PX + FEATURE_BYTES_PER_PX_AND_CHANNEL * network.width
+    kept_per_px = STATE_BYTES_PER_PX + FEATURE_BYTES_PER_PX_AND_CHANNEL * network.width
     band_bytes = max(band_px, MIN_ROWS * columns) * BYTES_PER_PX_AND_CHANNEL * network.width
-    return -(-(rows * columns * per_px + band_bytes) // MIB)
+    return _round_up_to_mib(rows * columns * kept_per_px + band_bytes)
 
 
 def compute_batch_size(network: nn.Module, height: int, width: int, memory_mib: int) -> int | None:
-    """How many images of this size a CORUN restores side by side in `memory_mib`, at least 1; None: not known."""
+    """Return how many images fit into `memory_mib` at once.
+
+    All have the same size. At least 1. None: the need of this network is not known.
+    """
     if not isinstance(network, CORUN):
         return None
-    return max(1, memory_mib * MIB // _whole_bytes(network, height, width))
+    return max(1, memory_mib * MIB // _estimate_whole_bytes(network, height, width))
 
 
 def choose_tile_side_px(network: CORUN, height: int, width: int, memory_mib: int) -> int:
-    """The side of the largest tiles, margins included, that fit; raises `TooLarge` where the smallest do not."""
+    """Return the side of the largest tiles that fit.
+
+    Margins are included.
+
+    Raises `TooLarge` where even the smallest tiles do not fit.
+    """
     rows, columns = compute_padded_size(network, height, width)
-    work_bytes = memory_mib * MIB - rows * columns * STATE_BYTES_PER_PX
-    pixels = work_bytes // (BYTES_PER_PX_AND_CHANNEL * network.width)
-    side = int(max(0, pixels) ** 0.5) // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX
-    least = 2 * HALO_PX + SMALLEST_CORE_PX
-    if side < least:
-        need = rows * columns * STATE_BYTES_PER_PX + least**2 * BYTES_PER_PX_AND_CHANNEL * network.width
-        raise TooLarge(f"{width} x {height} px need {-(-need // MIB)} MiB, even in tiles; {memory_mib} are allowed")
+    state_bytes = rows * columns * STATE_BYTES_PER_PX
+    bytes_per_px = BYTES_PER_PX_AND_CHANNEL * network.width
+
+    # The state of the whole image is needed in any case; the rest of the memory is for one tile at work.
+    tile_px = max(0, memory_mib * MIB - state_bytes) // bytes_per_px
+    side = int(tile_px**0.5) // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX
+
+    smallest_side = 2 * HALO_PX + SMALLEST_CORE_PX
+    if side < smallest_side:
+        need_mib = _round_up_to_mib(state_bytes + smallest_side**2 * bytes_per_px)
+        raise TooLarge(f"{width} x {height} px need {need_mib} MiB, even in tiles; {memory_mib} are allowed")
     return side
 
 
-def _whole_bytes(network: CORUN, height: int, width: int) -> int:
+def _estimate_whole_bytes(network: CORUN, height: int, width: int) -> int:
+    """Estimate the bytes to restore an image as a whole."""
     rows, columns = compute_padded_size(network, height, width)
     return rows * columns * (STATE_BYTES_PER_PX + BYTES_PER_PX_AND_CHANNEL * network.width)
+
+
+def _round_up_to_mib(size_bytes: int) -> int:
+    """Round a size in bytes up to whole MiB."""
+    return -(-size_bytes // MIB)

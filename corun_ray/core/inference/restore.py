@@ -16,55 +16,79 @@ MIN_SIDE_PX = 16
 
 @torch.no_grad()
 def restore(network: nn.Module, hazy: Tensor) -> Restoration:
-    """The clamped restoration of B 3 H W in [0, 1], any size of at least 16 px; padded by reflection and cropped.
+    """Restore images of any size, scene clamped.
 
-    Raises ValueError for smaller images.
+    `hazy` is B 3 H W in [0, 1]. The image is padded by reflection, and the result is cropped.
+
+    Raises `ValueError` for images with a side below 16 px.
     """
-    return _cropped(as_restoration(network(_padded(network, hazy))), hazy)
+    return _crop(as_restoration(network(_pad(network, hazy))), hazy)
 
 
 @torch.no_grad()
 def restore_stages(network: nn.Module, hazy: Tensor) -> list[Restoration]:
-    """What every stage of an unfolding network makes of `hazy`, as `restore` gives the last one's.
+    """Restore `hazy` by every stage of an unfolding network.
 
-    Raises ValueError for small images, and for a network without stages (without a method `unfold`).
+    The last stage's result is that of `restore`.
+
+    Raises `ValueError` for small images, and for a network without stages (without a method `unfold`).
     """
     unfold = getattr(network, "unfold", None)
     if unfold is None:
         raise ValueError(f"{type(network).__name__} has no stages to show; only unfolding networks (corun) have")
-    return [_cropped(as_restoration(output), hazy) for output in unfold(_padded(network, hazy))]
+    return [_crop(as_restoration(output), hazy) for output in unfold(_pad(network, hazy))]
 
 
 class AnySize(nn.Module):
     """A network as a module that takes photographs of any size: `B 3 H W` in [0, 1] → its scene, clamped."""
 
     def __init__(self, network: nn.Module) -> None:
-        """`network` stays within reach under this name, for those who train on."""
+        """Wrap a network.
+
+        It keeps the name `network` for those who train on.
+        """
         super().__init__()
         self.network = network
 
     def forward(self, hazy: Tensor) -> Tensor:
-        """Raises ValueError for images with a side below 16 px."""
+        """Restore the scene of `hazy`.
+
+        Raises `ValueError` for images with a side below 16 px.
+        """
         return restore(self.network, hazy).scene
 
 
-def _padded(network: nn.Module, hazy: Tensor) -> Tensor:
+def _pad(network: nn.Module, hazy: Tensor) -> Tensor:
+    """Pad to a size that the network takes.
+
+    Padding is a reflection at the right and at the bottom.
+
+    Raises `ValueError` for images with a side below 16 px.
+    """
     height, width = hazy.shape[-2:]
     if min(height, width) < MIN_SIDE_PX:
         raise ValueError(f"an image of {width} x {height} px is too small to restore (at least {MIN_SIDE_PX} px)")
+
     rows, columns = compute_padded_size(network, height, width)
     if (rows, columns) == (height, width):
         return hazy
-    return hazy[..., _reflected(height, rows, hazy.device)[:, None], _reflected(width, columns, hazy.device)]
+    return hazy[..., _reflect(height, rows, hazy.device)[:, None], _reflect(width, columns, hazy.device)]
 
 
-def _reflected(side: int, padded_side: int, device: torch.device) -> Tensor:
-    """Indices into a side extended by reflection, to and fro where the padding is longer than the side."""
+def _reflect(side: int, padded_side: int, device: torch.device) -> Tensor:
+    """Return indices into a side that extend it by reflection.
+
+    Indices go to and fro where the padding is longer than the side.
+    """
     position = torch.arange(padded_side, device=device) % (2 * side - 2)
     return torch.minimum(position, 2 * side - 2 - position)
 
 
-def _cropped(restoration: Restoration, hazy: Tensor) -> Restoration:
+def _crop(restoration: Restoration, hazy: Tensor) -> Restoration:
+    """Crop a restoration to the size of `hazy`.
+
+    Returns float32; the scene is clamped.
+    """
     height, width = hazy.shape[-2:]
     scene, transmission = restoration
     if transmission is not None:
@@ -73,12 +97,18 @@ def _cropped(restoration: Restoration, hazy: Tensor) -> Restoration:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """uint8 or uint16 H W 3 → 1 3 H W float in [0, 1]."""
+    """Convert an image to a tensor.
+
+    uint8 or uint16 H W 3 → 1 3 H W, float in [0, 1].
+    """
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
     return pixels.float().div_(np.iinfo(image.dtype).max)
 
 
 def to_image(scene: Tensor, dtype: type[np.unsignedinteger] = np.uint8) -> np.ndarray:
-    """1 C H W in [0, 1] → uint8 (or uint16) H W C, rounded."""
+    """Convert a tensor to an image, rounded.
+
+    1 C H W in [0, 1] → H W C, uint8 or uint16.
+    """
     levels = scene[0].clamp(0, 1).mul_(np.iinfo(dtype).max).round_()
     return levels.permute(1, 2, 0).cpu().numpy().astype(dtype)

@@ -1,7 +1,7 @@
-"""The metrics of images, ours and those of the installed pyiqa: names, ranges and directions, without importing pyiqa.
+"""The metrics of images, this package's and pyiqa's: names, ranges and directions, without importing pyiqa.
 
-Job files are checked with this, so it must be fast: pyiqa itself brings torch, timm and transformers and takes
-seconds, the file in which it lists its metrics holds plain values only.
+Job files are checked with this catalog, so it must be fast. pyiqa itself imports torch, timm and transformers and takes
+seconds; the file in which it lists its metrics holds plain values only.
 """
 
 import importlib.util
@@ -12,16 +12,18 @@ from typing import Any
 
 CONFIGS_FILE = "default_model_configs.py"
 
-RATE_SETS = {"FID", "InceptionScore"}  # of images, not an image
+RATE_SETS = {"FID", "InceptionScore"}
+"""Types of pyiqa's metrics that rate sets of images."""
 NEED_TEXT = {"CLIPScore"}
-# Models of Hugging Face repositories, some of which run code of their own: not files of plain tensors.
+"""Types that need a text beside the image."""
 REPOSITORIES = {"QAlign", "QReAlign", "Compare2Score", "FGResQ"}
+"""Types that load models of Hugging Face repositories, some with code of their own: not files of plain tensors."""
 UNUSABLE = RATE_SETS | NEED_TEXT | REPOSITORIES
 
 
 @dataclass(frozen=True)
 class IqaFacts:
-    """What is known of a metric: the range of its scores (None where open), and whether lower is better."""
+    """Facts of a metric: the range of its scores (None where open), and whether lower is better."""
 
     low: float | None
     high: float | None
@@ -34,35 +36,54 @@ OWN_METRICS = {
     "ssim": IqaFacts(-1, 1, lower_better=False, needs_truth=True),
     "fade": IqaFacts(0, None, lower_better=True),
 }
-"""Those of `core.metrics` and `core.fade`, which go before pyiqa's of the same names."""
+"""Metrics of `core.metrics.measure` and `core.metrics.fade`, used instead of pyiqa's of the same names."""
 
 
 @cache
 def list_metrics() -> dict[str, IqaFacts]:
-    """Name → facts of every metric that an image can be measured by: ours first."""
-    return OWN_METRICS | {
-        name: facts for name, facts in (_of_pyiqa("NR") | _of_pyiqa("FR")).items() if name not in OWN_METRICS
-    }
+    """List all metrics of single images, own ones first.
+
+    Returns name → facts.
+    """
+    metrics = dict(OWN_METRICS)
+    for name, facts in (_list_pyiqa_metrics("NR") | _list_pyiqa_metrics("FR")).items():
+        metrics.setdefault(name, facts)
+    return metrics
 
 
 @cache
 def list_no_reference_metrics() -> dict[str, IqaFacts]:
-    """Name → facts of every metric of pyiqa that rates one image by itself from files of plain numbers."""
-    return _of_pyiqa("NR")
+    """List pyiqa's metrics that need no truth.
+
+    Returns name → facts of metrics that rate one image by itself, from files of plain numbers.
+    """
+    return _list_pyiqa_metrics("NR")
 
 
-def _of_pyiqa(mode: str) -> dict[str, IqaFacts]:
-    return {
-        name: IqaFacts(*_bounds(config.get("score_range", "")), config.get("lower_better", False), mode == "FR")
-        for name, config in _configs().items()
-        if config["metric_mode"] == mode and config["metric_opts"]["type"] not in UNUSABLE
-    }
+def _list_pyiqa_metrics(mode: str) -> dict[str, IqaFacts]:
+    """List pyiqa's usable metrics of one mode.
+
+    Returns name → facts. Modes are `NR` (no reference) and `FR` (full reference).
+    """
+    metrics = {}
+    for name, config in _read_configs().items():
+        if config["metric_mode"] != mode or config["metric_opts"]["type"] in UNUSABLE:
+            continue
+        low, high = _parse_bounds(config.get("score_range", ""))
+        metrics[name] = IqaFacts(low, high, config.get("lower_better", False), needs_truth=mode == "FR")
+    return metrics
 
 
-def _configs() -> dict[str, dict[str, Any]]:
+def _read_configs() -> dict[str, dict[str, Any]]:
+    """Read pyiqa's list of metrics: name → configuration.
+
+    Raises `ImportError` where pyiqa is not installed.
+    """
     package = importlib.util.find_spec("pyiqa")
     if package is None or package.origin is None:
         raise ImportError("pyiqa is not installed")
+
+    # Run the one file by its path: importing it by its name would import all of pyiqa.
     file = Path(package.origin).with_name(CONFIGS_FILE)
     spec = importlib.util.spec_from_file_location("pyiqa_configs", file)
     assert spec is not None and spec.loader is not None
@@ -71,13 +92,17 @@ def _configs() -> dict[str, dict[str, Any]]:
     return module.DEFAULT_CONFIGS
 
 
-def _bounds(score_range: str) -> tuple[float | None, float | None]:
-    """`"~0, ~100"` to (0, 100): a tilde marks an estimate, alone it stands for no bound."""
+def _parse_bounds(score_range: str) -> tuple[float | None, float | None]:
+    """Parse a range: `"~0, ~100"` is (0, 100).
+
+    A tilde marks an estimate; a lone tilde stands for no bound.
+    """
     low, _, high = score_range.partition(",")
-    return _number(low), _number(high)
+    return _parse_bound(low), _parse_bound(high)
 
 
-def _number(text: str) -> float | None:
+def _parse_bound(text: str) -> float | None:
+    """Parse one bound; None where it is open."""
     try:
         return float(text.strip().removeprefix("~"))
     except ValueError:

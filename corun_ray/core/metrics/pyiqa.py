@@ -1,9 +1,9 @@
 """Building pyiqa's metrics from files on this machine, as data only.
 
-pyiqa has no offline option: while a metric is built it downloads what it lacks into a folder that all programs
-share, by several routes, unpickles it, and fetches ImageNet weights of its backbone only to overwrite them. So
-for that time, and never otherwise, those routes are replaced. Copying the metrics would be the other way, and
-would have to follow every one of them.
+pyiqa has no offline option. While a metric is built, it downloads missing files into a folder that all programs share,
+by several routes, unpickles them, and fetches ImageNet weights of its backbone only to overwrite them. So during the
+build, and never otherwise, these routes are replaced. The alternative, copies of the metrics, would have to follow
+every change of pyiqa.
 """
 
 import contextlib
@@ -22,20 +22,95 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
+from corun_ray.core.errors import format_error
 from corun_ray.core.weights import WeightsError
 
 FindFile = Callable[[str], Path]
-"""Address of a file on the internet → where it lies on this machine."""
+"""Address of a file on the internet → its path on this machine."""
+
+# One build at a time: the replaced functions belong to the whole process.
+_BUILDING = threading.Lock()
+
+
+def build_metric(name: str, find: FindFile) -> nn.Module:
+    """Build pyiqa's metric `name` on the CPU, frozen.
+
+    `find` supplies every file that pyiqa would download.
+
+    Raises `WeightsError` where pyiqa cannot build the metric or a part of it is left without numbers.
+    """
+    from pyiqa import create_metric
+
+    # Remember the files, so that an error can name the last one.
+    files: list[str] = []
+
+    def find_and_note(url: str) -> Path:
+        """Find a file and note its name."""
+        files.append(get_file_name(url))
+        return find(url)
+
+    try:
+        # pyiqa prints while it builds: drop that output.
+        silence = contextlib.redirect_stdout(io.StringIO())
+        with _BUILDING, keep_pyiqa_offline(find_and_note) as backbones, silence, torch.no_grad():
+            metric = create_metric(name, device="cpu", check_input_range=False)
+    except WeightsError:
+        raise
+    except Exception as error:
+        last_file = f" with {files[-1]}" if files else ""
+        raise WeightsError(f"{name}: pyiqa cannot build it{last_file} ({format_error(error)})") from None
+
+    _check_numbers(name, metric, backbones)
+    for module in _walk_networks(metric):
+        module.eval().requires_grad_(False)
+    return metric
+
+
+def get_file_name(url: str) -> str:
+    """Return the weights folder's name for a file at `url`."""
+    return Path(urlparse(url).path).name
+
+
+def _walk_networks(root: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and the modules in its lists.
+
+    Modules in plain lists are hidden from `parameters`. pyiqa hides CLIP in such lists.
+    """
+    yield root
+    for module in root.modules():
+        for value in vars(module).values():
+            if not isinstance(value, list | tuple):
+                continue
+            for item in value:
+                if isinstance(item, nn.Module):
+                    yield from _walk_networks(item)
+
+
+def _check_numbers(name: str, metric: nn.Module, backbones: list[str]) -> None:
+    """Check that no parameter or buffer holds NaN.
+
+    NaN is left in backbones that no file has overwritten. Raises `WeightsError`.
+    """
+    owner = f" of the backbone {', '.join(backbones)}" if backbones else ""
+    for network in _walk_networks(metric):
+        for key, tensor in [*network.named_parameters(), *network.named_buffers()]:
+            if tensor.isnan().any():
+                raise WeightsError(f"{name}: its files hold no values for {key}{owner}, or values that are NaN")
+
+
+# --- Replaced functions ---
 
 
 @contextlib.contextmanager
 def keep_pyiqa_offline(find: FindFile) -> Iterator[list[str]]:
-    """Lets pyiqa reach no file but those that `find` gives, and read them as data only.
+    """Let pyiqa read only files that `find` supplies.
 
-    Backbones that timm would fill with weights of its own are filled with NaN, which the metric's own file must
-    then overwrite; yields a list that receives their names. Replaces functions in the whole process.
+    Files are read as data only. Backbones that timm would fill with its own weights are filled with NaN, which the
+    metric's own file must then overwrite; yields a list that receives their class names. Replaces functions in the
+    whole process.
     """
-    with _pkg_resources():  # imported before anything is replaced, so that none of them keeps a replacement
+    # Imported before anything is replaced, so that no module keeps a replacement.
+    with _stand_in_for_pkg_resources():
         import clip.clip as openai_clip
         import pyiqa.archs.afineclip_model as afine_clip
         import pyiqa.archs.clip_model as pyiqa_clip
@@ -45,16 +120,22 @@ def keep_pyiqa_offline(find: FindFile) -> Iterator[list[str]]:
     backbones: list[str] = []
 
     def link(url: str, target: str, *_: Any, **__: Any) -> None:
+        """Link the file on this machine instead of downloading it."""
         Path(target).symlink_to(find(url).resolve())
 
     def locate(url: str, *_: Any) -> str:
+        """Return the path on this machine instead of downloading."""
         return str(find(url))
 
     def refuse(*_: Any, **__: Any) -> None:
-        # The loaders of CLIP answer a RuntimeError by reading the file as a plain state dict.
+        """Refuse TorchScript programs.
+
+        The loaders of CLIP answer a RuntimeError by reading the file as a plain state dict.
+        """
         raise RuntimeError("a TorchScript program is expected, which is not data only")
 
     def poison(model: nn.Module, *_: Any, **__: Any) -> None:
+        """Fill a backbone with NaN instead of downloaded weights."""
         backbones.append(type(model).__name__)
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
@@ -72,17 +153,19 @@ def keep_pyiqa_offline(find: FindFile) -> Iterator[list[str]]:
             ("load", torch.jit.load, refuse),
             ("load_pretrained", timm_builder.load_pretrained, poison),
         ):
-            stack.enter_context(_replaced(name, original, replacement))
-        # These overrule the `weights_only=False` that pyiqa passes.
-        stack.enter_context(_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="0"))
+            stack.enter_context(_replace(name, original, replacement))
+
+        # These overrule the `weights_only=False` that pyiqa passes to torch.load.
+        stack.enter_context(_set_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="0"))
         yield backbones
 
 
 @contextlib.contextmanager
-def _replaced(name: str, original: Any, replacement: Any) -> Iterator[None]:
-    """Replaces a value in every module that has it under this name.
+def _replace(name: str, original: Any, replacement: Any) -> Iterator[None]:
+    """Replace a value in all modules, then restore it.
 
-    Undone also in the modules that are imported meanwhile: pyiqa imports each metric's own when it is built.
+    In every module that has it under this name. Modules imported meanwhile get the original back too: pyiqa imports
+    each metric's own when it is built.
     """
     _replace_everywhere(name, original, replacement)
     try:
@@ -92,13 +175,19 @@ def _replaced(name: str, original: Any, replacement: Any) -> Iterator[None]:
 
 
 def _replace_everywhere(name: str, old: Any, new: Any) -> None:
+    """Replace `old` by `new` in every loaded module.
+
+    Only where it has this name.
+    """
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get(name) is old:
             setattr(module, name, new)
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def _set_environment(**values: str) -> Iterator[None]:
+    """Set environment variables, then restore them."""
+    # Not `mock.patch.dict`, which empties the environment for a moment, while other threads may read it.
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -112,11 +201,15 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _pkg_resources() -> Iterator[None]:
-    """Stands in for `pkg_resources`, of which openai-clip wants nothing but `packaging`; setuptools 82 dropped it."""
+def _stand_in_for_pkg_resources() -> Iterator[None]:
+    """Supply a `pkg_resources` where setuptools has none.
+
+    It holds just `packaging`, which is all that openai-clip wants. setuptools 82 dropped the package.
+    """
     if importlib.util.find_spec("pkg_resources"):
         yield
         return
+
     import packaging.version
 
     module: Any = ModuleType("pkg_resources")
@@ -126,63 +219,3 @@ def _pkg_resources() -> Iterator[None]:
         yield
     finally:
         del sys.modules["pkg_resources"]
-
-
-_BUILDING = threading.Lock()  # what is replaced belongs to the whole process
-
-
-def build_metric(name: str, find: FindFile) -> nn.Module:
-    """pyiqa's metric `name` on the CPU, frozen, with every file that it would download given by `find`.
-
-    Raises `WeightsError`.
-    """
-    from pyiqa import create_metric
-
-    files: list[str] = []
-
-    def found(url: str) -> Path:
-        files.append(get_file_name(url))
-        return find(url)
-
-    try:
-        with (
-            _BUILDING,
-            keep_pyiqa_offline(found) as backbones,
-            contextlib.redirect_stdout(io.StringIO()),
-            torch.no_grad(),
-        ):
-            metric = create_metric(name, device="cpu", check_input_range=False)
-    except WeightsError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        last = f" with {files[-1]}" if files else ""
-        raise WeightsError(f"{name}: pyiqa cannot build it{last} ({reason})") from None
-    _check_numbers(name, metric, backbones)
-    for module in _networks(metric):
-        module.eval().requires_grad_(False)
-    return metric
-
-
-def get_file_name(url: str) -> str:
-    """The name under which a weights folder holds what pyiqa has at `url`."""
-    return Path(urlparse(url).path).name
-
-
-def _networks(root: nn.Module) -> Iterator[nn.Module]:
-    """The module itself and those that it hides from its parameters in plain lists, as pyiqa does with CLIP."""
-    yield root
-    for module in root.modules():
-        for value in vars(module).values():
-            if isinstance(value, list | tuple):
-                for item in value:
-                    if isinstance(item, nn.Module):
-                        yield from _networks(item)
-
-
-def _check_numbers(name: str, metric: nn.Module, backbones: list[str]) -> None:
-    for network in _networks(metric):
-        for key, tensor in [*network.named_parameters(), *network.named_buffers()]:
-            if tensor.isnan().any():
-                whose = f" of the backbone {', '.join(backbones)}" if backbones else ""
-                raise WeightsError(f"{name}: its files hold no values for {key}{whose}, or values that are NaN")

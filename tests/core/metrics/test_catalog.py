@@ -37,7 +37,7 @@ def test_ranges_that_pyiqa_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
         name: {"metric_mode": "NR", "metric_opts": {"type": "X"}, "score_range": text} for name, text in ranges.items()
     }
     configs["g"] = {"metric_mode": "NR", "metric_opts": {"type": "X"}}
-    monkeypatch.setattr(catalog, "_configs", lambda: configs)
+    monkeypatch.setattr(catalog, "_read_configs", lambda: configs)
     bounds = {name: (facts.low, facts.high) for name, facts in list_no_reference_metrics.__wrapped__().items()}
     assert bounds == {
         "a": (0, 1),
