@@ -35,22 +35,27 @@ class ClusterError(UserError):
 
 
 def connect(*sizes: ClusterSection) -> str:
-    """Connect to Ray (once per process) and return the name of the place for people.
+    """Connect to Ray and return a description of the place.
+
+    A process connects once; later calls only check the sizes.
 
     `sizes` are those of the jobs to come. A local Ray gets as many logical CPUs as the largest job asks for, so that
     training workers and decoding tasks share a small machine. A cluster must really have them.
 
     Raises `ClusterError`.
     """
+    # A job file with several jobs connects once, so a local Ray must fit the largest of them.
     if not ray.is_initialized():
         min_cpus = max((_count_cpus(size, size.max_workers) for size in sizes), default=1)
         _start_ray(min_cpus)
+
     for size in sizes:
         _check_size(size)
 
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return "a local Ray"
+
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     return f"{address} ({format_nodes(num_nodes)})"
 
@@ -61,7 +66,11 @@ def format_nodes(count: int) -> str:
 
 
 def _start_ray(min_cpus: float) -> None:
-    """Join the cluster of RAY_ADDRESS, else start Ray here with at least `min_cpus` logical CPUs."""
+    """Join the cluster of RAY_ADDRESS, else start Ray here.
+
+    A Ray that starts here gets at least `min_cpus` logical CPUs.
+    """
+    # Ray's own lines would drown those of the job.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     for name, level in LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
@@ -87,7 +96,11 @@ def _start_ray(min_cpus: float) -> None:
 
 
 def _check_size(size: ClusterSection) -> None:
-    """Raise `ClusterError` where Ray has less than the smallest size of the job."""
+    """Check that Ray has the resources of the smallest job size.
+
+    Raises `ClusterError` where it has not.
+    """
+    # What the fewest workers need, and the decoding tasks beside them.
     total = ray.cluster_resources()
     needed = {
         "CPU": _count_cpus(size, size.min_workers),
@@ -99,5 +112,8 @@ def _check_size(size: ClusterSection) -> None:
 
 
 def _count_cpus(size: ClusterSection, workers: int) -> float:
-    """Return the logical CPUs of a job with so many workers, decoding tasks included."""
+    """Return the logical CPUs of a job with these workers.
+
+    The CPUs of the decoding tasks are included.
+    """
     return workers * size.cpus_per_worker + size.data_cpus

@@ -52,14 +52,18 @@ class JobsClient:
         # Ray's client prefers its variables to its argument.
         if address:
             os.environ["RAY_API_SERVER_ADDRESS"] = address
+
         self.address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
         if not self.address:
             raise JobsError("no cluster: give --address http://HOST:8265, or set RAY_API_SERVER_ADDRESS")
 
+        # Ray's client sends a token only in this mode.
         if _has_token():
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+
         for name in CHATTY_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
+
         self._client = self._call_api(JobSubmissionClient)
 
     def submit(self, submission: Submission) -> str:
@@ -67,6 +71,7 @@ class JobsClient:
 
         Raises `JobsError`, also where a job of that name is running.
         """
+        # A name stands for one running job.
         for job in self.list_jobs():
             if has_name(job, submission.name) and job.status in RUNNING:
                 raise JobsError(
@@ -78,10 +83,12 @@ class JobsClient:
             "env_vars": dict(submission.env),
             "excludes": EXCLUDED_PATTERNS,
         }
+
         # Ray refuses an empty list of modules.
         if submission.py_modules:
             environment["py_modules"] = [str(module) for module in submission.py_modules]
 
+        # The time in the id keeps ids apart; the name in the metadata is what people ask for.
         return self._call_api(
             lambda: self._client.submit_job(
                 entrypoint=submission.entrypoint,
@@ -92,12 +99,16 @@ class JobsClient:
         )
 
     def list_jobs(self) -> list[JobDetails]:
-        """List every job that was submitted, the last one first; raises `JobsError`."""
+        """List every submitted job, the last one first.
+
+        Raises `JobsError`.
+        """
+        # Drivers that were not submitted have no id.
         jobs = [job for job in self._call_api(self._client.list_jobs) if job.submission_id]
         return sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)
 
     def find(self, name: str) -> JobDetails:
-        """Return the last job of a name, or the job of an id.
+        """Find the last job of a name, or of an id.
 
         Raises `JobsError`, naming the jobs that there are.
         """
@@ -111,6 +122,7 @@ class JobsClient:
         similar = closest(name, names)
         if similar:
             raise JobsError(f"no job is called {name} (did you mean {similar}?)")
+
         raise JobsError(f"no job is called {name} (there are: {', '.join(names) or 'none'})")
 
     def read_status(self, submission_id: str) -> JobDetails:
@@ -118,15 +130,21 @@ class JobsClient:
         return self._call_api(lambda: self._client.get_job_info(submission_id))
 
     def read_log(self, submission_id: str) -> str:
-        """Read all that a job has printed so far; raises `JobsError`."""
+        """Read all that a job has printed so far.
+
+        Raises `JobsError`.
+        """
         return self._call_api(lambda: self._client.get_job_logs(submission_id))
 
     def stop(self, submission_id: str) -> None:
-        """Ask a job to end; it has ended when `follow` returns. Raises `JobsError`."""
+        """Ask a job to end.
+
+        The job has ended when `follow` returns. Raises `JobsError`.
+        """
         self._call_api(lambda: self._client.stop_job(submission_id))
 
     def follow(self, submission_id: str, copy: "LogCopy") -> JobDetails:
-        """Copy what a job prints until it ends, and return how it ended.
+        """Copy a job's log until it ends; return its status.
 
         A connection that breaks is made again. Raises `JobsError` after a minute without an answer.
         """
@@ -136,6 +154,7 @@ class JobsClient:
             with suppress(RuntimeError, OSError, aiohttp.ClientError):
                 asyncio.run(self._tail(submission_id, copy))
 
+            # Ask how the job stands; an answer also ends an outage.
             try:
                 job = self.read_status(submission_id)
                 if job.status.is_terminal():
@@ -143,6 +162,7 @@ class JobsClient:
                     copy.begin()
                     copy.add(self.read_log(submission_id))
                     return job
+
                 lost_since_s = None
             except JobsError as error:
                 now_s = time.monotonic()
@@ -150,6 +170,7 @@ class JobsClient:
                     lost_since_s = now_s
                 if now_s - lost_since_s > PATIENCE_S:
                     raise JobsError(f"{error}; the job may still run: corun-ray jobs follow {submission_id}") from None
+
             time.sleep(POLL_S)
 
     async def _tail(self, submission_id: str, copy: "LogCopy") -> None:
@@ -159,7 +180,10 @@ class JobsClient:
             copy.add(text)
 
     def _call_api(self, call: Callable[[], Answer]) -> Answer:
-        """Return the answer of a call to Ray's client; raises `JobsError` in place of the client's errors."""
+        """Call Ray's client and return its answer.
+
+        Raises `JobsError` in place of the client's errors.
+        """
         try:
             return call()
         except AuthenticationError:
@@ -188,7 +212,8 @@ class LogCopy:
         self._position = 0
 
     def add(self, text: str) -> None:
-        """Write the next part of the log, without what was written before."""
+        """Write the new text of the log's next part."""
+        # Skip what an earlier connection has brought already.
         fresh = text[max(0, self._num_written - self._position) :]
         if fresh:
             self._write(fresh)
@@ -202,7 +227,10 @@ def has_name(job: JobDetails, name: str) -> bool:
 
 
 def _get_name(job: JobDetails) -> str:
-    """Return a job's name; its id where it was not submitted by us."""
+    """Return a job's name, or its id.
+
+    A job that was submitted without this project has no name.
+    """
     return (job.metadata or {}).get(NAME_KEY) or str(job.submission_id)
 
 

@@ -44,7 +44,10 @@ class _FolderKey:
 
 
 def make_paths_absolute(job: Job) -> Job:
-    """Return the job with absolute folders, since workers do not run in the driver's folder."""
+    """Return the job with absolute folders.
+
+    Workers do not run in the driver's folder.
+    """
     tree = job.model_dump()
     for folder in _find_folders(tree):
         folder.section[folder.key] = locate(folder.value).uri
@@ -53,11 +56,15 @@ def make_paths_absolute(job: Job) -> Job:
     search = tree.get("tune", {}).get("search", {})
     for path, choices in _find_searched_folders(tree).items():
         search[path] = tuple(locate(choice).uri for choice in choices)
+
     return type(job).model_validate(tree)
 
 
 def list_folders(job: Job) -> list[tuple[str, str]]:
-    """List every folder or URI that the job names: the path of its key, and the folder."""
+    """List every folder or URI that the job names.
+
+    Each comes after the path of its key.
+    """
     tree = job.model_dump()
     folders = [(folder.path, folder.value) for folder in _find_folders(tree)]
     for path, choices in _find_searched_folders(tree).items():
@@ -67,7 +74,10 @@ def list_folders(job: Job) -> list[tuple[str, str]]:
 
 
 def _find_searched_folders(tree: dict[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Return the folders among which a search chooses, by the path of their key."""
+    """Return the folders among which a search chooses.
+
+    They are given by the path of their key.
+    """
     found = {}
     for path, choices in tree.get("tune", {}).get("search", {}).items():
         if path in FOLDER_KEYS and isinstance(choices, tuple):
@@ -77,6 +87,7 @@ def _find_searched_folders(tree: dict[str, Any]) -> dict[str, tuple[str, ...]]:
 
 def _find_folders(tree: dict[str, Any]) -> Iterator[_FolderKey]:
     """Yield the keys of a job that name a folder."""
+    # An optional folder that is not given has no value.
     for path in FOLDER_KEYS:
         *names, key = path.split(".")
         for section, prefix in _find_sections(tree, names):
@@ -85,7 +96,10 @@ def _find_folders(tree: dict[str, Any]) -> Iterator[_FolderKey]:
 
 
 def _find_sections(tree: dict[str, Any], names: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
-    """Return the sections at a path, each with its own path; none where the job has no such section."""
+    """Return the sections at a path, each with its own.
+
+    The list is empty where the job has no such section.
+    """
     found = [(tree, "")]
     for name in names:
         # Go one level deeper: into one section, or into all of them for `*`.
@@ -95,5 +109,7 @@ def _find_sections(tree: dict[str, Any], names: Sequence[str]) -> list[tuple[dic
             for key in keys:
                 if section.get(key):
                     deeper.append((section[key], f"{prefix}{key}."))
+
         found = deeper
+
     return found

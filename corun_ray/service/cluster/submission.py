@@ -40,7 +40,9 @@ def prepare_submission(
     env: Mapping[str, str] = os.environ,
     more_env: Sequence[str] = (),
 ) -> Submission:
-    """Prepare a job file so that it means on the cluster what it means here.
+    """Prepare a job file for a cluster.
+
+    It must mean there what it means here.
 
     Variables that the file names go along with their values of `env`, and so do the variables of `more_env`, given as
     `NAME` or `NAME=VALUE`. The name is that of the file's only job, else that of the file.
@@ -48,18 +50,14 @@ def prepare_submission(
     Raises `JobFileError` for any mistake in the file, for variables that are not set, and for relative paths, which
     would mean another place on the cluster.
     """
+    # Reading the file tells which variables it names.
     recorded_env = _RecordingEnvironment(env)
     jobs = load_jobs(path, overrides, recorded_env)
     given_env, unset = _read_variables(more_env, env)
 
-    # Collect all mistakes, so that the user sees them at once.
-    mistakes = []
-    for job in jobs:
-        owner = f"job {job.name}: " if len(jobs) > 1 else ""
-        for key, place in _find_relative_places(job):
-            mistakes.append(f"{owner}{key}: {place} is relative, and {RELATIVE_ADVICE}")
-    for variable in unset:
-        mistakes.append(f"--env {variable}: not set here (or NAME=VALUE)")
+    # Report all mistakes at once.
+    mistakes = _describe_relative_places(jobs)
+    mistakes += [f"--env {variable}: not set here (or NAME=VALUE)" for variable in unset]
     if mistakes:
         raise JobFileError(mistakes)
 
@@ -72,9 +70,11 @@ def prepare_submission(
     command = ["python3", "-m", "corun_ray", "run", str(file.relative_to(working_dir))]
     for override in overrides:
         command += ["--set", override]
+
     if resume:
         command.append("--resume")
 
+    # The dashboard shows the name and the metadata.
     default_name = jobs[0].name if len(jobs) == 1 else file.stem.lower()
     return Submission(
         name=name or default_name,
@@ -105,7 +105,10 @@ class _RecordingEnvironment(Mapping[str, str]):
 
 
 def _read_variables(texts: Sequence[str], env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Read variables given as `NAME` or `NAME=VALUE`; also return the texts that have no value."""
+    """Read variables given as `NAME` or `NAME=VALUE`.
+
+    Also returns the texts that have no value.
+    """
     found, unset = {}, []
     for text in texts:
         name, mark, value = text.partition("=")
@@ -115,11 +118,24 @@ def _read_variables(texts: Sequence[str], env: Mapping[str, str]) -> tuple[dict[
             found[name] = env[name]
         else:
             unset.append(text)
+
     return found, unset
 
 
+def _describe_relative_places(jobs: Sequence[Job]) -> list[str]:
+    """Return a line for each relative path that a job names."""
+    lines = []
+    for job in jobs:
+        # Of several jobs in a file, each is named.
+        owner = f"job {job.name}: " if len(jobs) > 1 else ""
+        for key, place in _find_relative_places(job):
+            lines.append(f"{owner}{key}: {place} is relative, and {RELATIVE_ADVICE}")
+    return lines
+
+
 def _find_relative_places(job: Job) -> Iterator[tuple[str, str]]:
-    """Yield the keys that name a place by a relative path, and the path."""
+    """Yield the keys with relative paths, and the paths."""
+    # An SQLite file of MLflow is a place, too.
     places = [*list_folders(job), *_list_models(job)]
     if job.tracking.uri.startswith(SQLITE):
         places.append(("tracking.uri", job.tracking.uri.removeprefix(SQLITE)))
@@ -129,7 +145,10 @@ def _find_relative_places(job: Job) -> Iterator[tuple[str, str]]:
 
 
 def _list_models(job: Job) -> Iterator[tuple[str, str]]:
-    """Yield the keys that name a model, which is a file or one of MLflow's, and the model."""
+    """Yield the keys that name a model, and the model.
+
+    A model is a file or one of MLflow's.
+    """
     if isinstance(job, TrainingJob) and job.network.init:
         yield "network.init", job.network.init
     elif isinstance(job, EvaluateJob):

@@ -34,11 +34,14 @@ def iterate_rows(outcomes: Dataset) -> Iterator[dict[str, Any]]:
         kind, _, reason = find_root_cause(str(error)).partition(": ")
         if kind.endswith(StorageError.__name__):
             raise StorageError(reason) from None
+
         raise
 
 
 def plan_actor_pool(num_images: int) -> tuple[dict[str, Any], int]:
-    """Return the arguments of `Dataset.map_batches` for restoring actors, and the CPU threads of each.
+    """Plan the actors that restore images.
+
+    Returns their arguments of `Dataset.map_batches`, and the CPU threads of each.
 
     There are as many actors as the cluster has room for, and at most one for each image.
     """
@@ -60,5 +63,6 @@ def plan_actor_pool(num_images: int) -> tuple[dict[str, Any], int]:
         count = int(node["Resources"].get("CPU", 0))
         if node["Alive"] and count:
             node_cpus.append(count)
+
     threads = min(cpus // actors, min(node_cpus, default=1))
     return {"compute": ActorPoolStrategy(size=actors), "num_cpus": 1}, threads

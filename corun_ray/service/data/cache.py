@@ -50,7 +50,10 @@ class NodeCache:
 
     @ray.method
     def offer(self, key: Hashable, value: np.ndarray | DepthMap) -> None:
-        """Keep a new image; after the first that does not fit, no more are taken."""
+        """Keep a new image.
+
+        After the first that does not fit, no more are taken.
+        """
         if key in self._entries or not self._has_room:
             return
 
@@ -62,7 +65,7 @@ class NodeCache:
 
     @ray.method
     def list_since(self, count: int) -> CacheUpdate:
-        """Return all but the first `count` entries, in the order in which they came."""
+        """Return all but the first `count` entries, in order."""
         entries = list(self._entries.items())
         return CacheUpdate(entries[count:], self._has_room)
 
@@ -87,16 +90,22 @@ class CacheKeeper:
             self._caches[node_id] = (
                 ray.remote(NodeCache).options(num_cpus=0, label_selector=on_node).remote(budget_bytes)
             )
+
         return self._caches[node_id]
 
 
 def compute_max_bytes(node: Mapping[str, Any]) -> int:
-    """Return the bytes that a node of `ray.nodes()` can give to a cache."""
+    """Return the bytes that a node can give to a cache.
+
+    `node` is an entry of `ray.nodes()`.
+    """
     return int(STORE_SHARE * node["Resources"].get("object_store_memory", 0))
 
 
 def start_cache(cache_mib: int, board: NoticeBoard) -> ActorProxy[CacheKeeper] | None:
-    """Start the keeper of a job's caches on the driver's node; None for a job without a cache.
+    """Start the keeper of a job's caches.
+
+    It runs on the driver's node. Returns None for a job without a cache.
 
     Posts a note where a node of the present cluster cannot hold that much. All caches end when the keeper is killed.
     """
@@ -130,7 +139,10 @@ class CacheView:
         self._pending_offers: list[ray.ObjectRef] = []
 
     def refresh(self) -> None:
-        """Fetch what other tasks have added; a round trip, so once for many samples."""
+        """Fetch what other tasks have added.
+
+        This is a round trip, so call it once for many samples.
+        """
         # A full cache changes no more.
         if self._cache is not None and not self._has_room:
             return
@@ -140,6 +152,7 @@ class CacheView:
                 self._cache = ray.get(
                     self._keeper.get_cache.remote(self._node_id, self._lost), timeout=ANSWER_TIMEOUT_S
                 )
+
             update = ray.get(self._cache.list_since.remote(self._num_heard), timeout=ANSWER_TIMEOUT_S)
         except GetTimeoutError:
             return
@@ -152,7 +165,9 @@ class CacheView:
         self._has_room = update.has_room
 
     def get(self, key: Hashable, decode: Callable[[], Decoded]) -> Decoded:
-        """Return the cached value of `key`, else what `decode` returns, which is then offered to the cache.
+        """Return the cached value of `key`, or decode it.
+
+        A decoded value is offered to the cache.
 
         A cached value is shared memory: do not write to it.
         """
@@ -166,10 +181,11 @@ class CacheView:
         value = decode()
         if self._cache is not None and self._has_room:
             self._offer(self._cache, key, value)
+
         return value
 
     def _offer(self, cache: ActorProxy[NodeCache], key: Hashable, value: np.ndarray | DepthMap) -> None:
-        """Offer a decoded image to the cache, unless enough offers are under way."""
+        """Offer a decoded image, unless enough offers are under way."""
         # Drop the offers that are done.
         if self._pending_offers:
             pending = self._pending_offers
@@ -179,7 +195,10 @@ class CacheView:
             self._pending_offers.append(cache.offer.remote(key, value))
 
     def _forget(self) -> None:
-        """Forget a cache that has died: its objects are lost, and the next refresh asks for another."""
+        """Forget a cache that has died.
+
+        Its objects are lost, and the next refresh asks for another.
+        """
         if self._cache is not None:
             self._lost = self._cache
         self._cache = None

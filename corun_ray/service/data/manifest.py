@@ -59,7 +59,10 @@ class Manifest:
         return place.child(key).read() if pack is None else pack.read(pack.images[key])
 
     def read_depth(self, root: str, key: str) -> bytes:
-        """Read a depth map's file of a data root; raises as `read_image` does."""
+        """Read a depth map's file of a data root.
+
+        Raises as `read_image` does.
+        """
         place = locate(root)
         pack = self.packs.get(place.uri)
         return place.child(key).read() if pack is None else pack.read(pack.depths[key])
@@ -95,12 +98,13 @@ def build_manifest(job: TrainingJob) -> Manifest:
     pairing = pair_by_stem(clear, maps, "depth map")
     if not pairing.pairs:
         raise ManifestError(f"data.depth: none of the {len(maps)} depth maps below {job.data.depth} matches an image")
+
     skipped = pairing.list_skipped(job.data.clear, job.data.depth)
     return Manifest(tuple(pairing.pairs), tuple(pairing.pairs.values()), hazy, skipped, packs=roots.packs)
 
 
 def _build_paired_manifest(paired: PairedSection, hazy: tuple[str, ...], roots: "_DataRoots") -> Manifest:
-    """Build the manifest of a job with degraded images and their clean ones."""
+    """Build the manifest of a job with paired data."""
     degraded = roots.list_images(paired.hazy, "data.paired.hazy")
     clean = roots.list_images(paired.clear, "data.paired.clear")
 
@@ -110,6 +114,7 @@ def _build_paired_manifest(paired: PairedSection, hazy: tuple[str, ...], roots: 
             f"data.paired.clear: none of the {len(clean)} images below {paired.clear} "
             f"is named like one below {paired.hazy}"
         )
+
     skipped = pairing.list_skipped(paired.hazy, paired.clear)
     return Manifest(tuple(pairing.pairs.values()), None, hazy, skipped, tuple(pairing.pairs), roots.packs)
 
@@ -121,12 +126,18 @@ class _DataRoots:
         self.packs: dict[str, Pack] = {}
 
     def list_images(self, uri: str, key: str) -> list[str]:
-        """List the images of a data root; raises `ManifestError`, naming the job's `key`, where there are none."""
+        """List the images of a data root.
+
+        Raises `ManifestError`, naming the job's `key`, where there are none.
+        """
         found = self._open(uri)
         return list(found.images) if isinstance(found, Pack) else _filter_images(found, uri, key)
 
     def list_depth_maps(self, uri: str) -> list[str]:
-        """List the depth maps of a data root; raises `ManifestError` for a pack without depth."""
+        """List the depth maps of a data root.
+
+        Raises `ManifestError` for a pack without depth.
+        """
         found = self._open(uri)
         if not isinstance(found, Pack):
             return filter_by_suffix(found, DEPTH_SUFFIXES)
@@ -149,12 +160,17 @@ class _DataRoots:
 
 
 def list_images(uri: str, key: str) -> list[str]:
-    """List the images below a folder or URI; raises as `list_image_files` does."""
+    """List the images below a folder or URI.
+
+    Raises as `list_image_files` does.
+    """
     return list(list_image_files(uri, key))
 
 
 def list_image_files(uri: str, key: str) -> dict[str, FileInfo]:
-    """List the images below a folder or URI, with what storage knows of each file.
+    """List images with what storage knows of their files.
+
+    `uri` is a folder or URI; images of all folders below count.
 
     Raises `StorageError`, and `ManifestError`, naming the job file's `key`, for a folder without images or with a pack.
     """
@@ -165,7 +181,10 @@ def list_image_files(uri: str, key: str) -> dict[str, FileInfo]:
 
 
 def _filter_images(files: list[str], uri: str, key: str) -> list[str]:
-    """Return the images among the files below `uri`; raises `ManifestError` where there are none."""
+    """Return the images among the files below `uri`.
+
+    Raises `ManifestError` where there are none.
+    """
     images = filter_by_suffix(files, IMAGE_SUFFIXES)
     if not images:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
@@ -174,7 +193,10 @@ def _filter_images(files: list[str], uri: str, key: str) -> list[str]:
 
 
 def filter_by_suffix(files: list[str], suffixes: frozenset[str]) -> list[str]:
-    """Return the files with these suffixes; hidden files (.DS_Store and the like) are never data."""
+    """Return the files with these suffixes.
+
+    Hidden files (.DS_Store and the like) are never data.
+    """
     found = []
     for file in files:
         is_hidden = posixpath.basename(file).startswith(".")
@@ -184,7 +206,10 @@ def filter_by_suffix(files: list[str], suffixes: frozenset[str]) -> list[str]:
 
 
 def strip_suffix(path: str) -> str:
-    """Return a path without its last suffix: the stem that pairs an image with its depth or ground truth."""
+    """Return a path without its last suffix.
+
+    That stem pairs an image with its depth or ground truth.
+    """
     return posixpath.splitext(path)[0]
 
 
@@ -200,7 +225,7 @@ class Pairing:
     """Partner → reason."""
 
     def list_skipped(self, image_root: str, partner_root: str) -> dict[str, str]:
-        """Return the reason of every file left over, by its URI."""
+        """Return the reasons of all files left over, by URI."""
         skipped = {posixpath.join(image_root, image): reason for image, reason in self.unpaired.items()}
         for partner, reason in self.unused.items():
             skipped[posixpath.join(partner_root, partner)] = reason
@@ -208,7 +233,10 @@ class Pairing:
 
 
 def pair_by_stem(images: list[str], partners: list[str], partner_name: str) -> Pairing:
-    """Pair each image with the one partner of the same stem; `partner_name` is for the reasons."""
+    """Pair each image with the one partner of its stem.
+
+    `partner_name` ("depth map", "clear image") is for the reasons.
+    """
     by_stem = defaultdict(list)
     for partner in partners:
         by_stem[strip_suffix(partner)].append(partner)
@@ -230,6 +258,7 @@ def pair_by_stem(images: list[str], partners: list[str], partner_name: str) -> P
     for partner in partners:
         if strip_suffix(partner) not in image_stems:
             unused[partner] = f"{partner_name} that matches no image"
+
     return Pairing(pairs, unpaired, unused)
 
 
@@ -256,6 +285,7 @@ def list_validation_sets(job: TrainingJob) -> list[ValidationSet]:
     named = []
     if job.data.validation is not None:
         named.append(("val", "data.validation", job.data.validation))
+
     for name, section in job.data.validation_sets.items():
         named.append((f"val/{name}", f"data.validation_sets.{name}", section))
 
@@ -263,11 +293,14 @@ def list_validation_sets(job: TrainingJob) -> list[ValidationSet]:
     for prefix, key, section in named:
         pairs = pair_validation_images(section.hazy, section.clear, key)
         sets.append(ValidationSet(prefix, section.hazy, section.clear, pairs))
+
     return sets
 
 
 def pair_validation_images(hazy_root: str, clear_root: str | None, section: str) -> list[tuple[str, str | None]]:
-    """Pair hazy images with their ground truth (None without `clear_root`), by relative path.
+    """Pair hazy images with their ground truth, by relative path.
+
+    Without `clear_root`, the truth of each is None.
 
     Raises `StorageError`, and `ManifestError`, naming the job file's `section` and the first images without a truth.
     """
@@ -275,12 +308,13 @@ def pair_validation_images(hazy_root: str, clear_root: str | None, section: str)
     if clear_root is None:
         return [(key, None) for key in hazy]
 
-    # Every hazy image must have its truth: a metric over fewer images would not compare with others.
+    # Every hazy image must have its truth.
     pairing = pair_by_stem(hazy, list_images(clear_root, f"{section}.clear"), "clear image")
     unpaired = list(pairing.unpaired.items())
     if unpaired:
         named = "; ".join(f"{posixpath.join(hazy_root, key)}: {reason}" for key, reason in unpaired[:NAMED_IMAGES])
         raise ManifestError(f"{section}.clear: {len(unpaired)} of {len(hazy)} hazy images have no truth ({named})")
+
     return list(pairing.pairs.items())
 
 

@@ -73,7 +73,9 @@ class PackPlan:
     """URI → reason, of images without a depth map and of depth maps without an image."""
 
     def name_shard(self, shard: int) -> str:
-        """Return a shard's file name without suffix, which differs for any other content.
+        """Return a shard's file name, without suffix.
+
+        The name follows from the shard's content.
 
         Content counts as changed where sizes or dates differ.
         """
@@ -95,7 +97,9 @@ class PackPlan:
 
 
 def plan_pack(images: str, output: str, depth: str | None, shard_mib: int, keep_png: bool) -> PackPlan:
-    """List the images, pair them with their depth maps, and cut them into shards.
+    """List the images and cut them into shards.
+
+    With `depth`, each image is paired with its depth map.
 
     Raises `StorageError` and `ManifestError`.
     """
@@ -120,7 +124,7 @@ def plan_pack(images: str, output: str, depth: str | None, shard_mib: int, keep_
 def _make_entry(
     key: str, image: FileInfo, depth_key: str | None = None, depth_map: FileInfo | None = None
 ) -> PackEntry:
-    """Make the entry of an image and its depth map, if any."""
+    """Make the entry of an image and its depth map."""
     files = [image] if depth_map is None else [image, depth_map]
     num_bytes = sum(file.size for file in files)
     changed_ns = max(file.mtime_ns or 0 for file in files)
@@ -128,15 +132,20 @@ def _make_entry(
 
 
 def _cut_into_shards(entries: list[PackEntry], shard_bytes: int) -> Iterator[tuple[PackEntry, ...]]:
-    """Yield consecutive entries of at most `shard_bytes`; a larger image gets a shard of its own."""
+    """Yield consecutive entries of at most `shard_bytes`.
+
+    A larger image gets a shard of its own.
+    """
     shard: list[PackEntry] = []
     num_bytes = 0
     for entry in entries:
         if shard and num_bytes + entry.num_bytes > shard_bytes:
             yield tuple(shard)
             shard, num_bytes = [], 0
+
         shard.append(entry)
         num_bytes += entry.num_bytes
+
     yield tuple(shard)
 
 
@@ -156,7 +165,9 @@ class PackResult:
 
 
 def find_written_shards(plan: PackPlan) -> set[int]:
-    """Return the shards that an earlier packing has written completely, with every file of the plan.
+    """Return the shards that an earlier packing wrote completely.
+
+    Such a shard has every file that the plan has for it.
 
     Raises `StorageError` where the output holds other files.
     """
@@ -172,14 +183,19 @@ def find_written_shards(plan: PackPlan) -> set[int]:
     for shard in range(len(plan.shards)):
         if _is_written(plan.name_shard(shard), output, files):
             written.add(shard)
+
     return written
 
 
 def _is_written(name: str, output: Location, files: Mapping[str, FileInfo]) -> bool:
-    """Return whether a shard and its part of the index are written, undamaged and without skipped images."""
+    """Return whether a shard is complete.
+
+    It and its part of the index are written and undamaged, and it skipped no image.
+    """
     shard_file, part_file = _name_shard_file(name), _name_part_file(name)
     if shard_file not in files or part_file not in files:
         return False
+
     try:
         metadata = pq.read_schema(pa.BufferReader(output.child(part_file).read())).metadata or {}
     except pa.ArrowException:
@@ -192,7 +208,9 @@ def _is_written(name: str, output: Location, files: Mapping[str, FileInfo]) -> b
 
 
 def pack(plan: PackPlan, written: set[int], progress: Callable[[int, int], None]) -> PackResult:
-    """Write the shards that are not yet `written` by tasks on the cluster, then the index.
+    """Write the missing shards by tasks, then the index.
+
+    `written` are the shards that are there already.
 
     `progress` is called with the number of images done and of all images. Files that cannot be read are skipped.
 
@@ -206,23 +224,28 @@ def pack(plan: PackPlan, written: set[int], progress: Callable[[int, int], None]
         # One task for each shard.
         DataContext.get_current().enable_progress_bars = False
         items = ray.data.from_items(missing, override_num_blocks=len(missing))
+
         # The stubs know no arguments of the function.
         rows = iterate_rows(items.map(_write_shard_of_row, fn_args=(ray.put(plan),)))  # type: ignore[arg-type]
         for row in rows:
             num_done += len(plan.shards[row["item"]])
             progress(num_done, plan.num_images)
+
     return write_index(plan)
 
 
 def pack_here(plan: PackPlan) -> PackResult:
-    """Write all shards and the index in this process, without Ray; raises `StorageError`."""
+    """Write all shards and the index without Ray.
+
+    Raises `StorageError`.
+    """
     for shard in range(len(plan.shards)):
         write_shard(plan, shard)
     return write_index(plan)
 
 
 def _write_shard_of_row(row: dict[str, int], plan: "ray.ObjectRef[PackPlan]") -> dict[str, int]:
-    """Write the shard that a row names, as a task of Ray Data."""
+    """Write the shard that a row of Ray Data names."""
     write_shard(ray.get(plan), row["item"])
     return row
 
@@ -231,7 +254,10 @@ def _write_shard_of_row(row: dict[str, int], plan: "ray.ObjectRef[PackPlan]") ->
 
 
 def write_shard(plan: PackPlan, shard: int) -> None:
-    """Write one shard, then its part of the index; raises `StorageError`."""
+    """Write one shard, then its part of the index.
+
+    Raises `StorageError`.
+    """
     output, name = locate(plan.output), plan.name_shard(shard)
     sources = plan.shards[shard]
     buffer = io.BytesIO()
@@ -246,6 +272,7 @@ def write_shard(plan: PackPlan, shard: int) -> None:
             if isinstance(row, str):
                 skipped[posixpath.join(plan.images, source.key)] = row
                 continue
+
             # Each batch becomes a row group.
             writer.write_batch(pa.RecordBatch.from_pylist([row], schema=SCHEMA))
             entries.append(_make_index_entry(shard, row))
@@ -264,19 +291,26 @@ def write_shard(plan: PackPlan, shard: int) -> None:
 
 
 def _read_row(plan: PackPlan, source: PackEntry) -> dict[str, str | bytes] | str:
-    """Read one image, and its depth map, as a row of a shard; return the reason where they cannot be read."""
+    """Read one image as a row of a shard.
+
+    The row holds its depth map, too. Returns the reason where one of them cannot be read.
+    """
     try:
         image = locate(plan.images).child(source.key).read()
         row: dict[str, str | bytes] = {"key": source.key, "image": image}
         if source.depth_key is not None:
             row |= _read_depth(plan, source.depth_key)
+
         return row
     except (BadImage, MissingFile) as error:
         return str(error)
 
 
 def _read_depth(plan: PackPlan, key: str) -> dict[str, str | bytes]:
-    """Read a depth map; PNG becomes .npy of the same values, which decodes faster, unless the plan keeps it."""
+    """Read a depth map as columns of a row.
+
+    PNG becomes .npy of the same values, which decodes faster, unless the plan keeps it.
+    """
     assert plan.depth is not None
     content = locate(plan.depth).child(key).read()
     suffix = posixpath.splitext(key)[1].lower()
@@ -287,6 +321,7 @@ def _read_depth(plan: PackPlan, key: str) -> dict[str, str | bytes]:
         pixels = decode_depth(content, suffix)
     except BadImage as error:
         raise BadImage(f"its depth map {posixpath.join(plan.depth, key)}: {error}") from None
+
     return {"depth_key": f"{strip_suffix(key)}.npy", "depth": _encode_npy(pixels)}
 
 
@@ -301,7 +336,7 @@ def _encode_npy(pixels: np.ndarray) -> bytes:
 
 
 def _make_index_entry(shard: int, row: dict) -> dict:
-    """Make a row of the index from a row of a shard, without the offsets."""
+    """Make a row of the index, without the offsets."""
     entry = {"shard": shard, "key": row["key"], "depth_key": row.get("depth_key")}
     for column in ("image", "depth"):
         if column in row:
@@ -310,7 +345,9 @@ def _make_index_entry(shard: int, row: dict) -> dict:
 
 
 def _add_offsets(entries: list[dict], content: bytes) -> None:
-    """Add to each entry where in the shard's bytes `content` its files lie.
+    """Add the offsets of the files in a shard's bytes.
+
+    `content` are the bytes of the shard, and `entries` its rows of the index.
 
     Every column chunk holds a single value, which ends where the chunk ends. Before the value stands its length, which
     proves the offset. Source: Apache Parquet, encodings, PLAIN of a byte array.
@@ -328,11 +365,15 @@ def _add_offsets(entries: list[dict], content: bytes) -> None:
             offset = chunk.data_page_offset + chunk.total_compressed_size - num_bytes
             if int.from_bytes(content[offset - 4 : offset], "little") != num_bytes:
                 raise RuntimeError(f"pyarrow {pa.__version__} lays out Parquet in another way than expected")
+
             entry[f"{column}_offset"] = offset
 
 
 def write_index(plan: PackPlan) -> PackResult:
-    """Join the parts of the index, then delete the shards of earlier packings; raises `StorageError`."""
+    """Write the index, then delete what earlier packings left.
+
+    Raises `StorageError`.
+    """
     output = locate(plan.output)
     names = [plan.name_shard(shard) for shard in range(len(plan.shards))]
 
@@ -345,6 +386,7 @@ def write_index(plan: PackPlan) -> PackResult:
         entries += part.to_pylist()
         shards |= json.loads(part.schema.metadata[SHARDS])
         skipped |= json.loads(part.schema.metadata[SKIPPED_KEY])
+
     if not entries:
         raise StorageError(f"not one of the images below {plan.images} can be packed")
 
@@ -355,8 +397,10 @@ def write_index(plan: PackPlan) -> PackResult:
     kept = {INDEX}
     for name in names:
         kept |= {_name_shard_file(name), _name_part_file(name)}
+
     for file in output.list_infos().keys() - kept:
         output.child(file).delete()
+
     return PackResult(len(entries), len(shards), sum(shards.values()), skipped)
 
 
@@ -366,7 +410,7 @@ def _name_shard_file(name: str) -> str:
 
 
 def _name_part_file(name: str) -> str:
-    """Return the file name of a shard's part of the index."""
+    """Return the file name of a part of the index."""
     return f"{name}.index.parquet"
 
 

@@ -66,12 +66,18 @@ class Pack:
     """By the depth map's path below its own folder."""
 
     def read(self, place: ByteRange) -> bytes:
-        """Read a file of the pack; raises the errors of `Location`."""
+        """Read a file of the pack.
+
+        Raises the errors of `Location`.
+        """
         return self.folder.child(self.shards[place.shard]).read_range(place.offset, place.num_bytes)
 
 
 def is_pack(files: Iterable[str]) -> bool:
-    """Return whether a folder with these files holds a pack, complete or not."""
+    """Return whether a folder's files belong to a pack.
+
+    The pack may be incomplete.
+    """
     return any(SHARD_FILE.fullmatch(file) for file in files)
 
 
@@ -94,7 +100,7 @@ def open_pack(folder: Location, files: Mapping[str, FileInfo]) -> Pack:
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{place.uri} is no index of a pack: {str(error).splitlines()[0][:200]}") from None
 
-    # Compare the shards with the index by size; reading them would take as long as training on them.
+    # Compare the shards with the index, as far as sizes tell.
     for file, num_bytes in shards.items():
         if file not in files:
             raise StorageError(f"the pack in {folder.uri} is damaged: {file} is missing; {again}")
@@ -107,7 +113,7 @@ def open_pack(folder: Location, files: Mapping[str, FileInfo]) -> Pack:
 
 
 def _read_ranges(columns: dict[str, list], key_column: str, file_column: str) -> dict[str, ByteRange]:
-    """Return the byte range of every image, or of every depth map, by its key."""
+    """Return the byte ranges of a column's files, by key."""
     rows = zip(
         columns[key_column],
         columns["shard"],
@@ -121,4 +127,5 @@ def _read_ranges(columns: dict[str, list], key_column: str, file_column: str) ->
     for key, shard, offset, num_bytes in rows:
         if key is not None:
             ranges[key] = ByteRange(shard, offset, num_bytes)
+
     return ranges

@@ -107,6 +107,7 @@ class SampleMaker:
         columns["index"] = batch["id"]
         if "key" in rows[0]:
             columns["key"] = np.array([row["key"] for row in rows], dtype=object)
+
         return columns
 
     def sample(self, index: int) -> dict[str, Any]:
@@ -121,12 +122,13 @@ class SampleMaker:
 
             key, views = self._make_from_usable(HAZY, index, len(self.manifest.hazy), make_real)
             row |= {"weak": views.weak, "strong": views.strong, "key": key}
+
         return row
 
     def _make_from_usable(
         self, kind: int, index: int, length: int, make: Callable[[int, np.random.Generator], Made]
     ) -> Made:
-        """Call `make` with the sample's image, or with its first usable substitute.
+        """Make the sample from its image or a usable substitute.
 
         Raises `TooManyBadFiles` where none of the images can be used.
         """
@@ -136,17 +138,21 @@ class SampleMaker:
                 return make(image, np.random.default_rng([self.job.seed, kind, index, attempt]))
             except _Unusable as error:
                 self.report_bad({error.uri: error.reason})
+
         name = "clear" if kind == CLEAR else "hazy"
         raise TooManyBadFiles(f"not one of the {length} {name} images can be used")
 
     def _make_pair(self, image: int, rng: np.random.Generator) -> Pair:
-        """Make a clear patch and its hazy counterpart, which is synthetic unless the job has paired data."""
+        """Make a clear patch and its hazy counterpart.
+
+        The haze is synthetic, unless the job has paired data.
+        """
         if self.job.data.paired is None:
             return self._make_synthetic_pair(image, rng)
         return self._make_recorded_pair(image, rng)
 
     def _make_recorded_pair(self, image: int, rng: np.random.Generator) -> Pair:
-        """Cut the same patch out of a degraded image and its clean one."""
+        """Cut the same patch out of both images of a pair."""
         data = self.job.data
         assert data.paired is not None and self.manifest.paired_hazy is not None
         hazy_key = self.manifest.paired_hazy[image]
@@ -160,7 +166,7 @@ class SampleMaker:
             )
 
     def _make_synthetic_pair(self, image: int, rng: np.random.Generator) -> Pair:
-        """Cut a patch out of a clear image and add haze by its depth map."""
+        """Cut a patch out of a clear image and add haze."""
         data, haze = self.job.data, self.job.haze
         assert data.clear is not None
         clear_key = self.manifest.clear[image]
@@ -189,14 +195,17 @@ class SampleMaker:
             )
 
     def _make_real_views(self, image: int, rng: np.random.Generator, jpeg_quality: int | None) -> tuple[str, RealViews]:
-        """Make the weak and strong view of a real hazy image; also return the image's key."""
+        """Make the weak and strong view of a real image.
+
+        Also returns the image's key.
+        """
         assert isinstance(self.job, ColabatorJob)
         key = self.manifest.hazy[image]
         hazy = self._load_image(self.job.data.hazy, key, compute_real_side_px(self.patch_px))
         return key, make_real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=jpeg_quality)
 
     def _open_image(self, root: str, key: str) -> Sliceable:
-        """Return an image out of which a region will be cut.
+        """Open an image to cut a region out of it.
 
         Where it can, only the region is decoded. With a cache the whole image is: the cache keeps whole images.
         """
@@ -209,10 +218,13 @@ class SampleMaker:
                 sides_px = read_cuttable_sides(content)
                 if sides_px is None:
                     return decode_image(content)
+
                 return _ImageFile(root, key, content, (*sides_px, 3))
 
     def _load_image(self, root: str, key: str, least_px: int | None = None) -> np.ndarray:
-        """Read and decode a whole image, `H W C`, RGB uint8, or take it from the cache.
+        """Return a whole image, decoded or from the cache.
+
+        Shape `H W C`, RGB uint8.
 
         With `least_px`, a JPEG may be decoded to a smaller size whose sides are still that long.
         """
@@ -226,12 +238,13 @@ class SampleMaker:
         return self._get_cached((root, key, least_px), decode)
 
     def _load_depth(self, root: str, key: str) -> DepthMap:
-        """Read and decode a depth map, or take it from the cache."""
+        """Return a depth map, decoded or from the cache."""
 
         def decode() -> DepthMap:
             with BlameFile(root, key):
                 with phase("read"):
                     content = self.manifest.read_depth(root, key)
+
                 with phase("depth"):
                     raw = decode_depth(content, posixpath.splitext(key)[1].lower())
                     return DepthMap.from_pixels(raw, self.job.data.depth_kind)
@@ -295,7 +308,9 @@ class _ImageFile:
 
 
 def read_cuttable_sides(data: bytes) -> tuple[int, int] | None:
-    """Return height and width in pixels of a JPEG out of which `decode_region` can cut; None for other files.
+    """Return height and width in pixels of a cuttable JPEG.
+
+    `decode_region` can cut regions out of it. Returns None for other files.
 
     That is every complete JPEG of three colours of 8 bits that its EXIF orientation does not turn. Others are decoded
     as a whole.
@@ -317,7 +332,9 @@ def read_cuttable_sides(data: bytes) -> tuple[int, int] | None:
 
 
 def decode_region(data: bytes, rows: slice, columns: slice) -> NDArray[np.uint8]:
-    """Decode a region of a JPEG to `H W C`, RGB uint8, without the work on the rows below it.
+    """Decode a region of a JPEG to `H W C`, RGB uint8.
+
+    The rows below the region cost no work.
 
     The pixels are those of `decode_image`. OpenCV decodes a file only whole, and so does Pillow; but Pillow stays
     silent where a header that promises fewer rows than there are leaves coded data over.

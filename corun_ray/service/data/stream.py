@@ -59,7 +59,10 @@ class StreamPhase:
 
 
 def plan_phases(job: TrainingJob) -> list[StreamPhase]:
-    """Return the phases of a whole run: one, unless `train.progressive` adds later ones."""
+    """Return the phases of a whole run.
+
+    There is one, unless `train.progressive` adds later ones.
+    """
     # The first step, patch size and batch per worker of each phase.
     starts = [(0, job.data.patch_px, job.train.batch_per_worker)]
     if isinstance(job, PretrainJob):
@@ -75,6 +78,7 @@ def plan_phases(job: TrainingJob) -> list[StreamPhase]:
         end_step = min(next_step, job.train.steps)
         if first_step < end_step:
             plan_phases.append(StreamPhase(first_step, end_step, patch_px, batch_per_worker * job.train.accumulate))
+
     return plan_phases
 
 
@@ -100,7 +104,10 @@ class BlockLayout:
 
     @property
     def steps_per_block(self) -> int:
-        """Number of steps that a block lasts; the last block may hold some that no step takes."""
+        """Number of steps that a block lasts.
+
+        The last block may hold some that no step takes.
+        """
         return -(-self.num_steps // self.blocks_per_worker)
 
     @property
@@ -114,7 +121,10 @@ class BlockLayout:
         return self.blocks_per_worker * self.num_workers
 
     def map_rows_to_samples(self, rows: np.ndarray) -> np.ndarray:
-        """Map row numbers of the dataset to sample indices of the run's stream."""
+        """Map row numbers of the dataset to sample indices.
+
+        Sample indices count over the run's whole stream.
+        """
         # Row number → block, step within the block, position within the step's batch.
         block, row = np.divmod(rows, self.rows_per_block)
         step, position = np.divmod(row, self.batch)
@@ -128,7 +138,7 @@ class BlockLayout:
 def plan_remaining_phases(
     job: TrainingJob, step: int, num_images_seen: int, num_workers: int
 ) -> list[tuple[StreamPhase, BlockLayout]]:
-    """Return the phases left after `step` steps, each with its block layout.
+    """Return the phases left after `step`, with their layouts.
 
     `num_images_seen` are the samples taken so far. The count runs on across phases, so a run that restarts within a
     phase resumes at the next sample. The list is empty at the end of the run.
@@ -141,6 +151,7 @@ def plan_remaining_phases(
             layout = BlockLayout(first_sample, num_steps, phase.batch, num_workers)
             remaining.append((phase, layout))
             first_sample += num_steps * phase.batch * num_workers
+
     return remaining
 
 
@@ -163,7 +174,7 @@ class StreamTask:
 
 
 def split_stream(task: StreamTask) -> list[DataIterator]:
-    """Build the stream of one phase and return one iterator for each worker."""
+    """Build a phase's stream; return one iterator per worker."""
     # One row for each sample, and as many read tasks as the layout has blocks.
     layout = task.layout
     DataContext.get_current().enable_progress_bars = False
@@ -184,7 +195,10 @@ def split_stream(task: StreamTask) -> list[DataIterator]:
 
 
 def _make_samples(batch: Batch, task: StreamTask) -> Batch:
-    """Make the samples of a block; `batch` holds the row numbers as `id`."""
+    """Make the samples of a block.
+
+    `batch` holds the row numbers as `id`.
+    """
     # Ray runs one task per core already; OpenCV's own threads would only compete with them.
     cv2.setNumThreads(1)
     recorder = MetricRecorder(task.labels)
@@ -212,11 +226,12 @@ def _fetch_manifest(manifest: "ray.ObjectRef[Manifest]") -> Manifest:
 
 
 def iterate_batches(shard: DataIterator, layout: BlockLayout, rank: int) -> Iterator[Batch]:
-    """Yield one rank's batches of a phase, one for each step.
+    """Yield one rank's batches of a phase, step by step.
 
     Raises `RuntimeError` where the samples are not those that the layout gives to this rank.
     """
     loader = shard.iter_batches(batch_size=layout.batch, batch_format="numpy", prefetch_batches=PREFETCHED_BATCHES)
+
     # The last block may hold more steps than the phase has.
     for step, batch in enumerate(itertools.islice(loader, layout.num_steps)):
         # A wrong order would train on other samples without any other sign, so check it at every step.
@@ -224,6 +239,7 @@ def iterate_batches(shard: DataIterator, layout: BlockLayout, rank: int) -> Iter
         given = batch["index"].tolist()
         if given != list(range(first, first + layout.batch)):
             raise RuntimeError(f"rank {rank} was given samples {given}, expected {first} ...")
+
         yield batch
 
 
@@ -240,7 +256,10 @@ class IdlePause(ExecutionCallback):
         self._since_s = time.monotonic()
 
     def on_execution_step(self, executor: "StreamingExecutor") -> None:
-        """Pause after many idle looks in a row; Ray Data calls this after each look."""
+        """Pause after many idle looks in a row.
+
+        Ray Data calls this after each look.
+        """
         was_idle = time.monotonic() - self._since_s < MAX_IDLE_LOOK_S
         self._idle_looks = self._idle_looks + 1 if was_idle else 0
         if self._idle_looks > MIN_IDLE_LOOKS:

@@ -44,12 +44,15 @@ class Needs:
     weights: NeededFiles = field(default_factory=dict)
 
     def replace_places(self, storage: str | None, tracking: str | None) -> "Needs":
-        """Return the same needs with other places, where any are given."""
+        """Return the needs with other places, if given."""
         return replace(self, storage=storage or self.storage, tracking=tracking or self.tracking)
 
 
 def collect_needs(jobs: Sequence[Job]) -> Needs:
-    """Collect what a file's jobs use: the places of the first, the largest size, the weights of all."""
+    """Collect what the jobs of a file use together.
+
+    That is: the places of the first job, the largest size, and the weights of all.
+    """
     largest = max((job.whole_cluster for job in jobs), key=lambda size: (size.gpus_per_worker, size.min_workers))
 
     weights: NeededFiles = {}
@@ -57,6 +60,7 @@ def collect_needs(jobs: Sequence[Job]) -> Needs:
         # Of a search, an example of its trials.
         for folder, files in find_needed_files(example(job)).items():
             weights.setdefault(folder, {}).update(files)
+
     return Needs(jobs[0].storage, get_tracking_uri(jobs[0]), largest, weights)
 
 
@@ -114,23 +118,26 @@ class Doctor:
         return "no GPU is asked for, and there is none"
 
     def _examine_driver(self) -> str:
-        """Compare the GPUs of the NVIDIA driver with those of torch."""
+        """Compare the driver's GPUs with torch's."""
+        # A driver that is too old for torch's CUDA hides its GPUs from torch.
         facts = collect_local_facts()
         if facts.driver_gpus and not facts.torch_gpus:
             raise _Problem(
                 f"the NVIDIA driver has {facts.driver_gpus} GPUs, torch {facts.torch} none",
                 f"update the driver: this torch is built for CUDA {facts.cuda}",
             )
+
         gpus = f"{facts.torch_gpus} GPUs" if facts.torch_gpus else "no GPU"
         return f"Python {facts.python}, torch {facts.torch}, Ray {facts.ray}, {gpus} here"
 
     def _examine_ray(self) -> str:
-        """Connect to Ray; compare the versions on its nodes; look for token authentication."""
+        """Connect to Ray; check versions and token authentication."""
         # A Ray that starts here gets as many logical CPUs as the job wants; a cluster has what it has.
         address = os.environ.get("RAY_ADDRESS", "")
         sizes = []
         if not address:
             sizes.append(self.needs.size.model_copy(update={"gpus_per_worker": 0.0}))
+
         try:
             place = connect(*sizes)
         except ClusterError as error:
@@ -141,6 +148,7 @@ class Doctor:
                 )
             else:
                 advice = "give RAY_ADDRESS=HOST:6379 of a head that runs and can be reached; without, a Ray starts here"
+
             raise _Problem(str(error), advice) from None
 
         # All nodes must run the same versions.
@@ -156,13 +164,15 @@ class Doctor:
                 f"{place}: token authentication is off: whoever reaches it can run code on it",
                 "start every node with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN",
             )
+
         return f"{place}: {self.nodes.summarise()}, token authentication {'on' if has_token else 'off'}"
 
     def _examine_gpus(self) -> str | None:
-        """Compare the GPUs that Ray counts with those that torch sees, and with those that the job needs."""
+        """Compare Ray's GPUs with torch's and the job's."""
         if self.nodes is None:
             return None
 
+        # Ray counts GPUs by the driver; an image without CUDA cannot use them.
         ray_gpus = self.nodes.count_ray_gpus()
         for address, facts in self.nodes.collect_facts().items():
             if facts.torch_gpus < ray_gpus.get(address, 0):
@@ -171,6 +181,7 @@ class Doctor:
                     "check its driver (nvidia-smi) and that it runs the GPU image",
                 )
 
+        # The job's workers need that many GPUs at least.
         wanted = self.needs.size.min_workers * self.needs.size.gpus_per_worker
         total = sum(ray_gpus.values())
         if wanted > total:
@@ -178,12 +189,17 @@ class Doctor:
                 f"the job asks for {wanted:g} GPUs, Ray has {total:g}",
                 "add GPU nodes, or train on CPUs: --set cluster.gpus_per_worker=0",
             )
+
         return f"{total:g} in Ray, and torch sees them" if total else None
 
     def _examine_workers(self) -> str | None:
-        """Start the job's workers and let them sum tensors, as they sum their gradients."""
+        """Let the job's workers sum tensors.
+
+        They sum their gradients the same way.
+        """
         if self.nodes is None:
             return None
+
         try:
             connect(self.needs.size)
             return measure_all_reduce(self.needs.size, ALL_REDUCE_MIB)
@@ -196,7 +212,7 @@ class Doctor:
             ) from None
 
     def _examine_storage(self) -> str:
-        """Write, read, list and delete from here and from every node."""
+        """Try storage from here and from every node."""
         place = locate(self.needs.storage)
         advice = "check the URI, and that every node has AWS_ENDPOINT_URL and credentials in its environment"
         if place.is_local:
@@ -225,10 +241,12 @@ class Doctor:
 
     def _examine_weights(self) -> str | None:
         """Look for the needed weight files."""
+        # Sizes are compared; checksums when a job uses the files.
         try:
             mistakes = describe_missing_weights(self.needs.weights)
         except WeightsError as error:
             mistakes = [str(error)]
+
         if mistakes:
             advice = "corun-ray weights fetch DIR, or put the files there and run corun-ray weights index DIR"
             raise _Problem("; ".join(mistakes), advice)
@@ -246,11 +264,13 @@ class Doctor:
         for name, offset_s in offsets_s.items():
             if abs(offset_s) > MAX_CLOCK_OFFSET_S:
                 wrong.append(f"{name} {offset_s:+.0f} s")
+
         if wrong:
             raise _Problem(
                 f"apart from the clock here: {', '.join(wrong)}",
                 "let every machine take its time from NTP (chronyc tracking)",
             )
 
+        # Name the largest distance, whatever its direction.
         largest_s = max(map(abs, offsets_s.values()), default=0.0)
         return f"{', '.join(offsets_s) or 'this machine'}: at most {largest_s:.1f} s apart"

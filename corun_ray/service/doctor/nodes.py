@@ -87,7 +87,9 @@ class NodeProbe:
 
     @ray.method
     def try_storage(self, place: Location, marker: str, content: bytes) -> StorageSpeed | str:
-        """Try storage from this node, which must see the file `marker` that another machine wrote.
+        """Try storage from this node.
+
+        It must also see the file `marker` that another machine wrote.
 
         A storage error is returned as its text: Ray would wrap one that is raised in others.
         """
@@ -111,6 +113,7 @@ class ClusterNodes:
             on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             probe = ray.remote(NodeProbe).options(num_cpus=0, scheduling_strategy=on_node).remote()
             self._probes[address] = probe
+
         self._facts: dict[str, MachineFacts] = {}
 
     def collect_facts(self) -> dict[str, MachineFacts]:
@@ -120,7 +123,10 @@ class ClusterNodes:
         return self._facts
 
     def describe_other_versions(self) -> str:
-        """Return the nodes whose Python, torch or Ray differ from those of this process; empty for none."""
+        """Describe the nodes with other versions than ours.
+
+        Compares Python, torch and Ray. The text is empty where there is no such node.
+        """
         here = collect_local_facts()
         others = []
         for address, facts in self.collect_facts().items():
@@ -139,14 +145,17 @@ class ClusterNodes:
         return f"{format_nodes(len(self._nodes))}, {cpus:g} CPUs, {gpus:g} GPUs"
 
     def measure_clocks(self) -> dict[str, float]:
-        """Return the seconds by which the clock of each node is ahead of ours."""
+        """Measure how far each node's clock is ahead, in seconds."""
         return {address: _measure_clock(probe) for address, probe in self._probes.items()}
 
     def try_storage(self, place: Location) -> list[StorageSpeed]:
-        """Try storage from each node, which must also see a file that is written from here.
+        """Try storage from each node.
+
+        Each must also see a file that is written from here.
 
         Raises `StorageError`, naming the node.
         """
+        # Write a file here, and let each node look for it.
         marker, content = f".corun-doctor-{os.urandom(6).hex()}", os.urandom(16)
         place.child(marker).write(content)
         try:
@@ -158,11 +167,16 @@ class ClusterNodes:
         for address, answer in answers.items():
             if isinstance(answer, str):
                 raise StorageError(f"from {address}: {answer}")
+
             speeds.append(answer)
+
         return speeds
 
     def _ask_all(self, ask: "Callable[[ActorProxy[NodeProbe]], ray.ObjectRef[Answer]]") -> dict[str, Answer]:
-        """Ask all nodes at once and return their answers; raises `NodeTrouble`."""
+        """Ask all nodes at once; return their answers.
+
+        Raises `NodeTrouble`.
+        """
         pending = {address: ask(probe) for address, probe in self._probes.items()}
         return {address: _await_answer(address, answer) for address, answer in pending.items()}
 
@@ -176,7 +190,7 @@ def _await_answer(address: str, answer: "ray.ObjectRef[Answer]") -> Answer:
 
 
 def _measure_clock(probe: ActorProxy[NodeProbe]) -> float:
-    """Return the seconds by which a node's clock is ahead of ours."""
+    """Measure how far a node's clock is ahead, in seconds."""
     # The node read its clock about halfway between question and answer.
     measured = []
     for _ in range(CLOCK_QUESTIONS):
@@ -204,10 +218,13 @@ class _SumResult:
 
 
 def measure_all_reduce(size: ClusterSection, mib: int) -> str:
-    """Sum `mib` MiB over the job's workers as their gradients would be; return the speed as text.
+    """Measure how fast workers sum `mib` MiB, as text.
+
+    They are the job's workers, and sum as they sum their gradients.
 
     Raises `RuntimeError`, in one line, where they cannot.
     """
+    # A training without steps; a failed worker is not started again.
     with tempfile.TemporaryDirectory() as folder:
         trainer = TorchTrainer(
             functools.partial(_sum_on_worker, mib),  # type: ignore[arg-type]
@@ -223,6 +240,7 @@ def measure_all_reduce(size: ClusterSection, mib: int) -> str:
 
     if result.workers == 1:
         return "a single worker: nothing to sum"
+
     # Each byte crosses the slowest link 2 (n - 1) / n times, as NCCL's own tests count.
     num_bytes = 2 * (result.workers - 1) / result.workers * mib * MIB
     gb_per_s = num_bytes / result.seconds / 1e9
@@ -231,21 +249,24 @@ def measure_all_reduce(size: ClusterSection, mib: int) -> str:
 
 
 def _sum_on_worker(mib: int) -> _SumResult:
-    """Sum `mib` MiB over all workers, in each of them, and check the sum."""
+    """Take part in a sum of `mib` MiB; check the sum."""
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     workers, rank = context.get_world_size(), context.get_world_rank()
     if workers == 1:
         return _SumResult(workers)
 
     seconds = []
+
     # One more, since the first sum also connects the workers.
     for _ in range(1 + ALL_REDUCE_REPEATS):
+        # Time one sum, from the moment at which all workers are ready.
         numbers = torch.full((mib * MIB // BYTES_PER_FLOAT,), float(rank + 1), device=device)
         dist.barrier()
         started_s = time.monotonic()
         dist.all_reduce(numbers)
         if device.type == "cuda":
             torch.cuda.synchronize()
+
         seconds.append(time.monotonic() - started_s)
 
         # The sum of 1 to n.

@@ -33,7 +33,10 @@ class StorageSpeed:
 
 
 def shorten_patience() -> None:
-    """Let this process give up on a store or server within seconds, not minutes."""
+    """Let this process give up on servers within seconds.
+
+    Otherwise it takes minutes.
+    """
     os.environ.setdefault(PATIENCE_VARIABLE, str(ANSWER_TIMEOUT_S))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ANSWER_TIMEOUT_S))
 
@@ -43,6 +46,7 @@ def try_storage(place: Location) -> StorageSpeed:
 
     Raises `StorageError` for a step that does not work.
     """
+    # A folder of its own: several nodes try the same place.
     folder = place.child(f".corun-doctor-{uuid.uuid4().hex[:12]}")
     content = os.urandom(TRIAL_MIB * MIB)
     try:
@@ -65,12 +69,15 @@ def try_storage(place: Location) -> StorageSpeed:
 
     if folder.child("trial.bin").exists():
         raise StorageError(f"cannot delete in {place.uri}: a file that was deleted is still there")
+
     num_mb = len(content) / MB
     return StorageSpeed(num_mb / (written_s - started_s), num_mb / (read_s - written_s))
 
 
 def try_mlflow(uri: str) -> str:
-    """Log a run with a metric and an artifact, read both back and delete the run; return what was done.
+    """Log a run, read it back and delete it.
+
+    The run has a metric and an artifact. Returns what was done.
 
     Raises `TrackingError` for a step that does not work.
     """
@@ -83,11 +90,13 @@ def try_mlflow(uri: str) -> str:
             # Log.
             for name, value in TRIAL_METRICS.items():
                 client.log_metric(run_id, name, value)
+
             client.log_text(run_id, content, "trial.txt")
 
             # Read back.
             with tempfile.TemporaryDirectory() as folder:
                 artifact = Path(client.download_artifacts(run_id, "trial.txt", folder)).read_text()
+
             is_same = artifact == content and client.get_run(run_id).data.metrics == TRIAL_METRICS
         finally:
             client.delete_run(run_id)
@@ -96,6 +105,7 @@ def try_mlflow(uri: str) -> str:
 
     if not is_same:
         raise TrackingError(f"{uri} gives back other values than were logged")
+
     return "run, metric and artifact, written and read"
 
 
@@ -108,7 +118,9 @@ def is_listening(address: str) -> bool:
 
 
 def measure_server_clocks(storage: str, tracking: str) -> dict[str, float]:
-    """Return the seconds by which the clocks of the object store and of MLflow are ahead of ours.
+    """Measure how far the servers' clocks are ahead, in seconds.
+
+    The servers are the object store and MLflow.
 
     A server that does not answer, or whose answer has no date, is missing in the result.
     """
@@ -122,11 +134,14 @@ def measure_server_clocks(storage: str, tracking: str) -> dict[str, float]:
         if url.startswith("http"):
             with suppress(requests.RequestException, TypeError, ValueError):
                 offsets[name] = _measure_http_clock(url)
+
     return offsets
 
 
 def _measure_http_clock(url: str) -> float:
-    """Return the seconds by which a server's clock is ahead of ours, by the date of its answer.
+    """Measure how far a server's clock is ahead, in seconds.
+
+    The date of its answer tells the time.
 
     Raises `requests.RequestException`, `TypeError` or `ValueError` where no date can be read.
     """

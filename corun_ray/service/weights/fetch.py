@@ -27,7 +27,9 @@ Progress = Callable[[str], None]
 
 
 def fetch(folder: Path, what: Sequence[str], progress: Progress = print) -> None:
-    """Fetch the files of `vgg19`, `daclip` and no-reference metrics of pyiqa into `folder`.
+    """Fetch the named weights into `folder`.
+
+    Names are `vgg19`, `daclip` and the no-reference metrics of pyiqa.
 
     Each file is added to the index as it arrives. Files that are there as the index says are kept. `progress` is
     called with one line for each file.
@@ -44,6 +46,7 @@ def fetch(folder: Path, what: Sequence[str], progress: Progress = print) -> None
     except OSError as error:
         raise WeightsError(f"cannot make {folder}: {error.strerror}") from None
 
+    # One by one: what was fetched before a failure is kept.
     for name in what:
         if name == "vgg19":
             _fetch_file(_get_vgg19_url(), folder, progress)
@@ -67,6 +70,7 @@ def _fetch_metric(name: str, folder: Path, progress: Progress) -> None:
     def find(url: str) -> Path:
         if url not in fetched:
             raise _FileNeeded(url)
+
         return folder / get_file_name(url)
 
     while True:
@@ -75,13 +79,17 @@ def _fetch_metric(name: str, folder: Path, progress: Progress) -> None:
             return
         except _FileNeeded as needed:
             url = str(needed)
+
         # Outside of `build_metric`, which replaces the libraries' downloaders while it runs.
         _fetch_file(url, folder, progress)
         fetched.add(url)
 
 
 def _fetch_file(url: str, folder: Path, progress: Progress) -> None:
-    """Download a file into the folder and add it to the index, unless it is there as the index says."""
+    """Fetch one file into the folder and its index.
+
+    Nothing is done where the file is there as the index says.
+    """
     contents = read_index(str(folder)) if (folder / INDEX).exists() else {}
     name = get_file_name(url)
     path = folder / name
@@ -94,13 +102,17 @@ def _fetch_file(url: str, folder: Path, progress: Progress) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
         _download(url, Path(scratch)).replace(path)
 
+    # Index the file as soon as it is there.
     contents[name] = compute_content(path)
     write_index(str(folder), contents)
     progress(f"{name}  {_format_megabytes(contents[name])}  {time.monotonic() - started_s:.1f} s")
 
 
 def _download(url: str, scratch: Path) -> Path:
-    """Download a file into the empty folder `scratch`, checked against its publisher's SHA-256, if there is one."""
+    """Download a file into the empty folder `scratch`.
+
+    Where the publisher gives a SHA-256, the file is checked against it.
+    """
     try:
         # Hugging Face's URLs name a repository.
         hub = re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", urlparse(url).path)
@@ -120,7 +132,10 @@ def _download(url: str, scratch: Path) -> Path:
 
 
 def _download_from_hub(repository: str, name: str, scratch: Path) -> Path:
-    """Download a file of a Hugging Face repository; raises `WeightsError` for a wrong checksum."""
+    """Download a file of a Hugging Face repository.
+
+    Raises `WeightsError` for a wrong checksum.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     etag = get_hf_file_metadata(hf_hub_url(repository, name)).etag or ""
@@ -130,8 +145,10 @@ def _download_from_hub(repository: str, name: str, scratch: Path) -> Path:
     if re.fullmatch("[0-9a-f]{64}", etag):
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
+
         if found != etag:
             raise WeightsError(f"expected SHA-256 {etag}, got {found}")
+
     return path
 
 

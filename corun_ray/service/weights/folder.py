@@ -79,6 +79,7 @@ class WeightsFolder:
                 path = Path(folder.path) / name
                 if not path.is_file():
                     raise WeightsError(f"{path}: no such file, though {INDEX} lists it")
+
                 _check_content(str(path), content, compute_content(path))
                 return path
 
@@ -87,6 +88,7 @@ class WeightsFolder:
             target = (self.cache or _find_default_cache()) / content.sha256[:16] / name
             if _has_content(target, content):
                 return target
+
             return _download_to_cache(target, folder.child(name), content)
 
 
@@ -100,7 +102,10 @@ class RecordingSource:
         """File name -> reason."""
 
     def __call__(self, name: str) -> Path:
-        """Return the file of the wrapped source; a `WeightsError` is recorded and raised again."""
+        """Return the file of the wrapped source.
+
+        A `WeightsError` is recorded and raised again.
+        """
         if name not in self.asked:
             self.asked.append(name)
         try:
@@ -111,14 +116,20 @@ class RecordingSource:
 
 
 def compute_content(path: Path) -> Content:
-    """Compute size and SHA-256 of a local file; read once per process and state of the file."""
+    """Compute size and SHA-256 of a local file.
+
+    The file is read once per process, and again after a change.
+    """
     state = path.stat()
     return Content(state.st_size, _compute_sha256(path, state.st_size, state.st_mtime_ns))
 
 
 @lru_cache(maxsize=256)
 def _compute_sha256(path: Path, size_bytes: int, modified_ns: int) -> str:
-    """Compute the digest of a file; its size and time of change are keys of the cache."""
+    """Compute the digest of a file.
+
+    Its size and time of change are keys of the cache.
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -129,7 +140,10 @@ def _has_content(path: Path, content: Content) -> bool:
 
 
 def _download_to_cache(target: Path, place: Location, content: Content) -> Path:
-    """Download a file into the cache, unless another process did so while this one waited for the lock."""
+    """Download a file into the cache; return its path.
+
+    Another process may have done so while this one waited for the lock.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f"{target.name}.lock")
     part = target.with_name(f"{target.name}.part")
@@ -144,18 +158,24 @@ def _download_to_cache(target: Path, place: Location, content: Content) -> Path:
                 _check_size(place, content)
                 with part.open("wb") as file:
                     _check_content(place.uri, content, _hash_file(place, file))
+
                 part.replace(target)
             finally:
                 part.unlink(missing_ok=True)
     except Timeout:
         minutes = LOCK_TIMEOUT_S / 60
         raise WeightsError(f"{target}: another process has held {lock} for {minutes:.0f} minutes") from None
+
     return target
 
 
 def _hash_file(place: Location, copy: BinaryIO | None = None) -> Content:
-    """Compute the content of a file, read in chunks; also write the chunks to `copy`, if given."""
+    """Compute the content of a file, chunk by chunk.
+
+    The chunks are also written to `copy`, if given.
+    """
     digest, size_bytes = hashlib.sha256(), 0
+
     # Without `compression=None`, pyarrow would unpack a `.gz` on the way.
     with place.filesystem.open_input_stream(place.path, compression=None) as source:
         while chunk := source.read(CHUNK_BYTES):
@@ -163,11 +183,15 @@ def _hash_file(place: Location, copy: BinaryIO | None = None) -> Content:
             size_bytes += len(chunk)
             if copy is not None:
                 copy.write(chunk)
+
     return Content(size_bytes, digest.hexdigest())
 
 
 def _check_size(place: Location, expected: Content) -> None:
-    """Raise `WeightsError` for a file of another size, before it is downloaded."""
+    """Check the size of a file before its download.
+
+    Raises `WeightsError` for another size.
+    """
     info = place.filesystem.get_file_info(place.path)
     if info.type != fs.FileType.File:
         raise WeightsError(f"{place.uri}: no such file, though {INDEX} lists it")
@@ -202,7 +226,10 @@ def read_index(uri: str) -> dict[str, Content]:
 
 
 def write_index(uri: str, contents: dict[str, Content]) -> None:
-    """Replace the index of a weights folder; raises `WeightsError` where it cannot be written."""
+    """Replace the index of a weights folder.
+
+    Raises `WeightsError` where it cannot be written.
+    """
     files = {}
     for name, content in sorted(contents.items()):
         files[name] = {"size": content.size_bytes, "sha256": content.sha256}
@@ -211,7 +238,7 @@ def write_index(uri: str, contents: dict[str, Content]) -> None:
 
 
 def index_folder(uri: str) -> dict[str, Content]:
-    """Read every weight file of a folder or URI and write its index.
+    """Read every weight file and write the folder's index.
 
     Raises `WeightsError` for a folder without weight files.
     """
@@ -220,13 +247,16 @@ def index_folder(uri: str) -> dict[str, Content]:
         names = [name for name in _list_sizes(folder) if _is_plain(name)]
         if not names:
             raise WeightsError(f"{uri}: no weight files there ({' '.join(SUFFIXES)})")
+
         contents = {name: _hash_file(folder.child(name)) for name in names}
+
     write_index(uri, contents)
     return contents
 
 
 def _parse_index(data: bytes, where: str) -> dict[str, Content]:
     """Parse and validate an index; raises `WeightsError`."""
+    # An index may come from anywhere: accept nothing but the documented form.
     try:
         record = json.loads(data)
     except ValueError as error:
@@ -240,16 +270,22 @@ def _parse_entry(name: str, entry: Any, where: str) -> Content:
     """Parse and validate the entry of one file; raises `WeightsError`."""
     if not _is_plain(name):
         raise WeightsError(f"{where}: {name!r} is no plain file name")
+
+    # Just these two keys; JSON's true would pass as an int.
     match entry:
         case {"size": int(size), "sha256": str(sha256)} if (
             len(entry) == 2 and not isinstance(size, bool) and size >= 0 and re.fullmatch("[0-9a-f]{64}", sha256)
         ):
             return Content(size, sha256)
+
     raise WeightsError(f"{where}: {name}: expected `size` in bytes and `sha256` of 64 hexadecimal digits, got {entry}")
 
 
 def _is_plain(name: str) -> bool:
-    """Return whether a name is a visible file right in the folder."""
+    """Return whether a name is a plain file name.
+
+    Such a file is visible, lies right in the folder, and is not the index.
+    """
     return re.fullmatch(r"[^\x00-\x1f/\\.][^\x00-\x1f/\\]*", name) is not None and name != INDEX
 
 
@@ -277,7 +313,7 @@ class FileState:
 
 
 def list_files(folder_uri: str | None, wanted: Wanted) -> list[FileState]:
-    """List the files that a folder holds, its index names, or a job wants.
+    """List the files of a folder, its index and a job.
 
     Sizes are compared, contents are not read. `folder_uri` is None for a job without a weights folder.
 
@@ -297,6 +333,7 @@ def list_files(folder_uri: str | None, wanted: Wanted) -> list[FileState]:
         else:
             size_bytes, sha256 = content.size_bytes, content.sha256
 
+        # Compare the index with what lies there.
         if name not in sizes:
             state = MISSING
         elif content is None:
@@ -305,12 +342,14 @@ def list_files(folder_uri: str | None, wanted: Wanted) -> list[FileState]:
             state = OK
         else:
             state = SIZE_DIFFERS
+
         files.append(FileState(name, size_bytes, sha256, state, wanted.get(name, "")))
+
     return files
 
 
 def describe_lacking(folder_uri: str | None, wanted: Wanted) -> list[str]:
-    """Return a line for each wanted file that cannot be used as it is."""
+    """Return a line for each wanted file that is unusable."""
     where = "the job names no weights folder" if folder_uri is None else folder_uri
     lines = []
     for file in list_files(folder_uri, wanted):
@@ -320,7 +359,10 @@ def describe_lacking(folder_uri: str | None, wanted: Wanted) -> list[str]:
 
 
 def inspect_folder(uri: str) -> tuple[dict[str, int], dict[str, Content]]:
-    """Return the sizes in bytes of the weight files in a folder, and its index (empty without one)."""
+    """Return the sizes of a folder's files, and its index.
+
+    Sizes are in bytes. The index is empty where there is none.
+    """
     with _translate_errors():
         folder = locate(uri)
         index = read_index(uri) if folder.child(INDEX).exists() else {}
@@ -328,7 +370,10 @@ def inspect_folder(uri: str) -> tuple[dict[str, int], dict[str, Content]]:
 
 
 def _list_sizes(folder: Location) -> dict[str, int]:
-    """Return the sizes in bytes of the weight files right in a folder, sorted by name."""
+    """Return the sizes in bytes of a folder's weight files.
+
+    Files of folders below are skipped. Sorted by name.
+    """
     sizes = {}
     for info in folder.filesystem.get_file_info(fs.FileSelector(folder.path)):
         if info.type == fs.FileType.File and info.base_name.endswith(SUFFIXES):

@@ -18,12 +18,18 @@ NeededFiles = dict[str | None, dict[str, str]]
 
 
 def open_weights(uri: str | None) -> WeightsSource:
-    """Return the source of the weights in a folder or URI of the job file."""
+    """Return the source of weights that a job names.
+
+    `uri` is a folder or URI, or None where the job names none.
+    """
     return refuse_weights if uri is None else WeightsFolder(uri)
 
 
 def describe_missing_weights(needed: NeededFiles) -> list[str]:
-    """Return a line for each needed file that cannot be used as it is; raises `WeightsError`."""
+    """Return a line for each needed file that is unusable.
+
+    Raises `WeightsError`.
+    """
     lines = []
     for folder, wanted in needed.items():
         for line in describe_lacking(folder, wanted):
@@ -64,11 +70,15 @@ def find_needed_files(job: Job) -> NeededFiles:
         for metric in job.evaluate.metrics:
             files = _record_files(weights, functools.partial(load_measure, metric))
             add(weights, files, f"evaluate.metrics {metric}")
+
     return needed
 
 
 def _record_files(folder: str | None, load: Callable[[WeightsSource], object]) -> list[str]:
-    """Return the files that `load` asks for, up to the first that is missing."""
+    """Record which files `load` asks for.
+
+    The list ends with the first file that is missing.
+    """
     source = RecordingSource(open_weights(folder))
     # A missing file ends the loading; the listing will show it.
     with contextlib.suppress(WeightsError):
