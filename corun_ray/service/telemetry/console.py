@@ -20,8 +20,12 @@ DRAW_EVERY_S = 0.1
 """Between two drawings of the live line."""
 BAR_CHARACTERS = 10
 RATE_SPAN_S = 30.0
+"""Over which a rate is taken."""
 FEW_MARKS = 5
+"""Counts that a rate rests on where they are older than its span."""
 INDENT = "  "
+LABEL_WIDTH = 8
+"""Of the labels of facts: header and footer have the facts themselves in one column."""
 
 
 def duration(seconds: float) -> str:
@@ -34,9 +38,8 @@ def duration(seconds: float) -> str:
 class Rate:
     """Items per second over the last half minute, for the ETA.
 
-    rich's own estimate counts from the first of its last 1000 updates and takes each update for a finished item: it
-    still counts the slow first steps of a training (compiling, filling caches) long after, knows nothing of a step
-    number that goes back when workers restart, and starts from the items that a resumed job had done before.
+    rich estimates over half a minute, too, but has no rate where a single item takes longer, such as a training step
+    on CPUs or a photograph in tiles. The log's lines need a rate without a terminal, besides.
     """
 
     def __init__(self) -> None:
@@ -77,6 +80,7 @@ class Console:
 
     def header(self, title: str, facts: Mapping[str, str]) -> None:
         """Print a title and facts about the job, a line each."""
+        # A new job begins: what was measured of the one before is of no use.
         self._end_live_line()
         self._rate, self._last_done, self._last_line_s = Rate(), -1, time.monotonic()
 
@@ -85,12 +89,14 @@ class Console:
 
     def progress(self, done: int, total: int, what: str, details: Sequence[str] = ()) -> None:
         """Show how far the job is, its rate and its ETA."""
+        # The text: counts, rate and ETA as soon as there is a rate, then the caller's details.
         rate = self._rate.update(done)
         parts = [f"{what} {done}/{total}"]
         if rate:
             parts += [f"{rate:.2f}/s", f"ETA {duration((total - done) / rate)}"]
         parts += details
 
+        # A terminal shows every call, a log a line now and then and the last.
         now = time.monotonic()
         if self._is_terminal:
             self._draw(done, total, INDENT.join(parts), now)
@@ -117,10 +123,11 @@ class Console:
 
     def _say_facts(self, rows: Sequence[tuple[str, str]]) -> None:
         if rows:
-            self.say(format_table(rows, indent=INDENT))
+            self.say(format_table(rows, indent=INDENT, first_width=LABEL_WIDTH))
 
     def _draw(self, done: int, total: int, text: str, now: float) -> None:
         """Draw the live line, unless it was drawn just now."""
+        # Drawing costs a millisecond; calls may come by the thousand.
         if self._live is None:
             self._live = start_live_line()
         elif now - self._last_line_s < DRAW_EVERY_S and done < total:

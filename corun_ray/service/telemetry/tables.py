@@ -3,7 +3,7 @@
 import io
 from collections.abc import Collection, Sequence
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -13,12 +13,17 @@ WIDEST = 10_000
 
 
 def format_table(
-    rows: Sequence[Sequence[object]], header: Sequence[str] = (), right: Collection[int] = (), indent: str = ""
+    rows: Sequence[Sequence[object]],
+    header: Sequence[str] = (),
+    right: Collection[int] = (),
+    indent: str = "",
+    first_width: int = 0,
 ) -> str:
     """Return rows as lines of aligned columns.
 
     A header, where one is given, is the first line. `right` are the numbers of the columns that stand flush right,
-    such as those of figures. All rows have the same number of cells. Lines have no trailing blanks, and the text no
+    such as those of figures. The first column is at least `first_width` wide, so that several tables have their second
+    one at the same place. All rows have the same number of cells. Lines have no trailing blanks, and the text no
     trailing newline.
     """
     # A table without lines or frame, its columns GAP apart.
@@ -28,7 +33,8 @@ def format_table(
     for number in range(number_of_columns):
         # Text, not markup: brackets in a file's name are not a style.
         title = Text(header[number]) if header else ""
-        table.add_column(title, justify="right" if number in right else "left", no_wrap=True)
+        justify: JustifyMethod = "right" if number in right else "left"
+        table.add_column(title, justify=justify, no_wrap=True, min_width=0 if number else first_width)
 
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
