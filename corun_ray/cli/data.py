@@ -165,7 +165,7 @@ def _plan_and_pack(
     from corun_ray.service.cluster.connect import connect
     from corun_ray.service.data.packing import find_written_shards, plan_pack
     from corun_ray.service.data.packing import pack as write_pack
-    from corun_ray.service.telemetry.console import Console, duration
+    from corun_ray.service.telemetry.console import Console, format_duration
 
     started_s = time.monotonic()
     with Console() as console:
@@ -190,7 +190,7 @@ def _plan_and_pack(
         _name_skipped(packed.skipped, console)
         console.footer(
             f"done: {packed.images} images in {packed.shards} shards, {packed.num_bytes / 2**20:.1f} MiB",
-            {"skipped": str(len(packed.skipped)), "took": duration(time.monotonic() - started_s)},
+            {"skipped": str(len(packed.skipped)), "took": format_duration(time.monotonic() - started_s)},
         )
 
 

@@ -241,20 +241,20 @@ def _tell_end(job: "JobDetails") -> int:
         return WRONG_REQUEST
 
     # The job never began: Ray says why in the first and the last line around a traceback.
-    if job.driver_exit_code is None and job.message:
-        lines = [line for line in job.message.splitlines() if line.strip()]
-        first, last = lines[0], lines[-1]
-        print(first if first == last else f"{first} {last}", file=sys.stderr)
+    message = (job.message or "").strip()
+    if job.driver_exit_code is None and message:
+        first, *rest = message.splitlines()
+        print(f"{first} {rest[-1]}" if rest else first, file=sys.stderr)
     return FAILED
 
 
 def _format_times(job: "JobDetails") -> tuple[str, str]:
     """Return a job's start, and how long it has taken."""
-    from corun_ray.service.telemetry.console import duration
+    from corun_ray.service.telemetry.console import format_duration
 
     # Ray counts in milliseconds; a job that waits has no start, one that runs no end.
     if not job.start_time:
         return "-", "-"
     started_s = job.start_time / 1000
     until_s = job.end_time / 1000 if job.end_time else datetime.now().timestamp()
-    return f"{datetime.fromtimestamp(started_s):%Y-%m-%d %H:%M:%S}", duration(until_s - started_s)
+    return f"{datetime.fromtimestamp(started_s):%Y-%m-%d %H:%M:%S}", format_duration(until_s - started_s)

@@ -28,7 +28,7 @@ from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, ModelSourceError, fetch_model
 from corun_ray.service.models.tracking import get_tracking_uri
 from corun_ray.service.storage import MissingFile, StorageError, locate
-from corun_ray.service.telemetry.console import Console, duration
+from corun_ray.service.telemetry.console import Console, format_duration
 from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.telemetry.prometheus import DEHAZED, DEHAZED_PIXELS, MetricRecorder
 
@@ -214,7 +214,7 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Deha
     # Tell the outcome.
     took_s = time.monotonic() - started
     earlier = f", {result.already_written} were written before" if result.already_written else ""
-    pace = f"{duration(took_s)}, {result.written / took_s:.3g} images/s"
+    pace = f"{format_duration(took_s)}, {result.written / took_s:.3g} images/s"
     console.footer(
         f"done: {result.written} images written{earlier}", {"skipped": str(len(result.bad_files)), "took": pace}
     )

@@ -45,7 +45,7 @@ from corun_ray.service.models.tracking import Tracker, get_tracking_uri
 from corun_ray.service.report.page import REPORT_FILE, Listing, PageSection, PictureItem, Table, render
 from corun_ray.service.runs.record import JOB_FILE
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
-from corun_ray.service.telemetry.console import Console, duration
+from corun_ray.service.telemetry.console import Console, format_duration
 from corun_ray.service.telemetry.tables import format_table
 from corun_ray.service.weights.needed import open_weights
 
@@ -308,7 +308,7 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     for line in account.to_lines():
         console.say(f"  {line}")
     results = {"table": run.child(METRICS_FILE).uri, "report": run.child(REPORT_FILE).uri}
-    console.footer("done", {**results, "took": duration(time.monotonic() - started)})
+    console.footer("done", {**results, "took": format_duration(time.monotonic() - started)})
     return evaluation
 
 

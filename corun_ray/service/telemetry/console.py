@@ -28,7 +28,7 @@ LABEL_WIDTH = 8
 """Of the labels of facts: header and footer have the facts themselves in one column."""
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return seconds as `1:02:03` or `2:03`."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -93,7 +93,7 @@ class Console:
         rate = self._rate.update(done)
         parts = [f"{what} {done}/{total}"]
         if rate:
-            parts += [f"{rate:.2f}/s", f"ETA {duration((total - done) / rate)}"]
+            parts += [f"{rate:.2f}/s", f"ETA {format_duration((total - done) / rate)}"]
         parts += details
 
         # A terminal shows every call, a log a line now and then and the last.

@@ -36,7 +36,7 @@ from corun_ray.service.runs.record import (
     write_record,
 )
 from corun_ray.service.storage import Location, StorageError, locate
-from corun_ray.service.telemetry.console import Console, duration
+from corun_ray.service.telemetry.console import Console, format_duration
 from corun_ray.service.train.board import BoardState, start_board
 from corun_ray.service.train.coherence import check_scoring
 from corun_ray.service.train.follower import Follower, Listener
@@ -101,7 +101,7 @@ def run_training(
     # 5. Show the result and the next command.
     results = {"model": model_uri, "run": session.run.uri, "report": session.run.child(REPORT_FILE).uri}
     results |= summary
-    results["took"] = duration(time.monotonic() - started_s)
+    results["took"] = format_duration(time.monotonic() - started_s)
     next_command = f"corun-ray dehaze PHOTOS OUT --model {model_uri} --tracking {session.tracker.uri}"
     console.footer("done", results, [next_command])
     return model_uri

@@ -36,7 +36,7 @@ from corun_ray.service.runs.record import (
     write_record,
 )
 from corun_ray.service.storage import Location
-from corun_ray.service.telemetry.console import Console, duration
+from corun_ray.service.telemetry.console import Console, format_duration
 from corun_ray.service.train.driver import prepare
 from corun_ray.service.tune.report import VALIDATION_PREFIX, TrialResult, rank_trials, summarise_search
 from corun_ray.service.tune.trial import TrialPlan, build_overrides, run_trial
@@ -104,7 +104,7 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
     finally:
         session.tracker.finish(succeeded)
 
-    took = duration(time.monotonic() - started)
+    took = format_duration(time.monotonic() - started)
     console.footer("done", {"best": model, "run": run.uri, "report": run.child(REPORT_FILE).uri, "took": took})
     return model
 

@@ -1,5 +1,5 @@
 from corun_ray.service.errors import find_root_cause
-from corun_ray.service.telemetry.console import Rate, duration
+from corun_ray.service.telemetry.console import Rate, format_duration
 
 CHAIN = """Traceback (most recent call last):
   File "a.py", line 1, in f
@@ -35,4 +35,4 @@ def test_the_rate_rests_on_recent_progress(monkeypatch):
 
 
 def test_durations_read_well():
-    assert (duration(59.9), duration(125), duration(3725)) == ("0:59", "2:05", "1:02:05")
+    assert (format_duration(59.9), format_duration(125), format_duration(3725)) == ("0:59", "2:05", "1:02:05")
