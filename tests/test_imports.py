@@ -63,7 +63,17 @@ ALLOWED = read_table("service", SERVICE_TABLE) | read_table("core", CORE_TABLE)
 NARROWER = {
     "config": {"config", "core.choices", "core.errors", "core.metrics.catalog"},
     "demo": {"demo"},
-    "bench": {"bench", "core", "config", "demo", "service.errors", "service.storage", "service.data", "service.pool"},
+    "bench": {
+        "bench",
+        "core",
+        "config",
+        "demo",
+        "service.errors",
+        "service.storage",
+        "service.telemetry",
+        "service.data",
+        "service.pool",
+    },
     **{
         f"bench.{name}": {"bench", "core"}
         for name in ("step", "dehaze", "scaling", "scaling_model", "machine", "tables", "run")

@@ -1,4 +1,7 @@
-"""What a device can do, as far as the network needs it, and what a piece of work asks of it: the floor of its time."""
+"""Measure a device's limits, and count the work of a call.
+
+Both together give the floor of the call's time: the seconds that arithmetic and memory traffic take at the least.
+"""
 
 import contextlib
 import math
@@ -19,7 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from corun_ray.core.timing import SpanTimes
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
+"""Rows and columns of the multiplied matrices, by type of device. Its keys are the devices that can be measured."""
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
+"""Size of the copied tensor, by type of device."""
 REPEATS = 5
 
 
@@ -28,27 +33,35 @@ class Machine:
     """A device's measured limits."""
 
     flops_per_s: float
-    """Of large matrix products in the precision asked for."""
+    """Rate of large matrix products, in the precision that is asked for."""
     bytes_per_s: float
-    """Read and written by a copy of memory."""
+    """Rate of a memory copy, bytes read plus bytes written."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What was counted while something ran."""
+    """The counted work of a call."""
 
     flops: float
-    """Of convolutions and matrix products, an addition and a multiplication being two."""
+    """Operations of convolutions and matrix products; a multiplication with its addition counts as two."""
     bytes: float
-    """Read and written by all operations, had each its own pass over memory."""
+    """Bytes read and written by all operations, if each makes a pass over memory of its own."""
 
-    def floor_s(self, machine: Machine) -> tuple[float, float]:
-        """Seconds below which neither arithmetic nor, one operation at a time, memory traffic can be."""
+    def compute_floor_s(self, machine: Machine) -> tuple[float, float]:
+        """Return the least seconds for arithmetic and for memory traffic.
+
+        The traffic is that of one operation at a time: fused operations may need less.
+        """
         return self.flops / machine.flops_per_s, self.bytes / machine.bytes_per_s
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes, until the device is done."""
+def choose_device() -> torch.device:
+    """Return CUDA's device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def time_call(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call, until the device is done."""
     times = SpanTimes(device)
     with times.add_time("call"):
         run()
@@ -56,40 +69,53 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Medians of a few large matrix products in `dtype` and of a few large copies."""
+    """Measure a device's limits: medians of large matrix products in `dtype` and of large copies."""
+    # A square product takes 2 n^3 operations.
     side = MATRIX_SIDE[device.type]
     matrix = torch.randn(side, side, device=device, dtype=dtype)
+    product_s = _time_median(lambda: matrix @ matrix, device)
+
+    # A copy reads and writes every byte once.
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    product_s = _median(lambda: matrix @ matrix, device)
-    copy_s = _median(lambda: target.copy_(source), device)
+    copy_s = _time_median(lambda: target.copy_(source), device)
+
     return Machine(2 * side**3 / product_s, 2 * source.nbytes / copy_s)
 
 
+def _time_median(run: Callable[[], object], device: torch.device) -> float:
+    """Return the median seconds of `REPEATS` calls after one that is not counted."""
+    run()
+    return statistics.median([time_call(run, device) for _ in range(REPEATS)])
+
+
 def count_work(run: Callable[[], object]) -> Work:
-    """Runs it once, eagerly, and counts."""
+    """Count the work of one eager call."""
     traffic = _Traffic()
-    formulae = {torch.ops.aten.convolution_backward: _flops_of_convolution_backward}
+    formulae = {torch.ops.aten.convolution_backward: _count_convolution_backward_flops}
     with FlopCounterMode(display=False, custom_mapping=formulae) as flops, traffic:
         run()
     return Work(flops.get_total_flops(), traffic.bytes)
 
 
-def _flops_of_convolution_backward(
+def _count_convolution_backward_flops(
     gradient: list[int], inputs: list[int], weight: list[int], *rest: Any, **_: Any
 ) -> int:
-    """That of the input and that of the weight ask for what the forward pass did, each.
+    """Return the operations of a convolution's backward pass, from the shapes of its tensors.
 
-    torch 2.14 counts every gradient as if no convolution had groups: depthwise ones as many times too dear as they
-    have channels.
+    The gradient of the input and that of the weight each take as many as the forward pass. torch 2.14 counts every
+    gradient as if no convolution had groups, which multiplies those of depthwise ones by their channels.
     """
-    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = rest
+    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask = rest
     pixels = math.prod((inputs if transposed else gradient)[2:])
-    return 2 * gradient[0] * pixels * math.prod(weight) * sum(wanted[:2])
+    forward_flops = 2 * gradient[0] * pixels * math.prod(weight)
+
+    # The mask says which of the gradients of input and weight are computed; the bias's is not counted.
+    return forward_flops * sum(output_mask[:2])
 
 
 class _Traffic(TorchDispatchMode):
-    """Adds up the sizes of what every operation reads and writes; views read and write nothing."""
+    """Adds up the bytes that every operation reads and writes; views read and write nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,34 +123,42 @@ class _Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not func.is_view:
-            self.bytes += sum(tensor.nbytes for tensor in (*inputs, *outputs))
+        if func.is_view:
+            return result
+
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, Tensor):
+                self.bytes += leaf.nbytes
         return result
 
 
 @contextlib.contextmanager
-def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Gives what says the most bytes in use since it was entered: of the GPU's tensors, or of this whole process."""
+def track_peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Yield a function that returns the most bytes in use since the block was entered.
+
+    On CUDA these are the bytes of the device's tensors, on a CPU the resident memory of the whole process.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
+
+    # Linux resets a process's peak on "5"; elsewhere the peak counts from the start of the process.
     resets = Path("/proc/self/clear_refs")
     if resets.exists():
         resets.write_text("5")
-    yield _peak_resident_bytes
+    yield _read_peak_resident_bytes
 
 
-def _peak_resident_bytes() -> int:
+def _read_peak_resident_bytes() -> int:
+    """Return the peak of this process's resident memory."""
+    # Linux: a line such as "VmHWM:  123456 kB".
     status = Path("/proc/self/status")
     if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
 
-
-def _median(run: Callable[[], object], device: torch.device) -> float:
-    run()
-    return statistics.median(seconds(run, device) for _ in range(REPEATS))
+    # getrusage counts in bytes on macOS, in KiB elsewhere.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

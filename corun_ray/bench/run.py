@@ -13,10 +13,10 @@ import torch
 
 from corun_ray.bench.dehaze import DehazeSettings, bench_dehaze
 from corun_ray.bench.machine import MATRIX_SIDE
-from corun_ray.bench.scaling import ScalingSettings, bench_scaling, measured_step
+from corun_ray.bench.scaling import ScalingSettings, bench_scaling, read_measured_step
 from corun_ray.bench.scaling_model import WorkerStep
 from corun_ray.bench.step import StepSettings, bench_step
-from corun_ray.bench.tables import dehaze_table, scaling_table, step_table
+from corun_ray.bench.tables import format_dehaze, format_scaling, format_step
 
 
 def run_step(settings: StepSettings, json_file: Path | None = None, trace: Path | None = None) -> None:
@@ -27,7 +27,7 @@ def run_step(settings: StepSettings, json_file: Path | None = None, trace: Path 
     report = bench_step(settings, trace=trace)
 
     print_machine(settings.device)
-    print(step_table(report))
+    print(format_step(report))
     write_json([report], settings.device, json_file)
 
 
@@ -43,7 +43,7 @@ def run_dehaze(sizes: Sequence[DehazeSettings], json_file: Path | None = None) -
     device = sizes[0].device
     print_machine(device)
     for report in reports:
-        print(dehaze_table(report))
+        print(format_dehaze(report))
     write_json(reports, device, json_file)
 
 
@@ -57,7 +57,7 @@ def run_scaling(settings: ScalingSettings, alone: WorkerStep, check: bool, json_
     # The formulae need no device; the check is of CPU processes.
     device = torch.device("cpu")
     print_machine(device)
-    print(scaling_table(report))
+    print(format_scaling(report))
     write_json([report], device, json_file)
 
 
@@ -72,7 +72,7 @@ def read_step(
     # A file of one report, with all figures of the step by part.
     try:
         (report,) = json.loads(file.read_text())
-        step = measured_step(report, rating_s)
+        step = read_measured_step(report, rating_s)
         measured = {name: report["settings"][name] for name in ("method", "stages", "width", "size_px")}
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"--step-json: {file}: {error}") from None

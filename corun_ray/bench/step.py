@@ -1,4 +1,4 @@
-"""Times training steps of CORUN, part by part, on synthetic images: no data, no weights, no cluster."""
+"""Time training steps of CORUN, part by part, on random images: no data, no weights, no cluster."""
 
 import statistics
 from collections.abc import Sequence
@@ -10,7 +10,15 @@ import torch
 from torch import nn
 from torch.profiler import profile
 
-from corun_ray.bench.machine import Machine, Work, count_work, measure_machine, peak_memory, seconds
+from corun_ray.bench.machine import (
+    Machine,
+    Work,
+    choose_device,
+    count_work,
+    measure_machine,
+    time_call,
+    track_peak_memory,
+)
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.timing import SpanTimes, synchronize
@@ -20,13 +28,18 @@ from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, 
 from corun_ray.core.training.state import TrainState
 from corun_ray.core.training.steps import Colabator, RealBatch, StepOutput, SyntheticBatch, run_pretraining_step
 
-WARM_UP = 2
-LR, EMA = 5e-5, 0.999
+WARM_UP_STEPS = 2
+LEARNING_RATE = 5e-5
+EMA_DECAY = 0.999
+GREY = 128
+"""Value of every byte of a stored label."""
+LOSING_SCORE, WINNING_SCORE = -1.0, 2.0
+"""Global scores of stored labels outside [0, 1]: every candidate beats the first and none beats the second."""
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What is measured."""
+    """The method, the network, the images and the device of a measurement."""
 
     method: str = "colabator"
     size_px: int = 288
@@ -34,120 +47,149 @@ class StepSettings:
     stages: int = 4
     width: int = 30
     precision: str = "fp32"
-    """fp32, or bf16: the network's arithmetic, the closed-form steps aside."""
+    """fp32, or bf16: the network's arithmetic, apart from the closed-form steps."""
     compile: bool = False
     perceptual: bool = True
-    """VGG-19, with random weights, in the losses."""
+    """Whether the losses include VGG-19, here with random weights."""
     win_rate: float = 0.1
-    """Share of steps whose candidates win, so that their blocks are rated: what is left when the pool is warm."""
+    """Share of steps whose candidates win, so that their blocks are rated. The default is that of a warm label pool."""
     checkpoint_activations: bool = False
     repeats: int = 10
-    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device: torch.device = field(default_factory=choose_device)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What was found out."""
+    """The results of a measurement."""
 
     settings: StepSettings
     step_s: float
-    """Median of whole steps, timed without looking into them."""
+    """Median of whole steps, timed without timing their parts."""
     parts_s: dict[str, float]
-    """Mean seconds of every part, in the order in which they first ran; timed in steps of their own."""
+    """Mean seconds of each part, in the order of their first run; timed in steps of their own."""
     work: Work
     machine: Machine
     peak_bytes: int
 
 
 def bench_step(settings: StepSettings, trace: Path | None = None) -> StepReport:
-    """Runs steps on random images; with `trace`, writes a profiler's trace of one more, for chrome://tracing."""
-    if settings.device.type == "cpu":  # as a worker does
+    """Measure training steps on random images.
+
+    With `trace`, also write a profiler's trace of one more step, for chrome://tracing.
+    """
+    # As a training worker does on a CPU.
+    if settings.device.type == "cpu":
         keep_freed_memory()
-    run = _Run(settings)
-    with peak_memory(settings.device) as peak:
-        for _ in range(WARM_UP):
-            run.step()
-        whole = [seconds(run.step, settings.device) for _ in range(settings.repeats)]
-        peak_bytes = peak()
+
+    # Whole steps first: timing the parts waits for the device and slows a step down.
+    runner = _StepRunner(settings)
+    with track_peak_memory(settings.device) as read_peak_bytes:
+        for _ in range(WARM_UP_STEPS):
+            runner.run_step()
+        whole_s = [time_call(runner.run_step, settings.device) for _ in range(settings.repeats)]
+        peak_bytes = read_peak_bytes()
+
+    # The parts, in further steps.
     times = SpanTimes(settings.device)
     with times.listen():
         for _ in range(settings.repeats):
-            run.step()
+            runner.run_step()
+    parts_s = {name: total_s / settings.repeats for name, total_s in times.seconds.items()}
+
     if trace is not None:
         with profile() as profiler:
-            run.step()
+            runner.run_step()
             synchronize(settings.device)
         profiler.export_chrome_trace(str(trace))
-    parts = {name: total_s / settings.repeats for name, total_s in times.seconds.items()}
+
+    # Operations can only be counted in eager code: a second runner that is not compiled.
+    work = _StepRunner(replace(settings, compile=False)).count_work()
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    work = _Run(replace(settings, compile=False)).work()
-    return StepReport(
-        settings, statistics.median(whole), parts, work, measure_machine(settings.device, dtype), peak_bytes
-    )
+    machine = measure_machine(settings.device, dtype)
+    return StepReport(settings, statistics.median(whole_s), parts_s, work, machine, peak_bytes)
 
 
 class _WarmPool:
-    """Has a label for every image, which so many of the candidates beat, evenly spread, as the settings say."""
+    """A `LabelPool` with a label for every image; a share of the steps, evenly spread, has winning candidates."""
 
     def __init__(self, settings: StepSettings, block_px: int) -> None:
         self.win_rate = settings.win_rate
-        self._size_px, self._blocks = settings.size_px, settings.size_px // block_px
-        self._won = 0.0
+        self._size_px = settings.size_px
+        self._blocks = settings.size_px // block_px
+        self._due_wins = 0.0
+        """Wins that are due at the given rate, less those that there were."""
 
     def prefetch(self, keys: Sequence[str]) -> ReadyLabels:
-        """See `LabelPool`."""
-        self._won += self.win_rate
-        beaten, self._won = self._won >= 1, self._won % 1
-        return ReadyLabels(self._label(key, -1.0 if beaten else 2.0) for key in keys)
+        """Return labels that lose to the candidates where a win is due, else labels that win."""
+        self._due_wins += self.win_rate
+        is_win_due = self._due_wins >= 1
+        self._due_wins %= 1
+
+        score = LOSING_SCORE if is_win_due else WINNING_SCORE
+        return ReadyLabels([self._make_label(key, score) for key in keys])
 
     def offer(self, labels: Sequence[Label]) -> None:
-        """See `LabelPool`; the next step finds the same labels."""
+        """Ignore the labels: the next step finds the same ones again."""
 
-    def _label(self, key: str, score: float) -> Label:
-        planes = np.full((4, self._size_px, self._size_px), 128, np.uint8)
+    def _make_label(self, key: str, score: float) -> Label:
+        """Return a grey label with the given global scores."""
+        planes = np.full((4, self._size_px, self._size_px), GREY, np.uint8)
         blocks = np.full((self._blocks, self._blocks), 0.5, np.float32)
         return Label(key, Scores(score, score), 0, planes[:3], planes[3:], blocks, blocks)
 
 
-class _Run:
-    """A training state and the same images at every step."""
+class _StepRunner:
+    """A training state that takes steps on the same random images."""
 
     def __init__(self, settings: StepSettings) -> None:
         torch.manual_seed(0)
         self.settings = settings
         device = settings.device
+
+        # Student and teacher.
         network = CORUN(settings.stages, settings.width, settings.checkpoint_activations)
         self.state = TrainState.start(network, device)
         student, teacher = self.state.student, self.state.teacher
         if settings.compile:
             student, teacher = compile_network(student), compile_network(teacher)
         self.student: nn.Module = student
-        features = Vgg19Features().requires_grad_(False).eval().to(device) if settings.perceptual else None
+
+        # Losses, with a VGG-19 of random weights: its time does not depend on them.
+        features = None
+        if settings.perceptual:
+            features = Vgg19Features().requires_grad_(False).eval().to(device)
         weights = COLABATOR_WEIGHTS if settings.method == "colabator" else PRETRAIN_WEIGHTS
         self.losses = Losses(weights, features)
-        coherence = Coherence()  # the scorers without weights
+
+        # The coherence of candidates, by the scorers that need no weights.
+        coherence = Coherence()
         self.pool = _WarmPool(settings, coherence.block_px)
         self.colabator = Colabator(teacher, coherence, self.pool, self.losses)
+
+        # B 3 H W: hazy and clear images, then weak and strong views of real hazy images.
         shape = (settings.batch, 3, settings.size_px, settings.size_px)
         self.synthetic = SyntheticBatch(torch.rand(shape, device=device), torch.rand(shape, device=device))
         keys = [str(number) for number in range(settings.batch)]
         self.real = RealBatch(torch.rand(shape, device=device), torch.rand(shape, device=device), keys)
 
-    def step(self) -> None:
-        """One whole training step."""
+    def run_step(self) -> None:
+        """Run one whole training step."""
         settings = self.settings
         with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            output = self._forward()
+            output = self._run_forward()
         self.state.backward(output.losses)
-        self.state.update(LR, EMA, settings.batch)
+        self.state.update(LEARNING_RATE, EMA_DECAY, settings.batch)
 
-    def work(self) -> Work:
-        """Of one eager step whose candidates lose."""
+    def count_work(self) -> Work:
+        """Count the work of one eager step whose candidates lose."""
         self.pool.win_rate = 0
-        self.step()
-        return count_work(self.step)
 
-    def _forward(self) -> StepOutput:
+        # The first step creates the optimizer's state, which later steps do not.
+        self.run_step()
+        return count_work(self.run_step)
+
+    def _run_forward(self) -> StepOutput:
+        """Run the forward part of a step by the method of the settings."""
         if self.settings.method == "pretrain":
             return run_pretraining_step(self.student, self.synthetic, self.losses)
         return self.colabator.step(self.student, self.synthetic, self.real, self.state.step)

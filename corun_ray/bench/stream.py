@@ -1,4 +1,4 @@
-"""Measures the making of training samples in this process, on one core, as a task of the stream does it."""
+"""Measure how fast one core makes training samples, as a task of the sample stream does, in this process."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -19,15 +20,23 @@ from corun_ray.demo.dataset import DemoSize, write_demo
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.data.packing import pack_here, plan_pack
 from corun_ray.service.data.sample_maker import SampleMaker
+from corun_ray.service.telemetry.tables import format_table
 
 RENDERED = DemoSize(clear_images=4, hazy_images=0, width_px=1920, height_px=1088)
-Tell = Callable[[int, str], None]
-"""Takes how many samples have been made, of all that will be, and of which kind."""
+"""The photographs that are rendered where no data is given."""
+PACK_SHARD_MIB = 128
+BLOCK_PX = 16
+"""Size of a block of the coherence, which has to divide the patch; nothing else of the coherence matters here."""
+OTHER = "other"
+"""Name of the time that no phase accounts for."""
+
+ReportProgress = Callable[[int, str], None]
+"""Takes the number of samples made so far, of all kinds, and the kind of the current one."""
 
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """What is asked for."""
+    """The size of a sample, and how many are made."""
 
     patch_px: int
     samples: int
@@ -36,124 +45,169 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class StreamResult:
-    """One kind of sample: medians over the repeats."""
+    """The results for one kind of sample: medians over the repeats."""
 
     data: dict[str, str | None]
     num_files: int
     images_per_s: float
     each_images_per_s: tuple[float, ...]
-    """Of every repeat."""
+    """Rate of every repeat."""
     sample_s: float
     phases_s: dict[str, float]
-    """Of a sample, by phase; `other` is what they leave."""
+    """Seconds of a sample by phase; `other` is the remaining time."""
     bad_files: dict[str, str]
-    """URI → reason, of those passed over."""
+    """URI → reason, of skipped files."""
 
 
 @dataclass(frozen=True)
 class StreamReport:
-    """Everything that was found out."""
+    """The results for all kinds of samples."""
 
     settings: StreamSettings
     machine: dict[str, str | int]
     kinds: dict[str, StreamResult]
 
 
-def render_photographs(folder: Path, progress: Callable[[int, int], None]) -> None:
-    """Four rendered photographs of 2 megapixels in `clear`, with their depth as .npy in `depth`; both in `pack`."""
-    write_demo(folder / "demo", 0, RENDERED, progress)
+# --- Data and jobs ---
+
+
+def render_photographs(folder: Path, report_progress: Callable[[int, int], None]) -> None:
+    """Render four photographs of 2 megapixels below `folder`.
+
+    `clear` holds the images, `depth` their depth as .npy, `pack` both as a pack.
+    """
+    write_demo(folder / "demo", 0, RENDERED, report_progress)
     (folder / "demo" / "clear").rename(folder / "clear")
+
+    # The demo's depth maps are images; store them as float32 arrays.
     (folder / "depth").mkdir()
     for file in (folder / "demo" / "depth").iterdir():
         depth = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
         np.save(folder / "depth" / f"{file.stem}.npy", np.asarray(depth, np.float32))
-    pack_here(plan_pack(str(folder / "clear"), str(folder / "pack"), str(folder / "depth"), 128, keep_png=False))
+
+    clear, pack, depths = (str(folder / name) for name in ("clear", "pack", "depth"))
+    pack_here(plan_pack(clear, pack, depths, PACK_SHARD_MIB, keep_png=False))
 
 
-def job_of(clear: str, depth: str | None, depth_kind: DepthKind, hazy: str | None, patch_px: int) -> TrainingJob:
-    """A job with such data: pre-training, or with real hazy images Colabator."""
+def build_job(clear: str, depth: str | None, depth_kind: DepthKind, hazy: str | None, patch_px: int) -> TrainingJob:
+    """Return a job on such data: Colabator where there are real hazy images, else pre-training."""
     data = {"clear": clear, "depth": depth, "depth_kind": depth_kind, "patch_px": patch_px}
     if hazy is None:
         return PretrainJob.model_validate({"kind": "pretrain", "name": "bench", "data": data})
-    # Of the coherence only the size of a block matters: it has to divide the patch.
-    coherence = {"block_px": 16}
-    return ColabatorJob.model_validate(
-        {"kind": "colabator", "name": "bench", "data": {**data, "hazy": hazy}, "coherence": coherence}
-    )
+    data["hazy"] = hazy
+    coherence = {"block_px": BLOCK_PX}
+    return ColabatorJob.model_validate({"kind": "colabator", "name": "bench", "data": data, "coherence": coherence})
 
 
-def bench_stream(jobs: Mapping[str, TrainingJob], settings: StreamSettings, tell: Tell) -> StreamReport:
-    """Makes samples of each job; raises `StorageError`, `ManifestError` and `TooManyBadFiles`."""
+# --- Measurement ---
+
+
+def bench_stream(
+    jobs: Mapping[str, TrainingJob], settings: StreamSettings, report_progress: ReportProgress
+) -> StreamReport:
+    """Measure the samples of each job, on one thread.
+
+    Raises `StorageError`, `ManifestError`, and `TooManyBadFiles` where too few files can be used.
+    """
+    # OpenCV's own threads would count for more than one core.
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
         kinds: dict[str, StreamResult] = {}
         for name, job in jobs.items():
-            before = len(kinds) * settings.samples * settings.repeats
-            kinds[name] = _measure(job, settings, lambda done, name=name, before=before: tell(before + done, name))  # type: ignore[misc]
+            samples_before = len(kinds) * settings.samples * settings.repeats
+            kinds[name] = _measure_job(job, settings, partial(_add_samples, report_progress, samples_before, name))
     finally:
         cv2.setNumThreads(threads)
-    return StreamReport(settings, _machine(), kinds)
+    return StreamReport(settings, _describe_machine(), kinds)
 
 
-def _measure(job: TrainingJob, settings: StreamSettings, tell: Callable[[int], None]) -> StreamResult:
+def _add_samples(report_progress: ReportProgress, samples_before: int, name: str, done: int) -> None:
+    """Report the samples of one kind on top of those of the kinds before."""
+    report_progress(samples_before + done, name)
+
+
+def _measure_job(job: TrainingJob, settings: StreamSettings, report_done: Callable[[int], None]) -> StreamResult:
+    """Make samples of one job and return the medians over its repeats."""
+    # The first sample, not counted, opens the connection to the store and fills tables.
     manifest = build_manifest(job)
     bad_files: dict[str, str] = {}
-    make = SampleMaker(job, manifest, settings.patch_px, bad_files.update)
-    make.sample(0)  # opens the connection to the store, fills tables
-    whole_s, phases_s = [], []
+    maker = SampleMaker(job, manifest, settings.patch_px, bad_files.update)
+    maker.sample(0)
+
+    # Each repeat makes samples of its own.
+    samples_s: list[float] = []
+    phases_s: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for repeat in range(settings.repeats):
-        times, started_s = PhaseTimes(), time.perf_counter()
+        times = PhaseTimes()
+        started_s = time.perf_counter()
         with times.listen():
             for index in range(repeat * settings.samples, (repeat + 1) * settings.samples):
-                make.sample(index)
-                tell(index + 1)
-        whole_s.append((time.perf_counter() - started_s) / settings.samples)
-        phases_s.append([times.seconds[phase] / settings.samples for phase in PHASES])
-    medians = dict(zip(PHASES, map(statistics.median, zip(*phases_s, strict=True)), strict=True))
+                maker.sample(index)
+                report_done(index + 1)
+        samples_s.append((time.perf_counter() - started_s) / settings.samples)
+        for phase in PHASES:
+            phases_s[phase].append(times.seconds[phase] / settings.samples)
+
+    sample_s = statistics.median(samples_s)
+    medians_s = {phase: statistics.median(repeats_s) for phase, repeats_s in phases_s.items()}
+    medians_s[OTHER] = max(0.0, sample_s - sum(medians_s.values()))
+
+    # A sample of Colabator is a synthetic pair and a real hazy image.
     images = 2 if isinstance(job, ColabatorJob) else 1
-    sample_s = statistics.median(whole_s)
     return StreamResult(
         data={key: getattr(job.data, key, None) for key in ("clear", "depth", "hazy")},
         num_files=manifest.num_images,
         images_per_s=images / sample_s,
-        each_images_per_s=tuple(images / seconds for seconds in whole_s),
+        each_images_per_s=tuple([images / repeat_s for repeat_s in samples_s]),
         sample_s=sample_s,
-        phases_s={**medians, "other": max(0.0, sample_s - sum(medians.values()))},
+        phases_s=medians_s,
         bad_files=bad_files,
     )
 
 
-def table(report: StreamReport) -> str:
-    """A column for each kind of sample."""
-    kinds = report.kinds
-    rows = {
-        "images/s on one core": [f"{kind.images_per_s:.1f}" for kind in kinds.values()],
-        "  slowest, fastest repeat": [
-            f"{min(kind.each_images_per_s):.1f}, {max(kind.each_images_per_s):.1f}" for kind in kinds.values()
-        ],
-        "a sample, ms": [f"{1000 * kind.sample_s:.1f}" for kind in kinds.values()],
-    }
-    for phase in (*PHASES, "other"):
-        rows[f"  {phase}"] = [f"{1000 * kind.phases_s[phase]:.1f}" for kind in kinds.values()]
-    lines = [f"{name:<28}" + "".join(f"{cell:>22}" for cell in cells) for name, cells in rows.items()]
-    notes = [
-        f"{name}: {len(kind.bad_files)} files cannot be used, e.g. {': '.join(next(iter(kind.bad_files.items())))}"
-        for name, kind in kinds.items()
-        if kind.bad_files
-    ]
-    return "\n".join([" " * 28 + "".join(f"{name:>22}" for name in kinds), *lines, *notes])
-
-
-def as_json(report: StreamReport) -> str:
-    """Every figure, and the machine that it comes from."""
-    return json.dumps(asdict(report), indent=1) + "\n"
-
-
-def _machine() -> dict[str, str | int]:
+def _describe_machine() -> dict[str, str | int]:
+    """Return the cores of this machine and the versions of its software."""
     return {
         "cores": os.cpu_count() or 0,
         "opencv": cv2.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
+
+
+# --- Presentation ---
+
+
+def format_report(report: StreamReport) -> str:
+    """Return a table with a column for each kind of sample, and notes on files that cannot be used."""
+    columns = [_list_cells(kind) for kind in report.kinds.values()]
+    rows = []
+    for name in columns[0]:
+        rows.append([name, *(column[name] for column in columns)])
+    header = ["", *report.kinds]
+    lines = [format_table(rows, header, right=range(1, len(header)))]
+
+    for name, kind in report.kinds.items():
+        if kind.bad_files:
+            uri, reason = next(iter(kind.bad_files.items()))
+            lines.append(f"{name}: {len(kind.bad_files)} files cannot be used, e.g. {uri}: {reason}")
+    return "\n".join(lines)
+
+
+def _list_cells(kind: StreamResult) -> dict[str, str]:
+    """Return a column of the table: name of the row → cell."""
+    slowest, fastest = min(kind.each_images_per_s), max(kind.each_images_per_s)
+    cells = {
+        "images/s on one core": f"{kind.images_per_s:.1f}",
+        "  slowest, fastest repeat": f"{slowest:.1f}, {fastest:.1f}",
+        "a sample, ms": f"{1000 * kind.sample_s:.1f}",
+    }
+    for phase, phase_s in kind.phases_s.items():
+        cells[f"  {phase}"] = f"{1000 * phase_s:.1f}"
+    return cells
+
+
+def format_json(report: StreamReport) -> str:
+    """Return every figure and a description of the machine, as JSON."""
+    return json.dumps(asdict(report), indent=1) + "\n"

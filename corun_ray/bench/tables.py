@@ -1,107 +1,165 @@
-"""What the benchmarks found out, for a person to read."""
+"""Format the reports of the benchmarks that need torch and numpy alone.
+
+The columns are aligned here, not by rich: `bench step` runs on a bare machine that does not have rich.
+"""
 
 from collections.abc import Iterator
 
 from corun_ray.bench.dehaze import DehazeReport
 from corun_ray.bench.machine import Machine, Work
-from corun_ray.bench.scaling import BYTES_PER_GBIT, FIT_BYTES, BackwardReport, RingReport, ScalingReport
-from corun_ray.bench.scaling_model import MIB, ManyWorkersStep, stream_cores
+from corun_ray.bench.scaling import FIT_BYTES, BackwardReport, RingReport, ScalingReport
+from corun_ray.bench.scaling_model import BYTES_PER_GBIT, MIB, ManyWorkersStep, count_stream_cores
 from corun_ray.bench.step import StepReport
 
+NAME_WIDTH = 24
+"""Characters of a row's name."""
+FIGURE_WIDTH = 10
+"""Characters of a figure of a step or photograph."""
+GPUS_WIDTH = 11
+"""Characters of a column for one number of GPUs."""
+RING_WIDTHS = (10, 15, 15)
+"""Characters of the columns of the all-reduce check."""
 
-def step_table(report: StepReport) -> str:
-    """What a person reads of a step."""
-    settings, total_s = report.settings, sum(report.parts_s.values())
-    kind = "compiled" if settings.compile else "eager"
+
+def format_step(report: StepReport) -> str:
+    """Return a step's time by part, its floor and its memory as text."""
+    settings = report.settings
     lines = [
         f"\n{settings.method} step: {settings.stages} stages, {settings.size_px} px, batch {settings.batch}, "
-        f"{settings.precision}, {kind}; {settings.win_rate:.0%} of candidates win",
-        f"  {'whole step, median':<24}{report.step_s * 1000:>10.1f} ms",
-    ]
-    lines += [
-        f"    {name:<22}{seconds * 1000:>10.1f} ms  {seconds / total_s:>4.0%}"
-        for name, seconds in report.parts_s.items()
-    ]
-    return "\n".join([*lines, *_floor_lines(report.work, report.machine, report.step_s, report.peak_bytes)])
-
-
-def dehaze_table(report: DehazeReport) -> str:
-    """What a person reads of a restoration."""
-    settings = report.settings
-    kind = "compiled" if settings.compile else "eager"
-    memory = f"in {settings.memory_mib} MiB" if settings.memory_mib else "as a whole"
-    lines = [
-        f"\ndehaze {settings.width_px} x {settings.height_px} px, {memory}: {settings.stages} stages, "
-        f"{settings.precision}, {kind}",
-        f"  {'an image, median':<24}{report.image_s * 1000:>10.1f} ms",
-        f"  {'speed':<24}{settings.megapixels / report.image_s:>10.3f} megapixels/s",
-    ]
-    return "\n".join([*lines, *_floor_lines(report.work, report.machine, report.image_s, report.peak_bytes)])
-
-
-def _floor_lines(work: Work, machine: Machine, measured_s: float, peak_bytes: int) -> list[str]:
-    arithmetic_s, traffic_s = work.floor_s(machine)
-    return [
-        f"  {'floor, arithmetic':<24}{arithmetic_s * 1000:>10.1f} ms  {arithmetic_s / measured_s:>4.0%}  "
-        f"({work.flops / 1e9:.1f} GFLOP at {machine.flops_per_s / 1e12:.2f} TFLOP/s)",
-        f"  {'floor, memory traffic':<24}{traffic_s * 1000:>10.1f} ms  {traffic_s / measured_s:>4.0%}  "
-        f"({work.bytes / 1e9:.2f} GB at {machine.bytes_per_s / 1e9:.0f} GB/s)",
-        f"  {'most memory':<24}{peak_bytes / 2**20:>10.0f} MiB",
+        f"{settings.precision}, {_name_mode(settings.compile)}; {settings.win_rate:.0%} of candidates win",
+        f"  {'whole step, median':<{NAME_WIDTH}}{report.step_s * 1000:>{FIGURE_WIDTH}.1f} ms",
     ]
 
+    # The parts, indented below the whole step, with their shares of the sum.
+    total_s = sum(report.parts_s.values())
+    for name, part_s in report.parts_s.items():
+        figure = f"{part_s * 1000:>{FIGURE_WIDTH}.1f} ms  {part_s / total_s:>4.0%}"
+        lines.append(f"    {name:<{NAME_WIDTH - 2}}{figure}")
 
-def scaling_table(report: ScalingReport) -> str:
-    """What a person reads of a step on many GPUs, and of the check."""
-    settings, alone, total = report.settings, report.alone, sum(report.buckets)
-    lines = [
-        f"\n{settings.method} on many GPUs: {settings.stages} stages, width {settings.width}, {total / 4e6:.2f} M "
-        f"parameters, {total / MIB:.1f} MiB of gradients in buckets of {_mib(report.buckets)} MiB",
-        f"  alone: {_ms(alone.step_s)} ms, images: {alone.images}; backward pass {_ms(alone.backward_s)} ms",
-    ]
-    if pool := settings.pool():
-        lines.append(
-            f"  labels of {pool.label_bytes / 1e3:.0f} kB are needed after {_ms(alone.before_labels_s)} ms, "
-            f"shards: {pool.shards}; {pool.win_rate:.0%} of candidates win, rating one takes {_ms(alone.rating_s)} ms"
-        )
-    for link, steps in zip(settings.link_gbit, report.by_link, strict=True):
-        lines += [
-            f"\n  nodes of {settings.gpus_per_node} GPUs, {settings.node_gbit:g} Gbit/s in them, {link:g} between",
-            *_steps_lines(steps, report),
-        ]
-    for ring in report.rings:
-        lines += _ring_lines(ring)
-    if report.backward is not None:
-        lines += _backward_lines(report.backward, report.rings[0])
+    lines += _format_floor(report.work, report.machine, report.step_s, report.peak_bytes)
     return "\n".join(lines)
 
 
-def _steps_lines(steps: list[ManyWorkersStep], report: ScalingReport) -> Iterator[str]:
-    def cores(step: ManyWorkersStep) -> int:
-        return stream_cores(step.workers, report.alone.images, step.step_s, report.settings.samples_per_s)
+def format_dehaze(report: DehazeReport) -> str:
+    """Return the speed, the floor and the memory of a photograph's restoration as text."""
+    settings = report.settings
+    memory = f"in {settings.memory_mib} MiB" if settings.memory_mib else "as a whole"
+    speed = settings.megapixels / report.image_s
+    lines = [
+        f"\ndehaze {settings.width_px} x {settings.height_px} px, {memory}: {settings.stages} stages, "
+        f"{settings.precision}, {_name_mode(settings.compile)}",
+        f"  {'an image, median':<{NAME_WIDTH}}{report.image_s * 1000:>{FIGURE_WIDTH}.1f} ms",
+        f"  {'speed':<{NAME_WIDTH}}{speed:>{FIGURE_WIDTH}.3f} megapixels/s",
+    ]
 
-    rows: dict[str, list[str]] = {
-        "GPUs": [str(step.workers) for step in steps],
-        "all-reduce, ms": [_ms(step.all_reduce_s) for step in steps],
-        "  after the backward pass": [_ms(step.exposed_s) for step in steps],
-        "pool's last answer, ms": [_ms(step.pool_answers_s) for step in steps],
-        "  after the teacher": [_ms(step.pool_wait_s) for step in steps],
-        "wait for ratings, ms": [_ms(step.rating_wait_s) for step in steps],
-        "step, ms": [_ms(step.step_s) for step in steps],
-        "efficiency": [f"{step.efficiency:.1%}" for step in steps],
-        "costs most": [(step.costs or ["nothing"])[0] for step in steps],
-        "labels moved, Gbit/s": [f"{step.label_bytes_per_s / BYTES_PER_GBIT:.2f}" for step in steps],
-        "cores for the stream": [str(cores(step)) for step in steps],
+    lines += _format_floor(report.work, report.machine, report.image_s, report.peak_bytes)
+    return "\n".join(lines)
+
+
+def _name_mode(is_compiled: bool) -> str:
+    """Name the way the network runs."""
+    return "compiled" if is_compiled else "eager"
+
+
+def _format_floor(work: Work, machine: Machine, measured_s: float, peak_bytes: int) -> list[str]:
+    """Return lines of the least time that the work can take, relative to the measured time, and of the memory."""
+    arithmetic_s, traffic_s = work.compute_floor_s(machine)
+    floors = {
+        "floor, arithmetic": (
+            arithmetic_s,
+            f"{work.flops / 1e9:.1f} GFLOP at {machine.flops_per_s / 1e12:.2f} TFLOP/s",
+        ),
+        "floor, memory traffic": (
+            traffic_s,
+            f"{work.bytes / 1e9:.2f} GB at {machine.bytes_per_s / 1e9:.0f} GB/s",
+        ),
     }
-    yield from (f"    {name:<24}" + "".join(f"{text:>11}" for text in texts) for name, texts in rows.items())
-    remedies: dict[str, list[str]] = {}
+
+    lines = []
+    for name, (floor_s, source) in floors.items():
+        figure = f"{floor_s * 1000:>{FIGURE_WIDTH}.1f} ms  {floor_s / measured_s:>4.0%}"
+        lines.append(f"  {name:<{NAME_WIDTH}}{figure}  ({source})")
+    lines.append(f"  {'most memory':<{NAME_WIDTH}}{peak_bytes / MIB:>{FIGURE_WIDTH}.0f} MiB")
+    return lines
+
+
+def format_scaling(report: ScalingReport) -> str:
+    """Return the forecast of a step on many GPUs and the results of the check as text."""
+    settings = report.settings
+    alone = report.alone
+
+    # The network and the step of one GPU. A parameter has four bytes.
+    total_bytes = sum(report.buckets)
+    lines = [
+        f"\n{settings.method} on many GPUs: {settings.stages} stages, width {settings.width}, "
+        f"{total_bytes / 4e6:.2f} M parameters, {total_bytes / MIB:.1f} MiB of gradients in buckets of "
+        f"{_format_mib(report.buckets)} MiB",
+        f"  alone: {_format_ms(alone.step_s)} ms, images: {alone.images}; "
+        f"backward pass {_format_ms(alone.backward_s)} ms",
+    ]
+    pool = settings.build_pool()
+    if pool is not None:
+        lines.append(
+            f"  labels of {pool.label_bytes / 1e3:.0f} kB are needed after {_format_ms(alone.before_labels_s)} ms, "
+            f"shards: {pool.shards}; {pool.win_rate:.0%} of candidates win, "
+            f"rating one takes {_format_ms(alone.rating_s)} ms"
+        )
+
+    # The forecast: a table for each link between nodes.
+    for link_gbit, steps in zip(settings.link_gbit, report.by_link, strict=True):
+        lines.append(
+            f"\n  nodes of {settings.gpus_per_node} GPUs, {settings.node_gbit:g} Gbit/s in them, {link_gbit:g} between"
+        )
+        lines += _format_many_workers(steps, report)
+        lines += _format_remedies(steps)
+
+    # The check, where there was one.
+    for ring in report.rings:
+        lines += _format_ring(ring)
+    if report.backward is not None:
+        lines += _format_backward(report.backward, report.rings[0])
+    return "\n".join(lines)
+
+
+def _format_many_workers(steps: list[ManyWorkersStep], report: ScalingReport) -> Iterator[str]:
+    """Yield the rows of a forecast, with a column for each number of GPUs."""
+    columns = [_list_cells(step, report) for step in steps]
+    for name in columns[0]:
+        cells = [f"{column[name]:>{GPUS_WIDTH}}" for column in columns]
+        yield f"    {name:<{NAME_WIDTH}}{''.join(cells)}"
+
+
+def _list_cells(step: ManyWorkersStep, report: ScalingReport) -> dict[str, str]:
+    """Return a column of the forecast: name of the row → cell."""
+    cores = count_stream_cores(step.workers, report.alone.images, step.step_s, report.settings.samples_per_s)
+    return {
+        "GPUs": str(step.workers),
+        "all-reduce, ms": _format_ms(step.all_reduce_s),
+        "  after the backward pass": _format_ms(step.exposed_s),
+        "pool's last answer, ms": _format_ms(step.pool_answers_s),
+        "  after the teacher": _format_ms(step.pool_wait_s),
+        "wait for ratings, ms": _format_ms(step.rating_wait_s),
+        "step, ms": _format_ms(step.step_s),
+        "efficiency": f"{step.efficiency:.1%}",
+        "costs most": step.costs[0] if step.costs else "nothing",
+        "labels moved, Gbit/s": f"{step.label_bytes_per_s / BYTES_PER_GBIT:.2f}",
+        "cores for the stream": str(cores),
+    }
+
+
+def _format_remedies(steps: list[ManyWorkersStep]) -> Iterator[str]:
+    """Yield the remedies that any step needs, each with its numbers of GPUs."""
+    gpus_by_remedy: dict[str, list[str]] = {}
     for step in steps:
         for cost in step.costs:
-            remedies.setdefault(_remedy(cost, step), []).append(str(step.workers))
-    yield from (f"    {remedy} ({', '.join(gpus)} GPUs)" for remedy, gpus in remedies.items())
+            gpus_by_remedy.setdefault(_choose_remedy(cost, step), []).append(str(step.workers))
+
+    for remedy, gpus in gpus_by_remedy.items():
+        yield f"    {remedy} ({', '.join(gpus)} GPUs)"
 
 
-def _remedy(cost: str, step: ManyWorkersStep) -> str:
-    """Which key of a job helps."""
+def _choose_remedy(cost: str, step: ManyWorkersStep) -> str:
+    """Return the key of a job that lowers a cost, with its reason."""
     match cost:
         case "gradients":
             return "gradients: train.accumulate or train.batch_per_worker, to average them once for more images"
@@ -113,29 +171,41 @@ def _remedy(cost: str, step: ManyWorkersStep) -> str:
             return "pool: pool.encoding: uint8 or a faster link, as no pool.shards answers in the teacher's time"
 
 
-def _ring_lines(ring: RingReport) -> Iterator[str]:
-    link = ring.link
+def _format_ring(ring: RingReport) -> Iterator[str]:
+    """Yield a heading and the measured and predicted all-reduces by size."""
     yield (
         f"\n  check: gloo between {ring.processes} processes of this machine, a link of "
-        f"{link.latency_s * 1e6:.0f} us and {link.bytes_per_s / 1e9:.2f} GB/s fitted to {len(FIT_BYTES)} of the sizes"
+        f"{ring.link.latency_s * 1e6:.0f} us and {ring.link.bytes_per_s / 1e9:.2f} GB/s fitted to {len(FIT_BYTES)} of "
+        "the sizes"
     )
-    yield f"    {'MiB':>10}{'measured, ms':>15}{'formula, ms':>15}"
-    for size, seconds in ring.times_s.items():
-        mark = "  fitted" if size in FIT_BYTES else f"  {ring.formula_s(size) / seconds - 1:+.0%}"
-        yield f"    {size / MIB:>10.3f}{_ms(seconds):>15}{_ms(ring.formula_s(size)):>15}{mark}"
+
+    size_width, measured_width, formula_width = RING_WIDTHS
+    yield f"    {'MiB':>{size_width}}{'measured, ms':>{measured_width}}{'formula, ms':>{formula_width}}"
+
+    # Sizes that the link was not fitted to show the error of the formula.
+    for num_bytes, measured_s in ring.times_s.items():
+        predicted_s = ring.predict_s(num_bytes)
+        remark = "fitted" if num_bytes in FIT_BYTES else f"{predicted_s / measured_s - 1:+.0%}"
+        measured, predicted = _format_ms(measured_s), _format_ms(predicted_s)
+        cells = f"{num_bytes / MIB:>{size_width}.3f}{measured:>{measured_width}}{predicted:>{formula_width}}"
+        yield f"    {cells}  {remark}"
 
 
-def _backward_lines(backward: BackwardReport, ring: RingReport) -> Iterator[str]:
-    hidden_s, plain_s = backward.bounds_s(ring)
-    buckets = _mib(backward.buckets)
+def _format_backward(backward: BackwardReport, ring: RingReport) -> Iterator[str]:
+    """Yield the measured backward passes and the bounds of the formula."""
+    hidden_s, plain_s = backward.predict_bounds_s(ring)
+    buckets = _format_mib(backward.buckets)
     yield f"\n  check: backward pass of {backward.processes} processes, a thread each, buckets of {buckets} MiB"
-    yield f"    alone {_ms(backward.alone_s)} ms, with all-reduce {_ms(backward.together_s)} ms"
-    yield f"    formula: {_ms(hidden_s)} ms hidden as far as can be, {_ms(plain_s)} ms with nothing hidden"
+    yield f"    alone {_format_ms(backward.alone_s)} ms, with all-reduce {_format_ms(backward.together_s)} ms"
+    yield f"    formula: {_format_ms(hidden_s)} ms with the most hidden, {_format_ms(plain_s)} ms with nothing hidden"
 
 
-def _mib(sizes: list[int]) -> str:
+def _format_mib(sizes: list[int]) -> str:
+    """Return sizes in bytes as MiB, parted by commas."""
     return ", ".join(f"{size / MIB:.1f}" for size in sizes)
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:,.{1 if seconds < 10 else 0}f}"
+def _format_ms(duration_s: float) -> str:
+    """Return seconds as milliseconds, from 10 s on without decimals."""
+    decimals = 1 if duration_s < 10 else 0
+    return f"{duration_s * 1000:,.{decimals}f}"

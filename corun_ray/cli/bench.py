@@ -315,7 +315,7 @@ def work_out_scaling(
         raise UserError("bench scaling: --step-json is not allowed with --step-s")
 
     from corun_ray.bench.run import read_step, run_scaling
-    from corun_ray.bench.scaling import ScalingSettings, assumed_step
+    from corun_ray.bench.scaling import ScalingSettings, assume_step
 
     with telling_mistakes():
         settings = ScalingSettings(
@@ -339,7 +339,7 @@ def work_out_scaling(
         )
         # The step on one GPU; a measured one brings its network along.
         if step_json is None:
-            alone = assumed_step(step_s or DEFAULT_STEP_S, batch, rating_s)
+            alone = assume_step(step_s or DEFAULT_STEP_S, batch, rating_s)
         else:
             settings, alone = read_step(step_json, settings, rating_s)
         run_scaling(settings, alone, not no_check, json_file)
@@ -398,7 +398,7 @@ def measure_stream(
     if mistakes:
         raise UserError("\n".join(mistakes))
 
-    from corun_ray.bench.stream import StreamSettings, as_json, bench_stream, job_of, render_photographs, table
+    from corun_ray.bench.stream import StreamSettings, bench_stream, build_job, format_json, format_report, render_photographs
     from corun_ray.service.data.sample_maker import TooManyBadFiles
     from corun_ray.service.errors import JobFailed
     from corun_ray.service.telemetry.console import Console
@@ -410,7 +410,7 @@ def measure_stream(
         # Jobs that read the user's images, or rendered ones.
         if data is not None:
             kind = "Colabator" if hazy else "pre-training"
-            jobs = {kind: job_of(data, depth, depth_kind, hazy, patch_px)}
+            jobs = {kind: build_job(data, depth, depth_kind, hazy, patch_px)}
         else:
             render_photographs(Path(name), lambda done, total: console.progress(done, total, "photograph"))
             jobs = _describe_rendered(Path(name), patch_px)
@@ -424,8 +424,8 @@ def measure_stream(
             raise JobFailed(f"bench stream: {error}") from None
 
         if json_file:
-            json_file.write_text(as_json(report))
-        console.say(f"\n{table(report)}")
+            json_file.write_text(format_json(report))
+        console.say(f"\n{format_report(report)}")
     return DONE
 
 
@@ -434,14 +434,14 @@ def _describe_rendered(folder: Path, patch_px: int) -> "dict[str, TrainingJob]":
 
     Both kinds of training read them from a folder and from a pack.
     """
-    from corun_ray.bench.stream import job_of
+    from corun_ray.bench.stream import build_job
 
     clear, depth, pack = str(folder / "clear"), str(folder / "depth"), str(folder / "pack")
     return {
-        "pre-training": job_of(clear, depth, "inverse", None, patch_px),
-        "Colabator": job_of(clear, depth, "inverse", clear, patch_px),
-        "pre-training, packed": job_of(pack, pack, "inverse", None, patch_px),
-        "Colabator, packed": job_of(pack, pack, "inverse", pack, patch_px),
+        "pre-training": build_job(clear, depth, "inverse", None, patch_px),
+        "Colabator": build_job(clear, depth, "inverse", clear, patch_px),
+        "pre-training, packed": build_job(pack, pack, "inverse", None, patch_px),
+        "Colabator, packed": build_job(pack, pack, "inverse", pack, patch_px),
     }
 
 
@@ -540,7 +540,7 @@ def _find_storage_mistakes(storage: str, settings: "PoolSettings") -> Sequence[s
 
 def _fill_and_measure(settings: "PoolSettings", storage: str, json_file: Path | None, plot_file: Path | None) -> None:
     """Measure a pool for each number of shards; print the table."""
-    from corun_ray.bench.label_pool.report import as_json, plot, table
+    from corun_ray.bench.label_pool.report import format_json, format_report, plot
     from corun_ray.bench.label_pool.trial import bench_pool
     from corun_ray.service.cluster.connect import connect
     from corun_ray.service.errors import JobFailed
@@ -561,13 +561,13 @@ def _fill_and_measure(settings: "PoolSettings", storage: str, json_file: Path | 
             ):
                 # What is known already should outlast whatever ends a long run.
                 if json_file:
-                    json_file.write_text(as_json(report))
+                    json_file.write_text(format_json(report))
                 if plot_file:
                     plot_file.write_bytes(plot(report))
         except PoolError as error:
             raise JobFailed(f"bench pool: {error}") from None
 
-        console.say(f"\n{table(report)}")
+        console.say(f"\n{format_report(report)}")
 
 
 @contextmanager

@@ -10,11 +10,18 @@ import numpy as np
 import pytest
 import ray
 
-from corun_ray.bench.label_pool import load as bench_load
-from corun_ray.bench.label_pool import load as bench_probe
-from corun_ray.bench.label_pool.figures import STEP_S, PoolSettings, Save, Tick, job_of, latency, levels_to
+from corun_ray.bench.label_pool import load, probe
+from corun_ray.bench.label_pool.figures import (
+    STEP_S,
+    PoolSettings,
+    Save,
+    Tick,
+    list_levels,
+    summarise_job,
+    summarise_latency,
+)
 from corun_ray.bench.label_pool.load import Crew, LabelMaker
-from corun_ray.bench.label_pool.report import as_json, float32_bytes, number, plot, table
+from corun_ray.bench.label_pool.report import count_float32_bytes, format_json, format_number, format_report, plot
 from corun_ray.bench.label_pool.trial import bench_pool
 from corun_ray.core.training.labels import supersedes
 from corun_ray.service.pool.client import PoolError
@@ -40,8 +47,8 @@ def report(local_ray, tmp_path_factory):
     told = []
     settings = PoolSettings(60, 32, (1, 2), "uint8", memory_mib=64, workers=4, job_s=0.6)
     with pytest.MonkeyPatch.context() as faster:
-        faster.setattr(bench_load, "PROCESSES", 2)
-        faster.setattr(bench_probe, "REPORT_S", 0.2)
+        faster.setattr(load, "PROCESSES", 2)
+        faster.setattr(probe, "REPORT_S", 0.2)
         found = list(bench_pool(settings, locate(str(folder)), lambda done, what: told.append((done, what))))[-1]
     assert list(folder.rglob("*.parquet")) == []
     assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1][0] == 120
@@ -50,7 +57,7 @@ def report(local_ray, tmp_path_factory):
 
 
 def test_every_figure_is_there(report):
-    figures = dict(figures_of(json.loads(as_json(report))))
+    figures = dict(figures_of(json.loads(format_json(report))))
     assert all(math.isfinite(value) for value in figures.values())
     assert [path for path, value in figures.items() if value <= 0 and path[-1] not in MAY_BE_ZERO] == []
     for number_of_shards, series in zip((1, 2), report.series, strict=True):
@@ -64,7 +71,7 @@ def test_every_figure_is_there(report):
 
 
 def test_the_table_names_what_it_shows(report):
-    text = table(report)
+    text = format_report(report)
     assert "60 labels of 32 px in uint8" in text and "1 shard " in text and text.count("4 workers") == 2
     assert all(len(line) <= 120 for line in text.splitlines())
 
@@ -87,14 +94,14 @@ def test_a_pool_that_lacks_a_label_is_not_measured(local_ray, tmp_path):
 
 
 def test_latency_is_summed_up_in_milliseconds():
-    found = latency([0.001 * i for i in range(101)])
+    found = summarise_latency([0.001 * i for i in range(101)])
     assert (found.samples, found.median_ms, found.mean_ms, found.p99_ms) == pytest.approx((101, 50, 50, 99))
     with pytest.raises(ValueError, match="no samples"):
-        latency([])
+        summarise_latency([])
 
 
 def test_a_job_is_summed_up_by_worker_and_step():
-    job = job_of([Tick(0.03, 0.001, 0.0), Tick(0.06, 0.003, 0.5 * STEP_S)], steps=2, shard_cpu_s=0.1)
+    job = summarise_job([Tick(0.03, 0.001, 0.0), Tick(0.06, 0.003, 0.5 * STEP_S)], steps=2, shard_cpu_s=0.1)
     assert job.worker_steps == 2 and job.late_share_of_steps == 0.5
     assert job.blocked_share_of_step == pytest.approx(0.045 / STEP_S)
     assert job.worker_cpu_s_per_step == pytest.approx(0.002)
@@ -115,7 +122,7 @@ def test_snapshots_add_up():
     ],
 )
 def test_levels_span_two_decades(labels, levels):
-    assert levels_to(labels) == levels
+    assert list_levels(labels) == levels
 
 
 @pytest.mark.parametrize(
@@ -123,17 +130,17 @@ def test_levels_span_two_decades(labels, levels):
     [(33_000.4, "33,000"), (99.96, "100"), (2.345, "2.35"), (0.02, "0.02"), (0.00042, "0.0004"), (0, "0.0000")],
 )
 def test_numbers_have_no_exponent(value, text):
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 def test_a_label_at_full_precision_is_as_large_as_the_method_has_it():
-    assert float32_bytes(288) == 1_658_880
+    assert count_float32_bytes(288) == 1_658_880
 
 
 @pytest.mark.parametrize("encoding", ["uint8", "float16", "float32"])
 def test_synthetic_labels_are_like_real_ones(encoding):
     maker = LabelMaker(64, encoding)
-    one, again, other, later = (maker.label(*which) for which in ((3, 1), (3, 1), (11, 1), (3, 2)))
+    one, again, other, later = (maker.make(*which) for which in ((3, 1), (3, 1), (11, 1), (3, 2)))
     assert one.key == "0000003.jpg" and one.scene.dtype == encoding and one.block_clarity.shape == (2, 2)
     assert one.scene.shape == (3, 64, 64) and one.transmission.shape == (1, 64, 64)
     assert PoolSettings(1, 64, (1,), encoding, 1, 1).label_bytes == one.scene.nbytes + one.transmission.nbytes

@@ -45,7 +45,7 @@ def test_a_product_is_counted_as_what_it_is() -> None:
     left, right = torch.ones(3, 5), torch.ones(5, 7)
     work = count_work(lambda: (left @ right).T)  # a view reads and writes nothing
     assert work == Work(2 * 3 * 5 * 7, 4 * (3 * 5 + 5 * 7 + 3 * 7))
-    assert work.floor_s(Machine(flops_per_s=105, bytes_per_s=71)) == (2, 4)
+    assert work.compute_floor_s(Machine(flops_per_s=105, bytes_per_s=71)) == (2, 4)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
@@ -108,7 +108,7 @@ def test_photographs_by_size_and_memory(tmp_path: Path, capsys: pytest.CaptureFi
         (["step", "--wins", "2"], "expected a share from 0 to 1, got 2"),
         (["step", "--device", "gpu"], "--device: gpu cannot be used"),
         (["step", "--device", "meta"], "--device: meta cannot be used (expected cpu or cuda)"),
-        (["dehaze", "--memory-mib", "70", "--compile"], "--memory-mib: bands and tiles are not compiled"),
+        (["dehaze", "--memory-mib", "70", "--compile"], "--memory-mib: bands and tiles cannot be compiled"),
     ],
 )
 def test_what_cannot_be_measured_is_said(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from corun_ray.bench.scaling import measured_step
+from corun_ray.bench.scaling import read_measured_step
 from corun_ray.cli import main as command_line
 
 SMALL = ["--stages", "2", "--width", "4"]
@@ -69,9 +69,9 @@ def test_the_check_measures_what_the_formulae_say(tmp_path: Path, capsys: pytest
 def test_a_step_without_both_kinds_of_candidates(wins: float) -> None:
     parts = {"backward": 1.0, "teacher": 1.0, "global scores": 1.0, "local scores": 1.0}
     report = {"settings": {"batch": 1, "win_rate": wins, "method": "colabator"}, "parts_s": parts, "step_s": 3.0}
-    with pytest.raises(ValueError, match="a win in some steps"):
-        measured_step(report)
-    assert measured_step(report, 0.5).rating_s == 0.5
+    with pytest.raises(ValueError, match="expected wins in some steps"):
+        read_measured_step(report)
+    assert read_measured_step(report, 0.5).rating_s == 0.5
 
 
 @pytest.mark.parametrize(

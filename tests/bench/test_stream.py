@@ -8,7 +8,7 @@ import sys
 import boto3
 import pytest
 
-from corun_ray.bench.stream import StreamSettings, as_json, bench_stream, job_of, table
+from corun_ray.bench.stream import StreamSettings, bench_stream, build_job, format_json, format_report
 from corun_ray.core.timing import PHASES
 from corun_ray.service.data.sample_maker import TooManyBadFiles
 
@@ -24,8 +24,8 @@ def bench(*args):
 def jobs(root):
     clear, depth = f"{root}/clear", f"{root}/depth"
     return {
-        "pre-training": job_of(clear, depth, "inverse", None, 32),
-        "Colabator": job_of(clear, depth, "metres", f"{root}/hazy", 32),
+        "pre-training": build_job(clear, depth, "inverse", None, 32),
+        "Colabator": build_job(clear, depth, "metres", f"{root}/hazy", 32),
     }
 
 
@@ -40,8 +40,8 @@ def test_every_figure_is_there(dataset):
         assert all(math.isfinite(seconds) and seconds >= 0 for seconds in measured.phases_s.values())
         spent = [phase for phase, seconds in measured.phases_s.items() if seconds > 0]
         assert ("strong view" in spent) == (images == 2) and {"read", "decode", "depth", "synthesis"} <= set(spent)
-    assert json.loads(as_json(report))["kinds"]["Colabator"]["num_files"] == 14
-    assert [line.split() for line in table(report).splitlines()][0] == ["pre-training", "Colabator"]
+    assert json.loads(format_json(report))["kinds"]["Colabator"]["num_files"] == 14
+    assert [line.split() for line in format_report(report).splitlines()][0] == ["pre-training", "Colabator"]
 
 
 def test_it_reads_from_a_bucket_as_from_a_folder(s3_server, dataset):
@@ -56,12 +56,12 @@ def test_it_reads_from_a_bucket_as_from_a_folder(s3_server, dataset):
 def test_files_that_cannot_be_used_are_told(dataset, tmp_path):
     (tmp_path / "clear").mkdir()
     (tmp_path / "clear/text.png").write_text("not a picture")
-    job = job_of(str(tmp_path / "clear"), None, "inverse", None, 32)
+    job = build_job(str(tmp_path / "clear"), None, "inverse", None, 32)
     with pytest.raises(TooManyBadFiles):
         bench_stream({"x": job}, SETTINGS, lambda done, what: None)
     (tmp_path / "clear/good.png").write_bytes((dataset / "clear/view_0.png").read_bytes())
     report = bench_stream({"x": job}, SETTINGS, lambda done, what: None)
-    assert table(report).endswith(
+    assert format_report(report).endswith(
         f"1 files cannot be used, e.g. {tmp_path}/clear/text.png: not an image, or a damaged one"
     )
 

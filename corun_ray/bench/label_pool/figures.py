@@ -1,4 +1,7 @@
-"""What `bench pool` finds out: its figures, with their units, and how they are summed up. Pure."""
+"""Define the figures of `bench pool`, with their units, and summarise measurements to figures.
+
+Pure: no process, no storage. The fields of the report are the keys of its JSON file.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,35 +12,36 @@ import numpy as np
 from corun_ray.core.choices import Encoding
 
 STEP_S = 0.3
-"""A step of the simulated job."""
+"""Seconds of a step of the simulated job."""
 LATE_SHARE_OF_STEP = 0.1
-MIN_LEVEL = 20
+"""A step that begins later than this share of a step after its time counts as late."""
+MIN_LEVEL_LABELS = 20
 
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """What is measured."""
+    """The labels, the pools and the simulated job of a measurement."""
 
     labels: int
     side_px: int
     shards: tuple[int, ...]
     encoding: Encoding
     memory_mib: int
-    """For labels, of all shards together; beyond it, what is saved leaves memory."""
+    """Memory for the labels of all shards together. Beyond it, labels that are saved leave memory."""
     workers: int
-    """Of the simulated job."""
+    """Workers of the simulated job."""
     job_s: float = 20.0
-    """How long that job runs."""
+    """Duration of the simulated job."""
 
     @property
     def label_bytes(self) -> int:
-        """Of one label's images: four planes."""
+        """Bytes of one label's images: four planes."""
         return 4 * self.side_px**2 * np.dtype(self.encoding).itemsize
 
 
 @dataclass(frozen=True)
 class Latency:
-    """How long one thing took, over `samples` times."""
+    """Durations of one action, over `samples` repetitions."""
 
     samples: int
     median_ms: float
@@ -47,7 +51,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Reads:
-    """Reading random labels: as fast as they come, a few in one read, and one by one."""
+    """Reads of random labels: their rate in small batches, and the latency of single ones."""
 
     labels_per_s: float
     one: Latency
@@ -55,14 +59,14 @@ class Reads:
 
 @dataclass(frozen=True)
 class Save:
-    """A snapshot: `freeze` holds up the step, `finish` runs beside the training."""
+    """A snapshot: `freeze` delays the step, `finish` runs beside the training."""
 
     freeze_s: float = 0.0
     finish_s: float = 0.0
     written_bytes: int = 0
 
     def __add__(self, other: "Save") -> "Save":
-        """Both, one after the other."""
+        """Return both saves, one after the other."""
         return Save(
             self.freeze_s + other.freeze_s, self.finish_s + other.finish_s, self.written_bytes + other.written_bytes
         )
@@ -70,7 +74,7 @@ class Save:
 
 @dataclass(frozen=True)
 class Restore:
-    """A new set of shards that takes over a snapshot."""
+    """The restoration of a snapshot by a new set of shards."""
 
     start_s: float
     """Until the new processes answer."""
@@ -83,23 +87,23 @@ class Restore:
 
 @dataclass(frozen=True)
 class Memory:
-    """For each label of the pool, whether it is in memory or not."""
+    """Memory per label of the pool, whether the label is in memory or not."""
 
     counted_bytes_per_label: float
     """By the pool's own counters."""
     object_store_bytes_per_label: float
-    """By which Ray's object store has grown."""
+    """Growth of Ray's object store."""
     index_bytes_per_label: float
-    """By which the private memory of the shards' processes has grown."""
+    """Growth of the private memory of the shards' processes."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """Everything measured with so many labels in the pool."""
+    """All measurements with a certain number of labels in the pool."""
 
     labels: int
     offers_per_s: float
-    """Since the level before."""
+    """Rate since the level before."""
     offer: Latency
     """From an offer to its answer, while all clients offer."""
     memory: Memory
@@ -118,14 +122,15 @@ class WorkerWaits:
 
     worker_steps: int
     blocked: Latency
-    """By the pool, of one worker in one step."""
+    """Time that the pool blocks one worker in one step."""
     blocked_share_of_step: float
     worker_cpu_s_per_step: float
-    """Of the blocked time, what the worker's own thread worked: what is left where every worker has its own core."""
+    """Processor time of the worker's own thread within the blocked time: what remains if every worker has its own
+    core."""
     late_share_of_steps: float
-    """Steps that began more than `LATE_SHARE_OF_STEP` of a step after their time: the machine was too slow for them."""
+    """Share of the steps that began late: the machine was too slow for them."""
     shard_cpu_s_per_step: float
-    """Of all shards, for one step of all workers."""
+    """Processor time of all shards for one step of all workers."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ class Series:
 
 @dataclass(frozen=True)
 class PoolReport:
-    """A whole run of `bench pool`."""
+    """The results of a whole run of `bench pool`."""
 
     settings: PoolSettings
     machine: Mapping[str, str | float]
@@ -156,37 +161,51 @@ class Tick(NamedTuple):
     """One step of one simulated worker."""
 
     blocked_s: float
-    """In calls of the pool: by so much the step would be shorter without one."""
+    """Time in calls of the pool; without a pool the step would be shorter by this time."""
     cpu_s: float
-    """Of these, at work in the worker's thread."""
+    """Processor time of the worker's thread within these calls."""
     late_s: float
-    """How long after its time the step began."""
+    """Delay of the step's begin."""
 
 
-def latency(seconds: Sequence[float]) -> Latency:
-    """Raises ValueError where there is nothing to sum up."""
-    if not seconds:
+def list_levels(labels: int) -> list[int]:
+    """Return the numbers of labels at which to measure a pool of `labels`.
+
+    These are 1, 3, 10, 30 and so on within the last two decades, and `labels` itself.
+    """
+    levels = []
+    for decade in range(1, 12):
+        for first in (1, 3):
+            level = first * 10**decade
+            if max(MIN_LEVEL_LABELS, labels / 100) <= level <= labels / 1.5:
+                levels.append(level)
+    return [*levels, labels]
+
+
+def summarise_latency(durations_s: Sequence[float]) -> Latency:
+    """Return the median, the mean and the 99th percentile of durations.
+
+    Raises `ValueError` where there are none.
+    """
+    if not durations_s:
         raise ValueError("no samples")
-    times_ms = np.array(seconds) * 1000
+    times_ms = np.array(durations_s) * 1000
     median_ms, p99_ms = np.percentile(times_ms, [50, 99]).tolist()
-    return Latency(len(seconds), median_ms, float(times_ms.mean()), p99_ms)
+    return Latency(len(durations_s), median_ms, float(times_ms.mean()), p99_ms)
 
 
-def levels_to(labels: int) -> list[int]:
-    """Fill levels at which to measure: 1, 3, 10, 30 and so on over the last two decades, and `labels`."""
-    known = (first * 10**decade for decade in range(1, 12) for first in (1, 3))
-    return [*(level for level in known if max(MIN_LEVEL, labels / 100) <= level <= labels / 1.5), labels]
+def summarise_job(ticks: Sequence[Tick], steps: int, shard_cpu_s: float) -> WorkerWaits:
+    """Return the figures of a simulated job of `steps` steps for each worker.
 
-
-def job_of(ticks: Sequence[Tick], steps: int, shard_cpu_s: float) -> WorkerWaits:
-    """Sums up the steps of all workers, `steps` of each; raises ValueError where there are none."""
-    blocked = latency([tick.blocked_s for tick in ticks])
-    late = sum(tick.late_s > LATE_SHARE_OF_STEP * STEP_S for tick in ticks) / len(ticks)
+    Raises `ValueError` where there are no ticks.
+    """
+    blocked = summarise_latency([tick.blocked_s for tick in ticks])
+    late_steps = sum(tick.late_s > LATE_SHARE_OF_STEP * STEP_S for tick in ticks)
     return WorkerWaits(
         worker_steps=len(ticks),
         blocked=blocked,
         blocked_share_of_step=blocked.mean_ms / 1000 / STEP_S,
         worker_cpu_s_per_step=sum(tick.cpu_s for tick in ticks) / len(ticks),
-        late_share_of_steps=late,
+        late_share_of_steps=late_steps / len(ticks),
         shard_cpu_s_per_step=shard_cpu_s / steps,
     )

@@ -1,264 +1,275 @@
-"""Load for measuring the label pool: synthetic labels, and processes that use the pool as training workers do.
+"""Put load on a label pool: synthetic labels, and processes that use the pool as training workers do."""
 
-What can be seen of the machine while the label pool is measured: memory, processor time, files, versions."""
-
-import os
-import platform
 import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
-import pyarrow
 import ray
-from pyarrow import fs
+from ray.actor import ActorProxy
 from ray.exceptions import RayTaskError
 
-from corun_ray.bench.label_pool.figures import STEP_S, Reads, Tick, latency
+from corun_ray.bench.label_pool.figures import STEP_S, Reads, Tick, summarise_latency
 from corun_ray.core.choices import Encoding
 from corun_ray.core.training.labels import Label, Scores, decode, encode
 from corun_ray.service.pool.client import PoolClient, PoolError
-from corun_ray.service.storage import Location
+from corun_ray.service.pool.shard import PoolShard
+
+T = TypeVar("T")
 
 PROCESSES = 4
-"""That share the workers of a simulated job."""
+"""Processes that the workers of a simulated job share."""
 CLIENTS = 2
-"""Of these, the ones that offer and read as fast as they can."""
+"""The processes among them that offer and read at full speed."""
 READ_AT_ONCE = 8
+"""Labels in one read at full speed."""
 OFFERS_AT_ONCE = 16
-"""Labels in a call, and under way at most: the object store must hold them twice until the pool has decided."""
+"""Most labels in one call and under way: the object store holds them twice until the pool has decided."""
 TEACHER_S = 0.1
-"""From a step's start until it asks for its labels; until then, reading them costs it nothing."""
+"""From a step's start until the step needs its labels; a read that is done by then costs the step nothing."""
 OFFER_SHARE = 0.1
-"""Steps of a worker that end with a better label."""
-BASES = 8
-NOISE_LEVELS = 3.0
-BLOCK_PX = 32
+"""Share of a worker's steps that end with a better label."""
 START_S = 0.5
-"""Until all processes have heard when the first step is."""
+"""Until all processes know the time of the first step."""
+
+BASES = 8
+"""Different pictures under the noise."""
+PLANES = 4
+"""Planes of a label: three of the scene, one of the transmission."""
+COARSE_PX = 6
+"""Side of the random grid that is enlarged to a smooth picture."""
+NOISE_LEVELS = 3.0
+"""Standard deviation of the noise, in levels of 255."""
+MAX_NOISE_LEVELS = 40
+BLOCK_PX = 32
 
 
 class LabelMaker:
-    """Labels that compress like photographs: one of a few smooth pictures under noise of its own."""
+    """Makes labels that compress like photographs: one of a few smooth pictures, under noise of its own."""
 
     def __init__(self, side_px: int, encoding: Encoding) -> None:
-        rng = np.random.default_rng(0)
-        coarse = rng.uniform(40, 215, (BASES * 4, 6, 6)).astype(np.float32)
-        smooth = [cv2.resize(plane, (side_px, side_px), interpolation=cv2.INTER_LINEAR) for plane in coarse]
-        self._bases = np.array(smooth, np.uint8).reshape(BASES, 4, side_px, side_px)
-        # Unsigned, so that adding it wraps round to the right value; the pictures keep off both ends.
-        noise = rng.normal(0, NOISE_LEVELS, 2 * self._bases[0].size)
-        self._noise = noise.clip(-40, 40).astype(np.int8).view(np.uint8)
         self._encoding = encoding
+        rng = np.random.default_rng(0)
 
-    def label(self, number: int, step: int) -> Label:
-        """The label of image `number`; one of a later step supersedes it."""
+        # Smooth pictures, BASES 4 H W. They stay away from both ends of the range by the largest noise.
+        lowest, highest = MAX_NOISE_LEVELS, 255 - MAX_NOISE_LEVELS
+        coarse = rng.uniform(lowest, highest, (BASES * PLANES, COARSE_PX, COARSE_PX)).astype(np.float32)
+        smooth = [cv2.resize(plane, (side_px, side_px), interpolation=cv2.INTER_LINEAR) for plane in coarse]
+        self._bases = np.array(smooth, np.uint8).reshape(BASES, PLANES, side_px, side_px)
+
+        # Noise for twice the size of a picture, so that every label can have a section of its own. The noise is
+        # unsigned: adding it to a picture wraps round to the right value.
+        noise = rng.normal(0, NOISE_LEVELS, 2 * self._bases[0].size)
+        self._noise = noise.clip(-MAX_NOISE_LEVELS, MAX_NOISE_LEVELS).astype(np.int8).view(np.uint8)
+
+    def make(self, number: int, step: int) -> Label:
+        """Return the label of image `number`; the label of a later step supersedes it."""
+        # A section of the noise over one of the pictures.
         base = self._bases[number % BASES]
         rng = np.random.default_rng((number, step))
         offset = rng.integers(len(self._noise) - base.size)
         image = base + self._noise[offset : offset + base.size].reshape(base.shape)
         if self._encoding != "uint8":
             image = encode(decode(image), self._encoding)
+
+        # Random scores of the blocks, and a global score that grows with the step.
         side = max(1, base.shape[-1] // BLOCK_PX)
         clarity, quality = rng.random((2, side, side), np.float32)
         score = 1 - 1 / (step + 2)
-        return Label(key_of(number), Scores(score, score), step, image[:3], image[3:], clarity, quality)
+        return Label(name_key(number), Scores(score, score), step, image[:3], image[3:], clarity, quality)
 
 
-def key_of(number: int) -> str:
-    """The key of image `number`."""
+def name_key(number: int) -> str:
+    """Return the key of image `number`."""
     return f"{number:07d}.jpg"
 
 
 class LoadMaker:
-    """One process with one or more clients of the pool; to be made a Ray actor."""
+    """One process with one or more clients of the pool; becomes a Ray actor."""
 
     def __init__(self, side_px: int, encoding: Encoding) -> None:
-        self._make = LabelMaker(side_px, encoding).label
+        self._labels = LabelMaker(side_px, encoding)
         self._clients: list[PoolClient] = []
 
-    def join(self, shards: Sequence[Any], generation: int, num_clients: int = 1) -> None:
-        """Uses this pool from now on."""
+    @ray.method
+    def join(self, shards: Sequence[ActorProxy[PoolShard]], generation: int, num_clients: int) -> None:
+        """Use this pool from now on."""
         self._clients = [PoolClient(shards, generation) for _ in range(num_clients)]
 
+    @ray.method
     def offer(self, numbers: Sequence[int], step: int) -> list[float]:
-        """Offers the labels of `numbers`, most of them together; returns how many seconds single ones took.
+        """Offer the labels of `numbers`; return the seconds of single offers.
 
-        Of `OFFERS_AT_ONCE` labels, the last goes alone.
+        The last of every `OFFERS_AT_ONCE` labels is offered alone and timed, the others together.
         """
         client = self._clients[0]
         times_s = []
         for first in range(0, len(numbers), OFFERS_AT_ONCE):
-            *unanswered, last = [self._make(number, step) for number in numbers[first : first + OFFERS_AT_ONCE]]
-            client.offer(unanswered)
+            chunk = numbers[first : first + OFFERS_AT_ONCE]
+            *together, alone = [self._labels.make(number, step) for number in chunk]
+            client.offer(together)
             client.settle()
+
             start_s = time.perf_counter()
-            client.offer([last])
+            client.offer([alone])
             client.settle()
             times_s.append(time.perf_counter() - start_s)
         return times_s
 
+    @ray.method
     def read(self, numbers: Sequence[int], at_once: int) -> list[float]:
-        """Reads the labels of `numbers`; returns the seconds of each read of `at_once` labels.
+        """Read the labels of `numbers`; return the seconds of each read of `at_once` labels.
 
-        Raises `PoolError` where one is missing.
+        Raises `PoolError` where a label is missing.
         """
         times_s = []
         for first in range(0, len(numbers), at_once):
-            keys = [key_of(number) for number in numbers[first : first + at_once]]
+            keys = [name_key(number) for number in numbers[first : first + at_once]]
             start_s = time.perf_counter()
             found = self._clients[0].prefetch(keys).result()
             times_s.append(time.perf_counter() - start_s)
-            if missing := sum(label is None for label in found):
+
+            missing = found.count(None)
+            if missing:
                 raise PoolError(f"label pool: {missing} of {len(keys)} labels could not be read")
         return times_s
 
+    @ray.method
     def work(self, numbers: Sequence[int], first_step: int, steps: int, starts_s: Sequence[float]) -> list[Tick]:
-        """Every client takes `steps` steps with labels of `numbers`, its first at its `starts_s` (of `time.time`)."""
+        """Take `steps` steps with every client, each in a thread of its own, with labels of `numbers`.
 
-        def steps_of(client: PoolClient, start_s: float) -> list[Tick]:
-            return [
-                self._step(client, random.choice(numbers), first_step + step, start_s + step * STEP_S)
-                for step in range(steps)
-            ]
+        `starts_s` are the times of each client's first step, by `time.time`.
+        """
 
+        def take_steps(client: PoolClient, start_s: float) -> list[Tick]:
+            ticks = []
+            for step in range(steps):
+                number = random.choice(numbers)
+                ticks.append(self._take_step(client, number, first_step + step, start_s + step * STEP_S))
+            return ticks
+
+        all_ticks: list[Tick] = []
         with ThreadPoolExecutor(max(1, len(self._clients))) as threads:
-            return [tick for ticks in threads.map(steps_of, self._clients, starts_s) for tick in ticks]
+            for ticks in threads.map(take_steps, self._clients, starts_s):
+                all_ticks += ticks
+        return all_ticks
 
-    def _step(self, client: PoolClient, number: int, step: int, due_s: float) -> Tick:
-        """One step as `core.steps` takes it, with sleep in place of the networks."""
+    def _take_step(self, client: PoolClient, number: int, step: int, due_s: float) -> Tick:
+        """Take one step as training does, with sleep in place of the networks."""
+        # Wait for the step's time.
         time.sleep(max(0.0, due_s - time.time()))
-        late_s, start_s = max(0.0, time.time() - due_s), time.perf_counter()
-        watch = WallAndCpuTimer()
-        with watch:
-            pending = client.prefetch([key_of(number)])
+        late_s = max(0.0, time.time() - due_s)
+        start_s = time.perf_counter()
+        timer = WallAndCpuTimer()
+
+        # The read runs behind the teacher's forward pass.
+        with timer:
+            pending = client.prefetch([name_key(number)])
         time.sleep(max(0.0, start_s + TEACHER_S - time.perf_counter()))
-        with watch:
+        with timer:
             pending.result()
+
+        # Making the label is not the pool's time.
         if random.random() < OFFER_SHARE:
-            label = self._make(number, step)
-            with watch:
+            label = self._labels.make(number, step)
+            with timer:
                 client.offer([label])
-        return Tick(watch.wall_s, watch.cpu_s, late_s)
+        return Tick(timer.wall_s, timer.cpu_s, late_s)
 
 
 class WallAndCpuTimer:
-    """Sums up the time of `with` blocks, and how much of it their thread was at work."""
+    """Sums up the time of `with` blocks, and the processor time of their thread."""
 
-    wall_s = cpu_s = 0.0
+    def __init__(self) -> None:
+        self.wall_s = 0.0
+        self.cpu_s = 0.0
 
     def __enter__(self) -> None:
-        self._start = time.perf_counter(), time.thread_time()
+        self._start_s = time.perf_counter()
+        self._start_cpu_s = time.thread_time()
 
     def __exit__(self, *_: object) -> None:
-        start_s, start_cpu_s = self._start
-        self.wall_s += time.perf_counter() - start_s
-        self.cpu_s += time.thread_time() - start_cpu_s
+        self.wall_s += time.perf_counter() - self._start_s
+        self.cpu_s += time.thread_time() - self._start_cpu_s
 
 
 class Crew:
-    """The processes that make load, all of them on the same pool."""
+    """The processes that put load on one pool."""
 
     def __init__(self, side_px: int, encoding: Encoding) -> None:
-        actor: Any = ray.remote(num_cpus=0)(LoadMaker)
+        actor = ray.remote(num_cpus=0)(LoadMaker)
         self._makers = [actor.remote(side_px, encoding) for _ in range(PROCESSES)]
+        self._workers = 0
 
-    def join(self, shards: Sequence[Any], generation: int, workers: int = PROCESSES) -> None:
-        """Uses this pool from now on, as so many workers."""
-        shares = [len(range(workers)[i::PROCESSES]) for i in range(PROCESSES)]
-        ray.get([m.join.remote(shards, generation, share) for m, share in zip(self._makers, shares, strict=True)])
+    def join(self, shards: Sequence[ActorProxy[PoolShard]], generation: int, workers: int = PROCESSES) -> None:
+        """Use this pool from now on, with `workers` clients spread over the processes."""
+        joins = []
+        for i, maker in enumerate(self._makers):
+            num_clients = len(range(workers)[i::PROCESSES])
+            joins.append(maker.join.remote(shards, generation, num_clients))
+        ray.get(joins)
         self._workers = workers
 
     def offer(self, numbers: Sequence[int], step: int) -> list[float]:
-        """`CLIENTS` processes share the offers; returns what `LoadMaker.offer` does."""
-        return _joined([self._makers[i].offer.remote(numbers[i::CLIENTS], step) for i in range(CLIENTS)])
+        """Offer the labels of `numbers` from `CLIENTS` processes; return what `LoadMaker.offer` does."""
+        return _gather([self._makers[i].offer.remote(numbers[i::CLIENTS], step) for i in range(CLIENTS)])
 
     def read(self, numbers: Sequence[int], at_once: int) -> list[float]:
-        """See `LoadMaker.read`, by one process."""
-        return _joined([self._makers[0].read.remote(numbers, at_once)])
+        """Read the labels of `numbers` in one process; see `LoadMaker.read`."""
+        return _gather([self._makers[0].read.remote(numbers, at_once)])
 
-    def reads(self, numbers: Sequence[int]) -> Reads:
-        """The first third one by one, in one process; the others in batches, in `CLIENTS`. Raises `PoolError`."""
+    def measure_reads(self, numbers: Sequence[int]) -> Reads:
+        """Read a third of the labels one by one in one process, the others in batches in `CLIENTS` processes.
+
+        Raises `PoolError` where a label is missing.
+        """
         third = len(numbers) // 3
-        one_s, rest = self.read(numbers[:third], 1), numbers[third:]
+        one_s = self.read(numbers[:third], 1)
+
+        rest = numbers[third:]
         start_s = time.perf_counter()
-        _joined([self._makers[i].read.remote(rest[i::CLIENTS], READ_AT_ONCE) for i in range(CLIENTS)])
-        return Reads(len(rest) / (time.perf_counter() - start_s), latency(one_s))
+        _gather([self._makers[i].read.remote(rest[i::CLIENTS], READ_AT_ONCE) for i in range(CLIENTS)])
+        labels_per_s = len(rest) / (time.perf_counter() - start_s)
+        return Reads(labels_per_s, summarise_latency(one_s))
 
     def work(self, numbers: Sequence[int], first_step: int, steps: int, is_lockstep: bool) -> list[Tick]:
-        """The workers' steps: all begin at the same times, or each at its own, evenly spread over the step."""
+        """Take steps with all workers.
+
+        In lockstep all workers begin at once; otherwise their beginnings are evenly spread over a step.
+        """
         start_s = time.time() + START_S
-        starts_s = [start_s + (0 if is_lockstep else STEP_S * rank / self._workers) for rank in range(self._workers)]
-        return _joined(
-            [m.work.remote(numbers, first_step, steps, starts_s[i::PROCESSES]) for i, m in enumerate(self._makers)]
-        )
+        starts_s = []
+        for rank in range(self._workers):
+            delay_s = 0 if is_lockstep else STEP_S * rank / self._workers
+            starts_s.append(start_s + delay_s)
+
+        refs = []
+        for i, maker in enumerate(self._makers):
+            refs.append(maker.work.remote(numbers, first_step, steps, starts_s[i::PROCESSES]))
+        return _gather(refs)
 
     def end(self) -> None:
-        """Ends the processes."""
-        for maker in self._makers:
-            ray.kill(maker)
+        """End the processes."""
+        kill_actors(self._makers)
 
 
-def _joined(refs: Sequence[ray.ObjectRef]) -> list[Any]:
-    """What several processes return, one after the other; raises what they raise."""
+def kill_actors(actors: Sequence[ActorProxy[Any]]) -> None:
+    """End the processes of actors at once."""
+    for actor in actors:
+        ray.kill(actor)  # type: ignore[arg-type]  # Ray types a handle as the handle or the class.
+
+
+def _gather(refs: Sequence["ray.ObjectRef[list[T]]"]) -> list[T]:
+    """Return the lists of several processes as one list; raise the error of a process as its own."""
     try:
-        return [item for some in ray.get(list(refs)) for item in some]
+        lists = ray.get(list(refs))
     except RayTaskError as error:
         raise error.cause from None
 
-
-REPORT_S = 1.0
-"""After so long, Ray's word on its object store is up to date."""
-
-
-def object_store_bytes() -> float:
-    """What lies in the object stores of all nodes."""
-    time.sleep(REPORT_S)
-    return object_store_capacity_bytes() - ray.available_resources().get("object_store_memory", 0.0)
-
-
-def object_store_capacity_bytes() -> float:
-    """What Ray keeps in memory; beyond it, it writes to disk."""
-    return ray.cluster_resources()["object_store_memory"]
-
-
-def private_bytes(actors: Sequence[Any]) -> int:
-    """Memory of the actors' processes, without what they share with others (the object store)."""
-    return sum(ray.get([actor.__ray_call__.remote(_private_bytes) for actor in actors]))
-
-
-def cpu_s(actors: Sequence[Any]) -> float:
-    """Processor time that the actors' processes have used, of all their threads."""
-    return sum(ray.get([actor.__ray_call__.remote(_cpu_s) for actor in actors]))
-
-
-def sizes(place: Location) -> dict[str, int]:
-    """Every file below by its path, in bytes; none where there is no such folder."""
-    selector = fs.FileSelector(place.path, recursive=True, allow_not_found=True)
-    return {info.path: info.size for info in place.filesystem.get_file_info(selector) if info.is_file}
-
-
-def machine() -> dict[str, str | float]:
-    """This machine, and what runs on it."""
-    return {
-        "cores": os.cpu_count() or 0,
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "nodes": sum(node["Alive"] for node in ray.nodes()),
-        "object_store_bytes": object_store_capacity_bytes(),
-        "python": platform.python_version(),
-        "ray": ray.__version__,
-        "pyarrow": pyarrow.__version__,
-    }
-
-
-def _private_bytes(_: Any) -> int:
-    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cpu_s(_: Any) -> float:
-    return time.process_time()
+    gathered: list[T] = []
+    for items in lists:
+        gathered += items
+    return gathered

@@ -1,4 +1,4 @@
-"""What `bench pool` found out, as a table, a JSON file and a plot."""
+"""Present the results of `bench pool` as a table, a JSON file and a plot."""
 
 import json
 import math
@@ -10,9 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from corun_ray.bench.label_pool.figures import STEP_S, Level, PoolReport, Series, WorkerWaits
+from corun_ray.service.telemetry.tables import format_table
 
 KB, MB = 1e3, 1e6
-COLUMN = 12
+GIB = 2**30
+
 LevelFigure = Callable[[Level], float]
 JobFigure = Callable[[WorkerWaits], float]
 
@@ -27,7 +29,7 @@ LEVEL_ROWS: dict[str, dict[str, LevelFigure]] = {
         "one label, median ms": lambda level: level.from_memory.one.median_ms,
         "one label, p99 ms": lambda level: level.from_memory.one.p99_ms,
     },
-    "reads of labels that only storage has": {
+    "reads of labels that are only in storage": {
         "labels/s, 2 processes, 8 a read": lambda level: level.from_storage.labels_per_s,
         "one label, median ms": lambda level: level.from_storage.one.median_ms,
         "one label, p99 ms": lambda level: level.from_storage.one.p99_ms,
@@ -38,12 +40,12 @@ LEVEL_ROWS: dict[str, dict[str, LevelFigure]] = {
         "index: growth of the shards, kB": lambda level: level.memory.index_bytes_per_label / KB,
     },
     "full snapshot, sum of the rounds": {
-        "holds the step up, s": lambda level: level.full_save.freeze_s,
+        "delays the step, s": lambda level: level.full_save.freeze_s,
         "beside the training, s": lambda level: level.full_save.finish_s,
         "written, MB": lambda level: level.full_save.written_bytes / MB,
     },
     "snapshot after 1 % of labels were replaced": {
-        "holds the step up, s": lambda level: level.small_save.freeze_s,
+        "delays the step, s": lambda level: level.small_save.freeze_s,
         "beside the training, s": lambda level: level.small_save.finish_s,
         "written, MB": lambda level: level.small_save.written_bytes / MB,
     },
@@ -54,6 +56,7 @@ LEVEL_ROWS: dict[str, dict[str, LevelFigure]] = {
         "labels of that read": lambda level: level.restore.first_read_labels,
     },
 }
+"""Title of a section of the table → name of a row → figure of a full pool."""
 JOB_ROWS: dict[str, JobFigure] = {
     "blocked by the pool, median ms": lambda job: job.blocked.median_ms,
     "blocked by the pool, mean ms": lambda job: job.blocked.mean_ms,
@@ -63,11 +66,13 @@ JOB_ROWS: dict[str, JobFigure] = {
     "steps that began late, %": lambda job: 100 * job.late_share_of_steps,
     "processor time of all shards a step, s": lambda job: job.shard_cpu_s_per_step,
 }
+"""Name of a row → figure of a simulated job."""
 JOBS: dict[str, Callable[[Series], WorkerWaits | None]] = {
     "steps begin at different times, labels in memory": lambda series: series.job,
     "all steps begin at once, labels in memory": lambda series: series.job_in_lockstep,
     "steps begin at different times, any labels": lambda series: series.job_beyond_memory,
 }
+"""Title of a simulated job → the job."""
 PANELS: dict[str, tuple[LevelFigure, ...]] = {
     "offers, labels/s": (lambda level: level.offers_per_s,),
     "read of one label, median ms\n(dashed: from storage)": (
@@ -79,100 +84,144 @@ PANELS: dict[str, tuple[LevelFigure, ...]] = {
         lambda level: level.memory.index_bytes_per_label / KB,
     ),
     "full snapshot, s": (lambda level: level.full_save.freeze_s + level.full_save.finish_s,),
-    "snapshot after 1 % of labels were replaced, s\n(dashed: what holds the step up)": (
+    "snapshot after 1 % of labels were replaced, s\n(dashed: delay of the step)": (
         lambda level: level.small_save.freeze_s + level.small_save.finish_s,
         lambda level: level.small_save.freeze_s,
     ),
     "restoring the index, s": (lambda level: level.restore.index_s,),
 }
-LINES = ("-", "--")
+"""Title of a panel of the plot → its figures, one for each style of line."""
+LINE_STYLES = ("-", "--")
 
 
-def table(report: PoolReport) -> str:
-    """The figures of the full pools, a column for each number of shards, under a caption."""
-    lines = []
+# --- Table ---
 
-    def section(title: str, rows: dict[str, list[float]]) -> None:
-        lines.append(title)
-        lines.extend(f"  {name:<38}" + "".join(f"{number(v):>{COLUMN}}" for v in row) for name, row in rows.items())
 
-    last = [series.levels[-1] for series in report.series]
-    for title, figures in LEVEL_ROWS.items():
-        section(title, {name: [figure(level) for level in last] for name, figure in figures.items()})
-    for title, job_of in JOBS.items():
-        jobs = [job for series in report.series if (job := job_of(series)) is not None]
-        if len(jobs) == len(report.series):
+def format_report(report: PoolReport) -> str:
+    """Return a caption and the figures of the full pools, with a column for each number of shards."""
+    # Collect the sections: title → rows of cells.
+    sections: dict[str, list[list[str]]] = {}
+    full_pools = [series.levels[-1] for series in report.series]
+    for title, level_figures in LEVEL_ROWS.items():
+        rows = []
+        for name, level_figure in level_figures.items():
+            rows.append([name, *(format_number(level_figure(level)) for level in full_pools)])
+        sections[title] = rows
+
+    # A job beyond memory only exists where memory does not hold all labels.
+    for title, select_job in JOBS.items():
+        jobs = [select_job(series) for series in report.series]
+        if None not in jobs:
             workers = f"{report.settings.workers} workers, {STEP_S:g} s a step; {title}"
-            section(workers, {name: [figure(job) for job in jobs] for name, figure in JOB_ROWS.items()})
-    heading = " " * 40 + "".join(f"{_shards(series):>{COLUMN}}" for series in report.series)
-    return "\n".join([*_caption(report), "", heading, *lines])
+            sections[workers] = _list_job_rows([job for job in jobs if job is not None])
+
+    # Align all rows together, then put each title above its rows.
+    header = ["", *(_name_shards(series) for series in report.series)]
+    all_rows = [row for rows in sections.values() for row in rows]
+    heading, *aligned = format_table(all_rows, header, right=range(1, len(header)), indent="  ").split("\n")
+    lines = [*_write_caption(report), "", heading]
+    for title, rows in sections.items():
+        lines += [title, *aligned[: len(rows)]]
+        aligned = aligned[len(rows) :]
+    return "\n".join(lines)
 
 
-def number(value: float) -> str:
-    """Three digits that count, without an exponent."""
+def _list_job_rows(jobs: Sequence[WorkerWaits]) -> list[list[str]]:
+    """Return the rows of a simulated job, with a cell for each number of shards."""
+    rows = []
+    for name, figure in JOB_ROWS.items():
+        rows.append([name, *(format_number(figure(job)) for job in jobs)])
+    return rows
+
+
+def _write_caption(report: PoolReport) -> list[str]:
+    """Return lines that describe the pool, the machine and the measurement."""
+    settings = report.settings
+    machine = report.machine
+    return [
+        f"Label pool with {settings.labels:,} labels of {settings.side_px} px in {settings.encoding}; memory for "
+        f"{settings.memory_mib:,} MiB of them, the others in storage.",
+        f"In float32 with a trust map a label would take {count_float32_bytes(settings.side_px) / KB:,.0f} kB of "
+        "memory.",
+        "The pool was filled in rounds, each ended by a snapshot of the new labels: the full snapshot is their sum.",
+        f"{machine['cores']} cores, {float(machine['memory_bytes']) / GIB:.0f} GiB of memory; Python "
+        f"{machine['python']}, Ray {machine['ray']}, pyarrow {machine['pyarrow']}; {report.wall_s:.0f} s in all.",
+    ]
+
+
+def count_float32_bytes(side_px: int) -> int:
+    """Return the bytes of a label that is not encoded.
+
+    Such a label has five planes (scene, transmission, trust map) of four bytes a pixel.
+    """
+    return 5 * 4 * side_px**2
+
+
+def format_number(value: float) -> str:
+    """Return a number with three significant digits, without an exponent."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.4f}"
 
 
-def as_json(report: PoolReport) -> str:
-    """Every figure of every level, and the machine that it comes from."""
+def _name_shards(series: Series) -> str:
+    return "1 shard" if series.shards == 1 else f"{series.shards} shards"
+
+
+# --- JSON ---
+
+
+def format_json(report: PoolReport) -> str:
+    """Return every figure of every level and a description of the machine, as JSON."""
     return json.dumps(asdict(report), indent=1) + "\n"
 
 
+# --- Plot ---
+
+
 def plot(report: PoolReport) -> bytes:
-    """A PNG: how costs grow with the labels in the pool, a panel for each, a line for each number of shards."""
+    """Plot costs over the labels in the pool; return a PNG.
+
+    Each figure has a panel, each number of shards a line.
+    """
     figure = Figure(figsize=(14, 8), layout="constrained")
     panels = zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True)
     for axes, (title, figures) in panels:
-        _draw(axes, report, figures)
+        _draw_panel(axes, report, figures)
         axes.set(title=title, xlabel="labels in the pool")
+
     settings = report.settings
     figure.suptitle(
         f"label pool, {settings.side_px} px, {settings.encoding}, {settings.memory_mib:,} MiB of memory for labels, "
         f"{report.machine['cores']} cores"
     )
+
     file = BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return file.getvalue()
 
 
-def _draw(axes: Axes, report: PoolReport, figures: Sequence[LevelFigure]) -> None:
-    drawn = []
-    for turn, series in enumerate(report.series):
-        for figure_of, line in zip(figures, LINES, strict=False):
-            values = [figure_of(level) for level in series.levels]
-            name = _shards(series) if line == LINES[0] else None
-            labels = [level.labels for level in series.levels]
-            axes.plot(labels, values, line, marker="o", markersize=4, color=f"C{turn}", label=name)
-            drawn += [value for value in values if value > 0]
+def _draw_panel(axes: Axes, report: PoolReport, figures: Sequence[LevelFigure]) -> None:
+    """Draw one panel: a colour for each number of shards, a style of line for each figure."""
+    positive = []
+    for number, series in enumerate(report.series):
+        labels = [level.labels for level in series.levels]
+        for level_figure, style in zip(figures, LINE_STYLES, strict=False):
+            # The legend names each colour once.
+            name = _name_shards(series) if style == LINE_STYLES[0] else None
+            values = [level_figure(level) for level in series.levels]
+            axes.plot(labels, values, style, marker="o", markersize=4, color=f"C{number}", label=name)
+            positive += [value for value in values if value > 0]
+
+    # Both axes are logarithmic. Show whole decades, at least one: noise must not look like a trend.
     axes.set(xscale="log", yscale="log")
-    if drawn:
-        # Whole decades, at least one: noise must not look like a trend.
-        axes.set_ylim(10 ** math.floor(math.log10(min(drawn)) - 0.01), 10 ** math.ceil(math.log10(max(drawn)) + 0.01))
+    if positive:
+        lowest = math.floor(math.log10(min(positive)) - 0.01)
+        highest = math.ceil(math.log10(max(positive)) + 0.01)
+        axes.set_ylim(10**lowest, 10**highest)
+
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: number(value))
+        axis.set_major_formatter(lambda value, _: format_number(value))
         axis.set_minor_formatter("")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-
-
-def _shards(series: Series) -> str:
-    return f"{series.shards} shard{'s' * (series.shards > 1)}"
-
-
-def float32_bytes(side_px: int) -> int:
-    """A label with transmission and trust map, not encoded: five planes of four bytes a pixel."""
-    return 5 * 4 * side_px**2
-
-
-def _caption(report: PoolReport) -> list[str]:
-    settings, machine = report.settings, report.machine
-    return [
-        f"Label pool with {settings.labels:,} labels of {settings.side_px} px in {settings.encoding}; memory for "
-        f"{settings.memory_mib:,} MiB of them, the others in storage.",
-        f"In float32 with a trust map a label would take {float32_bytes(settings.side_px) / KB:,.0f} kB of memory.",
-        "The pool was filled in rounds, each ended by a snapshot of what was new: the full snapshot is their sum.",
-        f"{machine['cores']} cores, {float(machine['memory_bytes']) / 2**30:.0f} GiB of memory; Python "
-        f"{machine['python']}, Ray {machine['ray']}, pyarrow {machine['pyarrow']}; {report.wall_s:.0f} s in all.",
-    ]
