@@ -58,7 +58,9 @@ class DehazeReport:
 
 
 def bench_dehaze(settings: DehazeSettings) -> DehazeReport:
-    """Measure the restoration of a random image; the first run is not counted.
+    """Measure the restoration of a random image.
+
+    The first run is not counted.
 
     Raises `ValueError` where the image does not fit into the memory, and where bands or tiles are to be compiled.
     """
@@ -88,6 +90,7 @@ def bench_dehaze(settings: DehazeSettings) -> DehazeReport:
             times_s = [time_call(lambda: restore(runs, hazy), device) for _ in range(settings.repeats)]
             peak_bytes = read_peak_bytes()
 
+    # Scale the count to the whole image.
     scale = settings.height_px * settings.width_px / COUNTED_PX**2
     work = Work(counted.flops * scale, counted.bytes * scale)
     return DehazeReport(settings, statistics.median(times_s), work, measure_machine(device, dtype), peak_bytes)

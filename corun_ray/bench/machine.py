@@ -69,7 +69,10 @@ def time_call(run: Callable[[], object], device: torch.device) -> float:
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measure a device's limits: medians of large matrix products in `dtype` and of large copies."""
+    """Measure a device's limits.
+
+    These are medians of large matrix products in `dtype` and of large copies.
+    """
     # A square product takes 2 n^3 operations.
     side = MATRIX_SIDE[device.type]
     matrix = torch.randn(side, side, device=device, dtype=dtype)
@@ -84,7 +87,10 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def _time_median(run: Callable[[], object], device: torch.device) -> float:
-    """Return the median seconds of `REPEATS` calls after one that is not counted."""
+    """Return the median seconds of `REPEATS` calls.
+
+    One more call comes first and is not counted.
+    """
     run()
     return statistics.median([time_call(run, device) for _ in range(REPEATS)])
 
@@ -101,10 +107,11 @@ def count_work(run: Callable[[], object]) -> Work:
 def _count_convolution_backward_flops(
     gradient: list[int], inputs: list[int], weight: list[int], *rest: Any, **_: Any
 ) -> int:
-    """Return the operations of a convolution's backward pass, from the shapes of its tensors.
+    """Count the operations of a convolution's backward pass.
 
-    The gradient of the input and that of the weight each take as many as the forward pass. torch 2.14 counts every
-    gradient as if no convolution had groups, which multiplies those of depthwise ones by their channels.
+    The arguments are the shapes of its tensors. The gradient of the input and that of the weight each take as many as
+    the forward pass. torch 2.14 counts every gradient as if no convolution had groups, which multiplies those of
+    depthwise ones by their channels.
     """
     _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask = rest
     pixels = math.prod((inputs if transposed else gradient)[2:])
@@ -126,6 +133,7 @@ class _Traffic(TorchDispatchMode):
         if func.is_view:
             return result
 
+        # Tensors of the arguments are read, those of the result are written.
         for leaf in tree_leaves((args, kwargs, result)):
             if isinstance(leaf, Tensor):
                 self.bytes += leaf.nbytes
@@ -134,7 +142,9 @@ class _Traffic(TorchDispatchMode):
 
 @contextlib.contextmanager
 def track_peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the most bytes in use since the block was entered.
+    """Yield a function that returns the peak memory.
+
+    The peak is the most bytes in use since the block was entered.
 
     On CUDA these are the bytes of the device's tensors, on a CPU the resident memory of the whole process.
     """

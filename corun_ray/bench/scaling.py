@@ -86,7 +86,10 @@ class ScalingSettings:
     repeats: int = 10
 
     def build_topology(self, gpus: int, link_gbit: float) -> Topology:
-        """Return the topology of so many GPUs over links of so many Gbit/s."""
+        """Return the topology of a number of GPUs.
+
+        `link_gbit` is the bandwidth between nodes.
+        """
         inside = Link(self.node_latency_us / 1e6, self.node_gbit * BYTES_PER_GBIT)
         between = Link(self.link_latency_us / 1e6, link_gbit * BYTES_PER_GBIT)
         return Topology(gpus, self.gpus_per_node, inside, between)
@@ -127,7 +130,10 @@ class BackwardReport:
     """Bytes of the buckets that DDP itself reports."""
 
     def predict_bounds_s(self, ring: RingReport) -> tuple[float, float]:
-        """Predict the pass on links as in `ring`: with most of the communication hidden, and with none hidden."""
+        """Predict bounds of the pass on links as in `ring`.
+
+        The first hides as much of the communication as possible, the second none.
+        """
         ready_s = predict_ready_times_s(self.buckets, self.alone_s)
         exposed_s = predict_exposed_s(self.buckets, ready_s, ring.predict_s)
         return self.alone_s + exposed_s, self.alone_s + sum(map(ring.predict_s, self.buckets))
@@ -153,7 +159,10 @@ class ScalingReport:
 
 
 def assume_step(step_s: float, images: int, rating_s: float | None = None) -> WorkerStep:
-    """Return a step of which only its time is known, and perhaps that of rating an image's blocks."""
+    """Return a step of which only its time is known.
+
+    The time of rating an image's blocks, `rating_s`, may be known too.
+    """
     if rating_s is None:
         rating_s = RATING_SHARE * step_s / images
     return WorkerStep(step_s, BACKWARD_SHARE * step_s, BEFORE_LABELS_SHARE * step_s, rating_s, images)
@@ -191,7 +200,10 @@ def read_measured_step(report: dict[str, Any], rating_s: float | None = None) ->
 
 
 def bench_scaling(settings: ScalingSettings, alone: WorkerStep, check: bool = True) -> ScalingReport:
-    """Forecast the step for every link and number of GPUs; with `check`, also measure on this machine."""
+    """Forecast the step for every link and number of GPUs.
+
+    With `check`, also measure on this machine.
+    """
     # The forecast.
     buckets = split_into_buckets(list_gradient_bytes(CORUN(settings.stages, settings.width)))
     pool = settings.build_pool()
@@ -211,11 +223,16 @@ def bench_scaling(settings: ScalingSettings, alone: WorkerStep, check: bool = Tr
 
 
 def list_gradient_bytes(network: CORUN) -> list[int]:
-    """Return the bytes of the network's gradients, in the order in which a backward pass finishes them."""
+    """Return the bytes of the network's gradients.
+
+    Their order is that in which a backward pass finishes them.
+    """
+    # Note each gradient as soon as it is complete.
     sizes: list[int] = []
     for parameter in network.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: sizes.append(p.numel() * p.element_size()))
 
+    # One backward pass of both outputs.
     scene, transmission = network(torch.rand(1, 3, SMALL_PX, SMALL_PX))
     (scene.mean() + transmission.mean()).backward()
     return sizes
@@ -225,32 +242,46 @@ def list_gradient_bytes(network: CORUN) -> list[int]:
 
 
 def bench_rings(processes: int, buckets: Sequence[int], repeats: int) -> RingReport:
-    """Measure all-reduces of `FIT_BYTES`, `CHECK_BYTES` and the buckets, and fit a link to the first of them."""
+    """Measure all-reduces between processes of this machine.
+
+    The sizes are `FIT_BYTES`, `CHECK_BYTES` and the buckets. A link is fitted to `FIT_BYTES`.
+    """
     sizes = sorted({*FIT_BYTES, *CHECK_BYTES, *buckets})
     medians_s = _run_in_processes(_time_rings, processes, sizes, repeats)
     times_s = dict(zip(sizes, medians_s, strict=True))
-    link = fit_link(processes, {size: times_s[size] for size in FIT_BYTES})
+
+    # The link is fitted to some of the sizes, so that the others can check it.
+    fit_times_s = {size: times_s[size] for size in FIT_BYTES}
+    link = fit_link(processes, fit_times_s)
     return RingReport(processes, times_s, link)
 
 
 def bench_backward(processes: int, stages: int, width: int, size_px: int, repeats: int) -> BackwardReport:
-    """Measure CORUN's backward pass in DDP, as the service sets it up, with and without communication.
+    """Measure CORUN's backward pass with and without communication.
+
+    DDP is set up as in the service.
 
     Each process has one image of `size_px`. Both kinds of passes take turns.
     """
     alone_s, together_s, *buckets = _run_in_processes(_time_backward, processes, stages, width, size_px, repeats)
-    return BackwardReport(processes, alone_s, together_s, [int(size) for size in buckets])
+    return BackwardReport(processes, alone_s, together_s, [*map(int, buckets)])
 
 
 def _run_in_processes(measure: Callable[..., list[float]], processes: int, *arguments: object) -> list[float]:
-    """Run `measure` in a gloo group of new processes; return the result of rank 0."""
+    """Run `measure` in new processes; return rank 0's result.
+
+    The processes form a gloo group.
+    """
     with tempfile.TemporaryDirectory(prefix="corun-bench-") as name:
         torch.multiprocessing.spawn(_run_rank, (processes, name, measure, arguments), processes)
         return json.loads(Path(name, "result.json").read_text())
 
 
 def _run_rank(rank: int, processes: int, folder: str, measure: Callable[..., list[float]], arguments: Sequence) -> None:
-    """Join the group, run `measure`, and on rank 0 write its result to the folder."""
+    """Run `measure` as one rank of the group.
+
+    Rank 0 writes the result to the folder.
+    """
     torch.set_num_threads(1)
 
     # DDP warns of weights with one input channel; their layouts are the same whatever their strides say.
@@ -261,7 +292,7 @@ def _run_rank(rank: int, processes: int, folder: str, measure: Callable[..., lis
     os.environ["GLOO_SOCKET_IFNAME"] = loopback
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
 
-    # No rank leaves the group before all are done.
+    # Measure. No rank leaves the group before all are done.
     try:
         result = measure(*arguments)
         if rank == 0:
@@ -272,18 +303,25 @@ def _run_rank(rank: int, processes: int, folder: str, measure: Callable[..., lis
 
 
 def _time_rings(sizes: Sequence[int], repeats: int) -> list[float]:
-    """Return the median seconds of an all-reduce of each size in bytes; the sizes take turns."""
-    tensors = [torch.zeros(size // 4) for size in sizes]
-    times_s: list[list[float]] = [[] for _ in sizes]
-    for _ in range(WARM_UP_CALLS + repeats):
-        for tensor, of_size in zip(tensors, times_s, strict=True):
-            of_size.append(_time_together(partial(dist.all_reduce, tensor)))
+    """Return the median seconds of an all-reduce by size.
 
-    return [statistics.median(of_size[WARM_UP_CALLS:]) for of_size in times_s]
+    Sizes are in bytes and take turns.
+    """
+    # All processes reduce the same sizes in the same order.
+    tensors = [torch.zeros(size // 4) for size in sizes]
+    rounds_s = []
+    for _ in range(WARM_UP_CALLS + repeats):
+        rounds_s.append([_time_together(partial(dist.all_reduce, tensor)) for tensor in tensors])
+
+    # Median of each column, the first rounds not counted.
+    return [statistics.median(times_s) for times_s in zip(*rounds_s[WARM_UP_CALLS:], strict=True)]
 
 
 def _time_backward(stages: int, width: int, size_px: int, repeats: int) -> list[float]:
-    """Return the median seconds of a backward pass alone and with gradients averaged, then DDP's bucket sizes."""
+    """Time backward passes with and without gradients averaged.
+
+    Returns the median seconds without and with, then the bytes of DDP's buckets.
+    """
     torch.manual_seed(0)
     student = nn.parallel.DistributedDataParallel(CORUN(stages, width), gradient_as_bucket_view=True)
     image = torch.rand(1, 3, size_px, size_px)
@@ -298,12 +336,13 @@ def _time_backward(stages: int, width: int, size_px: int, repeats: int) -> list[
 
     # DDP reports the bytes of its buckets as text: "1048576,26214400".
     buckets = student._get_ddp_logging_data()["rebuilt_bucket_sizes"]
-    bucket_bytes = [float(size) for size in buckets.split(",")]
+    bucket_bytes = map(float, buckets.split(","))
     return [statistics.median(alone_s[WARM_UP_CALLS:]), statistics.median(together_s[WARM_UP_CALLS:]), *bucket_bytes]
 
 
 def _time_one_backward(student: nn.Module, image: torch.Tensor) -> float:
-    """Return the seconds of a backward pass, its forward pass not counted."""
+    """Return the seconds of a backward pass alone."""
+    # The forward pass, not timed.
     scene, transmission = student(image)
     loss = scene.mean() + transmission.mean()
     student.zero_grad(set_to_none=True)

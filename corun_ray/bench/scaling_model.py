@@ -81,18 +81,20 @@ class Topology:
         messages. Sources: Patarasuk and Yuan, JPDC 2009; the share of messages between nodes as in NCCL's
         src/graph/tuning.cc.
         """
+        # Count the messages of both kinds of links.
         messages = 2 * (self.workers - 1)
         messages_between = 2 * (self.nodes - 1)
         messages_inside = messages - messages_between
 
+        # All messages carry 1 / N of the data and wait for the narrowest link.
         latency_s = messages_inside * self.inside.latency_s + messages_between * self.between.latency_s
         return latency_s + messages / self.workers * num_bytes / self._bytes_per_s
 
     def predict_tree_s(self, num_bytes: int) -> float:
-        """Predict the seconds of an all-reduce up and down a double tree.
+        """Predict the seconds of an all-reduce in trees.
 
-        Two trees of nodes share the data; inside a node the workers form a chain. Sources: Sanders, Speck and Träff,
-        Parallel Computing 2009; latencies as in NCCL's src/graph/tuning.cc.
+        Data goes up and down two trees of nodes, each with half of it; inside a node the workers form a chain. Sources:
+        Sanders, Speck and Träff, Parallel Computing 2009; latencies as in NCCL's src/graph/tuning.cc.
         """
         chain = math.ceil(self.workers / self.nodes) - 1
         depth = math.log2(self.nodes)
@@ -101,9 +103,9 @@ class Topology:
         return latency_s + 2 * num_bytes / (TREE_BANDWIDTH_SHARE * self._bytes_per_s)
 
     def predict_all_reduce_s(self, num_bytes: int) -> float:
-        """Predict the seconds of the faster of ring and tree, as NCCL chooses; gloo has rings only.
+        """Predict the seconds of the faster all-reduce.
 
-        One worker needs no all-reduce: 0.
+        NCCL chooses the faster of ring and tree; gloo has rings only. One worker needs no all-reduce: 0.
         """
         if self.workers == 1:
             return 0.0
@@ -118,6 +120,7 @@ def split_into_buckets(
     `gradients` are the bytes of each gradient, in the order in which the gradients become ready. The gradient that
     fills a bucket closes it.
     """
+    # The first bucket is small, so that communication begins early.
     buckets: list[int] = []
     filled = 0
     for num_bytes in gradients:
@@ -134,10 +137,10 @@ def split_into_buckets(
 
 
 def predict_ready_times_s(buckets: Sequence[int], backward_s: float) -> list[float]:
-    """Predict when each bucket is full, in seconds after the backward pass begins.
+    """Predict when each bucket is full.
 
-    The pass is taken to produce gradients evenly, byte by byte. CORUN nearly does: its modules are alike, and a bucket
-    spans more than two of them.
+    Times are seconds after the backward pass begins. The pass is taken to produce gradients evenly, byte by byte. CORUN
+    nearly does: its modules are alike, and a bucket spans more than two of them.
     """
     return [float(done) * backward_s / sum(buckets) for done in np.cumsum(buckets)]
 
@@ -150,6 +153,7 @@ def predict_exposed_s(
     The pass ends when the last bucket is ready. Buckets are reduced one after the other, each as soon as it is ready,
     and never slow the pass down. The last bucket is never hidden. Source: Li et al., VLDB 2020, section 3.2.
     """
+    # A bucket waits for its gradients and for the bucket before it.
     done_s = 0.0
     for num_bytes, at_s in zip(buckets, ready_s, strict=True):
         done_s = max(done_s, at_s) + predict_all_reduce_s(num_bytes)
@@ -191,13 +195,15 @@ def count_label_bytes(size_px: int, encoding: Encoding, block_px: int = 32) -> i
 
 
 def estimate_most_wins(workers: int, images: int, win_rate: float) -> float:
-    """Return the expected number of winners of the worker that has most.
+    """Return the expected winners of the worker with most.
 
     Each of `workers` has `images` candidates, whose number of winners is binomial. The others wait for the worker that
     rates most blocks.
     """
     # The chance that one worker has exactly k winners.
-    chances = [math.comb(images, k) * win_rate**k * (1 - win_rate) ** (images - k) for k in range(images + 1)]
+    chances = []
+    for k in range(images + 1):
+        chances.append(math.comb(images, k) * win_rate**k * (1 - win_rate) ** (images - k))
 
     # The mean of a maximum is the sum over k of P(some worker has at least k winners).
     expected = 0.0
@@ -229,28 +235,33 @@ class PoolModel:
     """Whether all workers rate the winners' blocks together. The messages for this are not modelled."""
 
     def predict_answers_s(self, topology: Topology, images: int, shards: int | None = None) -> float:
-        """Predict the seconds until the last label arrives, when all workers ask at once.
+        """Predict the seconds until the last label arrives.
 
-        The busiest shard's work counts, or the sending of the node that sends most, whichever is longer. Each shard is
-        on a node of its own while there are enough nodes. On a single node, labels are read in place. `shards`
-        replaces the model's own number.
+        All workers ask at once. The busiest shard's work counts, or the sending of the node that sends most, whichever
+        is longer. Each shard is on a node of its own while there are enough nodes. On a single node, labels are read in
+        place. `shards` replaces the model's own number.
         """
+        # Work: each label costs the busiest shard its time.
         shards = self.shards if shards is None else shards
         labels = topology.workers * images
         work_s = estimate_fullest_bin(labels, shards) * SHARD_S_PER_LABEL
         if topology.nodes == 1:
             return work_s
 
+        # Sending: the busiest node's link.
         sent_bytes = estimate_fullest_bin(labels, min(shards, topology.nodes)) * self.label_bytes
         return max(work_s, sent_bytes / topology.between.bytes_per_s)
 
     def predict_bytes_per_s(self, topology: Topology, images: int, step_s: float) -> float:
-        """Predict the bytes of labels that all workers read and write in a second."""
+        """Predict all workers' label traffic, reads and writes."""
         labels_per_step = topology.workers * images * (1 + self.win_rate)
         return labels_per_step * self.label_bytes / step_s
 
     def find_shards_needed(self, topology: Topology, images: int, within_s: float) -> int | None:
-        """Return the fewest shards that answer in time; None if no number does."""
+        """Return the fewest shards that answer in time.
+
+        None if no number does.
+        """
         for shards in range(1, topology.workers * images + 1):
             if self.predict_answers_s(topology, images, shards) <= within_s:
                 return shards
@@ -299,10 +310,15 @@ class ManyWorkersStep:
 
     @property
     def costs(self) -> list[str]:
-        """Those of "gradients", "pool" and "rating" that cost more than a negligible share, the worst first."""
+        """Losses worth acting on, the worst first.
+
+        Each is "gradients", "pool" or "rating" and costs more than a negligible share of the step.
+        """
         losses_s = {"gradients": self.exposed_s, "pool": self.pool_wait_s, "rating": self.rating_wait_s}
-        grave = [name for name, loss_s in losses_s.items() if loss_s > NEGLIGIBLE_SHARE_OF_STEP * self.step_s]
-        return sorted(grave, key=lambda name: -losses_s[name])
+
+        # Sort the losses, then drop the negligible ones.
+        worst_first = sorted(losses_s, key=lambda name: -losses_s[name])
+        return [name for name in worst_first if losses_s[name] > NEGLIGIBLE_SHARE_OF_STEP * self.step_s]
 
 
 def predict_step(

@@ -96,6 +96,7 @@ def bench_step(settings: StepSettings, trace: Path | None = None) -> StepReport:
             runner.run_step()
     parts_s = {name: total_s / settings.repeats for name, total_s in times.seconds.items()}
 
+    # One more step for the profiler.
     if trace is not None:
         with profile() as profiler:
             runner.run_step()
@@ -120,7 +121,11 @@ class _WarmPool:
         """Wins that are due at the given rate, less those that there were."""
 
     def prefetch(self, keys: Sequence[str]) -> ReadyLabels:
-        """Return labels that lose to the candidates where a win is due, else labels that win."""
+        """Return a label for each key.
+
+        The labels lose to the candidates where a win is due; otherwise they win.
+        """
+        # A win is due whenever the sum of the rates passes a whole number.
         self._due_wins += self.win_rate
         is_win_due = self._due_wins >= 1
         self._due_wins %= 1
@@ -189,7 +194,7 @@ class _StepRunner:
         return count_work(self.run_step)
 
     def _run_forward(self) -> StepOutput:
-        """Run the forward part of a step by the method of the settings."""
+        """Run the forward part of a step."""
         if self.settings.method == "pretrain":
             return run_pretraining_step(self.student, self.synthetic, self.losses)
         return self.colabator.step(self.student, self.synthetic, self.real, self.state.step)

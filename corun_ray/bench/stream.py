@@ -76,6 +76,7 @@ def render_photographs(folder: Path, report_progress: Callable[[int, int], None]
 
     `clear` holds the images, `depth` their depth as .npy, `pack` both as a pack.
     """
+    # Render the demo dataset and keep its clear images.
     write_demo(folder / "demo", 0, RENDERED, report_progress)
     (folder / "demo" / "clear").rename(folder / "clear")
 
@@ -85,12 +86,16 @@ def render_photographs(folder: Path, report_progress: Callable[[int, int], None]
         depth = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
         np.save(folder / "depth" / f"{file.stem}.npy", np.asarray(depth, np.float32))
 
-    clear, pack, depths = (str(folder / name) for name in ("clear", "pack", "depth"))
-    pack_here(plan_pack(clear, pack, depths, PACK_SHARD_MIB, keep_png=False))
+    # Pack both.
+    plan = plan_pack(str(folder / "clear"), str(folder / "pack"), str(folder / "depth"), PACK_SHARD_MIB, keep_png=False)
+    pack_here(plan)
 
 
 def build_job(clear: str, depth: str | None, depth_kind: DepthKind, hazy: str | None, patch_px: int) -> TrainingJob:
-    """Return a job on such data: Colabator where there are real hazy images, else pre-training."""
+    """Return a job on such data.
+
+    The job is Colabator where there are real hazy images, else pre-training.
+    """
     data = {"clear": clear, "depth": depth, "depth_kind": depth_kind, "patch_px": patch_px}
     if hazy is None:
         return PretrainJob.model_validate({"kind": "pretrain", "name": "bench", "data": data})
@@ -123,12 +128,12 @@ def bench_stream(
 
 
 def _add_samples(report_progress: ReportProgress, samples_before: int, name: str, done: int) -> None:
-    """Report the samples of one kind on top of those of the kinds before."""
+    """Report progress over all kinds of samples."""
     report_progress(samples_before + done, name)
 
 
 def _measure_job(job: TrainingJob, settings: StreamSettings, report_done: Callable[[int], None]) -> StreamResult:
-    """Make samples of one job and return the medians over its repeats."""
+    """Measure the samples of one job."""
     # The first sample, not counted, opens the connection to the store and fills tables.
     manifest = build_manifest(job)
     bad_files: dict[str, str] = {}
@@ -139,16 +144,20 @@ def _measure_job(job: TrainingJob, settings: StreamSettings, report_done: Callab
     samples_s: list[float] = []
     phases_s: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for repeat in range(settings.repeats):
+        # The phases are listened to while whole samples are timed.
         times = PhaseTimes()
         started_s = time.perf_counter()
         with times.listen():
             for index in range(repeat * settings.samples, (repeat + 1) * settings.samples):
                 maker.sample(index)
                 report_done(index + 1)
+
+        # Seconds of one sample.
         samples_s.append((time.perf_counter() - started_s) / settings.samples)
         for phase in PHASES:
             phases_s[phase].append(times.seconds[phase] / settings.samples)
 
+    # Medians over the repeats; the time that no phase accounts for comes last.
     sample_s = statistics.median(samples_s)
     medians_s = {phase: statistics.median(repeats_s) for phase, repeats_s in phases_s.items()}
     medians_s[OTHER] = max(0.0, sample_s - sum(medians_s.values()))
@@ -167,7 +176,7 @@ def _measure_job(job: TrainingJob, settings: StreamSettings, report_done: Callab
 
 
 def _describe_machine() -> dict[str, str | int]:
-    """Return the cores of this machine and the versions of its software."""
+    """Return this machine's cores and versions of software."""
     return {
         "cores": os.cpu_count() or 0,
         "opencv": cv2.__version__,
@@ -180,14 +189,20 @@ def _describe_machine() -> dict[str, str | int]:
 
 
 def format_report(report: StreamReport) -> str:
-    """Return a table with a column for each kind of sample, and notes on files that cannot be used."""
-    columns = [_list_cells(kind) for kind in report.kinds.values()]
+    """Return a table with a column for each kind.
+
+    Notes on files that cannot be used follow.
+    """
+    # All columns have the same rows.
+    columns = [*map(_list_cells, report.kinds.values())]
     rows = []
     for name in columns[0]:
         rows.append([name, *(column[name] for column in columns)])
+    # Figures stand flush right.
     header = ["", *report.kinds]
     lines = [format_table(rows, header, right=range(1, len(header)))]
 
+    # A note for each kind, with one of its files.
     for name, kind in report.kinds.items():
         if kind.bad_files:
             uri, reason = next(iter(kind.bad_files.items()))
@@ -196,7 +211,7 @@ def format_report(report: StreamReport) -> str:
 
 
 def _list_cells(kind: StreamResult) -> dict[str, str]:
-    """Return a column of the table: name of the row → cell."""
+    """Return a column as row name → cell."""
     slowest, fastest = min(kind.each_images_per_s), max(kind.each_images_per_s)
     cells = {
         "images/s on one core": f"{kind.images_per_s:.1f}",

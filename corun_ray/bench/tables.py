@@ -22,7 +22,7 @@ RING_WIDTHS = (10, 15, 15)
 
 
 def format_step(report: StepReport) -> str:
-    """Return a step's time by part, its floor and its memory as text."""
+    """Format a step's parts, floor and memory."""
     settings = report.settings
     lines = [
         f"\n{settings.method} step: {settings.stages} stages, {settings.size_px} px, batch {settings.batch}, "
@@ -41,7 +41,7 @@ def format_step(report: StepReport) -> str:
 
 
 def format_dehaze(report: DehazeReport) -> str:
-    """Return the speed, the floor and the memory of a photograph's restoration as text."""
+    """Format a restoration's speed, floor and memory."""
     settings = report.settings
     memory = f"in {settings.memory_mib} MiB" if settings.memory_mib else "as a whole"
     speed = settings.megapixels / report.image_s
@@ -62,7 +62,10 @@ def _name_mode(is_compiled: bool) -> str:
 
 
 def _format_floor(work: Work, machine: Machine, measured_s: float, peak_bytes: int) -> list[str]:
-    """Return lines of the least time that the work can take, relative to the measured time, and of the memory."""
+    """Format the floor of the time and the memory.
+
+    The floor is the least time that the work can take; it is given relative to the measured time too.
+    """
     arithmetic_s, traffic_s = work.compute_floor_s(machine)
     floors = {
         "floor, arithmetic": (
@@ -75,6 +78,7 @@ def _format_floor(work: Work, machine: Machine, measured_s: float, peak_bytes: i
         ),
     }
 
+    # Each floor with its share of the measured time and its source.
     lines = []
     for name, (floor_s, source) in floors.items():
         figure = f"{floor_s * 1000:>{FIGURE_WIDTH}.1f} ms  {floor_s / measured_s:>4.0%}"
@@ -84,7 +88,7 @@ def _format_floor(work: Work, machine: Machine, measured_s: float, peak_bytes: i
 
 
 def format_scaling(report: ScalingReport) -> str:
-    """Return the forecast of a step on many GPUs and the results of the check as text."""
+    """Format the forecast and the results of the check."""
     settings = report.settings
     alone = report.alone
 
@@ -122,7 +126,11 @@ def format_scaling(report: ScalingReport) -> str:
 
 
 def _format_many_workers(steps: list[ManyWorkersStep], report: ScalingReport) -> Iterator[str]:
-    """Yield the rows of a forecast, with a column for each number of GPUs."""
+    """Yield the rows of a forecast.
+
+    Each number of GPUs has a column.
+    """
+    # All columns have the same rows.
     columns = [_list_cells(step, report) for step in steps]
     for name in columns[0]:
         cells = [f"{column[name]:>{GPUS_WIDTH}}" for column in columns]
@@ -130,7 +138,7 @@ def _format_many_workers(steps: list[ManyWorkersStep], report: ScalingReport) ->
 
 
 def _list_cells(step: ManyWorkersStep, report: ScalingReport) -> dict[str, str]:
-    """Return a column of the forecast: name of the row → cell."""
+    """Return a column as row name → cell."""
     cores = count_stream_cores(step.workers, report.alone.images, step.step_s, report.settings.samples_per_s)
     return {
         "GPUs": str(step.workers),
@@ -148,7 +156,8 @@ def _list_cells(step: ManyWorkersStep, report: ScalingReport) -> dict[str, str]:
 
 
 def _format_remedies(steps: list[ManyWorkersStep]) -> Iterator[str]:
-    """Yield the remedies that any step needs, each with its numbers of GPUs."""
+    """Yield remedies, each with its numbers of GPUs."""
+    # Several numbers of GPUs may need the same remedy.
     gpus_by_remedy: dict[str, list[str]] = {}
     for step in steps:
         for cost in step.costs:
@@ -159,7 +168,7 @@ def _format_remedies(steps: list[ManyWorkersStep]) -> Iterator[str]:
 
 
 def _choose_remedy(cost: str, step: ManyWorkersStep) -> str:
-    """Return the key of a job that lowers a cost, with its reason."""
+    """Return the key that lowers a cost, with reason."""
     match cost:
         case "gradients":
             return "gradients: train.accumulate or train.batch_per_worker, to average them once for more images"
@@ -179,6 +188,7 @@ def _format_ring(ring: RingReport) -> Iterator[str]:
         "the sizes"
     )
 
+    # The header.
     size_width, measured_width, formula_width = RING_WIDTHS
     yield f"    {'MiB':>{size_width}}{'measured, ms':>{measured_width}}{'formula, ms':>{formula_width}}"
 

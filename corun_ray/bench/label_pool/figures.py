@@ -169,7 +169,7 @@ class Tick(NamedTuple):
 
 
 def list_levels(labels: int) -> list[int]:
-    """Return the numbers of labels at which to measure a pool of `labels`.
+    """Return the levels at which to measure a pool.
 
     These are 1, 3, 10, 30 and so on within the last two decades, and `labels` itself.
     """
@@ -189,16 +189,20 @@ def summarise_latency(durations_s: Sequence[float]) -> Latency:
     """
     if not durations_s:
         raise ValueError("no samples")
+
     times_ms = np.array(durations_s) * 1000
     median_ms, p99_ms = np.percentile(times_ms, [50, 99]).tolist()
     return Latency(len(durations_s), median_ms, float(times_ms.mean()), p99_ms)
 
 
 def summarise_job(ticks: Sequence[Tick], steps: int, shard_cpu_s: float) -> WorkerWaits:
-    """Return the figures of a simulated job of `steps` steps for each worker.
+    """Return the figures of a simulated job.
+
+    Each worker took `steps` steps.
 
     Raises `ValueError` where there are no ticks.
     """
+    # Waits are those of a worker in a step; a shard's time is that of a step of all workers.
     blocked = summarise_latency([tick.blocked_s for tick in ticks])
     late_steps = sum(tick.late_s > LATE_SHARE_OF_STEP * STEP_S for tick in ticks)
     return WorkerWaits(

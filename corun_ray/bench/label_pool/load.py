@@ -66,7 +66,10 @@ class LabelMaker:
         self._noise = noise.clip(-MAX_NOISE_LEVELS, MAX_NOISE_LEVELS).astype(np.int8).view(np.uint8)
 
     def make(self, number: int, step: int) -> Label:
-        """Return the label of image `number`; the label of a later step supersedes it."""
+        """Return the label of image `number`.
+
+        The label of a later step supersedes this one.
+        """
         # A section of the noise over one of the pictures.
         base = self._bases[number % BASES]
         rng = np.random.default_rng((number, step))
@@ -108,11 +111,13 @@ class LoadMaker:
         client = self._clients[0]
         times_s = []
         for first in range(0, len(numbers), OFFERS_AT_ONCE):
+            # Most labels together: making them is not timed, and neither is this call.
             chunk = numbers[first : first + OFFERS_AT_ONCE]
             *together, alone = [self._labels.make(number, step) for number in chunk]
             client.offer(together)
             client.settle()
 
+            # The last one alone, until it is decided.
             start_s = time.perf_counter()
             client.offer([alone])
             client.settle()
@@ -121,17 +126,21 @@ class LoadMaker:
 
     @ray.method
     def read(self, numbers: Sequence[int], at_once: int) -> list[float]:
-        """Read the labels of `numbers`; return the seconds of each read of `at_once` labels.
+        """Read labels; return the seconds of each read.
+
+        A read asks for `at_once` of the `numbers`.
 
         Raises `PoolError` where a label is missing.
         """
         times_s = []
         for first in range(0, len(numbers), at_once):
+            # Time the read alone.
             keys = [name_key(number) for number in numbers[first : first + at_once]]
             start_s = time.perf_counter()
             found = self._clients[0].prefetch(keys).result()
             times_s.append(time.perf_counter() - start_s)
 
+            # A label that is missing would make the read look fast.
             missing = found.count(None)
             if missing:
                 raise PoolError(f"label pool: {missing} of {len(keys)} labels could not be read")
@@ -139,7 +148,9 @@ class LoadMaker:
 
     @ray.method
     def work(self, numbers: Sequence[int], first_step: int, steps: int, starts_s: Sequence[float]) -> list[Tick]:
-        """Take `steps` steps with every client, each in a thread of its own, with labels of `numbers`.
+        """Take `steps` steps with every client.
+
+        Clients have threads of their own, and draw their labels from `numbers`.
 
         `starts_s` are the times of each client's first step, by `time.time`.
         """
@@ -151,6 +162,7 @@ class LoadMaker:
                 ticks.append(self._take_step(client, number, first_step + step, start_s + step * STEP_S))
             return ticks
 
+        # A thread for each client: steps mostly sleep.
         all_ticks: list[Tick] = []
         with ThreadPoolExecutor(max(1, len(self._clients))) as threads:
             for ticks in threads.map(take_steps, self._clients, starts_s):
@@ -158,7 +170,7 @@ class LoadMaker:
         return all_ticks
 
     def _take_step(self, client: PoolClient, number: int, step: int, due_s: float) -> Tick:
-        """Take one step as training does, with sleep in place of the networks."""
+        """Take one step with sleep in place of networks."""
         # Wait for the step's time.
         time.sleep(max(0.0, due_s - time.time()))
         late_s = max(0.0, time.time() - due_s)
@@ -205,7 +217,11 @@ class Crew:
         self._workers = 0
 
     def join(self, shards: Sequence[ActorProxy[PoolShard]], generation: int, workers: int = PROCESSES) -> None:
-        """Use this pool from now on, with `workers` clients spread over the processes."""
+        """Use this pool from now on.
+
+        `workers` clients are spread over the processes.
+        """
+        # Deal the workers out to the processes, one after the other.
         joins = []
         for i, maker in enumerate(self._makers):
             num_clients = len(range(workers)[i::PROCESSES])
@@ -214,7 +230,10 @@ class Crew:
         self._workers = workers
 
     def offer(self, numbers: Sequence[int], step: int) -> list[float]:
-        """Offer the labels of `numbers` from `CLIENTS` processes; return what `LoadMaker.offer` does."""
+        """Offer the labels of `numbers` from `CLIENTS` processes.
+
+        Returns the seconds of single offers.
+        """
         return _gather([self._makers[i].offer.remote(numbers[i::CLIENTS], step) for i in range(CLIENTS)])
 
     def read(self, numbers: Sequence[int], at_once: int) -> list[float]:
@@ -222,13 +241,17 @@ class Crew:
         return _gather([self._makers[0].read.remote(numbers, at_once)])
 
     def measure_reads(self, numbers: Sequence[int]) -> Reads:
-        """Read a third of the labels one by one in one process, the others in batches in `CLIENTS` processes.
+        """Measure single reads and reads in batches.
+
+        One process reads a third of the labels one by one. Then `CLIENTS` processes read the others in batches.
 
         Raises `PoolError` where a label is missing.
         """
+        # Single reads in one process.
         third = len(numbers) // 3
         one_s = self.read(numbers[:third], 1)
 
+        # Batches, at full speed.
         rest = numbers[third:]
         start_s = time.perf_counter()
         _gather([self._makers[i].read.remote(rest[i::CLIENTS], READ_AT_ONCE) for i in range(CLIENTS)])
@@ -240,12 +263,14 @@ class Crew:
 
         In lockstep all workers begin at once; otherwise their beginnings are evenly spread over a step.
         """
+        # The time of each worker's first step.
         start_s = time.time() + START_S
         starts_s = []
         for rank in range(self._workers):
             delay_s = 0 if is_lockstep else STEP_S * rank / self._workers
             starts_s.append(start_s + delay_s)
 
+        # Worker i of the job is a client of process i modulo the number of processes.
         refs = []
         for i, maker in enumerate(self._makers):
             refs.append(maker.work.remote(numbers, first_step, steps, starts_s[i::PROCESSES]))
@@ -263,7 +288,10 @@ def kill_actors(actors: Sequence[ActorProxy[Any]]) -> None:
 
 
 def _gather(refs: Sequence["ray.ObjectRef[list[T]]"]) -> list[T]:
-    """Return the lists of several processes as one list; raise the error of a process as its own."""
+    """Return the lists of several processes as one.
+
+    Raises the error of a process.
+    """
     try:
         lists = ray.get(list(refs))
     except RayTaskError as error:

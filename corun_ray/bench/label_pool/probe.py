@@ -19,18 +19,25 @@ REPORT_S = 1.0
 
 
 def measure_object_store_bytes() -> float:
-    """Return the bytes in use in the object stores of all nodes."""
+    """Return the bytes in all nodes' object stores."""
+    # Ray knows the capacity and the free bytes.
     time.sleep(REPORT_S)
     return read_object_store_capacity_bytes() - ray.available_resources().get("object_store_memory", 0.0)
 
 
 def read_object_store_capacity_bytes() -> float:
-    """Return the bytes that Ray keeps in memory; beyond them, Ray writes to disk."""
+    """Return the bytes that object stores can hold.
+
+    Beyond these, Ray writes to disk.
+    """
     return ray.cluster_resources()["object_store_memory"]
 
 
 def measure_private_bytes(actors: Sequence[ActorProxy[Any]]) -> int:
-    """Return the memory of the actors' processes without shared memory, such as the object store's."""
+    """Return the private memory of the actors' processes.
+
+    Shared memory, such as the object store's, is not counted.
+    """
     return sum(ray.get([actor.__ray_call__.remote(_read_private_bytes) for actor in actors]))
 
 
@@ -41,7 +48,10 @@ def _read_private_bytes(_: Any) -> int:
 
 
 def measure_cpu_s(actors: Sequence[ActorProxy[Any]]) -> float:
-    """Return the processor time that all threads of the actors' processes have used."""
+    """Return the processor time of the actors' processes.
+
+    All of their threads count.
+    """
     return sum(ray.get([actor.__ray_call__.remote(_read_cpu_s) for actor in actors]))
 
 
@@ -50,13 +60,20 @@ def _read_cpu_s(_: Any) -> float:
 
 
 def list_file_sizes(place: Location) -> dict[str, int]:
-    """Return path → bytes of every file below a folder; nothing where the folder does not exist."""
+    """Return path → bytes of every file below a folder.
+
+    A folder that does not exist has no files.
+    """
     selector = fs.FileSelector(place.path, recursive=True, allow_not_found=True)
-    return {info.path: info.size for info in place.filesystem.get_file_info(selector) if info.is_file}
+    sizes = {}
+    for info in place.filesystem.get_file_info(selector):
+        if info.is_file:
+            sizes[info.path] = info.size
+    return sizes
 
 
 def describe_machine() -> dict[str, str | float]:
-    """Return the size of this machine and the versions of the software on it."""
+    """Return this machine's size and versions of software."""
     return {
         "cores": os.cpu_count() or 0,
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),

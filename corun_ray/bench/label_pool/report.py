@@ -1,16 +1,20 @@
 """Present the results of `bench pool` as a table, a JSON file and a plot."""
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from io import BytesIO
+from typing import TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from corun_ray.bench.label_pool.figures import STEP_S, Level, PoolReport, Series, WorkerWaits
 from corun_ray.service.telemetry.tables import format_table
+
+T = TypeVar("T")
 
 KB, MB = 1e3, 1e6
 GIB = 2**30
@@ -98,27 +102,33 @@ LINE_STYLES = ("-", "--")
 
 
 def format_report(report: PoolReport) -> str:
-    """Return a caption and the figures of the full pools, with a column for each number of shards."""
-    # Collect the sections: title → rows of cells.
+    """Return a table of the full pools with a caption.
+
+    Each number of shards has a column.
+    """
+    # Collect the sections: title → rows of cells. The last level is the full pool.
     sections: dict[str, list[list[str]]] = {}
     full_pools = [series.levels[-1] for series in report.series]
     for title, level_figures in LEVEL_ROWS.items():
-        rows = []
-        for name, level_figure in level_figures.items():
-            rows.append([name, *(format_number(level_figure(level)) for level in full_pools)])
-        sections[title] = rows
+        sections[title] = _list_rows(level_figures, full_pools)
 
     # A job beyond memory only exists where memory does not hold all labels.
     for title, select_job in JOBS.items():
-        jobs = [select_job(series) for series in report.series]
-        if None not in jobs:
+        jobs = []
+        for series in report.series:
+            job = select_job(series)
+            if job is not None:
+                jobs.append(job)
+        if len(jobs) == len(report.series):
             workers = f"{report.settings.workers} workers, {STEP_S:g} s a step; {title}"
-            sections[workers] = _list_job_rows([job for job in jobs if job is not None])
+            sections[workers] = _list_rows(JOB_ROWS, jobs)
 
-    # Align all rows together, then put each title above its rows.
-    header = ["", *(_name_shards(series) for series in report.series)]
-    all_rows = [row for rows in sections.values() for row in rows]
+    # Align all rows together, so that the sections have the same columns.
+    header = ["", *map(_name_shards, report.series)]
+    all_rows = [*itertools.chain.from_iterable(sections.values())]
     heading, *aligned = format_table(all_rows, header, right=range(1, len(header)), indent="  ").split("\n")
+
+    # Put each title above its rows.
     lines = [*_write_caption(report), "", heading]
     for title, rows in sections.items():
         lines += [title, *aligned[: len(rows)]]
@@ -126,11 +136,11 @@ def format_report(report: PoolReport) -> str:
     return "\n".join(lines)
 
 
-def _list_job_rows(jobs: Sequence[WorkerWaits]) -> list[list[str]]:
-    """Return the rows of a simulated job, with a cell for each number of shards."""
+def _list_rows(figures: Mapping[str, Callable[[T], float]], sources: Sequence[T]) -> list[list[str]]:
+    """Return a row for each figure: its name, then a cell for each source."""
     rows = []
-    for name, figure in JOB_ROWS.items():
-        rows.append([name, *(format_number(figure(job)) for job in jobs)])
+    for name, figure in figures.items():
+        rows.append([name, *(format_number(figure(source)) for source in sources)])
     return rows
 
 
@@ -172,7 +182,7 @@ def _name_shards(series: Series) -> str:
 
 
 def format_json(report: PoolReport) -> str:
-    """Return every figure of every level and a description of the machine, as JSON."""
+    """Return every figure and the machine as JSON."""
     return json.dumps(asdict(report), indent=1) + "\n"
 
 
@@ -185,6 +195,7 @@ def plot(report: PoolReport) -> bytes:
     Each figure has a panel, each number of shards a line.
     """
     figure = Figure(figsize=(14, 8), layout="constrained")
+    # One panel for each figure.
     panels = zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True)
     for axes, (title, figures) in panels:
         _draw_panel(axes, report, figures)
@@ -196,13 +207,17 @@ def plot(report: PoolReport) -> bytes:
         f"{report.machine['cores']} cores"
     )
 
+    # Encode the figure.
     file = BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return file.getvalue()
 
 
 def _draw_panel(axes: Axes, report: PoolReport, figures: Sequence[LevelFigure]) -> None:
-    """Draw one panel: a colour for each number of shards, a style of line for each figure."""
+    """Draw one panel.
+
+    Each number of shards has a colour, each figure a style of line.
+    """
     positive = []
     for number, series in enumerate(report.series):
         labels = [level.labels for level in series.levels]
@@ -213,13 +228,15 @@ def _draw_panel(axes: Axes, report: PoolReport, figures: Sequence[LevelFigure]) 
             axes.plot(labels, values, style, marker="o", markersize=4, color=f"C{number}", label=name)
             positive += [value for value in values if value > 0]
 
-    # Both axes are logarithmic. Show whole decades, at least one: noise must not look like a trend.
+    # Both axes are logarithmic. Show whole decades, at least one: noise must not look like a trend. Zero has no
+    # logarithm.
     axes.set(xscale="log", yscale="log")
     if positive:
         lowest = math.floor(math.log10(min(positive)) - 0.01)
         highest = math.ceil(math.log10(max(positive)) + 0.01)
         axes.set_ylim(10**lowest, 10**highest)
 
+    # Numbers without exponents, at whole decades alone.
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: format_number(value))
         axis.set_minor_formatter("")

@@ -56,7 +56,9 @@ ReportProgress = Callable[[int, str], None]
 
 
 def bench_pool(settings: PoolSettings, folder: Location, report_progress: ReportProgress) -> Iterator[PoolReport]:
-    """Measure pools below `folder`; yield a report of all pools so far after each. Needs a running Ray.
+    """Measure one pool after another below `folder`.
+
+    Yields a report of all pools so far after each. Ray must be running.
 
     Raises `PoolError` where labels are missing or a shard does not come back, and `StorageError`.
     """
@@ -65,6 +67,7 @@ def bench_pool(settings: PoolSettings, folder: Location, report_progress: Report
     series: list[Series] = []
 
     try:
+        # One pool at a time: the memory and the files of one are freed before the next starts.
         for shards in settings.shards:
             place = folder.child(f"pool_{shards}")
             labels_before = len(series) * settings.labels
@@ -90,7 +93,10 @@ class PoolTrial:
         report_progress: ReportProgress,
         labels_before: int,
     ) -> None:
-        """Start the pool's shards. `labels_before` counts the labels of the pools before this one."""
+        """Start the pool's shards.
+
+        `labels_before` counts the labels of the pools before this one.
+        """
         self._settings = settings
         self._num_shards = num_shards
         self._place = place
@@ -110,7 +116,7 @@ class PoolTrial:
         self._keeper = PoolKeeper(self._shards, place)
 
     def run(self) -> Series:
-        """Fill the pool and measure it at every level, then run the simulated jobs."""
+        """Measure the pool at every level, then simulated jobs."""
         # Warm up with a few labels, then note the memory of the empty pool.
         self._announce("warming up")
         self._empty_pool()
@@ -119,6 +125,7 @@ class PoolTrial:
         self._generation = self._empty_pool()
         self._empty_store_bytes, self._empty_index_bytes = self._measure_bytes()
 
+        # The levels, each on top of the one before.
         levels = [self._measure_level(labels) for labels in list_levels(self._settings.labels)]
 
         # Jobs that read from memory, and one that reads from storage too, where storage has labels of its own.
@@ -140,9 +147,11 @@ class PoolTrial:
 
     def _measure_level(self, labels: int) -> Level:
         """Fill the pool up to `labels` and measure everything."""
+        # Offers, and the memory that they take.
         offers_per_s, offers_s = self._fill(labels)
         memory = self._measure_memory()
 
+        # Reads of labels in memory.
         self._announce("reading from memory")
         from_memory = self._crew.measure_reads(self._choose(self._list_numbers_in_memory(), MAX_READ_LABELS))
 
@@ -151,6 +160,7 @@ class PoolTrial:
         self._crew.offer(self._choose(range(labels), round(labels * REPLACED_SHARE)), self._step)
         small_save = self._save()
 
+        # Restoration by new shards, whose first reads are from storage.
         self._announce("restoring, reading from storage")
         restore, from_storage = self._measure_restore()
 
@@ -167,7 +177,10 @@ class PoolTrial:
         )
 
     def _fill(self, labels: int) -> tuple[float, list[float]]:
-        """Fill the pool up to `labels` in rounds; return the offers per second and the seconds of single offers."""
+        """Fill the pool up to `labels` in rounds.
+
+        Returns the offers per second and the seconds of single offers.
+        """
         start = self._labels
         wall_s = 0.0
         times_s: list[float] = []
@@ -189,6 +202,7 @@ class PoolTrial:
 
     def _save(self) -> Save:
         """End the step with a snapshot, and delete the snapshots before."""
+        # Time both parts: the first delays the step, the second does not.
         self._step += 1
         start_s = time.perf_counter()
         parts = self._keeper.freeze()
@@ -208,7 +222,7 @@ class PoolTrial:
         return Save(frozen_s - start_s, finished_s - frozen_s, written_bytes)
 
     def _measure_restore(self) -> tuple[Restore, Reads]:
-        """Restore the last snapshot into a second set of shards, and read from it.
+        """Restore the last snapshot into a second set of shards.
 
         All labels are read for the first time, so they come from storage.
         """
@@ -245,6 +259,7 @@ class PoolTrial:
         self._crew.join(self._shards, self._generation, self._settings.workers)
         steps = max(1, round(self._settings.job_s / STEP_S))
 
+        # The shards' processor time within the job.
         cpu_before_s = measure_cpu_s(self._shards)
         ticks = self._crew.work(numbers, self._step, steps, is_lockstep)
         self._step += steps
@@ -262,7 +277,10 @@ class PoolTrial:
         return generation
 
     def _measure_memory(self) -> Memory:
-        """Return the memory per label, by the pool's counters and by the growth since the pool was empty."""
+        """Return the memory per label.
+
+        The object store and the shards' processes are compared with those of the empty pool.
+        """
         store_bytes, index_bytes = self._measure_bytes()
         return Memory(
             counted_bytes_per_label=self._count_resident_bytes() / self._labels,
@@ -271,22 +289,25 @@ class PoolTrial:
         )
 
     def _measure_bytes(self) -> tuple[float, float]:
-        """Return the bytes in the object store and in the shards' private memory."""
+        """Return the bytes in object stores and in shards."""
         return measure_object_store_bytes(), measure_private_bytes(self._shards)
 
     def _count_resident_bytes(self) -> float:
-        """Return the bytes of the labels in memory, by the pool's counters."""
+        """Return the bytes in memory by the pool's counters."""
         return collect_counters(self._shards)["memory_mib"] * MIB
 
     def _list_numbers_in_memory(self) -> range:
-        """Return images whose labels are in memory: all images, or the newer half of those in memory."""
+        """Return images whose labels are in memory.
+
+        These are all images, or the newer half of those in memory.
+        """
         num_in_memory = round(self._count_resident_bytes() / self._label_bytes)
         if num_in_memory >= self._labels:
             return range(self._labels)
         return range(self._labels - num_in_memory // 2, self._labels)
 
     def _choose(self, numbers: Sequence[int], most: int) -> list[int]:
-        """Return up to `most` of the numbers in random order, at least one."""
+        """Return up to `most` random numbers, at least one."""
         return self._rng.permutation(numbers)[: max(1, most)].tolist()
 
     def _announce(self, activity: str) -> None:
