@@ -398,7 +398,14 @@ def measure_stream(
     if mistakes:
         raise UserError("\n".join(mistakes))
 
-    from corun_ray.bench.stream import StreamSettings, bench_stream, build_job, format_json, format_report, render_photographs
+    from corun_ray.bench.stream import (
+        StreamSettings,
+        bench_stream,
+        build_job,
+        format_json,
+        format_report,
+        render_photographs,
+    )
     from corun_ray.service.data.sample_maker import TooManyBadFiles
     from corun_ray.service.errors import JobFailed
     from corun_ray.service.telemetry.console import Console
