@@ -121,6 +121,7 @@ def telling_mistakes() -> Iterator[None]:
 
 @bench.command("step", epilog=EXAMPLES)
 def measure_step(
+    # The step.
     method: Annotated[Method, typer.Option("--method", help="kind of training")] = "colabator",
     size_px: Annotated[int, typer.Option("--size", metavar="PX", parser=multiple_of(32), help="side of images")] = 288,
     batch: Batch = 1,
@@ -132,6 +133,7 @@ def measure_step(
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE", help="also write a profiler's trace of one step")
     ] = None,
+    # The network and how it is run.
     stages: Stages = 4,
     width: Width = 30,
     precision: Annotated[Precision, typer.Option("--precision", help="of the network's arithmetic")] = "fp32",
@@ -172,6 +174,7 @@ def measure_step(
 
 @bench.command("dehaze", epilog=EXAMPLES)
 def measure_dehazing(
+    # The photographs.
     sizes: Annotated[
         list[ImageSize] | None,
         typer.Option(
@@ -190,6 +193,7 @@ def measure_dehazing(
             help="for an image at work, else bands or tiles (default: whole)",
         ),
     ] = None,
+    # The network and how it is run.
     stages: Stages = 4,
     width: Width = 30,
     precision: Annotated[Precision, typer.Option("--precision", help="of the network's arithmetic")] = "fp32",
@@ -230,6 +234,7 @@ def measure_dehazing(
 
 @bench.command("scaling", epilog=EXAMPLES)
 def work_out_scaling(
+    # The step on one GPU.
     step_s: Annotated[
         float | None,
         typer.Option("--step-s", metavar="S", parser=parse_positive, help="on one GPU, candidates lose (default 0.3)"),
@@ -249,6 +254,7 @@ def work_out_scaling(
     ] = None,
     method: Annotated[Method, typer.Option("--method", help="kind of training")] = "colabator",
     batch: Batch = 1,
+    # The GPUs and what joins them.
     gpus: Annotated[
         list[int], typer.Option("--gpus", metavar="N ...", parser=at_least(1), help="numbers of GPUs to compare")
     ] = DEFAULT_GPUS,
@@ -280,16 +286,19 @@ def work_out_scaling(
             "--node-latency-us", metavar="US", parser=parse_positive, help="a message within a node, as NCCL counts"
         ),
     ] = 4,
+    # The network and its labels.
     stages: Stages = 4,
     width: Width = 30,
     size_px: Annotated[int, typer.Option("--size", metavar="PX", parser=multiple_of(32), help="side of labels")] = 288,
     encoding: Annotated[Encoding, typer.Option("--encoding", help="pool.encoding")] = "uint8",
+    # The pool and the stream.
     shards: Annotated[int, typer.Option("--shards", metavar="S", parser=at_least(1), help="pool.shards")] = 1,
     win_rate: WinRate = 0.1,
     share_blocks: Annotated[bool, typer.Option("--share-blocks", help="as with coherence.share_blocks")] = False,
     samples_per_s: Annotated[
         float, typer.Option("--samples-per-s", metavar="R", parser=parse_positive, help="a core's, of bench stream")
     ] = 36,
+    # The check on this machine.
     no_check: Annotated[bool, typer.Option("--no-check", help="measure nothing")] = False,
     processes: Annotated[
         list[int], typer.Option("--processes", metavar="N ...", parser=at_least(2), help="of the check")
@@ -351,6 +360,7 @@ def work_out_scaling(
 
 @bench.command("stream", epilog=STREAM_EXAMPLES)
 def measure_stream(
+    # The images.
     data: Annotated[
         str | None,
         typer.Option("--data", metavar="CLEAR", help="folder, pack or URI of clear images (default: rendered ones)"),
@@ -366,6 +376,7 @@ def measure_stream(
         str | None,
         typer.Option("--hazy", metavar="HAZY", help="folder, pack or URI of real hazy images, for Colabator's samples"),
     ] = None,
+    # The measurement.
     patch_px: Annotated[
         int, typer.Option("--patch", metavar="PX", parser=multiple_of(16), help="side of a patch in pixels")
     ] = 288,
@@ -457,6 +468,7 @@ def _describe_rendered(folder: Path, patch_px: int) -> "dict[str, TrainingJob]":
 
 @bench.command("pool", epilog=POOL_EXAMPLES)
 def measure_pool(
+    # The pools.
     labels: Annotated[
         int, typer.Option("--labels", metavar="N", parser=at_least(MIN_LABELS), help="labels in a pool")
     ] = 5000,
@@ -470,6 +482,7 @@ def measure_pool(
         ),
     ] = DEFAULT_SHARDS,
     encoding: Annotated[Encoding, typer.Option("--encoding", help="of the labels")] = "uint8",
+    # What holds and uses them.
     storage: Annotated[
         str | None,
         typer.Option(

@@ -47,6 +47,7 @@ def dehaze(
     images: Annotated[str, typer.Argument(metavar="INPUT", help="folder or URI of images")],
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="folder or URI to write to")],
     model: Annotated[str, typer.Option("--model", metavar="SOURCE", help=SOURCE_HELP)],
+    # What is written, and how.
     resume: Annotated[bool, typer.Option("--resume", help="skip images that are in OUTPUT already")] = False,
     file_format: Annotated[
         Literal["keep", "png", "jpg", "tif", "webp"],
@@ -99,6 +100,7 @@ def dehaze(
 @app.command(epilog=EVALUATE_EXAMPLES)
 def evaluate(
     images: Annotated[str, typer.Argument(metavar="INPUT", help="folder or URI of hazy images")],
+    # What is measured.
     truth: Annotated[
         str | None,
         typer.Option("--truth", metavar="DIR", help="folder or URI of their clear truth, paired by stem"),
@@ -119,6 +121,7 @@ def evaluate(
         str | None,
         typer.Option("--baselines", metavar="a,b", help="hazy and dark_channel (default: both); '' for none"),
     ] = None,
+    # What it is compared with, and where the results go.
     against: Annotated[
         str | None,
         typer.Option("--against", metavar="NAME", help="what the others are compared with (default: first model)"),
@@ -208,6 +211,7 @@ def parse_replicas(text: str) -> int | tuple[int, ...]:
 def serve(
     model: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="of the application")] = "dehazing",
+    # Where it listens.
     host: Annotated[
         str | None,
         typer.Option("--host", metavar="ADDRESS", help="where to listen (default 127.0.0.1: this machine alone)"),
@@ -216,6 +220,7 @@ def serve(
     path: Annotated[
         str | None, typer.Option("--path", metavar="PATH", help="path below which it answers (default /)")
     ] = None,
+    # What the model runs on.
     replicas: Annotated[
         Any,
         typer.Option(
@@ -233,6 +238,7 @@ def serve(
         float | None,
         typer.Option("--cpus-per-replica", metavar="N", help="CPUs of a copy, and its threads (default 1)"),
     ] = None,
+    # How requests are put together, and what is refused.
     max_batch: Annotated[
         int | None,
         typer.Option("--max-batch", metavar="N", help="images of equal size that are restored together (default 4)"),

@@ -54,6 +54,7 @@ def submit(
     job: JobFile,
     overrides: Overrides,
     resume: Annotated[bool, typer.Option("--resume", help="as for run")] = False,
+    # What the cluster is told beside the file.
     name: Annotated[
         str | None,
         typer.Option(
@@ -68,6 +69,7 @@ def submit(
             help="also pass this variable; the cluster's dashboard shows it to those with the token; may be repeated",
         ),
     ] = None,
+    # How this command ends.
     no_wait: Annotated[bool, typer.Option("--no-wait", help="return once it is submitted")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be sent, ask no cluster")] = False,
     address: Address = None,
@@ -135,6 +137,7 @@ def show_status(name: Name, address: Address = None) -> int:
     """Show a job's state and the last lines of its log."""
     from corun_ray.service.telemetry.tables import format_table
 
+    # Raises an error of the user where no job has the name.
     cluster = _connect(address)
     job = cluster.find(name)
     started, took = _format_times(job)
