@@ -1,6 +1,4 @@
-"""The embedded demo dataset as files: clear images with depth, and hazy photographs with their truth.
-
-The kinds of scene, and how one becomes a picture with depth."""
+"""The demo dataset as files: clear images with depth, and hazy photographs with their truth."""
 
 import json
 from collections.abc import Callable
@@ -13,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corun_ray.demo.film import (
+    choose_exposure,
+    compress_jpeg,
     develop,
-    exposure,
-    jpeg_round_trip,
-    nearest_z,
+    reduce_nearest_z,
+    shrink_to_picture,
     take_photograph,
-    to_picture,
 )
 from corun_ray.demo.haze import Fog
 from corun_ray.demo.landscapes import alpine, canyon, lake
@@ -29,17 +27,28 @@ from corun_ray.demo.roads import road
 from corun_ray.demo.scene import Scene
 from corun_ray.demo.towns import skyline, street
 
+MANIFEST = "demo.json"
+_FORMAT = 1
+_CLEAR_JPEG_QUALITY = 95
+_HAZY_JPEG_QUALITIES = (80, 95)
+_FOLDERS = ("clear", "depth", "hazy", "hazy_truth")
+# The two sets differ in their random numbers and in part of their palettes.
+_PALETTES = {"clear": PALETTES[:6], "hazy": PALETTES[1:]}
+
 Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is drawn, and from where: height of the eye, row of the horizon, focal length in widths."""
+    """A kind of scene: how it is drawn, and the ranges of its viewpoint."""
 
     draw: Callable[[Scene], None]
     eye_m: Range
+    """Height of the eye."""
     horizon: Range
+    """Row of the horizon, as a share of the height."""
     zoom: Range
+    """Focal length in widths."""
 
 
 KINDS = {
@@ -52,31 +61,10 @@ KINDS = {
 }
 
 
-def draw_scene(
-    kind: Kind,
-    palette: Palette,
-    size_px: tuple[int, int],
-    noise: Noise,
-    herbarium: Herbarium,
-    rng: np.random.Generator,
-) -> Scene:
-    """Draws a scene of the kind for a picture of `size_px` (width, height), at `OVERSAMPLING` times that."""
-    eye_m, horizon, zoom = (float(rng.uniform(*span)) for span in (kind.eye_m, kind.horizon, kind.zoom))
-    scene = Scene.begin(size_px, palette, noise, herbarium, rng, eye_m, horizon, zoom)
-    kind.draw(scene)
-    return scene
-
-
-MANIFEST = "demo.json"
-_FORMAT = 1
-_CLEAR_QUALITY = 95
-_FOLDERS = ("clear", "depth", "hazy", "hazy_truth")
-# The two sets differ in their random numbers and in part of their palettes.
-_PALETTES = {"clear": PALETTES[:6], "hazy": PALETTES[1:]}
-
-
 @dataclass(frozen=True)
 class DemoSize:
+    """Number and size of the demo's images."""
+
     clear_images: int = 80
     hazy_images: int = 24
     width_px: int = 320
@@ -92,71 +80,114 @@ def write_demo(
     size: DemoSize = _DEFAULT_SIZE,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes the demo dataset into the folder `root`, or what is still missing of it.
+    """Write the demo dataset, or its missing images, into `root`.
 
     - `clear/NAME.jpg`, `depth/NAME.png`: haze-free pictures, and their 16-bit inverse depth
       `65535 * near_m / z`: near is large, 65535 is the nearest point, 0 the sky. `z` is the distance along
       the optical axis, in metres, of the very geometry that was drawn; `near_m` stands in `demo.json`.
     - `hazy/NAME.png`, `hazy_truth/NAME.png`: other scenes, hazed by another law than the training synthesis
-      and taken with a noisy camera; and the same without any of that, to measure against.
+      and taken with a noisy camera; and the same scenes without haze and noise, to measure against.
     - `demo.json`: seed, size, and kind, palette and haze of every image.
 
     The same seed and size give the same bytes. `progress(done, total)` is called for every image.
-    Raises FileExistsError if `root` holds anything else, or a demo of another seed or size.
+
+    Raises `FileExistsError` if `root` holds anything else, or a demo of another seed or size.
     """
-    manifest = _manifest(root, seed, size)
+    manifest = _load_manifest(root, seed, size)
     tasks = [("clear", i) for i in range(size.clear_images)] + [("hazy", i) for i in range(size.hazy_images)]
-    missing = [(group, i) for group, i in tasks if _name(group, i) not in manifest["images"]]
+    missing = [(group, i) for group, i in tasks if _make_name(group, i) not in manifest["images"]]
     if not missing:
         return
+
+    # All scenes share the noise and the trees, which depend on the seed alone.
     rng = np.random.default_rng([seed, len(_PALETTES)])
     noise, herbarium = Noise(rng), Herbarium(rng)
+
+    # The manifest comes first, so that a run stopped at any time is known as a demo.
     root.mkdir(parents=True, exist_ok=True)
-    _write_manifest(root, manifest)  # first, so that a run stopped at any time is known as a demo
+    _write_manifest(root, manifest)
     for folder in _FOLDERS:
         (root / folder).mkdir(exist_ok=True)
+
+    # An image enters the manifest once its files are written.
     for done, (group, index) in enumerate(missing, start=len(tasks) - len(missing) + 1):
-        scene, about = _draw(group, index, seed, size, noise, herbarium)
+        name = _make_name(group, index)
+        scene, description = _draw(group, index, seed, size, noise, herbarium)
         write = _write_clear if group == "clear" else _write_hazy
-        manifest["images"][_name(group, index)] = about | write(root, _name(group, index), scene)
+        manifest["images"][name] = description | write(root, name, scene)
         _write_manifest(root, manifest)
         if progress:
             progress(done, len(tasks))
 
 
-def _manifest(root: Path, seed: int, size: DemoSize) -> dict[str, Any]:
-    """What `root` already holds of this very demo; refuses a folder that is something else."""
-    wanted = {"format": _FORMAT, "seed": seed, "size": asdict(size)}
+def draw_scene(
+    kind: Kind,
+    palette: Palette,
+    size_px: tuple[int, int],
+    noise: Noise,
+    herbarium: Herbarium,
+    rng: np.random.Generator,
+) -> Scene:
+    """Draw a scene of one kind.
+
+    `size_px` is the final (width, height); the scene is `OVERSAMPLING` times as large.
+    """
+    eye_m, horizon, zoom = (float(rng.uniform(*span)) for span in (kind.eye_m, kind.horizon, kind.zoom))
+    scene = Scene.begin(size_px, palette, noise, herbarium, rng, eye_m, horizon, zoom)
+    kind.draw(scene)
+    return scene
+
+
+# --- Manifest ---
+
+
+def _load_manifest(root: Path, seed: int, size: DemoSize) -> dict[str, Any]:
+    """Load the manifest in `root`, or begin one.
+
+    Raises `FileExistsError` if `root` holds anything else, or a demo of another seed or size.
+    """
+    expected = {"format": _FORMAT, "seed": seed, "size": asdict(size)}
     if not root.exists() or not any(root.iterdir()):
-        return {**wanted, "images": {}}
+        return {**expected, "images": {}}
+
     if not (root / MANIFEST).is_file():
         raise FileExistsError(f"{root}: not empty and no demo dataset (no {MANIFEST}); give a new or empty folder")
     found = json.loads((root / MANIFEST).read_text())
-    if {key: found.get(key) for key in wanted} != wanted:
+    if {key: found.get(key) for key in expected} != expected:
         has = f"seed {found.get('seed')}, size {found.get('size')}"
         raise FileExistsError(f"{root}: holds another demo dataset ({has}); give a new or empty folder")
     return found
 
 
 def _write_manifest(root: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest whole or not at all."""
     _write(root / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
-def _choice(group: str, index: int) -> tuple[str, int]:
-    """Kind of scene and number of the palette: all kinds in turn, and with time each in every palette."""
+# --- Images ---
+
+
+def _choose(group: str, index: int) -> tuple[str, int]:
+    """Choose an image's kind of scene and palette number.
+
+    All kinds take turns; over time each kind comes in every palette.
+    """
     round_, kind = divmod(index, len(KINDS))
     return list(KINDS)[kind], (kind + round_) % len(_PALETTES[group])
 
 
-def _name(group: str, index: int) -> str:
-    kind, palette = _choice(group, index)
+def _make_name(group: str, index: int) -> str:
+    """Make the file name, without suffix, of an image."""
+    kind, palette = _choose(group, index)
     return f"{group}_{index:03d}_{kind}_{_PALETTES[group][palette].name}"
 
 
 def _draw(
     group: str, index: int, seed: int, size: DemoSize, noise: Noise, herbarium: Herbarium
 ) -> tuple[Scene, dict[str, Any]]:
-    kind, palette = _choice(group, index)
+    """Draw an image's scene; return it with its description for the manifest."""
+    kind, palette = _choose(group, index)
+    # Each image has random numbers of its own, so any subset can be drawn later.
     rng = np.random.default_rng([seed, list(_PALETTES).index(group), index])
     size_px = size.width_px, size.height_px
     scene = draw_scene(KINDS[kind], _PALETTES[group][palette], size_px, noise, herbarium, rng)
@@ -164,39 +195,48 @@ def _draw(
 
 
 def _write_clear(root: Path, name: str, scene: Scene) -> dict[str, Any]:
+    """Write a clear picture and its depth; return facts for the manifest."""
     color = scene.canvas.color
-    picture = _to_uint8(develop(to_picture(color) * exposure(color)))
-    z = nearest_z(scene.canvas.z)
+    picture = _to_uint8(develop(shrink_to_picture(color) * choose_exposure(color)))
+
+    # The sky has z = inf, and so an inverse depth of 0.
+    z = reduce_nearest_z(scene.canvas.z)
     inverse = np.round(65535 * (z.min() / z)).astype(np.uint16)
+
     _write_image(root / "depth" / f"{name}.png", inverse)
-    _write_image(root / "clear" / f"{name}.jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, _CLEAR_QUALITY])
+    _write_image(root / "clear" / f"{name}.jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, _CLEAR_JPEG_QUALITY])
     return {"near_m": float(z.min())}
 
 
 def _write_hazy(root: Path, name: str, scene: Scene) -> dict[str, Any]:
-    gain = exposure(scene.canvas.color)
-    truth = _to_uint8(develop(to_picture(scene.canvas.color) * gain))
+    """Write a hazy photograph and its truth; return facts for the manifest."""
+    gain = choose_exposure(scene.canvas.color)
+    truth = _to_uint8(develop(shrink_to_picture(scene.canvas.color) * gain))
+
+    # The same scene with the same exposure: through fog, by a cheap camera, compressed.
     fog = Fog.draw(scene)
-    hazy = _to_uint8(develop(take_photograph(to_picture(fog.over(scene)) * gain, scene.rng)))
-    hazy = jpeg_round_trip(hazy, quality=int(scene.rng.integers(80, 95)))
+    hazy = _to_uint8(develop(take_photograph(shrink_to_picture(fog.cover(scene)) * gain, scene.rng)))
+    hazy = compress_jpeg(hazy, quality=int(scene.rng.integers(*_HAZY_JPEG_QUALITIES)))
+
     _write_image(root / "hazy_truth" / f"{name}.png", truth)
     _write_image(root / "hazy" / f"{name}.png", hazy)
     return {"fog": asdict(fog)}
 
 
 def _to_uint8(picture: Array) -> NDArray[np.uint8]:
+    """Round a picture in [0, 1] to 0…255."""
     return np.round(picture * 255).astype(np.uint8)
 
 
 def _write_image(path: Path, image: NDArray[Any], options: list[int] | None = None) -> None:
-    """Grey `H W` or RGB `H W 3`."""
+    """Write grey `H W` or RGB `H W 3`."""
     stored = image if image.ndim == 2 else np.ascontiguousarray(image[..., ::-1])
     _, data = cv2.imencode(path.suffix, stored, options or [])
     _write(path, data.tobytes())
 
 
 def _write(path: Path, data: bytes) -> None:
-    """In one go: an interrupted run leaves no half-written file behind."""
+    """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     partial.replace(path)

@@ -5,7 +5,7 @@ import pytest
 
 from corun_ray.demo.canvas import Canvas, Paint, Viewpoint
 from corun_ray.demo.dataset import KINDS, draw_scene
-from corun_ray.demo.film import nearest_z
+from corun_ray.demo.film import reduce_nearest_z
 from corun_ray.demo.haze import Fog
 from corun_ray.demo.light import PALETTES, Light
 from corun_ray.demo.noise import Array, Noise
@@ -108,16 +108,16 @@ def test_every_kind_fills_the_picture(kind: str, noise: Noise, herbarium: Herbar
         assert color[np.isfinite(z)].std() > 0.02
 
 
-def test_nearest_z_keeps_thin_near_things() -> None:
+def test_reduce_nearest_z_keeps_thin_near_things() -> None:
     z = np.full((4, 4), np.inf, np.float32)
     z[1, 2] = 7
-    assert (nearest_z(z) == np.array([[np.inf, 7], [np.inf, np.inf]], np.float32)).all()
+    assert (reduce_nearest_z(z) == np.array([[np.inf, 7], [np.inf, np.inf]], np.float32)).all()
 
 
 def test_fog_thickens_with_distance_and_thins_with_height(noise: Noise, herbarium: Herbarium) -> None:
     scene = _draw("alpine", noise, herbarium)
     fog = Fog(1 / 500, scale_height_m=80, patchiness=0.0, sun_tint=0.2, brightness=0.8, hue="#e2e5e8")
-    transmission = fog.transmission(scene)
+    transmission = fog.compute_transmission(scene)
     assert transmission.min() > 0 and transmission.max() <= 1
     z = scene.canvas.z
     below = np.broadcast_to(scene.camera.slope_y < 0, z.shape)
