@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from corun_ray.demo.canvas import cross
-from corun_ray.demo.light import mix, rgb, toned
+from corun_ray.demo.canvas import compute_cross_product
+from corun_ray.demo.light import adjust_tone, mix, rgb
 from corun_ray.demo.noise import Array
 from corun_ray.demo.scene import Scene
 
@@ -18,23 +18,23 @@ PLASTER = ("#d8cbb4", "#c9a27c", "#b7685a", "#d9d4cc", "#8d9aa0", "#a8604a", "#e
 CARS = ("#b3201f", "#1f4f99", "#e6e6e2", "#20242a", "#c79a1c", "#5c6c70", "#2f6b46")
 
 
-def plain(scene: Scene, color: str, stripe_m: float = 0.0) -> Material:
+def make_paint(scene: Scene, color: str, stripe_m: float = 0.0) -> Material:
     """Weathered paint, with courses (bricks, planks, tiles) `stripe_m` apart if that is not 0."""
-    field, albedo = scene.field(6, "grain"), rgb(color)
+    field, albedo = scene.draw_field(6, "grain"), rgb(color)
 
     def material(u: Array, v: Array, z: Array) -> tuple[Array, float]:
         tone = 1 + 0.13 * field(u, v)
         if stripe_m:
             fine = np.clip(stripe_m * scene.camera.focal_px / z - 1.5, 0, 1)
             tone *= 1 - 0.3 * fine * (np.mod(v, stripe_m) < 0.25 * stripe_m)
-        return toned(albedo, tone), 0.0
+        return adjust_tone(albedo, tone), 0.0
 
     return material
 
 
-def facade(scene: Scene, color: str, bay_m: float, floor_m: float, glass: float) -> Material:
+def make_facade(scene: Scene, color: str, bay_m: float, floor_m: float, glass: float) -> Material:
     """A wall of windows, `glass` their share of each bay; some are lit when the palette has lamps."""
-    base, seed = plain(scene, color), scene.uniform(0, 50)
+    base, seed = make_paint(scene, color), scene.uniform(0, 50)
     sky = rgb(scene.palette.horizon)
 
     def material(u: Array, v: Array, z: Array) -> tuple[Array, Array]:
@@ -46,24 +46,24 @@ def facade(scene: Scene, color: str, bay_m: float, floor_m: float, glass: float)
         pane = inside * far + glass * 0.6 * (1 - far)
         chance = np.sin(column * 12.99 + row * 78.23 + seed) * 437.58
         chance = chance - np.floor(chance)
-        shine = mix(toned(sky, 0.05 + 0.4 * chance**2), rgb("#ffcf7a"), chance > 1 - scene.light.lamps)
+        shine = mix(adjust_tone(sky, 0.05 + 0.4 * chance**2), rgb("#ffcf7a"), chance > 1 - scene.light.lamps)
         ledge = 1 - 0.25 * far * (np.mod(v, floor_m) < 0.12 * floor_m)
-        return toned(wall, ledge * (1 - pane)) + np.float32(0.02), toned(shine, pane)
+        return adjust_tone(wall, ledge * (1 - pane)) + np.float32(0.02), adjust_tone(shine, pane)
 
     return material
 
 
-def face(scene: Scene, vertices: Array, material: Material, shadow: Shadow | None = None) -> None:
+def draw_face(scene: Scene, vertices: Array, material: Material, shadow: Shadow | None = None) -> None:
     """Draws one flat face if it looks towards the camera; its first edge is its foot."""
     vertices = np.asarray(vertices, np.float32)
     edge, rise = vertices[1] - vertices[0], vertices[-1] - vertices[0]
-    normal = cross(rise, edge)
+    normal = compute_cross_product(rise, edge)
     normal /= np.linalg.norm(normal)
     eye = np.array([0, scene.camera.height_m, 0])
     if normal @ (eye - vertices[0]) <= 0:
         return
     edge = edge / np.linalg.norm(edge)
-    across = cross(edge, normal)
+    across = compute_cross_product(edge, normal)
     cosine = float(normal @ scene.light.toward_sun)
 
     def paint(u: Array, v: Array, z: Array) -> Array:
@@ -76,10 +76,10 @@ def face(scene: Scene, vertices: Array, material: Material, shadow: Shadow | Non
         openness = 0.55 + 0.25 * normal[1] + 0.3 * np.clip(height / 25, 0, 1)
         return scene.light.shade(albedo, sunlit, openness) + emitted
 
-    scene.canvas.polygon(vertices, paint)
+    scene.canvas.draw_polygon(vertices, paint)
 
 
-def block(
+def draw_block(
     scene: Scene, centre: Array, size: tuple[float, float, float], turn: float, wall: Material, top: Material,
     shadow: Shadow | None = None,
 ) -> Array:  # fmt: skip
@@ -91,15 +91,17 @@ def block(
     foot = centre + np.insert(plan, 1, 0, axis=1)
     roof = foot + [0, height, 0]
     for a, b in ((0, 1), (1, 2), (2, 3), (3, 0)):
-        face(scene, np.stack([foot[a], foot[b], roof[b], roof[a]]), wall, shadow)
-    face(scene, roof, top, shadow)
+        draw_face(scene, np.stack([foot[a], foot[b], roof[b], roof[a]]), wall, shadow)
+    draw_face(scene, roof, top, shadow)
     return np.concatenate([foot, roof])
 
 
-def car(scene: Scene, centre: Array, shadow: Shadow | None = None) -> None:
+def draw_car(scene: Scene, centre: Array, shadow: Shadow | None = None) -> None:
     """A car that looks along the street, its wheels on `centre`."""
-    body = plain(scene, str(scene.rng.choice(CARS)))
-    dark = plain(scene, "#15171a")
-    block(scene, centre, (1.6, 0.4, 3.4), 0, dark, dark, shadow)
-    block(scene, centre + [0, 0.3, 0], (1.8, 0.6, 4.3), 0, body, body, shadow)
-    block(scene, centre + [0, 0.9, 0], (1.5, 0.5, 2.2), 0, facade(scene, "#15171a", 1.1, 0.5, 0.8), body, shadow)
+    body = make_paint(scene, str(scene.rng.choice(CARS)))
+    dark = make_paint(scene, "#15171a")
+    draw_block(scene, centre, (1.6, 0.4, 3.4), 0, dark, dark, shadow)
+    draw_block(scene, centre + [0, 0.3, 0], (1.8, 0.6, 4.3), 0, body, body, shadow)
+    draw_block(
+        scene, centre + [0, 0.9, 0], (1.5, 0.5, 2.2), 0, make_facade(scene, "#15171a", 1.1, 0.5, 0.8), body, shadow
+    )

@@ -66,24 +66,24 @@ class Canvas:
         self.color = sky
         self.z = np.full(sky.shape[:2], np.inf, np.float32)
 
-    def polygon(self, vertices: Array, paint: Paint) -> None:
+    def draw_polygon(self, vertices: Array, paint: Paint) -> None:
         """Draws a convex planar polygon (`N 3` world points), painted by its own plane coordinates."""
         camera, vertices = self.camera, np.asarray(vertices, np.float32)
-        edge = _unit(vertices[1] - vertices[0])
-        normal = _unit(cross(edge, vertices[-1] - vertices[0]))
+        edge = _normalise(vertices[1] - vertices[0])
+        normal = _normalise(compute_cross_product(edge, vertices[-1] - vertices[0]))
         offset = normal @ (vertices[0] - np.array([0, camera.height_m, 0], np.float32))
         clipped = vertices if vertices[:, 2].min() >= NEAR_CLIP_M else _clip_near(vertices)
         if len(clipped) < 3 or abs(offset) < 1e-6:
             return
         pixels = camera.project(clipped)
-        box = self._box(pixels.min(0), pixels.max(0))
+        box = self._clip_box(pixels.min(0), pixels.max(0))
         if box is None or not (self.z[box] > clipped[:, 2].min()).any():
             return
         facing = normal[0] * camera.slope_x[:, box[1]] + normal[1] * camera.slope_y[box[0]] + normal[2]
         with np.errstate(divide="ignore"):
             z = np.clip(offset / facing, clipped[:, 2].min(), clipped[:, 2].max())
-        mask = _filled(pixels, *box) & (z < self.z[box])
-        part = _bounds(mask)
+        mask = _fill_polygon(pixels, *box) & (z < self.z[box])
+        part = _find_bounds(mask)
         if part is None:
             return
         z, mask = z[part], mask[part]
@@ -91,27 +91,27 @@ class Canvas:
         columns = slice(box[1].start + part[1].start, box[1].start + part[1].stop)
         x = camera.slope_x[:, columns] * z - vertices[0][0]
         y = camera.slope_y[rows] * z + np.float32(camera.height_m) - vertices[0][1]
-        across = cross(normal, edge)
+        across = compute_cross_product(normal, edge)
         u, v = (axis[0] * x + axis[1] * y + axis[2] * (z - vertices[0][2]) for axis in (edge, across))
         self.put(rows, columns, mask, z, paint(u, v, z))
 
-    def sprite(self, foot: Array, size_px: tuple[int, int], paint: Cutout) -> None:
+    def draw_sprite(self, foot: Array, size_px: tuple[int, int], paint: Cutout) -> None:
         """Stands a flat cut-out (width, height) on the world point `foot`, unless it is hidden or outside."""
         column, row = self.camera.project(foot[None])[0]
         left, top = round(column - size_px[0] / 2), round(row - size_px[1])
         corner = np.array([left, top])
-        box = self._box(corner, corner + size_px - 1)
+        box = self._clip_box(corner, corner + size_px - 1)
         if box is None or not (self.z[box][::2, ::2] > foot[2]).any():
             return
         rows, columns = box
         color, alpha = paint(np.s_[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left])
         self.put(rows, columns, alpha > 0.5, np.full(alpha.shape, foot[2], np.float32), color)
 
-    def line(self, points: Array, width_px: int, color: Array) -> None:
+    def draw_line(self, points: Array, width_px: int, color: Array) -> None:
         """Draws a polyline through world points `N 3`, each piece at its own distance."""
         pixels = self.camera.project(points)
         for start, end, z in zip(pixels[:-1], pixels[1:], (points[1:, 2] + points[:-1, 2]) / 2, strict=True):
-            box = self._box(np.minimum(start, end) - width_px, np.maximum(start, end) + width_px)
+            box = self._clip_box(np.minimum(start, end) - width_px, np.maximum(start, end) + width_px)
             if box is None:
                 continue
             rows, columns = box
@@ -127,11 +127,11 @@ class Canvas:
         for outline in outlines:
             below_m = self.camera.height_m - float(outline[0, 1])
             pixels = self.camera.project(outline)
-            box = self._box(pixels.min(0), pixels.max(0)) if outline[:, 2].min() > NEAR_CLIP_M else None
+            box = self._clip_box(pixels.min(0), pixels.max(0)) if outline[:, 2].min() > NEAR_CLIP_M else None
             if box is not None and below_m > 0:
                 plane_z = below_m / np.maximum(-self.camera.slope_y[box[0]], 1e-4)
-                shaded[box] |= _filled(pixels, *box) & (np.abs(self.z[box] - plane_z) < 0.12 * plane_z)
-        part = _bounds(shaded)
+                shaded[box] |= _fill_polygon(pixels, *box) & (np.abs(self.z[box] - plane_z) < 0.12 * plane_z)
+        part = _find_bounds(shaded)
         if part is not None:
             self.color[part][shaded[part]] *= np.float32(factor)
 
@@ -141,7 +141,7 @@ class Canvas:
         self.z[rows, columns][mask] = z[mask]
         self.color[rows, columns][mask] = np.broadcast_to(color, (*mask.shape, 3))[mask]
 
-    def _box(self, low: Array, high: Array) -> tuple[slice, slice] | None:
+    def _clip_box(self, low: Array, high: Array) -> tuple[slice, slice] | None:
         """Rows and columns of the picture that the pixel box meets, None if it meets none."""
         left, top = (max(0, int(np.floor(c))) for c in low)
         right = min(self.camera.width_px, int(np.ceil(high[0])) + 1)
@@ -149,17 +149,17 @@ class Canvas:
         return (slice(top, bottom), slice(left, right)) if left < right and top < bottom else None
 
 
-def cross(a: Array, b: Array) -> Array:
+def compute_cross_product(a: Array, b: Array) -> Array:
     """Cross product of two vectors; NumPy's own is slow for single ones."""
     (ax, ay, az), (bx, by, bz) = a, b
     return np.array([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], np.float32)
 
 
-def _unit(vector: Array) -> Array:
+def _normalise(vector: Array) -> Array:
     return vector / np.linalg.norm(vector)
 
 
-def _filled(pixels: Array, rows: slice, columns: slice) -> NDArray[np.bool_]:
+def _fill_polygon(pixels: Array, rows: slice, columns: slice) -> NDArray[np.bool_]:
     """The convex polygon's pixels within the box."""
     inside = np.zeros((rows.stop - rows.start, columns.stop - columns.start), np.uint8)
     corners = (pixels - [columns.start + 0.5, rows.start + 0.5]) * 16
@@ -167,7 +167,7 @@ def _filled(pixels: Array, rows: slice, columns: slice) -> NDArray[np.bool_]:
     return inside.astype(bool)
 
 
-def _bounds(mask: NDArray[np.bool_]) -> tuple[slice, slice] | None:
+def _find_bounds(mask: NDArray[np.bool_]) -> tuple[slice, slice] | None:
     """The smallest rows and columns that hold all of the mask, None if it is empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if len(rows) else None

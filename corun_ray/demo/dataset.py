@@ -19,13 +19,13 @@ from corun_ray.demo.film import (
     take_photograph,
 )
 from corun_ray.demo.haze import Fog
-from corun_ray.demo.landscapes import alpine, canyon, lake
+from corun_ray.demo.landscapes import draw_alpine, draw_canyon, draw_lake
 from corun_ray.demo.light import PALETTES, Palette
 from corun_ray.demo.noise import Array, Noise
 from corun_ray.demo.plants import Herbarium
-from corun_ray.demo.roads import road
+from corun_ray.demo.roads import draw_road
 from corun_ray.demo.scene import Scene
-from corun_ray.demo.towns import skyline, street
+from corun_ray.demo.towns import draw_skyline, draw_street
 
 MANIFEST = "demo.json"
 _FORMAT = 1
@@ -52,12 +52,12 @@ class Kind:
 
 
 KINDS = {
-    "alpine": Kind(alpine, (8, 14), (0.55, 0.68), (0.9, 1.3)),
-    "street": Kind(street, (2.5, 9), (0.42, 0.58), (0.75, 1.1)),
-    "lake": Kind(lake, (6, 11), (0.52, 0.62), (0.85, 1.2)),
-    "skyline": Kind(skyline, (9, 18), (0.54, 0.66), (0.85, 1.2)),
-    "road": Kind(road, (3, 6), (0.5, 0.6), (0.8, 1.1)),
-    "canyon": Kind(canyon, (8, 20), (0.5, 0.65), (0.85, 1.2)),
+    "alpine": Kind(draw_alpine, (8, 14), (0.55, 0.68), (0.9, 1.3)),
+    "street": Kind(draw_street, (2.5, 9), (0.42, 0.58), (0.75, 1.1)),
+    "lake": Kind(draw_lake, (6, 11), (0.52, 0.62), (0.85, 1.2)),
+    "skyline": Kind(draw_skyline, (9, 18), (0.54, 0.66), (0.85, 1.2)),
+    "road": Kind(draw_road, (3, 6), (0.5, 0.6), (0.8, 1.1)),
+    "canyon": Kind(draw_canyon, (8, 20), (0.5, 0.65), (0.85, 1.2)),
 }
 
 

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from corun_ray.demo.light import toned
+from corun_ray.demo.light import adjust_tone
 from corun_ray.demo.noise import Array
 from corun_ray.demo.scene import OVERSAMPLING
 
@@ -46,7 +46,7 @@ def take_photograph(color: Array, rng: np.random.Generator) -> Array:
     height, width = color.shape[:2]
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     x = np.linspace(-1, 1, width, dtype=np.float32)[None]
-    lit = toned(color, 1 - np.float32(rng.uniform(0.05, 0.14)) * (x**2 + y**2))
+    lit = adjust_tone(color, 1 - np.float32(rng.uniform(0.05, 0.14)) * (x**2 + y**2))
 
     # The variance of shot noise grows with the light; read noise is constant.
     shot, read = rng.uniform(0.0002, 0.0009), rng.uniform(0.001, 0.004)

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from corun_ray.demo.film import choose_exposure
-from corun_ray.demo.light import mix, rgb, toned
+from corun_ray.demo.light import adjust_tone, mix, rgb
 from corun_ray.demo.noise import Array
 from corun_ray.demo.scene import Scene
 
@@ -74,7 +74,7 @@ class Fog:
         grey = rgb(self.hue) * 0.6 + rgb(scene.palette.horizon) * 0.4
         air = mix(grey, rgb(scene.palette.sun), self.sun_tint * (toward + 0.15))
         uneven = 1 + 0.07 * _draw_drift(scene, (3, 2)) + 0.25 * np.clip(camera.slope_y, -0.5, 0.5)
-        return toned(air, self.brightness * uneven * (1 + 0.25 * toward))
+        return adjust_tone(air, self.brightness * uneven * (1 + 0.25 * toward))
 
     def cover(self, scene: Scene) -> Array:
         """Show the scene through the fog, linear light `H W 3`."""

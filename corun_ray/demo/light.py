@@ -16,23 +16,23 @@ def rgb(code: str) -> Array:
 
 def mix(low: Array, high: Array, share: Array) -> Array:
     """Colour `low` where `share` (`H W`) is 0, `high` where it is 1; each one colour or a picture `H W 3`."""
-    wide_low, wide_high = (_wide(color, share.shape[1]) for color in (low, high))
-    mixed = triple(share) * (wide_high - wide_low)
+    wide_low, wide_high = (_widen(color, share.shape[1]) for color in (low, high))
+    mixed = stack_channels(share) * (wide_high - wide_low)
     mixed += wide_low
     return mixed
 
 
-def toned(color: Array, tone: Array) -> Array:
+def adjust_tone(color: Array, tone: Array) -> Array:
     """One colour or a picture `H W 3`, made lighter or darker by the factors `tone` (`H W`)."""
-    return triple(tone) * _wide(color, tone.shape[1])
+    return stack_channels(tone) * _widen(color, tone.shape[1])
 
 
-def _wide(color: Array, width_px: int) -> Array:
+def _widen(color: Array, width_px: int) -> Array:
     """One colour -> a row of it, with which NumPy is far faster; a picture as it is."""
     return color[None].repeat(width_px, axis=0) if color.ndim == 1 else color
 
 
-def triple(values: Array) -> Array:
+def stack_channels(values: Array) -> Array:
     """`H W` -> `H W 3`; NumPy multiplies two such pictures five times as fast as by broadcasting."""
     plane = np.ascontiguousarray(values, np.float32)
     return cv2.merge([plane, plane, plane])
@@ -95,7 +95,7 @@ class Light:
     lamps: float
 
     @classmethod
-    def of(cls, palette: Palette, rng: np.random.Generator) -> "Light":
+    def draw(cls, palette: Palette, rng: np.random.Generator) -> "Light":
         elevation = np.deg2rad(rng.uniform(*palette.elevation))
         azimuth = np.deg2rad(rng.uniform(35, 125) * rng.choice([-1, 1]))
         level = np.cos(elevation)
@@ -105,8 +105,8 @@ class Light:
 
     def shade(self, albedo: Array, facing_sun: Array, openness: Array | None = None) -> Array:
         """Reflected light `H W 3`, from the cosine to the sun and the share of the sky seen (None: all)."""
-        light = toned(self.sun, np.maximum(facing_sun, 0))
-        light += self.ambient if openness is None else toned(self.ambient, openness)
+        light = adjust_tone(self.sun, np.maximum(facing_sun, 0))
+        light += self.ambient if openness is None else adjust_tone(self.ambient, openness)
         light *= albedo
         return light
 
@@ -120,10 +120,10 @@ def render_sky(camera: Viewpoint, palette: Palette, light: Light, noise: Noise, 
     sun = light.toward_sun
     sky = mix(rgb(palette.zenith), rgb(palette.horizon), np.exp(-4.5 * np.maximum(slope_y / path, 0)))
     cosine = np.maximum((slope_x * sun[0] + slope_y * sun[1] + sun[2]) / path, 0)
-    sky += triple(0.3 * cosine**8 + 0.5 * cosine**64) * light.sun
+    sky += stack_channels(0.3 * cosine**8 + 0.5 * cosine**64) * light.sun
     layer_m = 1500 / (np.maximum(slope_y, 0) + np.float32(0.06))
     x, z = slope_x * layer_m, np.broadcast_to(layer_m, path.shape)
-    field = noise.field(rng, rng.uniform(9e3, 22e3))
+    field = noise.draw_field(rng, rng.uniform(9e3, 22e3))
     density = field(x, z)
     behind = density - field(x + np.float32(250 * sun[0]), z + np.float32(250 * sun[2]))
     cover = np.clip((density - 1.4 + 2.6 * palette.clouds) / 1.5, 0, 0.92) * np.clip(slope_y * 14, 0, 1)

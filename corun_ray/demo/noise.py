@@ -47,28 +47,28 @@ class Noise:
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._tiles = {
-            "fractal": _tile(rng, octaves=9, gain=0.5),
-            "ridged": _tile(rng, octaves=7, gain=0.5, ridged=True),
-            "grain": _tile(rng, octaves=9, gain=0.85),
+            "fractal": _make_tile(rng, octaves=9, gain=0.5),
+            "ridged": _make_tile(rng, octaves=7, gain=0.5, ridged=True),
+            "grain": _make_tile(rng, octaves=9, gain=0.85),
         }
 
-    def field(self, rng: np.random.Generator, size_m: float, kind: NoiseKind = "fractal") -> Field:
+    def draw_field(self, rng: np.random.Generator, size_m: float, kind: NoiseKind = "fractal") -> Field:
         """A field at a random place and angle of a tile that spans `size_m` metres."""
         u, v = rng.uniform(0, _TILE_PX, 2)
         return Field(self._tiles[kind], size_m, rng.uniform(0, 2 * np.pi), (float(u), float(v)))
 
 
-def _tile(rng: np.random.Generator, octaves: int, gain: float, ridged: bool = False) -> Array:
+def _make_tile(rng: np.random.Generator, octaves: int, gain: float, ridged: bool = False) -> Array:
     """Sum of octaves of smooth value noise, each finer by 2 and weaker by `gain` than the one before."""
     total = np.zeros((_TILE_PX, _TILE_PX), np.float32)
     for octave in range(octaves):
         lattice_px = _COARSEST_LATTICE << octave
-        value = _periodic_enlarged(rng.standard_normal((lattice_px, lattice_px), dtype=np.float32))
+        value = _enlarge_periodically(rng.standard_normal((lattice_px, lattice_px), dtype=np.float32))
         total += (0.8 - 1.6 * np.abs(value) if ridged else value) * np.float32(gain**octave)
     return np.pad((total - total.mean()) / total.std(), _MARGIN_PX, mode="wrap")
 
 
-def _periodic_enlarged(lattice: Array) -> Array:
+def _enlarge_periodically(lattice: Array) -> Array:
     pad = 2
     factor = _TILE_PX // lattice.shape[0]
     padded = np.pad(lattice, pad, mode="wrap")

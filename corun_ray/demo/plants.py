@@ -32,11 +32,11 @@ class Herbarium:
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._grown: dict[TreeKind, list[list[Array]]] = {
-            "conifer": [_halvings(_conifer(rng)) for _ in range(_PER_KIND)],
-            "broadleaf": [_halvings(_leafy(rng, 0.9, 0.3)) for _ in range(_PER_KIND)],
-            "poplar": [_halvings(_leafy(rng, 0.3, 0.12)) for _ in range(_PER_KIND)],
-            "bare": [_halvings(_bare(rng)) for _ in range(_PER_KIND)],
-            "bush": [_halvings(_leafy(rng, 1.5, 0.0)) for _ in range(_PER_KIND)],
+            "conifer": [_halve_repeatedly(_grow_conifer(rng)) for _ in range(_PER_KIND)],
+            "broadleaf": [_halve_repeatedly(_grow_leafy(rng, 0.9, 0.3)) for _ in range(_PER_KIND)],
+            "poplar": [_halve_repeatedly(_grow_leafy(rng, 0.3, 0.12)) for _ in range(_PER_KIND)],
+            "bare": [_halve_repeatedly(_grow_bare(rng)) for _ in range(_PER_KIND)],
+            "bush": [_halve_repeatedly(_grow_leafy(rng, 1.5, 0.0)) for _ in range(_PER_KIND)],
         }
 
     def draw(
@@ -66,12 +66,12 @@ class Herbarium:
             if mirrored:
                 image = cv2.flip(image, 1)
                 image[..., _NX] *= -1
-            return _lit(image[part], light, leaf, snow, sunlit)
+            return _light_cutout(image[part], light, leaf, snow, sunlit)
 
-        canvas.sprite(tree.foot, size_px, paint)
+        canvas.draw_sprite(tree.foot, size_px, paint)
 
 
-def _lit(tree: Array, light: Light, leaf: Array, snow: float, sunlit: float) -> tuple[Array, Array]:
+def _light_cutout(tree: Array, light: Light, leaf: Array, snow: float, sunlit: float) -> tuple[Array, Array]:
     """Linear colour `h w 3` and alpha `h w` of a cut-out."""
     nx, ny, openness, cover = (np.ascontiguousarray(tree[..., i]) for i in range(4))
     alpha, wood = np.clip(2 * cover, 0, 1), np.clip(2 * cover - 1, 0, 1)
@@ -85,7 +85,7 @@ def _lit(tree: Array, light: Light, leaf: Array, snow: float, sunlit: float) -> 
     return light.shade(albedo, facing, openness), alpha
 
 
-def _halvings(tree: Array) -> list[Array]:
+def _halve_repeatedly(tree: Array) -> list[Array]:
     """The cut-out and coarser ones of it; dropping every second pixel keeps its grain."""
     sizes = [tree]
     while sizes[-1].shape[0] > 40:
@@ -93,14 +93,14 @@ def _halvings(tree: Array) -> list[Array]:
     return sizes
 
 
-def _grid(width_px: int) -> tuple[Array, Array]:
+def _make_grid(width_px: int) -> tuple[Array, Array]:
     """x in [-1, 1] across, y from 0 at the foot to 1 at the top."""
     x = np.linspace(-1, 1, width_px, dtype=np.float32)[None]
     y = np.linspace(1, 0, _HEIGHT_PX, dtype=np.float32)[:, None]
     return np.broadcast_to(x, (_HEIGHT_PX, width_px)), np.broadcast_to(y, (_HEIGHT_PX, width_px))
 
 
-def _grain(rng: np.random.Generator, shape: tuple[int, int], sizes_px: tuple[int, ...]) -> Array:
+def _draw_grain(rng: np.random.Generator, shape: tuple[int, int], sizes_px: tuple[int, ...]) -> Array:
     """Noise with features of the given sizes, about unit deviation."""
     total = np.zeros(shape, np.float32)
     for size in sizes_px:
@@ -109,29 +109,29 @@ def _grain(rng: np.random.Generator, shape: tuple[int, int], sizes_px: tuple[int
     return total / np.float32(np.sqrt(len(sizes_px)))
 
 
-def _conifer(rng: np.random.Generator) -> Array:
-    x, y = _grid(120)
+def _grow_conifer(rng: np.random.Generator) -> Array:
+    x, y = _make_grid(120)
     tiers = rng.uniform(9, 15)
     droop = 0.35 * np.abs(x)
-    phase = (y + droop * 0.25) * tiers + 0.35 * _grain(rng, x.shape, (24,))
+    phase = (y + droop * 0.25) * tiers + 0.35 * _draw_grain(rng, x.shape, (24,))
     tier = phase - np.floor(phase)
     crown = np.clip((1 - y) / (1 - rng.uniform(0.04, 0.1)), 0, 1)
     outline = crown ** rng.uniform(0.75, 1.0) * (0.5 + 0.42 * (1 - tier))
-    ragged = outline * (1 + 0.16 * _grain(rng, x.shape, (4, 9)))
+    ragged = outline * (1 + 0.16 * _draw_grain(rng, x.shape, (4, 9)))
     leafy = (np.abs(x) < ragged) & (y > rng.uniform(0.05, 0.1))
     trunk = (np.abs(x) < 0.035 + 0.02 * (1 - y)) & (y < 0.5)
     nx = np.clip(x / np.maximum(outline, 0.05), -1, 1) * 0.8
     ny = 0.25 + 0.5 * (tier - 0.4)
-    fine = _grain(rng, x.shape, (2, 4, 8))
+    fine = _draw_grain(rng, x.shape, (2, 4, 8))
     open_sky = np.clip(0.42 + 0.6 * tier * np.clip(np.abs(nx) + 0.45, 0, 1) + 0.16 * fine, 0.1, 1.15)
     return np.dstack([nx, ny, open_sky, np.where(leafy, _LEAF, _WOOD * trunk)]).astype(np.float32)
 
 
-def _leafy(rng: np.random.Generator, aspect: float, trunk_share: float) -> Array:
+def _grow_leafy(rng: np.random.Generator, aspect: float, trunk_share: float) -> Array:
     """Many leaf clusters, each a lit ball, painted from the back of the crown to its front."""
     width_px = int(_HEIGHT_PX * aspect)
-    x, y = _grid(width_px)
-    wobble = _grain(rng, x.shape, (3, 6)), _grain(rng, x.shape, (3, 6))
+    x, y = _make_grid(width_px)
+    wobble = _draw_grain(rng, x.shape, (3, 6)), _draw_grain(rng, x.shape, (3, 6))
     tree = np.zeros((*x.shape, 4), np.float32)
     stem = np.abs(x + 0.03 * np.sin(9 * y)) < (0.05 + 0.05 * (0.5 - y).clip(0)) / aspect * 0.7
     tree[stem & (y < 0.6) & (trunk_share > 0)] = (0, 0.1, 0.6, _WOOD)
@@ -144,7 +144,7 @@ def _leafy(rng: np.random.Generator, aspect: float, trunk_share: float) -> Array
         )
         cx, cy = reach * np.cos(angle), centre + radius_y * reach * np.sin(angle)
         radius = rng.uniform(0.17, 0.33)
-        box = _box_around(x, y, cx, cy, radius, radius * radius_y)
+        box = _find_box(x, y, cx, cy, radius, radius * radius_y)
         dx = (x[box] - cx) / radius + 0.16 * wobble[0][box]
         dy = (y[box] - cy) / (radius * radius_y) + 0.16 * wobble[1][box]
         height = (cy - centre) / radius_y
@@ -156,14 +156,14 @@ def _leafy(rng: np.random.Generator, aspect: float, trunk_share: float) -> Array
     return tree
 
 
-def _box_around(x: Array, y: Array, cx: float, cy: float, half_width: float, half_height: float) -> tuple[slice, slice]:
+def _find_box(x: Array, y: Array, cx: float, cy: float, half_width: float, half_height: float) -> tuple[slice, slice]:
     """Rows and columns of the grid that hold a ball, with room for its ragged edge."""
     columns = np.flatnonzero(np.abs(x[0] - cx) < half_width * 1.4)
     rows = np.flatnonzero(np.abs(y[:, 0] - cy) < half_height * 1.4)
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
-def _bare(rng: np.random.Generator) -> Array:
+def _grow_bare(rng: np.random.Generator) -> Array:
     """A branching skeleton; twigs thin out towards the crown's edge."""
     width_px = int(_HEIGHT_PX * 0.8)
     wood = np.zeros((_HEIGHT_PX, width_px), np.uint8)
@@ -177,7 +177,7 @@ def _bare(rng: np.random.Generator) -> Array:
         for turn in rng.uniform(0.12, 0.66, 2) * (1, -1):
             bend = 0.06 * (np.pi / 2 - angle)
             tips.append((*end, angle + turn + bend, length * rng.uniform(0.68, 0.88), thick * 0.68))
-    across, _ = _grid(width_px)
-    openness = np.clip(0.75 + 0.15 * _grain(rng, wood.shape, (2, 5)), 0.3, 1)
+    across, _ = _make_grid(width_px)
+    openness = np.clip(0.75 + 0.15 * _draw_grain(rng, wood.shape, (2, 5)), 0.3, 1)
     nx, ny = 0.4 * np.sign(across), np.full_like(across, 0.15)
     return np.dstack([nx, ny, openness, _WOOD * wood]).astype(np.float32)

@@ -33,12 +33,12 @@ class Scene:
         """An empty scene under its sky; `size_px` is (width, height), `horizon` its row as a share of it."""
         width, height = (side * OVERSAMPLING for side in size_px)
         camera = Viewpoint(width, height, zoom * width, horizon * height, eye_m)
-        light = Light.of(palette, rng)
+        light = Light.draw(palette, rng)
         canvas = Canvas(camera, render_sky(camera, palette, light, noise, rng))
         return cls(camera, palette, light, noise, herbarium, rng, canvas)
 
-    def field(self, size_m: float, kind: NoiseKind = "fractal") -> Field:
-        return self.noise.field(self.rng, size_m, kind)
+    def draw_field(self, size_m: float, kind: NoiseKind = "fractal") -> Field:
+        return self.noise.draw_field(self.rng, size_m, kind)
 
     def uniform(self, low: float, high: float) -> float:
         return float(self.rng.uniform(low, high))
@@ -55,7 +55,7 @@ class Scene:
         self.cast_shadows([(tree.foot, tree.height_m, tree.height_m * 0.22) for tree in trees])
         # From near to far, so that hidden ones are found out before they are painted.
         for tree in sorted(trees, key=lambda tree: float(tree.foot[2])):
-            sunlit = 1.0 if ground is None else self._sunlit_at(tree.foot, ground)
+            sunlit = 1.0 if ground is None else self._look_up_sunlight(tree.foot, ground)
             self.herbarium.draw(self.canvas, tree, self.light, self.palette, sunlit, self.rng)
 
     def cover(self, ground: Ground, color: Array) -> None:
@@ -78,7 +78,7 @@ class Scene:
         ambient = self.light.ambient
         self.canvas.darken(outlines, float((ambient / (ambient + 0.7 * self.light.sun * sun[1])).mean()))
 
-    def _sunlit_at(self, foot: Array, ground: Ground) -> float:
+    def _look_up_sunlight(self, foot: Array, ground: Ground) -> float:
         column, row = self.camera.project(foot[None])[0].astype(int)
         row -= ground.top_px
         inside = 0 <= row < ground.z.shape[0] and 0 <= column < self.camera.width_px

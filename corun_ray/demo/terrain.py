@@ -36,7 +36,7 @@ class Ground:
     growth: Array
 
 
-def cast(camera: Viewpoint, light: Light, relief: Relief, near_m: float, far_m: float, steps: int = 400) -> Ground:
+def cast_rays(camera: Viewpoint, light: Light, relief: Relief, near_m: float, far_m: float, steps: int = 400) -> Ground:
     """Marches all columns from near to far at once; between samples the ground is a straight line."""
     # Near ground is seen at a steep angle and needs few steps, far ridges need many.
     progress = np.linspace(0, 1, steps, dtype=np.float32)[:, None]
@@ -46,7 +46,7 @@ def cast(camera: Viewpoint, light: Light, relief: Relief, near_m: float, far_m: 
     soil, growth = relief(x, np.ascontiguousarray(np.broadcast_to(step_z, x.shape)))
     y = soil + growth
     slope = cv2.resize((y - np.float32(camera.height_m)) / step_z, (camera.width_px, steps))
-    first = _first_covering(camera, np.maximum.accumulate(slope, axis=0))
+    first = _find_first_covering(camera, np.maximum.accumulate(slope, axis=0))
     top_px = int(np.argmax((first < steps).any(axis=1)))
     first, slope_y = first[top_px:], camera.slope_y[top_px:]
     behind = np.clip(first, 1, steps - 1)
@@ -57,7 +57,7 @@ def cast(camera: Viewpoint, light: Light, relief: Relief, near_m: float, far_m: 
     with np.errstate(divide="ignore", invalid="ignore"):
         part = np.clip(np.nan_to_num(gain / (gain + rest)), 0, 1)
     z = near_z + (far_z - near_z) * part
-    surface = cv2.merge([*_relief_light(light, x, y, step_z), growth])
+    surface = cv2.merge([*_light_relief(light, x, y, step_z), growth])
     map_x = np.broadcast_to(columns.astype(np.float32) / 2 - np.float32(0.25), z.shape)
     sampled = cv2.remap(
         surface, map_x, (behind - 1 + part).astype(np.float32), cv2.INTER_LINEAR, None, cv2.BORDER_REPLICATE
@@ -66,7 +66,7 @@ def cast(camera: Viewpoint, light: Light, relief: Relief, near_m: float, far_m: 
     return Ground(top_px, first < steps, camera.slope_x * z, height_m, z, *cv2.split(sampled))
 
 
-def _first_covering(camera: Viewpoint, horizon_slope: Array) -> NDArray[np.int64]:
+def _find_first_covering(camera: Viewpoint, horizon_slope: Array) -> NDArray[np.int64]:
     """For every pixel the first step whose ground rises above its line of sight, `steps` where none does."""
     steps, width = horizon_slope.shape
     top = np.ceil(camera.horizon_px - camera.focal_px * horizon_slope - 0.5)
@@ -75,7 +75,7 @@ def _first_covering(camera: Viewpoint, horizon_slope: Array) -> NDArray[np.int64
     return steps - np.cumsum(reached.reshape(-1, width)[:-1], axis=0)
 
 
-def _relief_light(light: Light, x: Array, y: Array, z: Array) -> tuple[Array, Array]:
+def _light_relief(light: Light, x: Array, y: Array, z: Array) -> tuple[Array, Array]:
     """Cosine to the sun (0 where other ground stands between) and steepness, on the grid of steps."""
     along_x, along_ray = np.empty_like(y), np.empty_like(y)
     along_x[:, :-1] = (y[:, 1:] - y[:, :-1]) / (x[:, 1:2] - x[:, :1])

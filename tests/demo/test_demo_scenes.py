@@ -11,7 +11,7 @@ from corun_ray.demo.light import PALETTES, Light
 from corun_ray.demo.noise import Array, Noise
 from corun_ray.demo.plants import Herbarium
 from corun_ray.demo.scene import Scene
-from corun_ray.demo.terrain import cast
+from corun_ray.demo.terrain import cast_rays
 
 CAMERA = Viewpoint(width_px=80, height_px=60, focal_px=70.0, horizon_px=25.0, height_m=5.0)
 RED, BLUE = np.array([1, 0, 0], np.float32), np.array([0, 0, 1], np.float32)
@@ -46,7 +46,7 @@ def _draw(kind: str, noise: Noise, herbarium: Herbarium, palette: int = 1) -> Sc
 def test_a_ground_polygon_has_the_distance_of_its_plane() -> None:
     canvas = _canvas()
     ground = np.array([[-500, 0, 1], [500, 0, 1], [500, 0, 4000], [-500, 0, 4000]])
-    canvas.polygon(ground, _solid(RED))
+    canvas.draw_polygon(ground, _solid(RED))
     row = 45
     assert np.allclose(canvas.z[row], 5.0 * 70.0 / (row + 0.5 - 25.0), rtol=1e-4)
     assert np.isinf(canvas.z[:24]).all()
@@ -56,7 +56,7 @@ def test_a_ground_polygon_has_the_distance_of_its_plane() -> None:
 def test_what_is_nearer_hides_what_is_behind_in_any_order(order: tuple[float, float]) -> None:
     canvas = _canvas()
     for z in order:
-        canvas.polygon(_wall(z), _solid(RED if z == 10 else BLUE))
+        canvas.draw_polygon(_wall(z), _solid(RED if z == 10 else BLUE))
     assert canvas.z[25, 40] == pytest.approx(10, rel=1e-5)
     assert (canvas.color[25, 40] == RED).all()
 
@@ -64,19 +64,19 @@ def test_what_is_nearer_hides_what_is_behind_in_any_order(order: tuple[float, fl
 def test_a_polygon_that_reaches_behind_the_camera_is_clipped() -> None:
     canvas = _canvas()
     wall = np.array([[3, 0, -20], [3, 0, 60], [3, 9, 60], [3, 9, -20]])
-    canvas.polygon(wall, _solid(RED))
+    canvas.draw_polygon(wall, _solid(RED))
     column = 70
     assert np.allclose(canvas.z[25, column], 3 * 70.0 / (column + 0.5 - 40), rtol=1e-4)
     assert np.isinf(canvas.z[25, :40]).all()
 
 
 def test_terrain_meets_the_line_of_sight_on_its_surface() -> None:
-    light = Light.of(PALETTES[1], np.random.default_rng(0))
+    light = Light.draw(PALETTES[1], np.random.default_rng(0))
 
     def hill(x: np.ndarray, z: np.ndarray) -> np.ndarray:
         return 0.05 * z - 2 + 0.02 * x
 
-    ground = cast(CAMERA, light, lambda x, z: (hill(x, z), np.zeros_like(x)), 4, 1000)
+    ground = cast_rays(CAMERA, light, lambda x, z: (hill(x, z), np.zeros_like(x)), 4, 1000)
     # The outermost columns repeat their neighbours' relief.
     seen = ground.seen & (ground.z < 900) & (np.abs(CAMERA.slope_x) < 0.55)
     assert seen.mean() > 0.5
@@ -91,7 +91,7 @@ def test_a_ridge_casts_its_shadow_away_from_the_sun() -> None:
         return 12 * np.exp(-((x / 2) ** 2)).astype(np.float32)
 
     high = Viewpoint(80, 60, 70.0, -10.0, 30.0)
-    ground = cast(high, light, lambda x, z: (ridge(x, z), np.zeros_like(x)), 20, 400)
+    ground = cast_rays(high, light, lambda x, z: (ridge(x, z), np.zeros_like(x)), 20, 400)
     sunny, shady = (ground.sunlit[np.abs(ground.x - x) < 1] for x in (7, -7))
     assert len(shady) > 20 and sunny.min() > 0.5 and shady.mean() < 0.1
 
