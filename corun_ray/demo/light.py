@@ -10,12 +10,15 @@ from corun_ray.demo.noise import Array, Noise
 
 
 def rgb(code: str) -> Array:
-    """'#rrggbb' -> linear light, shape `3`."""
+    """Convert '#rrggbb' to linear light, shape `3`."""
     return (np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)], np.float32) / 255) ** np.float32(2.2)
 
 
 def mix(low: Array, high: Array, share: Array) -> Array:
-    """Colour `low` where `share` (`H W`) is 0, `high` where it is 1; each one colour or a picture `H W 3`."""
+    """Mix two colours by `share` (`H W`).
+
+    0 gives `low`, 1 gives `high`; each is one colour or a picture `H W 3`.
+    """
     wide_low, wide_high = (_widen(color, share.shape[1]) for color in (low, high))
     mixed = stack_channels(share) * (wide_high - wide_low)
     mixed += wide_low
@@ -23,23 +26,32 @@ def mix(low: Array, high: Array, share: Array) -> Array:
 
 
 def adjust_tone(color: Array, tone: Array) -> Array:
-    """One colour or a picture `H W 3`, made lighter or darker by the factors `tone` (`H W`)."""
+    """Make a colour lighter or darker by factors.
+
+    `color` is one colour or a picture `H W 3`; the factors `tone` are `H W`.
+    """
     return stack_channels(tone) * _widen(color, tone.shape[1])
 
 
 def _widen(color: Array, width_px: int) -> Array:
-    """One colour -> a row of it, with which NumPy is far faster; a picture as it is."""
+    """Repeat one colour to a row.
+
+    NumPy is far faster with a row. A picture stays as it is.
+    """
     return color[None].repeat(width_px, axis=0) if color.ndim == 1 else color
 
 
 def stack_channels(values: Array) -> Array:
-    """`H W` -> `H W 3`; NumPy multiplies two such pictures five times as fast as by broadcasting."""
+    """Stack `H W` to three equal channels `H W 3`.
+
+    NumPy multiplies two such pictures five times as fast as by broadcasting.
+    """
     plane = np.ascontiguousarray(values, np.float32)
     return cv2.merge([plane, plane, plane])
 
 
 def ramp(value: Array, start: float, end: float) -> Array:
-    """Smooth step from 0 at `start` to 1 at `end`."""
+    """Step smoothly from 0 at `start` to 1 at `end`."""
     t = np.clip((value - np.float32(start)) * np.float32(1 / (end - start)), 0, 1)
     return t * t * (3 - 2 * t)
 
@@ -96,6 +108,7 @@ class Light:
 
     @classmethod
     def draw(cls, palette: Palette, rng: np.random.Generator) -> "Light":
+        """Draw the sun's place and take the palette's light."""
         elevation = np.deg2rad(rng.uniform(*palette.elevation))
         azimuth = np.deg2rad(rng.uniform(35, 125) * rng.choice([-1, 1]))
         level = np.cos(elevation)
@@ -104,7 +117,10 @@ class Light:
         return cls(np.array(direction, np.float32), sun, rgb(palette.ambient) * 0.75, palette.lamps)
 
     def shade(self, albedo: Array, facing_sun: Array, openness: Array | None = None) -> Array:
-        """Reflected light `H W 3`, from the cosine to the sun and the share of the sky seen (None: all)."""
+        """Return reflected light `H W 3`.
+
+        `facing_sun` is the cosine to the sun, `openness` the share of the sky seen (None: all).
+        """
         light = adjust_tone(self.sun, np.maximum(facing_sun, 0))
         light += self.ambient if openness is None else adjust_tone(self.ambient, openness)
         light *= albedo
@@ -112,23 +128,36 @@ class Light:
 
 
 def render_sky(camera: Viewpoint, palette: Palette, light: Light, noise: Noise, rng: np.random.Generator) -> Array:
-    """Gradient, glow of the sun and a layer of clouds; linear light `H W 3`, black below the horizon."""
+    """Render gradient, glow of the sun and clouds.
+
+    Linear light `H W 3`, black below the horizon.
+    """
     # Nothing in a sky is as fine as a pixel: half the resolution each way is enough.
     bottom_px = min(camera.height_px, int(camera.horizon_px) // 2 * 2 + 2)
     slope_x, slope_y = camera.slope_x[:, ::2], camera.slope_y[:bottom_px:2]
     path = camera.path_per_depth[:bottom_px:2, ::2]
     sun = light.toward_sun
+
+    # Gradient from horizon to zenith.
     sky = mix(rgb(palette.zenith), rgb(palette.horizon), np.exp(-4.5 * np.maximum(slope_y / path, 0)))
+
+    # A wide and a narrow glow around the sun.
     cosine = np.maximum((slope_x * sun[0] + slope_y * sun[1] + sun[2]) / path, 0)
     sky += stack_channels(0.3 * cosine**8 + 0.5 * cosine**64) * light.sun
+
+    # Clouds: a layer at one height, sampled where the lines of sight cross it.
     layer_m = 1500 / (np.maximum(slope_y, 0) + np.float32(0.06))
     x, z = slope_x * layer_m, np.broadcast_to(layer_m, path.shape)
     field = noise.draw_field(rng, rng.uniform(9e3, 22e3))
     density = field(x, z)
+
+    # Clouds are lit where they are thinner towards the sun.
     behind = density - field(x + np.float32(250 * sun[0]), z + np.float32(250 * sun[2]))
     cover = np.clip((density - 1.4 + 2.6 * palette.clouds) / 1.5, 0, 0.92) * np.clip(slope_y * 14, 0, 1)
     cloud = light.shade(np.ones(3, np.float32), np.clip(0.42 + 0.5 * behind, 0.2, 0.9), np.full_like(cover, 0.7))
     sky = mix(sky, cloud, cover)
+
+    # Enlarge to the picture.
     picture = np.zeros((camera.height_px, camera.width_px, 3), np.float32)
     picture[:bottom_px] = cv2.resize(sky, (camera.width_px, bottom_px), interpolation=cv2.INTER_LINEAR)
     return picture

@@ -31,9 +31,14 @@ class Field:
     offset: tuple[float, float]
 
     def __call__(self, x: Array, z: Array) -> Array:
-        """Samples the field at world coordinates in metres (2-D arrays of one shape)."""
+        """Sample the field at world coordinates in metres.
+
+        `x` and `z` are 2-D arrays of one shape.
+        """
         scale = _TILE_PX / self.size_m
         cos, sin = np.float32(np.cos(self.angle) * scale), np.float32(np.sin(self.angle) * scale)
+
+        # Turn, scale and shift into the tile.
         u = x * cos - z * sin + np.float32(self.offset[0])
         v = x * sin + z * cos + np.float32(self.offset[1])
         # The tile carries a margin of itself: OpenCV's own wrap-around is wrong far from the image.
@@ -46,6 +51,7 @@ class Noise:
     """The tiles all scenes of a dataset share; `field` cuts an independent field out of them."""
 
     def __init__(self, rng: np.random.Generator) -> None:
+        """Make the tiles."""
         self._tiles = {
             "fractal": _make_tile(rng, octaves=9, gain=0.5),
             "ridged": _make_tile(rng, octaves=7, gain=0.5, ridged=True),
@@ -53,22 +59,33 @@ class Noise:
         }
 
     def draw_field(self, rng: np.random.Generator, size_m: float, kind: NoiseKind = "fractal") -> Field:
-        """A field at a random place and angle of a tile that spans `size_m` metres."""
+        """Draw a field at a tile's random place and angle.
+
+        The tile spans `size_m` metres.
+        """
         u, v = rng.uniform(0, _TILE_PX, 2)
         return Field(self._tiles[kind], size_m, rng.uniform(0, 2 * np.pi), (float(u), float(v)))
 
 
 def _make_tile(rng: np.random.Generator, octaves: int, gain: float, ridged: bool = False) -> Array:
-    """Sum of octaves of smooth value noise, each finer by 2 and weaker by `gain` than the one before."""
+    """Make a tile: a sum of octaves of value noise.
+
+    Each octave is finer by 2 and weaker by `gain` than the one before.
+    """
     total = np.zeros((_TILE_PX, _TILE_PX), np.float32)
     for octave in range(octaves):
         lattice_px = _COARSEST_LATTICE << octave
+
+        # Each octave has a lattice twice as fine as the one before.
         value = _enlarge_periodically(rng.standard_normal((lattice_px, lattice_px), dtype=np.float32))
         total += (0.8 - 1.6 * np.abs(value) if ridged else value) * np.float32(gain**octave)
+
+    # Zero mean and unit deviation, with a margin of the tile itself.
     return np.pad((total - total.mean()) / total.std(), _MARGIN_PX, mode="wrap")
 
 
 def _enlarge_periodically(lattice: Array) -> Array:
+    """Enlarge a periodic lattice to a seamless tile."""
     pad = 2
     factor = _TILE_PX // lattice.shape[0]
     padded = np.pad(lattice, pad, mode="wrap")
