@@ -20,8 +20,9 @@ demo: $(STAMP)
 	$(BIN)/corun-ray demo demo
 	$(BIN)/corun-ray run jobs/quickstart.yaml
 
+# Two processes: one has the tests of the local Ray, which mostly wait for Ray's processes, the other computes.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 10 $(PYTEST)
 
 # The fault matrix: seven faults at random moments, five seeds each (about 35 minutes on 2 cores).
 # make faults FAULTS='--faults driver --seeds 7 8'

@@ -32,11 +32,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A slow test runs only when asked for; a skipped one says how."""
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason='slow; make test PYTEST="--slow" runs it'))
+    """Skip slow tests unless they are asked for, and say which tests share a process."""
+    for item in items:
+        # With two processes (`make test`), all tests of the one local Ray go to one of them, other files as a whole
+        # to whichever is free: their fixtures are then made once.
+        uses_ray = "local_ray" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("local_ray" if uses_ray else item.path.name))
+
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason='slow; make test PYTEST="--slow" runs it'))
 
 
 @pytest.fixture(scope="session")

@@ -140,3 +140,20 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
     assert (tmp_path / "my_model" / "model.safetensors").exists()
     assert len([*(tmp_path / "dehazed").iterdir()]) == len([*(tmp_path / "mine" / "hazy").iterdir()])
     assert [*(tmp_path / "labels").rglob("*.png")]
+
+
+def _list_names_of_the_design() -> list[str]:
+    """Return what stands between backticks in docs/design.md and looks like a file or a name of the code."""
+    found = re.findall(r"`([\w./]+)`", (ROOT / "docs" / "design.md").read_text())
+    return sorted({name for name in found if re.fullmatch(r"[\w/]+\.py|[a-z_]+_[a-z_]+|[A-Z]\w+(\.\w+)?", name)})
+
+
+@pytest.mark.parametrize("name", _list_names_of_the_design())
+def test_the_design_names_files_and_functions_that_are_there(name: str) -> None:
+    files = [*(ROOT / "corun_ray").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    if name.endswith(".py"):
+        assert any(f"/{path.relative_to(ROOT)}".endswith(f"/{name}") for path in files), name
+        return
+    code = "\n".join(path.read_text() for path in files if path.is_relative_to(ROOT / "corun_ray"))
+    for part in name.split("."):
+        assert re.search(rf"(def|class) {part}\b|\b{part}: |\b{part} = |\"{part}\"", code), name

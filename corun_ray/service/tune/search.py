@@ -20,7 +20,7 @@ from corun_ray.config.loading import dump_job
 from corun_ray.config.tasks import Choice, RangeSection
 from corun_ray.config.trials import corners, trial_job
 from corun_ray.service.cluster.connect import connect
-from corun_ray.service.errors import JobFailed
+from corun_ray.service.errors import JobFailed, get_first_line
 from corun_ray.service.models.registry import register_model
 from corun_ray.service.models.sources import load_starting_model
 from corun_ray.service.models.tracking import Tracker
@@ -28,6 +28,7 @@ from corun_ray.service.models.user_code import collect_code
 from corun_ray.service.report.page import REPORT_FILE
 from corun_ray.service.runs.record import (
     JOB_FILE,
+    ResumeError,
     RunRecord,
     find_last_run,
     find_run_to_resume,
@@ -191,7 +192,10 @@ def _search(session: SearchSession, digest: str, folder: Path, trials_at_once: i
 
 
 def _run_trials(plan: TrialPlan, run: Location, trials_at_once: int, console: Console) -> list[TrialResult]:
-    """Run all trials, or continue an interrupted search."""
+    """Run all trials, or continue an interrupted search.
+
+    Raises `ResumeError` where another version of this package began the search.
+    """
     section = plan.job.tune
     space = {key: _make_domain(choice) for key, choice in section.search.items()}
 
@@ -201,9 +205,17 @@ def _run_trials(plan: TrialPlan, run: Location, trials_at_once: int, console: Co
 
     place = run.child(SEARCH_FOLDER)
     if tune.Tuner.can_restore(place.path, storage_filesystem=place.filesystem):
-        tuner = tune.Tuner.restore(
-            place.path, trainable, param_space=space, restart_errored=True, storage_filesystem=place.filesystem
-        )
+        try:
+            tuner = tune.Tuner.restore(
+                place.path, trainable, param_space=space, restart_errored=True, storage_filesystem=place.filesystem
+            )
+        except (AttributeError, ImportError) as error:
+            # Tune keeps a search as a pickle, which names our functions by their modules.
+            reason = get_first_line(error)
+            raise ResumeError(
+                f"--resume: {place.uri} was begun by another version of corun_ray and cannot resume ({reason}); "
+                "its finished trials stay, begin a new search without --resume"
+            ) from None
     else:
         callback = ProgressCallback(console, section.metric, section.num_trials, plan.job.train.steps)
         tuner = tune.Tuner(
