@@ -1,7 +1,7 @@
 """What the version before the rooms made, and what today's makes of it.
 
-`data/before_rooms.tar.xz` holds what that version wrote, on images of 48 x 56 px: a finished pre-training whose model is
-registered as `before`, a Colabator run that was killed after its checkpoint of step 4, its label pool, a pack of the
+`data/before_rooms.tar.xz` holds what that version wrote, on images of 48 x 56 px: a finished pre-training whose model
+is registered as `before`, a Colabator run that was killed after its checkpoint of step 4, its label pool, a pack of the
 clear images, and the database of MLflow as SQL. `@FOLDER@` stands for the folder in which the files were made.
 """
 
