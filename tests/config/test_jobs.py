@@ -61,7 +61,7 @@ def mistake(section: str, values: dict, job: dict = COLABATOR) -> str:
 
 
 def test_published_loss_weights_are_the_defaults() -> None:
-    """SPEC section 4."""
+    """The published recipe (arXiv 2406.07966)."""
     loss = PretrainJob.model_validate(PRETRAIN).loss
     assert (loss.pixel_weight, loss.scattering_weight, loss.perceptual_weight, loss.contrastive_weight) == (
         *(1.0, 0.01),
