@@ -100,13 +100,13 @@ def list_weights(
 def find_needs(job_file: Path, overrides: Sequence[str]) -> "list[tuple[str | None, Wanted]]":
     """Return the weights folders of a file's jobs, with the files needed."""
     from corun_ray.config.loading import load_jobs
-    from corun_ray.config.trials import example
+    from corun_ray.config.trials import choose_example_job
     from corun_ray.service.weights.needed import find_needed_files
 
     needs: list[tuple[str | None, Wanted]] = []
     for job in load_jobs(job_file, overrides):
         # A search is looked at by one of its trials.
-        needs += find_needed_files(example(job)).items()
+        needs += find_needed_files(choose_example_job(job)).items()
     return needs
 
 

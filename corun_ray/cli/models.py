@@ -304,12 +304,12 @@ def run_described(tree: dict[str, Any], tracking: str, resume: bool = False) -> 
 
     `tree` is what a job file would hold.
     """
-    from corun_ray.config.loading import job_of
+    from corun_ray.config.loading import build_job
     from corun_ray.service.jobs import run_jobs
     from corun_ray.service.telemetry.console import Console
 
     with using_ray(), Console() as console:
-        run_jobs([job_of(tree | {"tracking": {"uri": tracking}})], console, resume=resume)
+        run_jobs([build_job(tree | {"tracking": {"uri": tracking}})], console, resume=resume)
     return DONE
 
 

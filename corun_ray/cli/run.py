@@ -61,9 +61,9 @@ def check(
     Prints each job with all of its keys, and notes on what it would use. Starts nothing.
     """
     if keys:
-        from corun_ray.config.reference import reference
+        from corun_ray.config.reference import format_reference
 
-        print(reference())
+        print(format_reference())
         return DONE
     if job is None:
         raise UserError("check: expected a job file, or --keys")

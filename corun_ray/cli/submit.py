@@ -109,9 +109,9 @@ def schema() -> int:
 
     Editors complete and check job files by it.
     """
-    from corun_ray.config.json_schema import schema_text
+    from corun_ray.config.json_schema import format_schema
 
-    print(schema_text(), end="")
+    print(format_schema(), end="")
     return DONE
 
 

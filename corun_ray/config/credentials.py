@@ -13,6 +13,6 @@ def holds_credentials(text: str) -> bool:
     return bool(_USER.search(text) or _OPTION.search(text))
 
 
-def without_credentials(text: str) -> str:
+def mask_credentials(text: str) -> str:
     """The text with `***` for what `holds_credentials` finds."""
     return _OPTION.sub(r"\1=***", _USER.sub("***@", text))

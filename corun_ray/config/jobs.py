@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from corun_ray.config.credentials import REFUSED, holds_credentials, without_credentials
+from corun_ray.config.credentials import REFUSED, holds_credentials, mask_credentials
 from corun_ray.config.tasks import DehazeSection, EvaluateSection, ServeSection, TuneSection
 from corun_ray.config.training import (
     CoherenceSection,
@@ -118,7 +118,7 @@ class Job(Strict):
     def _no_credentials(self) -> "Job":
         for path, text in _texts(self.model_dump()):
             if holds_credentials(text):
-                raise Mismatch(path, f"{without_credentials(text)} {REFUSED}")
+                raise Mismatch(path, f"{mask_credentials(text)} {REFUSED}")
         return self
 
     @property

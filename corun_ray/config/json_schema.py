@@ -6,7 +6,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from corun_ray.config.jobs import KINDS, ColabatorJob
-from corun_ray.config.reference import keys, section_of
+from corun_ray.config.reference import find_section, list_keys
 
 _VARIABLE = {"type": "string", "pattern": r"\$\{[A-Za-z_][A-Za-z0-9_]*(:-[^{}]*)?\}"}
 _REF = "#/definitions/{model}"
@@ -19,12 +19,12 @@ _LIMITS = {
 }
 
 
-def schema_text() -> str:
+def format_schema() -> str:
     """The schema as `corun-ray schema` prints it."""
-    return json.dumps(job_schema(), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(build_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
-def job_schema() -> dict[str, Any]:
+def build_schema() -> dict[str, Any]:
     """What one YAML document of a job file may say, by its kind.
 
     Any value may be `${VAR}`; what goes together with what, only `corun-ray check` knows.
@@ -99,6 +99,8 @@ def _plain(schema: Any) -> Any:
 def _tell_searchable_keys(tune: dict[str, Any]) -> None:
     """Lets an editor complete the keys that a search may vary."""
     search = tune["properties"]["search"]["anyOf"][0]
-    searchable = {path: field for path, field in keys(ColabatorJob).items() if "." in path and not section_of(field)}
+    searchable = {
+        path: field for path, field in list_keys(ColabatorJob).items() if "." in path and not find_section(field)
+    }
     search["properties"] = {path: {"description": field.description} for path, field in searchable.items()}
     search["additionalProperties"] = {"type": ["object", "array"]}

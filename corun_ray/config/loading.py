@@ -11,10 +11,17 @@ import yaml
 from pydantic import ValidationError
 
 from corun_ray.config.jobs import KINDS, Job, TuneJob
-from corun_ray.config.messages import closest, not_a_key, not_one_of, path_of, plain_mistakes, show
-from corun_ray.config.reference import ORDER, takes
-from corun_ray.config.trials import trial_mistakes
-from corun_ray.config.yaml_reader import Dumper, Loader, Loc, Reader, syntax_problem
+from corun_ray.config.messages import (
+    explain_choice,
+    explain_errors,
+    explain_unknown_key,
+    find_closest,
+    format_path,
+    format_value,
+)
+from corun_ray.config.reference import ORDER, accepts_key
+from corun_ray.config.trials import find_search_mistakes
+from corun_ray.config.yaml_reader import Dumper, Loader, Loc, Reader, locate_syntax_error
 from corun_ray.core.errors import UserError
 
 
@@ -43,7 +50,7 @@ def load_jobs(path: Path, overrides: Sequence[str] = (), env: Mapping[str, str] 
         job = document.validate()
         first = names.index(name) + 1
         if first < number and isinstance(name, str):
-            document.tell(("name",), f"{show(name)} is the name of job {first} as well")
+            document.tell(("name",), f"{format_value(name)} is the name of job {first} as well")
         label = name if isinstance(name, str) and names.count(name) == 1 else number
         if document.kind == "serve" and number < len(documents):
             document.tell(("kind",), "serve runs until it is stopped, so it must be the last job of its file")
@@ -54,7 +61,7 @@ def load_jobs(path: Path, overrides: Sequence[str] = (), env: Mapping[str, str] 
     return jobs
 
 
-def job_of(tree: Mapping[str, Any]) -> Job:
+def build_job(tree: Mapping[str, Any]) -> Job:
     """The job of plain values, as a file would have them; raises JobFileError."""
     document = _Document(dict(tree), {})
     job = document.validate()
@@ -81,7 +88,7 @@ class _Document:
     def kind(self) -> str:
         """The kind that is written or probably meant, else the one that has most of the keys."""
         likeliest = max(KINDS, key=lambda kind: len(self.raw.keys() & KINDS[kind].model_fields.keys()))
-        return closest(self.raw.get("kind"), KINDS) or likeliest
+        return find_closest(self.raw.get("kind"), KINDS) or likeliest
 
     def put(self, loc: tuple[str, ...], value: Any, mistakes: dict[Loc, str]) -> None:
         """Replaces one value, and what was wrong there by what is wrong with the new one."""
@@ -104,15 +111,15 @@ class _Document:
         if "kind" not in self.raw:
             self.tell(("kind",), f"missing ({', '.join(KINDS)})")
         elif written != kind:
-            self.tell(("kind",), not_one_of(written, KINDS))
+            self.tell(("kind",), explain_choice(written, KINDS))
         try:
             job = KINDS[kind].model_validate(self.raw | {"kind": kind})
-            for loc, text in trial_mistakes(job).items() if isinstance(job, TuneJob) else ():
+            for loc, text in find_search_mistakes(job).items() if isinstance(job, TuneJob) else ():
                 self.tell(loc, text)
             return job
         except ValidationError as error:
             errors = error.errors(include_url=False)
-        for loc, text in plain_mistakes(errors, kind, is_sure=closest(written, KINDS) is not None):
+        for loc, text in explain_errors(errors, kind, is_sure=find_closest(written, KINDS) is not None):
             self.tell(loc, text)
         return None
 
@@ -120,7 +127,7 @@ class _Document:
         """One line for each mistake, in the order in which a job's keys are listed."""
         place = {key: position for position, key in enumerate(ORDER)}
         mistakes = sorted(self.mistakes.items(), key=lambda mistake: place.get(str(mistake[0][0]), len(place)))
-        return [f"{path_of(loc)}: {text}" for loc, text in mistakes]
+        return [f"{format_path(loc)}: {text}" for loc, text in mistakes]
 
 
 def _read(path: Path, env: Mapping[str, str]) -> list[_Document]:
@@ -142,7 +149,7 @@ def _read(path: Path, env: Mapping[str, str]) -> list[_Document]:
                 what = "a list" if isinstance(raw, tuple) else "a single value"
                 lines.append(f"{path}:{node.start_mark.line + 1}: {what}, not a mapping of keys (kind, name, ...)")
     except yaml.YAMLError as error:
-        line, reason = syntax_problem(error, reader.text)
+        line, reason = locate_syntax_error(error, reader.text)
         raise JobFileError([f"{path}:{line}: not valid YAML ({reason})"]) from error
     except RecursionError as error:
         raise JobFileError([f"{path}: nested too deeply"]) from error
@@ -166,9 +173,9 @@ def _override(documents: Sequence[_Document], setting: str, env: Mapping[str, st
     if not named:
         names = ", ".join(str(document.raw.get("name")) for document in documents)
         return [f"--set {setting}: no job is named {name} (the jobs are {names})"]
-    kinds = [kind for kind in KINDS if takes(kind, path)]
+    kinds = [kind for kind in KINDS if accepts_key(kind, path)]
     if not kinds:
-        return [f"{path}: {not_a_key(path, named[0].kind, used_elsewhere=False)}"]
+        return [f"{path}: {explain_unknown_key(path, named[0].kind, used_elsewhere=False)}"]
     loc = tuple(path.split("."))
     reader = Reader(text, env)
     try:
@@ -178,5 +185,5 @@ def _override(documents: Sequence[_Document], setting: str, env: Mapping[str, st
             reader.mistakes = {}
             document.put(loc, reader.value(node, loc) if node else "", reader.mistakes)
     except yaml.YAMLError as error:
-        return [f"--set {setting}: not valid YAML ({syntax_problem(error, reader.text)[1]})"]
+        return [f"--set {setting}: not valid YAML ({locate_syntax_error(error, reader.text)[1]})"]
     return []

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from corun_ray.config.credentials import without_credentials
+from corun_ray.config.credentials import mask_credentials
 from corun_ray.config.jobs import KINDS, Job
-from corun_ray.config.reference import LIMIT_WORDS, field_at, keys, takes
+from corun_ray.config.reference import LIMIT_WORDS, accepts_key, find_field, list_keys
 from corun_ray.config.types import COUNT, Mismatch
 from corun_ray.config.yaml_reader import Loc
 
@@ -39,11 +39,11 @@ _SYNONYMS = {
 }
 
 
-def plain_mistakes(errors: Iterable[Any], kind: str, is_sure: bool) -> Iterator[tuple[Loc, str]]:
+def explain_errors(errors: Iterable[Any], kind: str, is_sure: bool) -> Iterator[tuple[Loc, str]]:
     """Where and what, in plain words. Where the kind is only guessed, nothing is said of its own keys."""
     for error in errors:
         loc = tuple(part for part in error["loc"] if not str(part).startswith("["))  # pydantic's own
-        path = path_of(loc)
+        path = format_path(loc)
         cause = error.get("ctx", {}).get("error")
         if error["type"] == "default_factory_not_called":
             continue  # the error that kept it from being called is told
@@ -52,15 +52,15 @@ def plain_mistakes(errors: Iterable[Any], kind: str, is_sure: bool) -> Iterator[
         elif isinstance(cause, Mismatch):
             continue  # what goes together depends on the kind
         elif error["type"] == "extra_forbidden":
-            used_elsewhere = any(takes(other, path) for other in KINDS)
+            used_elsewhere = any(accepts_key(other, path) for other in KINDS)
             if is_sure or not used_elsewhere:
-                yield loc, not_a_key(path, kind, used_elsewhere)
-        elif is_sure or error["type"] != "missing" or path in keys(Job):
-            yield loc, _words(error, field_at(kind, loc))
+                yield loc, explain_unknown_key(path, kind, used_elsewhere)
+        elif is_sure or error["type"] != "missing" or path in list_keys(Job):
+            yield loc, _words(error, find_field(kind, loc))
 
 
 def _words(error: Any, field: FieldInfo) -> str:
-    value, ctx = show(error["input"]), error.get("ctx", {})
+    value, ctx = format_value(error["input"]), error.get("ctx", {})
     match error["type"]:
         case "missing" if isinstance(error["loc"][-1], int):
             return f"{value} is too short ([low, high])"
@@ -73,7 +73,7 @@ def _words(error: Any, field: FieldInfo) -> str:
         case "string_pattern_mismatch":
             return f"{value} is not a name (lower-case letters, digits, . _ - and no . _ - in front)"
         case "literal_error":
-            return not_one_of(error["input"], re.findall(r"'([^']*)'", ctx["expected"]))
+            return explain_choice(error["input"], re.findall(r"'([^']*)'", ctx["expected"]))
         case "value_error":
             return str(ctx["error"])
         case "multiple_of":
@@ -92,18 +92,18 @@ def _out_of_range(field: FieldInfo, ctx: Mapping[str, float]) -> str:
     return f"too {low if word in ('ge', 'gt') else high} ({LIMIT_WORDS[word]} {limit:.10g})"
 
 
-def not_one_of(value: Any, choices: Collection[str]) -> str:
+def explain_choice(value: Any, choices: Collection[str]) -> str:
     """Says that a value is none of the choices, and which of them it resembles."""
     if len(choices) == 1:
-        return f"{show(value)} is not available (only {next(iter(choices))} so far)"
-    return f"{show(value)} is not one of {', '.join(choices)}{_did_you_mean(closest(value, choices))}"
+        return f"{format_value(value)} is not available (only {next(iter(choices))} so far)"
+    return f"{format_value(value)} is not one of {', '.join(choices)}{_did_you_mean(find_closest(value, choices))}"
 
 
-def not_a_key(path: str, kind: str, used_elsewhere: bool) -> str:
+def explain_unknown_key(path: str, kind: str, used_elsewhere: bool) -> str:
     """Says that a job of this kind has no such key; `used_elsewhere`: another kind has it."""
     if used_elsewhere:
         return f"not used by {'an' if kind[0] in 'aeiou' else 'a'} {kind} job"
-    return f"unknown key{_did_you_mean(_similar_key(path, keys(KINDS[kind])))}"
+    return f"unknown key{_did_you_mean(_similar_key(path, list_keys(KINDS[kind])))}"
 
 
 def _similar_key(path: str, known: Iterable[str]) -> str | None:
@@ -123,7 +123,7 @@ def _similar_key(path: str, known: Iterable[str]) -> str | None:
     return None
 
 
-def closest(value: Any, choices: Iterable[str]) -> str | None:
+def find_closest(value: Any, choices: Iterable[str]) -> str | None:
     """The choice spelt most like a value, if any is."""
     return next(iter(difflib.get_close_matches(value, choices, 1)), None) if isinstance(value, str) else None
 
@@ -132,12 +132,12 @@ def _did_you_mean(suggestion: str | None) -> str:
     return f" (did you mean {suggestion}?)" if suggestion else ""
 
 
-def path_of(loc: Loc) -> str:
+def format_path(loc: Loc) -> str:
     """A place as people write it, `train.steps`; positions in a list are left out."""
     return ".".join(part for part in loc if isinstance(part, str))
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as it may have been written, without credentials, shortened to 60 characters."""
-    text = without_credentials(json.dumps(value, ensure_ascii=False))
+    text = mask_credentials(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -25,23 +25,23 @@ ORDER = (
 )
 
 
-def keys(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+def list_keys(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     """Every key of a job or section by its full path; a section comes before its keys."""
     found = {}
     for name in sorted(model.model_fields, key=ORDER.index) if issubclass(model, Job) else model.model_fields:
         field = model.model_fields[name]
         found[prefix + name] = field
-        if section := section_of(field):
-            found |= keys(section, f"{prefix}{name}.")
+        if section := find_section(field):
+            found |= list_keys(section, f"{prefix}{name}.")
     return found
 
 
-def section_of(field: FieldInfo) -> type[Section] | None:
+def find_section(field: FieldInfo) -> type[Section] | None:
     """The section below a key, None for a key that holds a value."""
     return None if get_origin(field.annotation) in (dict, tuple) else _section_in(field)
 
 
-def field_at(kind: str, loc: Iterable[str | int]) -> FieldInfo:
+def find_field(kind: str, loc: Iterable[str | int]) -> FieldInfo:
     """The key at a place in a job of this kind, also within a list or mapping; else the nearest one above it."""
     model: type[BaseModel] | None = KINDS[kind]
     found: FieldInfo | None = None
@@ -59,29 +59,29 @@ def _section_in(field: FieldInfo) -> type[Section] | None:
     return next((t for t in types if isinstance(t, type) and issubclass(t, Section)), None)
 
 
-def limits(field: FieldInfo) -> dict[str, float]:
+def read_limits(field: FieldInfo) -> dict[str, float]:
     """The range of a number, its keys those of `LIMIT_WORDS`."""
     return {word: getattr(c, word) for word in LIMIT_WORDS for c in field.metadata if hasattr(c, word)}
 
 
-def takes(kind: str, path: str) -> bool:
+def accepts_key(kind: str, path: str) -> bool:
     """Whether jobs of this kind have the key, or a mapping that may hold it."""
-    known = keys(KINDS[kind])
+    known = list_keys(KINDS[kind])
     parts = path.split(".")
     above = (known.get(".".join(parts[:count])) for count in range(1, len(parts)))
     return path in known or any(field is not None and get_origin(field.annotation) is dict for field in above)
 
 
-def reference() -> str:
+def format_reference() -> str:
     """A plain-text list of every key with its default (by kind), type, range and meaning."""
-    by_kind = {kind: keys(job) for kind, job in KINDS.items()}
+    by_kind = {kind: list_keys(job) for kind, job in KINDS.items()}
     lines: list[str] = []
     said = ""
     kinds: tuple[type[Job], ...] = (TuneJob, ColabatorJob, PretrainJob, EvaluateJob, DehazeJob, ServeJob)
-    for path, field in _in_order(*(keys(kind) for kind in kinds)).items():
+    for path, field in _in_order(*(list_keys(kind) for kind in kinds)).items():
         users = [kind for kind in KINDS if path in by_kind[kind]]
         only = f" ({', '.join(users)} only)" if len(users) < len(KINDS) else ""
-        if section_of(field) and "." not in path:
+        if find_section(field) and "." not in path:
             lines += ["", f"{path}: {field.description}{only}"]
             said = only
             continue
@@ -135,7 +135,7 @@ def _type(annotation: Any) -> str:
 
 
 def _range(field: FieldInfo) -> str:
-    return "".join(f", {LIMIT_WORDS[word]} {limit:.10g}" for word, limit in limits(field).items())
+    return "".join(f", {LIMIT_WORDS[word]} {limit:.10g}" for word, limit in read_limits(field).items())
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

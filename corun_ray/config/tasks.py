@@ -34,7 +34,7 @@ from corun_ray.config.types import (
     Text,
     Whole,
     Workers,
-    some_once,
+    check_distinct,
 )
 from corun_ray.core.metrics.catalog import OWN_METRICS, list_metrics
 
@@ -118,7 +118,7 @@ def _known_metric(name: str) -> str:
 
 
 def _some_once_if_any(items: tuple[str, ...]) -> tuple[str, ...]:
-    return some_once(items) if items else items
+    return check_distinct(items) if items else items
 
 
 class EvaluateSection(Section):
@@ -128,9 +128,11 @@ class EvaluateSection(Section):
     baselines: Annotated[tuple[Baseline, ...], AfterValidator(_some_once_if_any)] = Field(
         get_args(Baseline), description="hazy: the input as it is; dark_channel: dehazed by the dark channel prior"
     )
-    metrics: Annotated[tuple[Annotated[str, AfterValidator(_known_metric)], ...], AfterValidator(some_once)] = Field(
-        default_factory=lambda earlier: tuple(OWN_METRICS) if earlier["clear"] else ("fade",),
-        description="psnr, ssim, fade or any metric of pyiqa (musiq, lpips, ...); null clear: those that need no truth",
+    metrics: Annotated[tuple[Annotated[str, AfterValidator(_known_metric)], ...], AfterValidator(check_distinct)] = (
+        Field(
+            default_factory=lambda earlier: tuple(OWN_METRICS) if earlier["clear"] else ("fade",),
+            description="psnr, ssim, fade or a metric of pyiqa (musiq, ...); without clear: those that need no truth",
+        )
     )
     weights: OptionalText = Field(None, description="a folder or URI of pyiqa's weights (see corun-ray weights)")
     against: Name | None = Field(

@@ -33,7 +33,7 @@ from corun_ray.config.types import (
     Steps,
     Text,
     Whole,
-    some_once,
+    check_distinct,
 )
 from corun_ray.core.choices import QUALITY_NAMES, Clarity, Combine, Degradation, DepthKind, Encoding
 from corun_ray.core.metrics.catalog import list_no_reference_metrics
@@ -52,7 +52,7 @@ def _known_quality(name: str) -> str:
 
 
 @cache
-def architectures() -> tuple[str, ...]:
+def list_architectures() -> tuple[str, ...]:
     """The networks of spandrel, and of spandrel_extra_arches where that is installed, read without importing them."""
     found: list[str] = []
     for package in ("spandrel", "spandrel_extra_arches"):
@@ -68,7 +68,7 @@ def architectures() -> tuple[str, ...]:
 def _network_type(name: str) -> str:
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         return name
-    known = ("corun", "spandrel", *architectures())
+    known = ("corun", "spandrel", *list_architectures())
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -118,7 +118,7 @@ class NetworkSection(Section):
 
 class CoherenceSection(Section):
     clarity: Clarity = Field("contrast", description="scorer of haze density; daclip needs weights")
-    degradations: Annotated[tuple[Degradation, ...], AfterValidator(some_once)] = Field(
+    degradations: Annotated[tuple[Degradation, ...], AfterValidator(check_distinct)] = Field(
         ("hazy",), description="what counts as unclear; their probabilities add up; daclip only"
     )
     quality: Annotated[str, AfterValidator(_known_quality)] = Field(

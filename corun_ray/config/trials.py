@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from corun_ray.config.jobs import ColabatorJob, Job, PretrainJob, TuneJob
-from corun_ray.config.messages import not_a_key, plain_mistakes
-from corun_ray.config.reference import keys, section_of, takes
+from corun_ray.config.messages import explain_errors, explain_unknown_key
+from corun_ray.config.reference import accepts_key, find_section, list_keys
 from corun_ray.config.tasks import Choice, RangeSection
 from corun_ray.config.yaml_reader import Loc
 
@@ -16,7 +16,7 @@ OWN = ("kind", "name", "storage", "tracking", "cluster", "tune")
 """Keys that are the search's own."""
 
 
-def trial_job(job: TuneJob, values: Mapping[str, Any]) -> ColabatorJob:
+def build_trial_job(job: TuneJob, values: Mapping[str, Any]) -> ColabatorJob:
     """The job of one trial: that of the search, with these values at their keys. Raises pydantic's ValidationError."""
     tree = job.model_dump(exclude={"tune"}) | {"kind": "colabator"}
     for path, value in values.items():
@@ -28,7 +28,7 @@ def trial_job(job: TuneJob, values: Mapping[str, Any]) -> ColabatorJob:
     return ColabatorJob.model_validate(tree)
 
 
-def pretraining_of(trial: ColabatorJob, steps: int) -> PretrainJob:
+def build_pretraining_job(trial: ColabatorJob, steps: int) -> PretrainJob:
     """The pre-training that goes before a trial: the same data, haze and network, losses and rates of its own kind."""
     kept = trial.model_dump(include={"seed", "storage", "haze", "network", "cluster", "tracking"})
     train = trial.train.model_dump(exclude={"steps"}) | {"steps": steps}
@@ -44,39 +44,41 @@ def pretraining_of(trial: ColabatorJob, steps: int) -> PretrainJob:
     return PretrainJob.model_validate(kept | own)
 
 
-def corners(job: TuneJob) -> Iterator[dict[str, Any]]:
+def list_corners(job: TuneJob) -> Iterator[dict[str, Any]]:
     """Values of trials at the ends of what may be chosen: every combination of the lists and the ranges' two ends."""
     search = job.tune.search
     for values in itertools.product(*(_ends(choice) for choice in search.values())):
         yield dict(zip(search, values, strict=True))
 
 
-def example(job: Job) -> Job:
+def choose_example_job(job: Job) -> Job:
     """A search's first trial, to look at in its place; any other job as it is."""
-    return trial_job(job, next(corners(job))) if isinstance(job, TuneJob) else job
+    return build_trial_job(job, next(list_corners(job))) if isinstance(job, TuneJob) else job
 
 
-def trial_mistakes(job: TuneJob) -> dict[Loc, str]:
+def find_search_mistakes(job: TuneJob) -> dict[Loc, str]:
     """What is wrong with the search: keys that no trial has, and the first thing wrong at each key of any trial."""
-    known = keys(ColabatorJob)
+    known = list_keys(ColabatorJob)
     found: dict[Loc, str] = {}
     for path in job.tune.search:
         if path.partition(".")[0] in OWN:
             found["tune", "search", path] = "not to be searched: it belongs to the search itself"
-        elif not takes("colabator", path):
-            found["tune", "search", path] = not_a_key(path, "colabator", used_elsewhere=takes("pretrain", path))
-        elif path in known and section_of(known[path]):
+        elif not accepts_key("colabator", path):
+            found["tune", "search", path] = explain_unknown_key(
+                path, "colabator", used_elsewhere=accepts_key("pretrain", path)
+            )
+        elif path in known and find_section(known[path]):
             found["tune", "search", path] = "a section, not a value"
     if job.tune.metric not in (measured := _measured(job)):
         gives = ", ".join(measured) or "nothing: there is no data.validation"
         found["tune", "metric"] = f"{job.tune.metric} is not measured (validation gives {gives})"
     if found:
         return found
-    for values in corners(job):
+    for values in list_corners(job):
         try:
-            trial_job(job, values)
+            build_trial_job(job, values)
         except ValidationError as error:
-            for loc, text in plain_mistakes(error.errors(include_url=False), "colabator", is_sure=True):
+            for loc, text in explain_errors(error.errors(include_url=False), "colabator", is_sure=True):
                 searched = next((path for path in values if tuple(path.split(".")) == loc[: path.count(".") + 1]), None)
                 found.setdefault(loc if searched is None else ("tune", "search", searched), text)
     return found

@@ -52,7 +52,7 @@ def _written(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def some_once(items: tuple[str, ...]) -> tuple[str, ...]:
+def check_distinct(items: tuple[str, ...]) -> tuple[str, ...]:
     """Refuses an empty list and one that names anything twice."""
     if not items:
         raise ValueError("empty")

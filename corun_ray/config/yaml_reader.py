@@ -105,7 +105,7 @@ def _yaml_error(node: yaml.Node, problem: str) -> yaml.YAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
-def syntax_problem(error: yaml.YAMLError, text: str) -> tuple[int, str]:
+def locate_syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, str]:
     """The line, from 1, and the reason of a syntax error."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return error.problem_mark.line + 1, str(error.problem)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from corun_ray.config.jobs import ColabatorJob, DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
-from corun_ray.config.trials import example
+from corun_ray.config.trials import choose_example_job
 from corun_ray.core.choices import QUALITY_NAMES
 from corun_ray.core.errors import UserError
 from corun_ray.core.metrics.catalog import OWN_METRICS
@@ -37,7 +37,7 @@ def check_job(job: Job, earlier: Sequence[Job]) -> tuple[list[str], list[str]]:
     not exist yet.
     """
     # A search is checked by the files of its first trial, and by the storage and machines of all trials.
-    trial = example(job)
+    trial = choose_example_job(job)
     checks = [
         _check_data(trial),
         _check_models(trial, earlier),

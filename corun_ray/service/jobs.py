@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from corun_ray.config.jobs import DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
-from corun_ray.config.trials import example
+from corun_ray.config.trials import choose_example_job
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.cluster.paths import make_paths_absolute
@@ -28,7 +28,7 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
 
     # Report mistakes in the data or weights of any job before the first job starts, and before a cluster is needed.
     for job in jobs:
-        _check_files(example(job))
+        _check_files(choose_example_job(job))
 
     # Connect once, with the needs of all jobs, where one trains. Jobs without training connect themselves once they
     # have their models: mistakes in these are found without Ray.

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from pyarrow import NativeFile, fs
 
-from corun_ray.config.credentials import REFUSED, holds_credentials, without_credentials
+from corun_ray.config.credentials import REFUSED, holds_credentials, mask_credentials
 from corun_ray.core.errors import UserError
 from corun_ray.service.errors import get_first_line
 
@@ -282,7 +282,7 @@ def locate(uri: str) -> Location:
     Raises `StorageError` for a scheme that pyarrow does not know, and for a URI with credentials.
     """
     if holds_credentials(uri):
-        raise StorageError(f"{without_credentials(uri)} {REFUSED}")
+        raise StorageError(f"{mask_credentials(uri)} {REFUSED}")
 
     # A plain path is a local place.
     if "://" not in uri:

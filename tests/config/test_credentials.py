@@ -2,7 +2,7 @@
 
 import pytest
 
-from corun_ray.config.credentials import holds_credentials, without_credentials
+from corun_ray.config.credentials import holds_credentials, mask_credentials
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from corun_ray.config.credentials import holds_credentials, without_credentials
     ],
 )
 def test_credentials_are_seen_and_taken_out(text: str, rest: str) -> None:
-    assert holds_credentials(text) and without_credentials(text) == rest
+    assert holds_credentials(text) and mask_credentials(text) == rest
     assert not holds_credentials(rest.replace("=***", "="))
 
 
@@ -36,4 +36,4 @@ def test_credentials_are_seen_and_taken_out(text: str, rest: str) -> None:
     ],
 )
 def test_places_without_credentials_stay_as_they_are(text: str) -> None:
-    assert not holds_credentials(text) and without_credentials(text) == text
+    assert not holds_credentials(text) and mask_credentials(text) == text

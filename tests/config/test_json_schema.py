@@ -9,7 +9,7 @@ import yaml
 from jsonschema import Draft7Validator
 
 from corun_ray.config.jobs import KINDS
-from corun_ray.config.json_schema import job_schema, schema_text
+from corun_ray.config.json_schema import build_schema, format_schema
 from corun_ray.config.loading import dump_job
 from corun_ray.config.yaml_reader import Loader
 from tests import ROOT
@@ -21,13 +21,13 @@ MODELINE = "# yaml-language-server: $schema=schema.json"
 
 def wrong(text: str) -> list[str]:
     """Where the schema finds something wrong."""
-    validator = Draft7Validator(job_schema())
+    validator = Draft7Validator(build_schema())
     documents = json.loads(json.dumps(list(yaml.load_all(text, Loader))))
     return [error.json_path for document in documents for error in validator.iter_errors(document)]
 
 
 def test_it_is_a_schema_of_every_kind() -> None:
-    schema = job_schema()
+    schema = build_schema()
     Draft7Validator.check_schema(schema)
     assert schema["properties"]["kind"]["enum"] == [*KINDS]
 
@@ -41,7 +41,7 @@ def test_job_files_follow_it_and_name_it_in_every_document(path: Path) -> None:
 
 
 def test_the_file_beside_the_jobs_is_what_the_command_prints() -> None:
-    assert (JOBS[0].parent / "schema.json").read_text() == schema_text(), "make it anew: corun-ray schema"
+    assert (JOBS[0].parent / "schema.json").read_text() == format_schema(), "make it anew: corun-ray schema"
 
 
 @pytest.mark.parametrize("text", [PRETRAIN, COLABATOR, TUNE, EVALUATE, DEHAZE])

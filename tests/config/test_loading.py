@@ -8,7 +8,7 @@ import pytest
 
 from corun_ray.config.jobs import ColabatorJob, EvaluateJob, PretrainJob
 from corun_ray.config.loading import JobFileError, dump_job, load_jobs
-from corun_ray.config.reference import keys, section_of
+from corun_ray.config.reference import find_section, list_keys
 from tests.jobtexts import COLABATOR, EVALUATE, PIPELINE, PRETRAIN, SERVE, load, load_training, mistakes
 
 
@@ -125,5 +125,5 @@ def test_dump_shows_every_key_in_order(tmp_path: Path) -> None:
         *("data", "haze", "network", "coherence", "pool", "loss", "optim", "train", "cluster", "tracking")
     ]
     absent = ("data.validation", "data.paired")  # sections that this job leaves out are null
-    leaves = [path for path, field in keys(ColabatorJob).items() if not section_of(field) or path in absent]
+    leaves = [path for path, field in list_keys(ColabatorJob).items() if not find_section(field) or path in absent]
     assert len(lines) == len(sections) + len([path for path in leaves if path.rpartition(".")[0] not in absent])

@@ -6,7 +6,7 @@ import pytest
 
 from corun_ray.config.jobs import KINDS, TrainingJob
 from corun_ray.config.loading import JobFileError
-from corun_ray.config.reference import keys, section_of
+from corun_ray.config.reference import find_section, list_keys
 from tests.jobtexts import COLABATOR, DEHAZE, EVALUATE, PIPELINE, PRETRAIN, SERVE, TUNE, load, mistakes
 
 
@@ -110,8 +110,8 @@ def test_a_wrong_value_is_told_of_its_key(tmp_path: Path, kind: str, value: str)
     texts = {"pretrain": PRETRAIN, "colabator": COLABATOR, "tune": TUNE}
     text = (texts | {"evaluate": EVALUATE, "dehaze": DEHAZE, "serve": SERVE})[kind]
     told = 0
-    for path, field in keys(KINDS[kind]).items():
-        if section_of(field) or path == "kind":
+    for path, field in list_keys(KINDS[kind]).items():
+        if find_section(field) or path == "kind":
             continue
         try:
             validation = ["data.validation.hazy=h"] if issubclass(KINDS[kind], TrainingJob) else []

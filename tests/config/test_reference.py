@@ -1,20 +1,20 @@
 """The list of keys and the text made from it."""
 
 from corun_ray.config.jobs import KINDS
-from corun_ray.config.reference import ORDER, keys, reference
+from corun_ray.config.reference import ORDER, format_reference, list_keys
 
 
 def test_every_key_is_described_and_listed() -> None:
-    text = reference()
+    text = format_reference()
     for kind, job in KINDS.items():
         assert set(job.model_fields) <= set(ORDER)
-        for path, field in keys(job).items():
+        for path, field in list_keys(job).items():
             assert path == "kind" or field.description, f"{path} of {kind} says nothing"
             assert f"\n{path}: " in text or f"  {path} " in text
 
 
 def test_reference_gives_defaults_ranges_and_kinds() -> None:
-    lines = [" ".join(line.split()) for line in reference().splitlines()]
+    lines = [" ".join(line.split()) for line in format_reference().splitlines()]
     assert "optim.lr 0.0001 in pretrain, 5e-05 in colabator and tune" in lines
     assert "train.steps 30000 in pretrain, 5000 in colabator and tune" in lines
     assert "whole number, at least 2, at most 16; number of unfolding stages; corun only" in lines

@@ -7,7 +7,7 @@ import pytest
 from corun_ray.config.jobs import Job, TuneJob
 from corun_ray.config.loading import dump_job, load_jobs
 from corun_ray.config.tasks import RangeSection
-from corun_ray.config.trials import corners, example, pretraining_of, trial_job
+from corun_ray.config.trials import build_pretraining_job, build_trial_job, choose_example_job, list_corners
 from tests.jobtexts import COLABATOR, TUNE, load, mistakes
 
 TUNING = TUNE.partition("tune: ")[0]
@@ -49,18 +49,18 @@ def test_the_dump_reads_back(tmp_path: Path) -> None:
 
 def test_a_trial_is_a_colabator_job_with_the_values_in_place(tmp_path: Path) -> None:
     job = tune_job(tmp_path, search("{network.stages: [2, 3], data.patch_px: [64, 96]}"))
-    assert [tuple(values.values()) for values in corners(job)] == [(2, 64), (2, 96), (3, 64), (3, 96)]
+    assert [tuple(values.values()) for values in list_corners(job)] == [(2, 64), (2, 96), (3, 64), (3, 96)]
     (plain,) = load(tmp_path, COLABATOR)
-    trial = trial_job(job, {"network.stages": 3, "data.patch_px": 96})
+    trial = build_trial_job(job, {"network.stages": 3, "data.patch_px": 96})
     assert (trial.kind, trial.network.stages, trial.data.patch_px) == ("colabator", 3, 96)
     assert trial.loss == plain.loss and trial.optim == plain.optim  # type: ignore[attr-defined]
-    assert example(job) == trial_job(job, {"network.stages": 2, "data.patch_px": 64})
-    assert example(plain) is plain
+    assert choose_example_job(job) == build_trial_job(job, {"network.stages": 2, "data.patch_px": 64})
+    assert choose_example_job(plain) is plain
 
 
 def test_the_pretraining_of_a_trial_has_its_network_and_data(tmp_path: Path) -> None:
     job = tune_job(tmp_path, search("{network.stages: [2, 3]}"))
-    before = pretraining_of(trial_job(job, {"network.stages": 3}), 70)
+    before = build_pretraining_job(build_trial_job(job, {"network.stages": 3}), 70)
     assert (before.kind, before.network.stages, before.train.steps, before.optim.schedule_steps) == (
         "pretrain",
         3,

@@ -1,6 +1,6 @@
 """What `corun-ray check` says of a job's images."""
 
-from corun_ray.config.loading import job_of
+from corun_ray.config.loading import build_job
 from corun_ray.service.check import check_job
 from tests.service.jobs import small_job
 
@@ -35,11 +35,11 @@ def test_what_a_serve_job_would_use(tmp_path, monkeypatch):
     (tmp_path / "net.pth").touch()
     section = {"model": str(tmp_path / "net.pth"), "replicas": (1, 3), "cpus_per_replica": 2.0}
     tree = {"kind": "serve", "name": "s", "storage": str(tmp_path), "serve": section}
-    notes, mistakes = check_job(job_of(tree), [])
+    notes, mistakes = check_job(build_job(tree), [])
     assert mistakes == [] and f"model     {tmp_path}/net.pth" in notes
     assert notes[-2:] == [
         "serves    127.0.0.1, port 8000, path /",
         "machines  1 to 3 replicas; at least 3 CPUs and 0 GPUs in all, on a local Ray",
     ]
-    _, mistakes = check_job(job_of(tree | {"serve": section | {"model": "/none", "gpus_per_replica": 64.0}}), [])
+    _, mistakes = check_job(build_job(tree | {"serve": section | {"model": "/none", "gpus_per_replica": 64.0}}), [])
     assert [line.split(":")[0] for line in mistakes] == ["serve.model", "serve.gpus_per_replica"]

@@ -16,7 +16,7 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from corun_ray.config.messages import closest
+from corun_ray.config.messages import find_closest
 from corun_ray.core.errors import UserError
 from corun_ray.service.cluster.submission import EXCLUDED_PATTERNS, Submission
 
@@ -119,7 +119,7 @@ class JobsClient:
 
         # Suggest a similar name, or list all of them.
         names = sorted({_get_name(job) for job in jobs})
-        similar = closest(name, names)
+        similar = find_closest(name, names)
         if similar:
             raise JobsError(f"no job is called {name} (did you mean {similar}?)")
 

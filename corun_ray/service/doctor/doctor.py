@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from corun_ray.config.jobs import ClusterSection, Job
-from corun_ray.config.trials import example
+from corun_ray.config.trials import choose_example_job
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster.connect import ClusterError, connect, format_nodes
 from corun_ray.service.doctor.nodes import ClusterNodes, NodeTrouble, collect_local_facts, measure_all_reduce
@@ -58,7 +58,7 @@ def collect_needs(jobs: Sequence[Job]) -> Needs:
     weights: NeededFiles = {}
     for job in jobs:
         # Of a search, an example of its trials.
-        for folder, files in find_needed_files(example(job)).items():
+        for folder, files in find_needed_files(choose_example_job(job)).items():
             weights.setdefault(folder, {}).update(files)
 
     return Needs(jobs[0].storage, get_tracking_uri(jobs[0]), largest, weights)

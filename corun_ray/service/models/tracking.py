@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from corun_ray.config.credentials import REFUSED, holds_credentials, without_credentials
+from corun_ray.config.credentials import REFUSED, holds_credentials, mask_credentials
 from corun_ray.config.jobs import Job
 from corun_ray.config.reference import flatten
 from corun_ray.core.errors import UserError
@@ -48,7 +48,7 @@ def connect_to_mlflow(uri: str) -> Any:
     Raises `TrackingError` where the URI holds credentials.
     """
     if holds_credentials(uri):
-        shown = without_credentials(uri)
+        shown = mask_credentials(uri)
         raise TrackingError(f"{shown} {REFUSED} (MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN)")
 
     for variable, value in ENVIRONMENT.items():

@@ -17,7 +17,7 @@ import ray
 from ray._common.filters import CoreContextFilter
 from ray._common.formatters import JSONFormatter
 
-from corun_ray.config.credentials import without_credentials
+from corun_ray.config.credentials import mask_credentials
 
 LOGGER = logging.getLogger("corun_ray")
 FILE_PREFIX = "corun_ray-"
@@ -76,7 +76,7 @@ class Log:
 
 def redact(text: str) -> str:
     """Hide credentials in URIs, and the values of secret environment variables."""
-    text = without_credentials(text)
+    text = mask_credentials(text)
     for name, value in os.environ.items():
         if len(value) >= MIN_SECRET_LENGTH and SECRET_NAME.search(name.upper()):
             text = text.replace(value, HIDDEN)

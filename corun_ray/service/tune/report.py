@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from corun_ray.config.jobs import TuneJob
 from corun_ray.config.loading import dump_job
-from corun_ray.config.trials import trial_job
+from corun_ray.config.trials import build_trial_job
 from corun_ray.core.networks.build import build_network
 from corun_ray.service.errors import JobFailed, find_root_cause
 from corun_ray.service.models.sources import get_network_spec
@@ -139,7 +139,7 @@ def rank_trials(trials: Sequence[TrialResult], metric: str, mode: str) -> list[T
 
 def measure_cost(job: TuneJob, trial: TrialResult) -> NetworkCost:
     """Count a trial's parameters and operations on one random patch."""
-    own_job = trial_job(job, trial.values)
+    own_job = build_trial_job(job, trial.values)
     network = build_network(get_network_spec(own_job)).eval()
     side_px = own_job.data.patch_px
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -171,7 +171,7 @@ def summarise_search(job: TuneJob, trials: Sequence[TrialResult]) -> SearchSumma
 
 def _make_row(job: TuneJob, trial: TrialResult, cost: NetworkCost) -> dict[str, Any]:
     """Return a trial's values, cost, pace and metrics."""
-    own_job = trial_job(job, trial.values)
+    own_job = build_trial_job(job, trial.values)
     steps_per_s = trial.metrics.get(RATE_METRIC, 0.0)
     images_per_s = steps_per_s * own_job.train.images_per_worker * own_job.cluster.max_workers
 

@@ -18,7 +18,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from corun_ray.config.jobs import ClusterSection, TuneJob
 from corun_ray.config.loading import dump_job
 from corun_ray.config.tasks import Choice, RangeSection
-from corun_ray.config.trials import corners, trial_job
+from corun_ray.config.trials import build_trial_job, list_corners
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.errors import JobFailed, get_first_line
 from corun_ray.service.models.registry import register_model
@@ -116,7 +116,7 @@ def _check_trials(job: TuneJob, folder: Path) -> str:
     Returns the digest of the data. Raises the errors of `prepare`.
     """
     # Try every combination of the lists and of the ranges' two ends.
-    trials = [trial_job(job, values) for values in corners(job)]
+    trials = [build_trial_job(job, values) for values in list_corners(job)]
     manifest, _ = prepare(trials[0], folder)
 
     # Many trials have the same network, which need be built only once.
@@ -336,7 +336,7 @@ def _close_stopped_runs(session: SearchSession, trials: Sequence[TrialResult]) -
         if trial.model is not None:
             continue
         overrides = build_overrides(session.job, session.run, trial.name)
-        run = find_last_run(trial_job(session.job, {**trial.values, **overrides}))
+        run = find_last_run(build_trial_job(session.job, {**trial.values, **overrides}))
         if run is not None:
             session.tracker.end_run(read_record(run).mlflow_run)
 

@@ -10,7 +10,7 @@ from typing import Any
 from ray import tune
 
 from corun_ray.config.jobs import ColabatorJob, TuneJob
-from corun_ray.config.trials import pretraining_of, trial_job
+from corun_ray.config.trials import build_pretraining_job, build_trial_job
 from corun_ray.service.models.tracking import get_tracking_uri, read_last_metrics
 from corun_ray.service.models.user_code import UserCode, write_code
 from corun_ray.service.runs.record import find_last_run, read_record
@@ -44,7 +44,7 @@ def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> dict[str, Any]:
     for key, value in config.items():
         values[key] = value.item() if hasattr(value, "item") else value
     values |= build_overrides(plan.job, locate(plan.run_uri), tune.get_context().get_trial_name())
-    job = trial_job(plan.job, values)
+    job = build_trial_job(plan.job, values)
 
     latest: dict[str, Any] = {}
 
@@ -62,8 +62,8 @@ def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> dict[str, Any]:
 
         # Pre-train where the search asks for it, and start the trial from the result.
         if plan.job.tune.pretrain_steps:
-            pretrained = train(pretraining_of(job, plan.job.tune.pretrain_steps))
-            job = trial_job(plan.job, {**values, "network.init": pretrained})
+            pretrained = train(build_pretraining_job(job, plan.job.tune.pretrain_steps))
+            job = build_trial_job(plan.job, {**values, "network.init": pretrained})
 
         model = train(job, listen=report)
 

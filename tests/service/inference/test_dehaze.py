@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.config.loading import job_of
+from corun_ray.config.loading import build_job
 from corun_ray.config.tasks import DehazeSection
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
@@ -45,7 +45,7 @@ def job_run(local_ray, model, dataset, tmp_path_factory):
     torch.save(model.params, folder / "net.pth")
     section = {"input": str(dataset / "hazy"), "output": str(folder / "out"), "model": str(folder / "net.pth")}
     with contextlib.redirect_stdout(said):
-        run_jobs([job_of({"kind": "dehaze", "name": "photos", "dehaze": section})], Console())
+        run_jobs([build_job({"kind": "dehaze", "name": "photos", "dehaze": section})], Console())
     return folder / "out", said.getvalue()
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from corun_ray.config.loading import job_of
+from corun_ray.config.loading import build_job
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference import dark_channel
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
@@ -63,7 +63,7 @@ def evaluated(local_ray, photographs, networks, tmp_path_factory):
         "models": {name: str(folder / f"{name}.pth") for name in ("first", "second")},
         "metrics": ("psnr", "ssim", "fade", "gmsd", "vif"),
     }
-    run_jobs([job_of({"kind": "evaluate", "name": "e", "storage": str(storage), "evaluate": section})], Console())
+    run_jobs([build_job({"kind": "evaluate", "name": "e", "storage": str(storage), "evaluate": section})], Console())
     (run,) = storage.glob("e-*")
     return run
 
@@ -117,7 +117,7 @@ def test_the_tables_agree_and_parquet_has_the_same_rows(evaluated):
 def test_what_has_no_value_is_empty_and_told(local_ray, photographs, tmp_path, capsys):
     section = {"hazy": str(photographs / "hazy"), "clear": str(photographs / "hazy_truth"), "metrics": ("psnr", "vif")}
     tree = {"kind": "evaluate", "name": "gaps", "storage": str(tmp_path), "evaluate": section}
-    run_jobs([job_of(tree)], Console())
+    run_jobs([build_job(tree)], Console())
     output = capsys.readouterr().out
     assert "broken.png: not an image" in output and "no value: small.png hazy vif: " in output
     (run,) = tmp_path.glob("gaps-*")
@@ -128,7 +128,7 @@ def test_what_has_no_value_is_empty_and_told(local_ray, photographs, tmp_path, c
 
 def test_a_missing_folder_is_told_before_anything_is_started(tmp_path, capsys):
     section = {"hazy": str(tmp_path / "none"), "metrics": ("fade",)}
-    job = job_of({"kind": "evaluate", "name": "e", "storage": str(tmp_path / "runs"), "evaluate": section})
+    job = build_job({"kind": "evaluate", "name": "e", "storage": str(tmp_path / "runs"), "evaluate": section})
     with pytest.raises(StorageError, match=f"cannot list {tmp_path}/none"):
         run_evaluation(job, Console())
     assert capsys.readouterr().out == "" and not (tmp_path / "runs").exists()

@@ -15,7 +15,7 @@ import ray
 import torch
 
 from corun_ray.config.jobs import ServeJob
-from corun_ray.config.loading import job_of
+from corun_ray.config.loading import build_job
 from corun_ray.core.data.images import decode_pixels
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.networks.corun import CORUN
@@ -61,7 +61,7 @@ def running(**section: object) -> Iterator[Running]:
         torch.nn.init.normal_(parameter, std=0.05)
     model = Model(NetworkSpec("corun", {"stages": 2, "width": 4}), network.state_dict(), {})
     keys = {"model": "x", "port": free_port(), "max_upload_mib": MAX_MIB} | section
-    job = job_of({"kind": "serve", "name": "dehazing", "serve": keys})
+    job = build_job({"kind": "serve", "name": "dehazing", "serve": keys})
     assert isinstance(job, ServeJob)
     with Deployment(job, model, ServedModel("net", "7")) as deployment:
         deployment.start()
