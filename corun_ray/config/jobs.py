@@ -1,7 +1,7 @@
-"""The schema of a job file: every key with its type, unit, range and default.
+"""Define the schema of a job file: every key with its type, unit, range and default.
 
-A job is one of the classes in `KINDS`, chosen by its `kind`; a class has the keys that its kind uses.
-`jobvalues` has the types of values, `jobkeys` lists the keys, `jobfile` reads YAML into these classes.
+A job is an object of one of the classes in `KINDS`, chosen by its `kind`. A class has the keys that its kind uses.
+The types of values are in `types`; `reference` lists the keys; `loading` reads YAML into these classes.
 """
 
 import warnings
@@ -43,32 +43,34 @@ from corun_ray.config.types import (
 
 
 class ClusterSection(Section):
-    workers: Workers = Field((1, 1), description="training workers; [low, high]: as many as there is room for")
+    workers: Workers = Field((1, 1), description="training workers; [low, high]: as many as fit the cluster")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of a worker; 0 runs on the CPU")
     cpus_per_worker: Positive = Field(1.0, description="CPUs of a worker")
     data_cpus: OneOrMore = Field(1, description="CPUs that decode images")
     max_failures: Count = Field(3, ge=0, description="restarts before the job fails")
-    resize_every_s: Positive = Field(60.0, description="seconds between two looks whether an elastic job can grow")
+    resize_every_s: Positive = Field(60.0, description="seconds between checks whether an elastic job can grow")
 
     @property
     def min_workers(self) -> int:
-        """As many must there be."""
+        """The fewest workers that the job can run with."""
         return self.workers[0]
 
     @property
     def max_workers(self) -> int:
-        """More are never used."""
+        """The most workers that the job uses."""
         return self.workers[1]
 
     @property
     def is_elastic(self) -> bool:
-        """Whether the number of workers may change in a run."""
+        """Whether the number of workers may change during a run."""
         return self.min_workers < self.max_workers
 
     @property
     def workers_text(self) -> str:
-        """For people: `8` or `4 to 8`."""
-        return f"{self.min_workers} to {self.max_workers}" if self.is_elastic else str(self.max_workers)
+        """The number of workers as text: `8` or `4 to 8`."""
+        if self.is_elastic:
+            return f"{self.min_workers} to {self.max_workers}"
+        return str(self.max_workers)
 
 
 with warnings.catch_warnings():
@@ -76,97 +78,108 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", 'Field name "register"')
 
     class TrackingSection(Section):
-        uri: str = Field("", description="MLflow server; empty: mlflow.db in the storage folder")
+        uri: str = Field("", description="URI of the MLflow server; empty: mlflow.db in the storage folder")
         experiment: Text = Field("corun", description="MLflow experiment")
-        register: OptionalText = Field(None, description="registered model's name; null: not registered")
+        register: OptionalText = Field(None, description="name of the registered model; null: not registered")
 
 
-def _section(description: str) -> Any:
-    """A section that may be left out: its own keys say what is missing then."""
+def _define_section(description: str) -> Any:
+    """Define a section that a file may omit.
+
+    Where the section has required keys, these are reported as missing.
+    """
     return Field({}, description=description)
 
 
-def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every text within a value, after the path of its key."""
+def _find_texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text within a value, with its path."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
         for key, part in value.items():
-            yield from _texts(part, f"{path}.{key}" if path else key)
+            yield from _find_texts(part, f"{path}.{key}" if path else key)
     elif isinstance(value, tuple):
         for part in value:
-            yield from _texts(part, path)
+            yield from _find_texts(part, path)
 
 
 class Job(Strict):
     kind: str = Field(description="pretrain, colabator, tune, evaluate, dehaze or serve")
     name: Name = Field(description="lower-case letters, digits, . _ - and no . _ - in front")
-    seed: Whole = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
-    storage: Text = Field("runs", description="a folder or URI for checkpoints, label pool and reports")
-    cluster: ClusterSection = _section("where it runs")
-    tracking: TrackingSection = _section("what MLflow records")
+    seed: Whole = Field(0, ge=0, le=2**32 - 1, description="seed of all random numbers")
+    storage: Text = Field("runs", description="folder or URI of checkpoints, label pool and reports")
+    cluster: ClusterSection = _define_section("the cluster resources of the job")
+    tracking: TrackingSection = _define_section("records in MLflow")
 
     @field_validator("tracking")
     @classmethod
-    def _somewhere_to_track(cls, tracking: TrackingSection, info: ValidationInfo) -> TrackingSection:
+    def _require_tracking_server(cls, tracking: TrackingSection, info: ValidationInfo) -> TrackingSection:
+        # MLflow's database cannot be in a bucket.
         storage = info.data.get("storage", "")
         if not tracking.uri and "://" in storage:
             raise Mismatch("tracking.uri", f"needed because storage {storage} is not a folder")
         return tracking
 
     @model_validator(mode="after")
-    def _no_credentials(self) -> "Job":
-        for path, text in _texts(self.model_dump()):
+    def _refuse_credentials(self) -> "Job":
+        for path, text in _find_texts(self.model_dump()):
             if holds_credentials(text):
                 raise Mismatch(path, f"{mask_credentials(text)} {REFUSED}")
         return self
 
     @property
     def whole_cluster(self) -> ClusterSection:
-        """What it takes at any one time."""
+        """The resources that the job takes at any one time."""
         return self.cluster
 
 
 class TrainingJob(Job):
-    """What pre-training and Colabator have in common."""
+    """The keys that pre-training and Colabator have in common."""
 
-    data: TrainingDataSection = _section("images")
-    haze: HazeSection = _section("the haze that is synthesised")
-    network: NetworkSection = _section("the network")
-    loss: LossSection = _section("the losses")
-    optim: OptimSection = _section("the optimiser, AdamW")
-    train: TrainSection = _section("the training loop")
+    data: TrainingDataSection = _define_section("images")
+    haze: HazeSection = _define_section("the synthetic haze")
+    network: NetworkSection = _define_section("the network")
+    loss: LossSection = _define_section("the losses")
+    optim: OptimSection = _define_section("the optimiser, AdamW")
+    train: TrainSection = _define_section("the training loop")
 
     @model_validator(mode="after")
-    def _mixup_needs_a_batch(self) -> "TrainingJob":
-        later = self.train.progressive if isinstance(self.train, PretrainTrainSection) else ()
-        if self.data.mixup and min([self.train.batch_per_worker, *(phase.batch_per_worker for phase in later)]) < 2:
+    def _check_mixup(self) -> "TrainingJob":
+        # Batches of the beginning and of all later steps of a progressive training.
+        batches = [self.train.batch_per_worker]
+        if isinstance(self.train, PretrainTrainSection):
+            batches += [step.batch_per_worker for step in self.train.progressive]
+
+        if self.data.mixup and min(batches) < 2:
             raise Mismatch("data.mixup", "mixes the images of a batch, and batch_per_worker is 1")
         return self
 
 
 class PretrainJob(TrainingJob):
     kind: Literal["pretrain"]
-    train: PretrainTrainSection = _section("the training loop")
+    train: PretrainTrainSection = _define_section("the training loop")
 
 
 class ColabatorKeys(TrainingJob):
     """The keys of a Colabator job, and of a search over such jobs."""
 
-    data: ColabatorDataSection = _section("images")
-    optim: ColabatorOptimSection = _section("the optimiser, AdamW")
-    train: ColabatorTrainSection = _section("the training loop")
-    loss: ColabatorLossSection = _section("the losses")
-    coherence: CoherenceSection = _section("how a pseudo label is scored")
-    pool: PoolSection = _section("the optimal label pool")
+    data: ColabatorDataSection = _define_section("images")
+    optim: ColabatorOptimSection = _define_section("the optimiser, AdamW")
+    train: ColabatorTrainSection = _define_section("the training loop")
+    loss: ColabatorLossSection = _define_section("the losses")
+    coherence: CoherenceSection = _define_section("the scores of pseudo labels")
+    pool: PoolSection = _define_section("the optimal label pool")
 
     @field_validator("coherence")
     @classmethod
-    def _whole_blocks(cls, coherence: CoherenceSection, info: ValidationInfo) -> CoherenceSection:
+    def _check_blocks_and_losses(cls, coherence: CoherenceSection, info: ValidationInfo) -> CoherenceSection:
+        # A section that was refused is absent here; its own mistake is reported.
         data = info.data.get("data")
         if data and data.patch_px % coherence.block_px:
             text = f"{data.patch_px} is not a multiple of coherence.block_px ({coherence.block_px})"
             raise Mismatch("data.patch_px", text)
+
+        # The loss of haze density needs a differentiable scorer.
         loss = info.data.get("loss")
         if loss and loss.haze_density_weight and coherence.clarity == "fade":
             raise Mismatch("loss.haze_density_weight", "fade has no gradient; daclip, contrast and dark_channel do")
@@ -179,33 +192,34 @@ class ColabatorJob(ColabatorKeys):
 
 class TuneJob(ColabatorKeys):
     kind: Literal["tune"]
-    tune: TuneSection = _section("the search: which keys vary, and how trials are judged")
+    tune: TuneSection = _define_section("the search: keys that vary, and the comparison of trials")
 
     @property
     def whole_cluster(self) -> ClusterSection:
-        """What all trials that run at once take."""
-        one, trials = self.cluster, self.tune.trials_at_once or 1
-        sizes = {"workers": tuple(n * trials for n in one.workers), "data_cpus": one.data_cpus * trials}
-        return one.model_copy(update=sizes)
+        """The resources of all trials that run at once."""
+        trial = self.cluster
+        trials = self.tune.trials_at_once or 1
+        workers = (trial.min_workers * trials, trial.max_workers * trials)
+        return trial.model_copy(update={"workers": workers, "data_cpus": trial.data_cpus * trials})
 
 
 class EvaluateJob(Job):
     kind: Literal["evaluate"]
-    evaluate: EvaluateSection = _section("what is measured, and of which models")
+    evaluate: EvaluateSection = _define_section("the evaluation: models, images and metrics")
 
 
 class DehazeJob(Job):
     kind: Literal["dehaze"]
-    dehaze: DehazeSection = _section("which images are dehazed, by which model")
+    dehaze: DehazeSection = _define_section("the images to dehaze, and the model")
 
 
 class ServeJob(Job):
     kind: Literal["serve"]
-    serve: ServeSection = _section("which model answers requests, where, and within which bounds")
+    serve: ServeSection = _define_section("the served model, its address and its limits")
 
     @property
     def whole_cluster(self) -> ClusterSection:
-        """What all replicas take."""
+        """The resources of all replicas."""
         section = self.serve
         return ClusterSection(
             workers=section.replicas,

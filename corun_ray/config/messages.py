@@ -1,4 +1,4 @@
-"""The wording of mistakes in a job file: what pydantic found → one plain line, with what was probably meant."""
+"""Explain mistakes in a job file: an error of pydantic becomes one plain line, with a suggestion."""
 
 import difflib
 import json
@@ -24,6 +24,7 @@ _TYPE_WORDS = {
     "dict_type": "a mapping of keys",
     "model_type": "a mapping of keys",
 }
+"""Type of an error of pydantic → the expected value."""
 _SYNONYMS = {
     "amp": "precision",
     "batch": "batch_per_worker",
@@ -37,30 +38,48 @@ _SYNONYMS = {
     "pretrained": "init",
     "weights": "init",
 }
+"""Common names of keys → their names here."""
+MAX_VALUE_CHARACTERS = 60
+SAME_SECTION_CUTOFF, OTHER_SECTION_CUTOFF = 0.6, 0.75
+"""Similarity, from 0 to 1, that a suggested key has at least."""
 
 
 def explain_errors(errors: Iterable[Any], kind: str, is_sure: bool) -> Iterator[tuple[Loc, str]]:
-    """Where and what, in plain words. Where the kind is only guessed, nothing is said of its own keys."""
+    """Yield the place and the explanation of each error.
+
+    Where the kind is only guessed (not `is_sure`), mistakes of the kind's own keys are skipped.
+    """
     for error in errors:
-        loc = tuple(part for part in error["loc"] if not str(part).startswith("["))  # pydantic's own
+        # Parts in brackets are pydantic's own tags.
+        loc = tuple(part for part in error["loc"] if not str(part).startswith("["))
         path = format_path(loc)
         cause = error.get("ctx", {}).get("error")
+
+        # The error that kept the factory from being called is reported.
         if error["type"] == "default_factory_not_called":
-            continue  # the error that kept it from being called is told
+            continue
+
+        # Sections that do not go together name the key to change. They depend on the kind.
         if isinstance(cause, Mismatch) and is_sure:
             yield tuple(cause.key.split(".")), str(cause)
         elif isinstance(cause, Mismatch):
-            continue  # what goes together depends on the kind
+            continue
+
+        # A key that this kind does not have.
         elif error["type"] == "extra_forbidden":
             used_elsewhere = any(accepts_key(other, path) for other in KINDS)
             if is_sure or not used_elsewhere:
                 yield loc, explain_unknown_key(path, kind, used_elsewhere)
+
+        # Any other error. All kinds have the keys of `Job`.
         elif is_sure or error["type"] != "missing" or path in list_keys(Job):
-            yield loc, _words(error, find_field(kind, loc))
+            yield loc, _explain(error, find_field(kind, loc))
 
 
-def _words(error: Any, field: FieldInfo) -> str:
-    value, ctx = format_value(error["input"]), error.get("ctx", {})
+def _explain(error: Any, field: FieldInfo) -> str:
+    """Return an error of pydantic in plain words."""
+    value = format_value(error["input"])
+    ctx = error.get("ctx", {})
     match error["type"]:
         case "missing" if isinstance(error["loc"][-1], int):
             return f"{value} is too short ([low, high])"
@@ -81,63 +100,86 @@ def _words(error: Any, field: FieldInfo) -> str:
         case kind if kind in _TYPE_WORDS:
             return f"{value} is not {_TYPE_WORDS[kind]}"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            return f"{value} is {_out_of_range(field, ctx)}"
+            return f"{value} is {_explain_range(field, ctx)}"
         case _:
             return f"{value}: {error['msg']}"
 
 
-def _out_of_range(field: FieldInfo, ctx: Mapping[str, float]) -> str:
+def _explain_range(field: FieldInfo, ctx: Mapping[str, float]) -> str:
+    # pydantic gives one limit, such as {"ge": 1}.
     (word, limit), *_ = ctx.items()
     low, high = ("few", "many") if COUNT in field.metadata else ("small", "large")
     return f"too {low if word in ('ge', 'gt') else high} ({LIMIT_WORDS[word]} {limit:.10g})"
 
 
 def explain_choice(value: Any, choices: Collection[str]) -> str:
-    """Says that a value is none of the choices, and which of them it resembles."""
+    """Explain that a value is none of the choices.
+
+    The text suggests a similar choice.
+    """
     if len(choices) == 1:
         return f"{format_value(value)} is not available (only {next(iter(choices))} so far)"
-    return f"{format_value(value)} is not one of {', '.join(choices)}{_did_you_mean(find_closest(value, choices))}"
+    return f"{format_value(value)} is not one of {', '.join(choices)}{_suggest(find_closest(value, choices))}"
 
 
 def explain_unknown_key(path: str, kind: str, used_elsewhere: bool) -> str:
-    """Says that a job of this kind has no such key; `used_elsewhere`: another kind has it."""
+    """Explain that a job of this kind has no such key.
+
+    `used_elsewhere` says that another kind has the key.
+    """
     if used_elsewhere:
-        return f"not used by {'an' if kind[0] in 'aeiou' else 'a'} {kind} job"
-    return f"unknown key{_did_you_mean(_similar_key(path, list_keys(KINDS[kind])))}"
+        article = "an" if kind[0] in "aeiou" else "a"
+        return f"not used by {article} {kind} job"
+    return f"unknown key{_suggest(_find_similar_key(path, list_keys(KINDS[kind])))}"
 
 
-def _similar_key(path: str, known: Iterable[str]) -> str | None:
-    """The key that was probably meant: one spelt alike, in this section first, then in any."""
+def _find_similar_key(path: str, known: Iterable[str]) -> str | None:
+    """Return the key that was probably meant, if any.
+
+    The key is spelt alike and stands in the same section, else in any other.
+    """
     section, _, name = path.rpartition(".")
     name = _SYNONYMS.get(name, name)
-    elsewhere: dict[str, str] = {}
+
+    # Name → path of the keys in this section, and of all keys.
     here: dict[str, str] = {}
+    anywhere: dict[str, str] = {}
     for other in known:
         other_section, _, other_name = other.rpartition(".")
-        elsewhere.setdefault(other_name, other)
+        anywhere.setdefault(other_name, other)
         if other_section == section:
             here[other_name] = other
-    for candidates, cutoff in ((here, 0.6), (elsewhere, 0.75)):
-        if close := difflib.get_close_matches(name, candidates, 1, cutoff):
+
+    for candidates, cutoff in ((here, SAME_SECTION_CUTOFF), (anywhere, OTHER_SECTION_CUTOFF)):
+        close = difflib.get_close_matches(name, candidates, 1, cutoff)
+        if close:
             return candidates[close[0]]
     return None
 
 
 def find_closest(value: Any, choices: Iterable[str]) -> str | None:
-    """The choice spelt most like a value, if any is."""
-    return next(iter(difflib.get_close_matches(value, choices, 1)), None) if isinstance(value, str) else None
+    """Return the choice spelt most like a value.
+
+    None where no choice is similar.
+    """
+    if not isinstance(value, str):
+        return None
+    close = difflib.get_close_matches(value, choices, 1)
+    return close[0] if close else None
 
 
-def _did_you_mean(suggestion: str | None) -> str:
+def _suggest(suggestion: str | None) -> str:
     return f" (did you mean {suggestion}?)" if suggestion else ""
 
 
 def format_path(loc: Loc) -> str:
-    """A place as people write it, `train.steps`; positions in a list are left out."""
+    """Return a place as text, `train.steps`, without positions in lists."""
     return ".".join(part for part in loc if isinstance(part, str))
 
 
 def format_value(value: Any) -> str:
-    """A value as it may have been written, without credentials, shortened to 60 characters."""
+    """Return a value as text without credentials, shortened."""
     text = mask_credentials(json.dumps(value, ensure_ascii=False))
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if len(text) <= MAX_VALUE_CHARACTERS:
+        return text
+    return f"{text[: MAX_VALUE_CHARACTERS - 3]}..."

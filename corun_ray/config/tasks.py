@@ -1,10 +1,4 @@
-"""The `tune` section of a job file: which keys vary and over what, and how trials are judged.
-
-The `evaluate` section of a job file: what is measured, of which models, on which images.
-
-The `serve` section of a job file: which model answers, where, with how many replicas, within which bounds.
-
-The `dehaze` section of a job file: which images, by which model, to where."""
+"""Define the sections `tune`, `evaluate`, `serve` and `dehaze` of a job file."""
 
 import difflib
 import math
@@ -38,16 +32,23 @@ from corun_ray.config.types import (
 )
 from corun_ray.core.metrics.catalog import OWN_METRICS, list_metrics
 
+Baseline = Literal["hazy", "dark_channel"]
+PATH = re.compile(r"/|(/[A-Za-z0-9._-]+)+")
+"""A path of HTTP: `/` or `/dehazing`."""
+
+
+# --- Search ---
+
 
 class RangeSection(Section):
-    """Numbers between two ends; whole ones where both ends are."""
+    """Numbers between two ends; whole numbers where both ends are whole."""
 
     low: int | float = Field(description="the smallest value")
     high: int | float = Field(description="the largest value")
-    log: bool = Field(False, description="evenly spread in the logarithm")
+    log: bool = Field(False, description="draw evenly in the logarithm")
 
     @model_validator(mode="after")
-    def _low_first(self) -> "RangeSection":
+    def _check_ends(self) -> "RangeSection":
         if self.low >= self.high:
             raise ValueError(f"low {self.low} is not less than high {self.high}")
         if self.log and self.low <= 0:
@@ -56,60 +57,70 @@ class RangeSection(Section):
 
     @property
     def is_whole(self) -> bool:
-        """Whether only whole numbers are meant."""
+        """Whether the range has whole numbers only."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
 
-def _flat(search: Any, prefix: str = "") -> Any:
-    """Takes `network: {stages: [2, 3]}` for `network.stages: [2, 3]`."""
+def _flatten_search(search: Any, prefix: str = "") -> Any:
+    """Convert `network: {stages: [2, 3]}` to `network.stages: [2, 3]`."""
     if not isinstance(search, dict):
         return search
+
+    # A mapping is a range if it has any key of a range, else a section.
     flat: dict[Any, Any] = {}
     for key, choice in search.items():
+        path = f"{prefix}{key}"
         is_section = isinstance(choice, dict) and not choice.keys() & RangeSection.model_fields.keys()
-        flat |= _flat(choice, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": choice}
+        if is_section:
+            flat |= _flatten_search(choice, f"{path}.")
+        else:
+            flat[path] = choice
     return flat
 
 
-def _not_empty(search: dict[str, Any]) -> dict[str, Any]:
+def _check_search(search: dict[str, Any]) -> dict[str, Any]:
     if not search:
         raise ValueError("empty (a mapping such as network.stages: [2, 3, 4])")
-    if lone := [key for key, choice in search.items() if isinstance(choice, tuple) and not choice]:
-        raise ValueError(f"{lone[0]} has nothing to choose from")
+    for key, choice in search.items():
+        if isinstance(choice, tuple) and not choice:
+            raise ValueError(f"{key} has nothing to choose from")
     return search
 
 
 Choice = tuple[Any, ...] | RangeSection
+# The tags name the two forms in pydantic's errors.
 _Choice = Annotated[
     Annotated[tuple[Any, ...], Tag("[list]")] | Annotated[RangeSection, Tag("[range]")],
     Discriminator(lambda choice: "[range]" if isinstance(choice, dict | RangeSection) else "[list]"),
 ]
-Search = Annotated[dict[str, _Choice], BeforeValidator(_flat), AfterValidator(_not_empty)]
+Search = Annotated[dict[str, _Choice], BeforeValidator(_flatten_search), AfterValidator(_check_search)]
 
 
 class TuneSection(Section):
-    search: Search = Field(description="key: [values], or key: {low, high, log}, for any key of a colabator job")
-    metric: Text = Field("val/fade", description="validation metric by which trials are compared")
-    mode: Literal["min", "max"] = Field("min", description="whether less or more of it is better")
+    search: Search = Field(description="key: [values] or key: {low, high, log}, for any key of a colabator job")
+    metric: Text = Field("val/fade", description="validation metric that compares trials")
+    mode: Literal["min", "max"] = Field("min", description="min: a lower metric is better; max: a higher one")
     samples: OneOrMore = Field(1, description="draws from the ranges, each with every combination of the lists")
-    trials_at_once: OptionalCount = Field(None, ge=1, description="trials at a time; null: as many as fit")
-    scheduler: Literal["asha", "all"] = Field("asha", description="asha ends trials that fall behind; all: none")
+    trials_at_once: OptionalCount = Field(None, ge=1, description="trials at a time; null: as many as fit the cluster")
+    scheduler: Literal["asha", "all"] = Field("asha", description="asha: end trials that fall behind; all: end none")
     grace_steps: OptionalCount = Field(
-        None, ge=1, description="steps before asha may end a trial; null: a quarter of them"
+        None, ge=1, description="steps before asha may end a trial; null: a quarter of train.steps"
     )
-    reduction: Count = Field(3, ge=2, description="of so many trials, asha lets one go on at each rung")
-    pretrain_steps: Count = Field(0, ge=0, description="steps of pre-training before each trial's own; 0: none")
+    reduction: Count = Field(3, ge=2, description="asha continues one of this many trials at each rung")
+    pretrain_steps: Count = Field(0, ge=0, description="steps of pre-training before each trial; 0: none")
 
     @property
     def num_trials(self) -> int:
-        """How many trials there will be."""
-        return self.samples * math.prod(len(choice) for choice in self.search.values() if isinstance(choice, tuple))
+        """Number of trials."""
+        lists = [choice for choice in self.search.values() if isinstance(choice, tuple)]
+        return self.samples * math.prod(map(len, lists))
 
 
-Baseline = Literal["hazy", "dark_channel"]
+# --- Evaluation ---
 
 
-def _known_metric(name: str) -> str:
+def _check_metric(name: str) -> str:
+    # Suggest a name that is spelt alike.
     if name not in list_metrics():
         close = difflib.get_close_matches(name, list_metrics(), 1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -117,40 +128,41 @@ def _known_metric(name: str) -> str:
     return name
 
 
-def _some_once_if_any(items: tuple[str, ...]) -> tuple[str, ...]:
+def _check_distinct_if_any(items: tuple[str, ...]) -> tuple[str, ...]:
     return check_distinct(items) if items else items
 
 
 class EvaluateSection(Section):
-    hazy: Text = Field(description="a folder or URI of hazy images")
-    clear: OptionalText = Field(None, description="a folder or URI of their clear truth, paired by stem")
-    models: dict[Name, Text] = Field({}, description="models by name; empty: the baselines alone are measured")
-    baselines: Annotated[tuple[Baseline, ...], AfterValidator(_some_once_if_any)] = Field(
-        get_args(Baseline), description="hazy: the input as it is; dark_channel: dehazed by the dark channel prior"
+    hazy: Text = Field(description="folder or URI of hazy images")
+    clear: OptionalText = Field(None, description="folder or URI of their clear truth, paired by stem")
+    models: dict[Name, Text] = Field({}, description="models by name; empty: only the baselines are measured")
+    baselines: Annotated[tuple[Baseline, ...], AfterValidator(_check_distinct_if_any)] = Field(
+        get_args(Baseline), description="hazy: the unchanged input; dark_channel: the dark channel prior"
     )
-    metrics: Annotated[tuple[Annotated[str, AfterValidator(_known_metric)], ...], AfterValidator(check_distinct)] = (
+    metrics: Annotated[tuple[Annotated[str, AfterValidator(_check_metric)], ...], AfterValidator(check_distinct)] = (
         Field(
             default_factory=lambda earlier: tuple(OWN_METRICS) if earlier["clear"] else ("fade",),
             description="psnr, ssim, fade or a metric of pyiqa (musiq, ...); without clear: those that need no truth",
         )
     )
-    weights: OptionalText = Field(None, description="a folder or URI of pyiqa's weights (see corun-ray weights)")
+    weights: OptionalText = Field(None, description="folder or URI of pyiqa's weights (see corun-ray weights)")
     against: Name | None = Field(
-        None, description="the model or baseline that the others are compared with; null: the first model"
+        None, description="model or baseline that the others are compared with; null: the first model"
     )
 
     @field_validator("metrics")
     @classmethod
-    def _truth_for_references(cls, metrics: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    def _check_truth(cls, metrics: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         needing = [metric for metric in metrics if list_metrics()[metric].needs_truth]
         if needing and info.data.get("clear", "") is None:
             raise ValueError(f"{' and '.join(needing)} cannot be measured without evaluate.clear")
         return metrics
 
     @model_validator(mode="after")
-    def _someone_to_measure(self) -> "EvaluateSection":
-        if taken := [name for name in get_args(Baseline) if name in self.models]:
-            raise Mismatch(f"evaluate.models.{taken[0]}", "the name of a baseline; a model needs another")
+    def _check_names(self) -> "EvaluateSection":
+        for name in get_args(Baseline):
+            if name in self.models:
+                raise Mismatch(f"evaluate.models.{name}", "the name of a baseline; a model needs another name")
         if not self.names:
             raise Mismatch("evaluate.models", "missing (models by name, or evaluate.baselines)")
         if self.against is not None and self.against not in self.names:
@@ -159,59 +171,62 @@ class EvaluateSection(Section):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Whatever is measured: baselines first."""
+        """Names of all baselines and models, baselines first."""
         return (*self.baselines, *self.models)
 
     @property
     def reference(self) -> str | None:
-        """What the others are compared with; None where there is nothing to compare."""
+        """Name that the others are compared with, if any."""
         return self.against or next(iter(self.models), None)
 
 
-PATH = re.compile(r"/|(/[A-Za-z0-9._-]+)+")
+# --- Serving ---
 
 
-def _is_path(path: str) -> str:
+def _check_path(path: str) -> str:
     if not PATH.fullmatch(path):
         raise ValueError(f'"{path}" is not a path such as / or /dehazing (letters, digits, . _ -, no / at the end)')
     return path
 
 
 class ServeSection(Section):
-    model: Text = Field(description="MLflow URI, checkpoint or plain model folder, or .pth")
-    host: Text = Field("127.0.0.1", description="address to listen at; 0.0.0.0: every one, with no authentication")
+    model: Text = Field(description="MLflow URI, checkpoint, plain model folder or .pth")
+    host: Text = Field("127.0.0.1", description="address to listen on; 0.0.0.0: all addresses, without authentication")
     port: Whole = Field(8000, ge=1, le=65535, description="TCP port of HTTP")
-    path: Annotated[str, AfterValidator(_is_path)] = Field(
-        "/", description="path below which it answers, for several applications on one cluster"
+    path: Annotated[str, AfterValidator(_check_path)] = Field(
+        "/", description="path prefix, for several applications on one cluster"
     )
     replicas: Workers = Field((1, 1), description="copies of the model; [low, high]: as many as the requests need")
-    gpus_per_replica: float = Field(0.0, ge=0, description="GPUs of a replica, 0.5 is half of one; 0 runs on the CPU")
-    cpus_per_replica: Positive = Field(1.0, description="CPUs of a replica, and its threads")
-    max_batch: OneOrMore = Field(4, description="images of equal size that are restored together")
-    batch_wait_s: float = Field(0.01, ge=0, description="seconds that an image waits for others to be restored with")
-    max_upload_mib: OneOrMore = Field(32, description="largest file that is taken")
-    max_megapixels: Positive = Field(25.0, description="largest image that is decoded")
-    max_queued: OneOrMore = Field(32, description="requests that may wait; more are told to come back")
-    timeout_s: Positive = Field(300.0, description="seconds until a request is given up")
+    gpus_per_replica: float = Field(0.0, ge=0, description="GPUs of a replica; 0.5: half of a GPU; 0: runs on the CPU")
+    cpus_per_replica: Positive = Field(1.0, description="CPUs of a replica, and number of its threads")
+    max_batch: OneOrMore = Field(4, description="most images of equal size in one batch")
+    batch_wait_s: float = Field(0.01, ge=0, description="seconds that an image waits for a batch to fill")
+    max_upload_mib: OneOrMore = Field(32, description="largest accepted file")
+    max_megapixels: Positive = Field(25.0, description="largest accepted image")
+    max_queued: OneOrMore = Field(32, description="most waiting requests; further ones are refused for now")
+    timeout_s: Positive = Field(300.0, description="seconds until a request fails")
     memory_mib: OptionalCount = Field(
-        None, ge=64, description="of a batch at work, larger images are cut; null: 2816, or 3/4 of its share of a GPU"
+        None, ge=64, description="memory for one batch; larger images are cut; null: 2816, or 3/4 of the GPU share"
     )
 
     @field_validator("gpus_per_replica")
     @classmethod
-    def _a_share_or_whole_ones(cls, gpus: float) -> float:
+    def _check_gpus(cls, gpus: float) -> float:
         if gpus > 1 and not gpus.is_integer():
-            raise ValueError(f"{gpus:g} is neither a share of one GPU nor a whole number of them")
+            raise ValueError(f"{gpus:g} is neither a share of one GPU nor a whole number of GPUs")
         return gpus
 
 
+# --- Dehazing ---
+
+
 class DehazeSection(Section):
-    input: Text = Field(description="a folder or URI of hazy images")
-    output: Text = Field(description="a folder or URI for the restored ones, which keep their names and folders")
-    model: Text = Field(description="MLflow URI, checkpoint or plain model folder, or .pth")
-    format: Literal["keep", "png", "jpg", "tif", "webp"] = Field("keep", description="of the files; keep: as they were")
-    transmission: bool = Field(False, description="also write NAME.transmission.png, 16 bit grey: 65535 is clear air")
-    stages: bool = Field(False, description="also write NAME.stages.png: what every stage made of it; corun only")
+    input: Text = Field(description="folder or URI of hazy images")
+    output: Text = Field(description="folder or URI of the restored images, which keep their names and folders")
+    model: Text = Field(description="MLflow URI, checkpoint, plain model folder or .pth")
+    format: Literal["keep", "png", "jpg", "tif", "webp"] = Field("keep", description="file format; keep: as the input")
+    transmission: bool = Field(False, description="also write NAME.transmission.png, 16-bit grey; 65535 is clear air")
+    stages: bool = Field(False, description="also write NAME.stages.png, the result of every stage; corun only")
     memory_mib: OptionalCount = Field(
-        None, ge=64, description="of one image at work, larger ones are cut; null: 2816, or 3/4 of a GPU's memory"
+        None, ge=64, description="memory for one image; larger images are cut; null: 2816, or 3/4 of the GPU's memory"
     )

@@ -1,12 +1,9 @@
-"""The sections of a job that say how the method runs: network, coherence, label pool, losses, optimiser.
-
-The sections of a job that say which images it works on, and the haze that is laid on clear ones.
-
-The section of a job that says how long it trains, on how many images at a time, and what it shows and keeps."""
+"""Define the sections of a training job: network, coherence, label pool, losses, optimiser, data, haze, loop."""
 
 import ast
 import difflib
 import re
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,26 +35,30 @@ from corun_ray.config.types import (
 from corun_ray.core.choices import QUALITY_NAMES, Clarity, Combine, Degradation, DepthKind, Encoding
 from corun_ray.core.metrics.catalog import list_no_reference_metrics
 
+ARCHITECTURE_PACKAGES = ("spandrel", "spandrel_extra_arches")
+CLASS_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""A network's class as `module.path:ClassName`."""
+
 TermWeight = Annotated[float, Field(ge=0)]
 
 
-def _known_quality(name: str) -> str:
-    known = [*QUALITY_NAMES, *list_no_reference_metrics()]
-    if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        ours = ", ".join(QUALITY_NAMES)
-        raise ValueError(f'"{name}" is neither of {ours} nor a metric of pyiqa that rates single images{hint}')
-    return name
+# --- Network ---
 
 
 @cache
 def list_architectures() -> tuple[str, ...]:
-    """The networks of spandrel, and of spandrel_extra_arches where that is installed, read without importing them."""
+    """Return the networks of spandrel, and of spandrel_extra_arches where installed.
+
+    The packages are not imported: their source names the networks.
+    """
     found: list[str] = []
-    for package in ("spandrel", "spandrel_extra_arches"):
+    for package in ARCHITECTURE_PACKAGES:
         spec = find_spec(package)
-        for place in (spec and spec.submodule_search_locations) or ():
+        if spec is None:
+            continue
+
+        # Each architecture is a package of its own, whose __all__ lists the network and its loader (…Arch).
+        for place in spec.submodule_search_locations or ():
             for file in sorted(Path(place, "architectures").glob("*/__init__.py")):
                 exported = re.search(r"^__all__ = (\[[^\]]*\])", file.read_text("utf-8"), re.MULTILINE)
                 names = ast.literal_eval(exported[1]) if exported else []
@@ -65,19 +66,27 @@ def list_architectures() -> tuple[str, ...]:
     return tuple(found)
 
 
-def _network_type(name: str) -> str:
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+def _check_network_type(name: str) -> str:
+    if CLASS_PATH.fullmatch(name):
         return name
     known = ("corun", "spandrel", *list_architectures())
     if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
+        hint = _suggest(name, known)
         raise ValueError(f'"{name}" is neither corun, an architecture of spandrel nor module.path:ClassName{hint}')
     return name
 
 
+def _suggest(name: str, known: Sequence[str]) -> str:
+    """Suggest the known name spelt most like `name`.
+
+    Empty where none is similar.
+    """
+    close = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 class NetworkSection(Section):
-    type: Annotated[str, AfterValidator(_network_type)] = Field(
+    type: Annotated[str, AfterValidator(_check_network_type)] = Field(
         "corun",
         description="corun, an architecture of spandrel (NAFNet, ...), module.path:ClassName, or spandrel: as in init",
     )
@@ -93,14 +102,15 @@ class NetworkSection(Section):
         multiple_of=2,
         description="number of feature channels; corun only",
     )
-    args: dict[str, Any] = Field({}, description="arguments of the network's class; not for corun")
-    init: OptionalText = Field(None, description="model to start from (MLflow URI, checkpoint, .pth)")
+    args: dict[str, Any] = Field({}, description="arguments of the network's class; not used by corun")
+    init: OptionalText = Field(None, description="model to start from: MLflow URI, checkpoint or .pth")
     checkpoint_activations: bool = Field(
-        False, description="compute activations twice rather than keep them; less memory, more time; corun only"
+        False, description="compute activations again in the backward pass: less memory, more time; corun only"
     )
 
     @model_validator(mode="after")
-    def _arguments_of_its_type(self) -> "NetworkSection":
+    def _check_arguments(self) -> "NetworkSection":
+        # CORUN has keys of its own.
         if self.type == "corun":
             if self.args:
                 raise Mismatch("network.args", "not used by corun, which has stages and width")
@@ -108,6 +118,8 @@ class NetworkSection(Section):
                 if getattr(self, key) is None:
                     raise Mismatch(f"network.{key}", "null (corun needs a number)")
             return self
+
+        # Other networks take the arguments of their class.
         for key in ("stages", "width"):
             if getattr(self, key) is not None:
                 raise Mismatch(f"network.{key}", f"only used by corun; {self.type} takes network.args")
@@ -116,29 +128,44 @@ class NetworkSection(Section):
         return self
 
 
+# --- Coherence and label pool ---
+
+
+def _check_quality(name: str) -> str:
+    known = [*QUALITY_NAMES, *list_no_reference_metrics()]
+    if name not in known:
+        hint = _suggest(name, known)
+        ours = ", ".join(QUALITY_NAMES)
+        raise ValueError(f'"{name}" is neither of {ours} nor a metric of pyiqa that rates single images{hint}')
+    return name
+
+
 class CoherenceSection(Section):
-    clarity: Clarity = Field("contrast", description="scorer of haze density; daclip needs weights")
+    clarity: Clarity = Field("contrast", description="scorer of clarity (little haze); daclip needs weights")
     degradations: Annotated[tuple[Degradation, ...], AfterValidator(check_distinct)] = Field(
-        ("hazy",), description="what counts as unclear; their probabilities add up; daclip only"
+        ("hazy",), description="degradations that count as unclear; their probabilities are added; daclip only"
     )
-    quality: Annotated[str, AfterValidator(_known_quality)] = Field(
+    quality: Annotated[str, AfterValidator(_check_quality)] = Field(
         "clean", description="scorer of image quality: clean, unclipped or a no-reference metric of pyiqa (musiq, ...)"
     )
     quality_range: tuple[float, float] | None = Field(
         None, description="worst and best value of a pyiqa metric; null: pyiqa's own range and direction"
     )
     block_px: Whole = Field(32, ge=8, description="side of a block of the trust map, in pixels")
-    combine: Combine = Field("addition", description="how clarity and quality become one weight")
-    weights: OptionalText = Field(None, description="a folder or URI of the scorers' weights (see corun-ray weights)")
-    chunk_images: OneOrMore = Field(64, description="blocks that a scoring network takes at once")
-    share_blocks: bool = Field(False, description="workers rate each other's winners' blocks; pays for slow scorers")
+    combine: Combine = Field("addition", description="combination of clarity and quality to one weight")
+    weights: OptionalText = Field(None, description="folder or URI of the scorers' weights (see corun-ray weights)")
+    chunk_images: OneOrMore = Field(64, description="blocks that a scoring network processes at once")
+    share_blocks: bool = Field(False, description="workers share the rating of blocks; faster with slow scorers")
 
     @model_validator(mode="after")
-    def _what_scorers_need(self) -> "CoherenceSection":
+    def _check_scorers(self) -> "CoherenceSection":
+        # Clarity.
         if self.clarity == "daclip" and self.weights is None:
             raise Mismatch("coherence.weights", "missing (clarity daclip needs its weights)")
         if self.clarity != "daclip" and self.degradations != ("hazy",):
             raise Mismatch("coherence.degradations", f"only used by daclip, not by {self.clarity}")
+
+        # Quality: only a metric of pyiqa has a range, and some need one to be given.
         if self.quality in QUALITY_NAMES:
             if self.quality_range is not None:
                 raise Mismatch("coherence.quality_range", f"not used by {self.quality}")
@@ -152,25 +179,29 @@ class CoherenceSection(Section):
 
 
 class PoolSection(Section):
-    shards: Count = Field(1, ge=1, le=256, description="number of actors that the labels are spread over")
-    encoding: Encoding = Field("uint8", description="number type in which a label is kept")
+    shards: Count = Field(1, ge=1, le=256, description="number of actors that share the labels")
+    encoding: Encoding = Field("uint8", description="number type of stored labels")
     memory_mib: OptionalCount = Field(
-        None, ge=1, description="labels in memory, all shards together; others are read back from storage; null: all"
+        None,
+        ge=1,
+        description="memory for labels, all shards together; other labels are in storage; null: no limit",
     )
 
 
 class LossSection(Section):
     perceptual: Literal["none", "vgg19"] = Field(
-        "none", description="network of the perceptual and contrastive terms; none leaves them out"
+        "none", description="network of the perceptual and contrastive terms; none: without these terms"
     )
-    weights: OptionalText = Field(None, description="a folder or URI with that network's weights")
+    weights: OptionalText = Field(None, description="folder or URI of that network's weights")
     pixel_weight: TermWeight = Field(1.0, description="weight of the L1 distance to the truth or label")
     scattering_weight: TermWeight = Field(0.01, description="weight of the re-hazed image's L1 distance to the input")
     perceptual_weight: TermWeight = Field(0.0, description="weight of the feature distance to the truth")
-    contrastive_weight: TermWeight = Field(1.0, description="weight of near the truth, far from the input")
+    contrastive_weight: TermWeight = Field(
+        1.0, description="weight of the contrast: near the truth, far from the input"
+    )
 
     @model_validator(mode="after")
-    def _weights_of_its_network(self) -> "LossSection":
+    def _check_weights(self) -> "LossSection":
         if self.perceptual != "none" and self.weights is None:
             raise Mismatch("loss.weights", f"missing (perceptual {self.perceptual} needs its weights)")
         return self
@@ -192,17 +223,17 @@ class OptimSection(Section):
     lr: LearningRate = 1e-4
     min_lr: MinLearningRate = Field(default_factory=lambda earlier: earlier["lr"])
     schedule_steps: ScheduleSteps = 30_000
-    ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights (the teacher) per step")
+    ema: float = Field(0.999, ge=0, lt=1, description="decay per step of the averaged weights, which are the teacher's")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the network")
     compile: bool = Field(False, description="compile the network with torch.compile")
-    warmup_steps: Count = Field(0, ge=0, description="steps over which the learning rate first rises from near 0")
+    warmup_steps: Count = Field(0, ge=0, description="steps in which the learning rate rises from near 0 at first")
     cycles: tuple[CycleSection, ...] = Field(
-        (), description="cosine cycles with restarts ({steps, lr, min_lr}), instead of lr, min_lr and schedule_steps"
+        (), description="cosine cycles with restarts, {steps, lr, min_lr} each; replace lr, min_lr and schedule_steps"
     )
 
     @field_validator("min_lr")
     @classmethod
-    def _not_above_lr(cls, min_lr: float, info: ValidationInfo) -> float:
+    def _check_order(cls, min_lr: float, info: ValidationInfo) -> float:
         if min_lr > info.data.get("lr", min_lr):
             raise ValueError(f"{min_lr} is more than optim.lr ({info.data['lr']})")
         return min_lr
@@ -215,40 +246,42 @@ class ColabatorOptimSection(OptimSection):
 
 
 class ValidationSection(Section):
-    hazy: Text = Field(description="a folder or URI of hazy images")
-    clear: OptionalText = Field(None, description="a folder or URI of their clear truth, paired by stem")
+    hazy: Text = Field(description="folder or URI of hazy images")
+    clear: OptionalText = Field(None, description="folder or URI of their clear truth, paired by stem")
 
 
 class PairedSection(Section):
-    hazy: Text = Field(description="a folder, pack or URI of degraded images")
-    clear: Text = Field(description="a folder, pack or URI of their clean truth, paired by stem")
+    hazy: Text = Field(description="folder, pack or URI of degraded images")
+    clear: Text = Field(description="folder, pack or URI of their clean truth, paired by stem")
 
 
 class TrainingDataSection(Section):
-    clear: OptionalText = Field(None, description="a folder, pack or URI of clear images, on which haze is laid")
-    depth: OptionalText = Field(None, description="a folder, pack or URI of their depth; null: a procedural depth")
-    depth_kind: DepthKind = Field("inverse", description="metres: far is large and 0 is no reading")
-    paired: PairedSection | None = Field(None, description="degraded and clean images, instead of clear and depth")
-    validation: ValidationSection | None = Field(None, description="held-out images")
+    clear: OptionalText = Field(None, description="folder, pack or URI of clear images, to which haze is added")
+    depth: OptionalText = Field(None, description="folder, pack or URI of their depth; null: a procedural depth")
+    depth_kind: DepthKind = Field("inverse", description="inverse: near is large; metres: 0 is no reading")
+    paired: PairedSection | None = Field(None, description="degraded and clean images; they replace clear and depth")
+    validation: ValidationSection | None = Field(None, description="validation set")
     validation_sets: dict[Name, ValidationSection] = Field(
-        {}, description="more held-out images, by name: {hazy, clear}"
+        {}, description="more validation sets by name, {hazy, clear} each"
     )
     patch_px: Whole = Field(288, ge=32, multiple_of=16, description="side of a training patch, in pixels")
     random_resize: RandomResize = False
-    rotation: bool = Field(False, description="turn synthetic or paired patches by a random multiple of 90 degrees")
+    rotation: bool = Field(False, description="rotate synthetic or paired patches by a random multiple of 90 degrees")
     mixup: float = Field(0.0, ge=0, description="alpha of the Beta(alpha, alpha) that mixes pairs; 0: no mixup")
     cache_mib: Count = Field(
-        0, ge=0, description="decoded images kept in each node's object store, at most half of it; 0: none"
+        0, ge=0, description="memory for decoded images in each node's object store, at most half of it; 0: none"
     )
-    max_bad_fraction: Fraction = Field(0.01, description="fraction of unusable images tolerated")
+    max_bad_fraction: Fraction = Field(0.01, description="tolerated fraction of unusable images")
 
     @field_validator("paired")
     @classmethod
-    def _one_source_of_pairs(cls, paired: PairedSection | None, info: ValidationInfo) -> PairedSection | None:
+    def _check_source(cls, paired: PairedSection | None, info: ValidationInfo) -> PairedSection | None:
         if "clear" not in info.data:
-            return paired  # what is wrong with it is told
+            return paired  # its own mistake is reported
+
+        # Either clear images or pairs, and a depth only with clear images.
         if (info.data["clear"] is None) == (paired is None):
-            text = "missing (a folder or URI of clear images; or give data.paired)"
+            text = "missing (folder, pack or URI of clear images; or give data.paired)"
             raise Mismatch("data.clear", text if paired is None else "not used together with data.paired")
         if paired is not None and info.data.get("depth") is not None:
             raise Mismatch("data.depth", "not used together with data.paired")
@@ -256,53 +289,54 @@ class TrainingDataSection(Section):
 
 
 class ColabatorDataSection(TrainingDataSection):
-    hazy: Text = Field(description="a folder, pack or URI of real hazy images")
+    hazy: Text = Field(description="folder, pack or URI of real hazy images")
     random_resize: RandomResize = True
 
 
 class HazeSection(Section):
-    beta: PositiveRange = Field((0.2, 2.8), description="scattering coefficient, each more than 0")
-    airlight: FractionRange = Field((0.25, 1.0), description="brightness of the airlight, each in 0 to 1")
-    airlight_tint: float = Field(0.025, ge=0, description="largest deviation of a colour channel from it")
+    beta: PositiveRange = Field((0.2, 2.8), description="scattering coefficient, both ends above 0")
+    airlight: FractionRange = Field((0.25, 1.0), description="brightness of the airlight, both ends in 0 to 1")
+    airlight_tint: float = Field(0.025, ge=0, description="largest deviation of a colour channel from the airlight")
 
 
 class TrainSection(Section):
     steps: Steps = 30_000
     batch_per_worker: Batch = 2
-    accumulate: OneOrMore = Field(1, description="batches of a worker in a step, in turn, as of so many workers")
-    log_every: OneOrMore = Field(50, description="steps between two lines of metrics")
-    checkpoint_every: OneOrMore = Field(500, description="steps between two checkpoints")
-    validate_every: OneOrMore = Field(500, description="steps between two validations")
+    accumulate: OneOrMore = Field(1, description="batches of a worker per step, one after the other")
+    log_every: OneOrMore = Field(50, description="steps between lines of metrics")
+    checkpoint_every: OneOrMore = Field(500, description="steps between checkpoints")
+    validate_every: OneOrMore = Field(500, description="steps between validations")
     keep_checkpoints: OneOrMore = Field(2, description="number of checkpoints kept")
-    validation_images: OneOrMore = Field(8, description="number of pictures in the validation grid")
+    validation_images: OneOrMore = Field(8, description="number of images in the validation grid")
 
     @property
     def images_per_worker(self) -> int:
-        """Of each kind, in a worker's step."""
+        """Images of each kind (synthetic, real) that one worker sees per optimizer step."""
         return self.batch_per_worker * self.accumulate
 
 
 class ProgressiveStep(Section):
-    from_step: Count = Field(ge=1, description="first step of the phase, counted from 0")
+    from_step: Count = Field(ge=1, description="first step with these sizes, counted from 0")
     patch_px: Whole = Field(ge=32, multiple_of=16, description="side of a training patch, in pixels")
     batch_per_worker: Batch
 
 
 class PretrainTrainSection(TrainSection):
     progressive: tuple[ProgressiveStep, ...] = Field(
-        (), description="later patch and batch sizes: a list of {from_step, patch_px, batch_per_worker}"
+        (), description="later patch and batch sizes, {from_step, patch_px, batch_per_worker} each"
     )
 
     @field_validator("progressive")
     @classmethod
-    def _in_order(cls, phases: tuple[ProgressiveStep, ...], info: ValidationInfo) -> tuple[ProgressiveStep, ...]:
-        starts = [phase.from_step for phase in phases]
+    def _check_steps(cls, entries: tuple[ProgressiveStep, ...], info: ValidationInfo) -> tuple[ProgressiveStep, ...]:
+        # Steps rise, and all are within the training.
+        starts = [entry.from_step for entry in entries]
         if starts != sorted(set(starts)):
-            raise ValueError("its from_step must rise from phase to phase")
+            raise ValueError("from_step must rise from one entry to the next")
         steps = info.data.get("steps")
         if steps and starts and starts[-1] >= steps:
             raise ValueError(f"from_step {starts[-1]} is not before train.steps ({steps})")
-        return phases
+        return entries
 
 
 class ColabatorTrainSection(TrainSection):

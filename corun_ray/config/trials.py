@@ -1,7 +1,7 @@
-"""From a tune job to the jobs of its trials, and what would be wrong with any of them."""
+"""Build the jobs of a search's trials, and find the mistakes in them."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,14 +12,20 @@ from corun_ray.config.reference import accepts_key, find_section, list_keys
 from corun_ray.config.tasks import Choice, RangeSection
 from corun_ray.config.yaml_reader import Loc
 
-OWN = ("kind", "name", "storage", "tracking", "cluster", "tune")
-"""Keys that are the search's own."""
+OWN_KEYS = ("kind", "name", "storage", "tracking", "cluster", "tune")
+"""Keys that belong to the search itself and cannot vary."""
 
 
 def build_trial_job(job: TuneJob, values: Mapping[str, Any]) -> ColabatorJob:
-    """The job of one trial: that of the search, with these values at their keys. Raises pydantic's ValidationError."""
+    """Build the job of one trial.
+
+    The job is that of the search, with these values at their keys.
+
+    Raises pydantic's `ValidationError`.
+    """
     tree = job.model_dump(exclude={"tune"}) | {"kind": "colabator"}
     for path, value in values.items():
+        # Walk down to the section of the key.
         *sections, key = path.split(".")
         section = tree
         for name in sections:
@@ -29,7 +35,11 @@ def build_trial_job(job: TuneJob, values: Mapping[str, Any]) -> ColabatorJob:
 
 
 def build_pretraining_job(trial: ColabatorJob, steps: int) -> PretrainJob:
-    """The pre-training that goes before a trial: the same data, haze and network, losses and rates of its own kind."""
+    """Build the pre-training before a trial.
+
+    Data, haze and network are those of the trial; losses and learning rates are the defaults of pre-training.
+    """
+    # Sections that both kinds share, then those of which pre-training takes some keys.
     kept = trial.model_dump(include={"seed", "storage", "haze", "network", "cluster", "tracking"})
     train = trial.train.model_dump(exclude={"steps"}) | {"steps": steps}
     optim = trial.optim.model_dump(include={"ema", "precision", "compile"}) | {"schedule_steps": steps}
@@ -45,23 +55,29 @@ def build_pretraining_job(trial: ColabatorJob, steps: int) -> PretrainJob:
 
 
 def list_corners(job: TuneJob) -> Iterator[dict[str, Any]]:
-    """Values of trials at the ends of what may be chosen: every combination of the lists and the ranges' two ends."""
+    """Yield every combination of listed values and ranges' ends."""
     search = job.tune.search
-    for values in itertools.product(*(_ends(choice) for choice in search.values())):
+    for values in itertools.product(*map(_list_ends, search.values())):
         yield dict(zip(search, values, strict=True))
 
 
 def choose_example_job(job: Job) -> Job:
-    """A search's first trial, to look at in its place; any other job as it is."""
-    return build_trial_job(job, next(list_corners(job))) if isinstance(job, TuneJob) else job
+    """Return a search's first trial, other jobs unchanged."""
+    if not isinstance(job, TuneJob):
+        return job
+    return build_trial_job(job, next(list_corners(job)))
 
 
 def find_search_mistakes(job: TuneJob) -> dict[Loc, str]:
-    """What is wrong with the search: keys that no trial has, and the first thing wrong at each key of any trial."""
+    """Return place → explanation of the search's mistakes.
+
+    Mistakes are keys that cannot vary, an unmeasured metric, and else the first mistake at each key of any trial.
+    """
+    # Keys that no trial has.
     known = list_keys(ColabatorJob)
     found: dict[Loc, str] = {}
     for path in job.tune.search:
-        if path.partition(".")[0] in OWN:
+        if path.partition(".")[0] in OWN_KEYS:
             found["tune", "search", path] = "not to be searched: it belongs to the search itself"
         elif not accepts_key("colabator", path):
             found["tune", "search", path] = explain_unknown_key(
@@ -69,31 +85,53 @@ def find_search_mistakes(job: TuneJob) -> dict[Loc, str]:
             )
         elif path in known and find_section(known[path]):
             found["tune", "search", path] = "a section, not a value"
-    if job.tune.metric not in (measured := _measured(job)):
+
+    # A metric that validation does not give.
+    measured = _list_measured_metrics(job)
+    if job.tune.metric not in measured:
         gives = ", ".join(measured) or "nothing: there is no data.validation"
         found["tune", "metric"] = f"{job.tune.metric} is not measured (validation gives {gives})"
     if found:
         return found
+
+    # Mistakes of any trial, at the searched key where there is one.
     for values in list_corners(job):
         try:
             build_trial_job(job, values)
         except ValidationError as error:
             for loc, text in explain_errors(error.errors(include_url=False), "colabator", is_sure=True):
-                searched = next((path for path in values if tuple(path.split(".")) == loc[: path.count(".") + 1]), None)
-                found.setdefault(loc if searched is None else ("tune", "search", searched), text)
+                found.setdefault(_place_in_search(loc, values), text)
     return found
 
 
-def _measured(job: TuneJob) -> list[str]:
-    """The metrics that validation will have; see `service.validation`."""
-    named = {f"val/{name}": section for name, section in job.data.validation_sets.items()}
-    sections = named if job.data.validation is None else {"val": job.data.validation} | named
-    return [
-        f"{prefix}/{metric}"
-        for prefix, section in sections.items()
-        for metric in (("fade",) if section.clear is None else ("fade", "psnr", "ssim"))
-    ]
+def _place_in_search(loc: Loc, searched: Iterable[str]) -> Loc:
+    """Return the place within the search of a trial's key.
+
+    Keys that do not vary keep their place.
+    """
+    for path in searched:
+        parts = tuple(path.split("."))
+        if loc[: len(parts)] == parts:
+            return "tune", "search", path
+    return loc
 
 
-def _ends(choice: Choice) -> tuple[Any, ...]:
+def _list_measured_metrics(job: TuneJob) -> list[str]:
+    """Return the metrics that validation gives; see `service.train.validation`."""
+    # The validation set without a name comes first.
+    sections = {}
+    if job.data.validation is not None:
+        sections["val"] = job.data.validation
+    for name, section in job.data.validation_sets.items():
+        sections[f"val/{name}"] = section
+
+    # PSNR and SSIM need the truth.
+    measured = []
+    for prefix, section in sections.items():
+        metrics = ["fade"] if section.clear is None else ["fade", "psnr", "ssim"]
+        measured += [f"{prefix}/{metric}" for metric in metrics]
+    return measured
+
+
+def _list_ends(choice: Choice) -> tuple[Any, ...]:
     return (choice.low, choice.high) if isinstance(choice, RangeSection) else choice

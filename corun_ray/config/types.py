@@ -1,4 +1,4 @@
-"""Kinds of values that a job file holds: a type with its checks, ranges and the spellings that it takes."""
+"""Define the types of values in a job file: each with its checks, its range and the spellings that it accepts."""
 
 import json
 from typing import Annotated, Any
@@ -14,8 +14,10 @@ from pydantic import (
     model_validator,
 )
 
-WORKERS = "workers"  # marks a number or a pair that is kept as a pair
-COUNT = "count"  # marks a number of things: out of range it is "too few", where a size is "too small"
+WORKERS = "workers"
+"""Marks a number or a pair that is kept as a pair."""
+COUNT = "count"
+"""Marks a number of things: out of range it is "too few", where a size is "too small"."""
 
 
 class Mismatch(ValueError):
@@ -26,34 +28,40 @@ class Mismatch(ValueError):
         self.key = key
 
 
-def _whole(value: Any) -> Any:
-    """Takes 5e3 for 5000, as people write step counts."""
+# --- Checks ---
+
+
+def _convert_whole_float(value: Any) -> Any:
+    """Convert 5e3 to 5000, as people write numbers of steps."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _low_first(pair: tuple[float, float]) -> tuple[float, float]:
+def _check_order(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
         raise ValueError(f"[{pair[0]}, {pair[1]}] is in the wrong order (low first)")
     return pair
 
 
-def _workers(value: Any) -> Any:
-    """Takes a number n for [n, n]."""
+def _convert_workers(value: Any) -> Any:
+    """Convert a number n to [n, n] and check."""
     low, high = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
-    for number in (_whole(low), _whole(high)):
+    pair = _convert_whole_float(low), _convert_whole_float(high)
+
+    for number in pair:
+        # A bool is an int in Python, but not a number in YAML.
         if not isinstance(number, int) or isinstance(number, bool):
-            raise ValueError(f"{_written(value)} is not a whole number or [low, high]")
+            raise ValueError(f"{_format_json(value)} is not a whole number or [low, high]")
         if number < 1:
-            raise ValueError(f"{_written(value)} is too few (at least 1)")
-    return _whole(low), _whole(high)
+            raise ValueError(f"{_format_json(value)} is too few (at least 1)")
+    return pair
 
 
-def _written(value: Any) -> str:
+def _format_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def check_distinct(items: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuses an empty list and one that names anything twice."""
+    """Refuse an empty list, and a list that names anything twice."""
     if not items:
         raise ValueError("empty")
     if len(set(items)) < len(items):
@@ -61,9 +69,11 @@ def check_distinct(items: tuple[str, ...]) -> tuple[str, ...]:
     return items
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+# --- Types ---
+
+Whole = Annotated[int, BeforeValidator(_convert_whole_float)]
 Count = Annotated[Whole, COUNT]
-OptionalCount = Annotated[int | None, BeforeValidator(_whole), COUNT]
+OptionalCount = Annotated[int | None, BeforeValidator(_convert_whole_float), COUNT]
 OneOrMore = Annotated[Count, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 # Empty text counts as absent, so that `depth: ${DEPTH:-}` leaves the key out.
@@ -71,12 +81,13 @@ OptionalText = Annotated[Text | None, BeforeValidator(lambda value: None if valu
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_low_first)]
-FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_low_first)]
+PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_check_order)]
+FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_check_order)]
+# A pair in the program, a number in YAML where both ends are equal.
 Workers = Annotated[
     tuple[int, int],
-    BeforeValidator(_workers),
-    AfterValidator(_low_first),
+    BeforeValidator(_convert_workers),
+    AfterValidator(_check_order),
     PlainSerializer(lambda pair: pair[0] if pair[0] == pair[1] else pair),
     WithJsonSchema(
         {
@@ -88,16 +99,23 @@ Workers = Annotated[
     ),
     WORKERS,
 ]
+
+# Keys that several sections have, with other defaults.
 LearningRate = Annotated[float, Field(gt=0, le=1, description="learning rate at the first step")]
-MinLearningRate = Annotated[float, Field(ge=0, description="learning rate at the schedule's end; lr: constant")]
+MinLearningRate = Annotated[
+    float, Field(ge=0, description="learning rate at the end of the schedule; equal to lr: constant")
+]
 ScheduleSteps = Annotated[OneOrMore, Field(description="length of the cosine schedule, in steps")]
 Steps = Annotated[OneOrMore, Field(description="number of training steps")]
-Batch = Annotated[OneOrMore, Field(description="images of each kind, synthetic and real, that a worker takes at once")]
+Batch = Annotated[OneOrMore, Field(description="images of each kind (synthetic, real) that a worker processes at once")]
 RandomResize = Annotated[bool, Field(description="resize clear images by a random factor before the crop")]
 
 
+# --- Sections ---
+
+
 class Strict(BaseModel):
-    """Frozen; refuses unknown keys and values of another type; checks its defaults as well."""
+    """Frozen model: refuses unknown keys and values of another type, and checks its defaults as well."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -107,6 +125,9 @@ class Section(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing_below(cls, value: Any) -> Any:
-        """A section with no key below it is null in YAML: it means the defaults."""
+    def _accept_null(cls, value: Any) -> Any:
+        """Accept null as a section without keys.
+
+        In YAML a section with nothing below it is null. Its keys have their defaults.
+        """
         return {} if value is None else value

@@ -90,7 +90,7 @@ def test_published_loss_weights_are_the_defaults() -> None:
         ("network", {"args": {"width": 3}}, "network.args: not used by corun, which has stages and width"),
         ("network", {"type": "a b"}, 'network.type: "a b" is neither corun, an architecture of spandrel nor'),
         ("data", {"paired": {"hazy": "a", "clear": "b"}}, "data.clear: not used together with data.paired"),
-        ("data", {"clear": None}, "data.clear: missing (a folder or URI of clear images; or give data.paired)"),
+        ("data", {"clear": None}, "data.clear: missing (folder, pack or URI of clear images; or give data.paired)"),
         ("data", {"mixup": 1.2}, "data.mixup: mixes the images of a batch, and batch_per_worker is 1"),
     ],
 )

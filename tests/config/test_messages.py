@@ -20,7 +20,7 @@ train: {steps: many}
 """
     assert mistakes(tmp_path, text) == [
         'kind: "pretrian" is not one of pretrain, colabator, tune, evaluate, dehaze, serve (did you mean pretrain?)',
-        "data.clear: missing (a folder or URI of clear images; or give data.paired)",
+        "data.clear: missing (folder, pack or URI of clear images; or give data.paired)",
         "network.stages: 1 is too few (at least 2)",
         "optim.learning_rate: unknown key (did you mean optim.lr?)",
         'train.steps: "many" is not a whole number',
@@ -77,11 +77,11 @@ def test_one_mistake_is_one_line(tmp_path: Path, section: str, line: str) -> Non
         ("kind: pretrain\nname: p\ndata: {clear: a, hazy: b}", ["data.hazy: not used by a pretrain job"]),
         (EVALUATE + "optim: {lr: 1}", ["optim: not used by an evaluate job"]),
         ("kind: colabator\nname: c", [
-            "data.clear: missing (a folder or URI of clear images; or give data.paired)",
-            "data.hazy: missing (a folder, pack or URI of real hazy images)"]),
+            "data.clear: missing (folder, pack or URI of clear images; or give data.paired)",
+            "data.hazy: missing (folder, pack or URI of real hazy images)"]),
         ("kind: evaluate", [
             "name: missing (lower-case letters, digits, . _ - and no . _ - in front)",
-            "evaluate.hazy: missing (a folder or URI of hazy images)"]),
+            "evaluate.hazy: missing (folder or URI of hazy images)"]),
         ("kind: polish\nname: Tune\npolish: {}\ntrain: {steps: x}", [
             'kind: "polish" is not one of pretrain, colabator, tune, evaluate, dehaze, serve',
             'name: "Tune" is not a name (lower-case letters, digits, . _ - and no . _ - in front)',

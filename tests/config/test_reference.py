@@ -22,7 +22,7 @@ def test_reference_gives_defaults_ranges_and_kinds() -> None:
         "train.steps 30000 in pretrain, 5000 in colabator and tune"
     )
     assert "pool: the optimal label pool (colabator, tune only)" in lines
-    assert "text; a folder, pack or URI of real hazy images (colabator, tune only)" in lines
+    assert "text; folder, pack or URI of real hazy images (colabator, tune only)" in lines
     assert lines[lines.index("cluster.workers 1") + 1] == (
-        "whole number or [low, high]; training workers; [low, high]: as many as there is room for"
+        "whole number or [low, high]; training workers; [low, high]: as many as fit the cluster"
     )
