@@ -1,11 +1,11 @@
-"""Workers of the service beside those of plain `torchrun` (`plain_torchrun.py`), by turns, on this machine's CPU.
+"""Compare the service with plain `torchrun` (`plain_torchrun.py`), by turns, on this machine's CPU.
 
-Both train the same network on the same samples in the same order, a thread a worker. Prints a Markdown table of
-the samples per second of all workers and of what the service costs, medians over all turns:
+Both train the same network on the same samples in the same order, with one thread a worker. Prints a Markdown table of
+the samples per second of all workers and the cost of the service, as medians over all turns:
 
     python docs/evidence/beside_torchrun.py --kind colabator --workers 1 2 4
 
-Before the first `--warm` steps are over, neither is counted; times to start are told apart.
+The first `--warm` steps do not count. The time besides all steps has a column of its own.
 """
 
 import argparse
@@ -31,14 +31,16 @@ TIMEOUT_S = 3600
 
 @dataclass
 class Way:
-    """One way to train, by so many workers: its rates in steps per second, and the seconds besides all steps."""
+    """The measurements of one way to train with one number of workers."""
 
     rates: list[float] = field(default_factory=list)
+    """Steps per second."""
     start_s: list[float] = field(default_factory=list)
+    """Seconds besides all steps, one item a turn."""
 
 
 def write_job(folder: Path, arguments: argparse.Namespace, workers: int) -> Path:
-    """The job file that both ways run."""
+    """Write the job file that both ways run."""
     data = {
         "clear": str(folder / "data" / "clear"),
         "depth": str(folder / "data" / "depth"),
@@ -59,15 +61,22 @@ def write_job(folder: Path, arguments: argparse.Namespace, workers: int) -> Path
         },
         "cluster": {"workers": workers, "cpus_per_worker": 1, "data_cpus": 1},
     }
+
+    # Colabator also needs real hazy images.
     if arguments.kind == "colabator":
         data["hazy"] = str(folder / "data" / "hazy")
+
     file = folder / f"{workers}.yaml"
     file.write_text(yaml.safe_dump(job))
     return file
 
 
 def run(command: list[str], folder: Path) -> float:
-    """Seconds of a command; raises what it said where it fails."""
+    """Run a command; return its seconds.
+
+    Raises `SystemExit` with the end of its output if the command fails.
+    """
+    # One thread a worker, for both ways.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     started_s = time.perf_counter()
     result = subprocess.run(
@@ -79,7 +88,7 @@ def run(command: list[str], folder: Path) -> float:
 
 
 def by_torchrun(job: Path, workers: int) -> tuple[list[float], float]:
-    """The rates of the plain way, and how long it took."""
+    """Train by `torchrun`; return its rates and the seconds of the command."""
     out = job.with_suffix(".json")
     script = str(ROOT / "docs" / "evidence" / "plain_torchrun.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--standalone"]
@@ -88,43 +97,54 @@ def by_torchrun(job: Path, workers: int) -> tuple[list[float], float]:
 
 
 def by_service(job: Path) -> tuple[list[float], float]:
-    """The rates that the service's run has in MLflow, and how long it took."""
+    """Train by the service; return its rates and the seconds of the command."""
     seconds = run([sys.executable, "-m", "corun_ray", "run", str(job)], job.parent)
+
+    # The rates are in MLflow, in the newest run.
     client = MlflowClient(f"sqlite:///{job.parent}/runs/mlflow.db")
     (newest, *_) = client.search_runs([client.get_experiment_by_name("corun").experiment_id])
     return [metric.value for metric in client.get_metric_history(newest.info.run_id, "rate/steps_per_s")], seconds
 
 
 def main() -> None:
+    """Train both ways by turns; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=("pretrain", "colabator"), default="pretrain")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--size", type=int, default=96, help="side of a patch in pixels")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--warm", type=int, default=20, help="steps at the begin that do not count")
+    parser.add_argument("--warm", type=int, default=20, help="first steps that do not count")
     parser.add_argument("--every", type=int, default=5, help="steps that a rate is taken over")
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
+
     ways = {(name, workers): Way() for workers in arguments.workers for name in ("torchrun", "service")}
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         write_demo(folder / "data", 0, DEMO, lambda done, total: None)
+
+        # The ways take turns, so that a slow phase of the machine touches all of them.
         for _ in range(arguments.turns):
             for (name, workers), way in ways.items():
                 job = write_job(folder, arguments, workers)
                 rates, seconds = by_torchrun(job, workers) if name == "torchrun" else by_service(job)
+
+                # Skip the rates of the warm-up. The rest of the command's time is its start and end.
                 way.rates += rates[arguments.warm // arguments.every :]
                 way.start_s.append(seconds - sum(arguments.every / rate for rate in rates))
+
     print(table(arguments.workers, ways))
 
 
 def table(workers: list[int], ways: dict[tuple[str, int], Way]) -> str:
-    """A row for each number of workers."""
+    """Format the Markdown table, one row for each number of workers."""
     lines = [
         "| workers | torchrun, samples/s | service, samples/s | service costs | besides steps: torchrun, service |",
         "| --- | --- | --- | --- | --- |",
     ]
+
+    # A worker takes one sample a step, so samples per second are steps per second times the number of workers.
     for number in workers:
         plain, service = ways["torchrun", number], ways["service", number]
         rates = [number * statistics.median(way.rates) for way in (plain, service)]

@@ -1,4 +1,4 @@
-"""What a Colabator step costs in the published eager order and in ours, side by side on one image.
+"""Compare the cost of a Colabator step in the published eager order with ours, on one image.
 
 Both orders run by turns from the same weights on the same batches: CORUN of 4 stages and width 30, DA-CLIP
 (ViT-B/32), MUSIQ and VGG-19 of the true size with random weights, one synthetic and one real image a step.
@@ -7,11 +7,10 @@ Prints a Markdown table:
     python docs/evidence/lazy_coherence.py --steps 50 --image tests/data/fade/lhd_4.png
     python docs/evidence/lazy_coherence.py --steps 7 --warm 3 --size 288 --plain --precision bf16
 
-The second one holds the whole published step, network and all, against ours once the pool is warm.
+The second command compares the whole published step, including its plain network, with ours once the pool is warm.
 
-The eager order rates every candidate's blocks before it decides, computes features anew for every term that needs
-them, and rates both restorations once more for a number that is only logged (the published code of arXiv
-2406.07966).
+The eager order is that of the published code of arXiv 2406.07966. It rates every candidate's blocks before it decides,
+computes features again for every term that needs them, and rates both restorations once more for a logged number.
 """
 
 import argparse
@@ -63,7 +62,7 @@ LR, EMA = 5e-5, 0.999
 
 @dataclass(frozen=True)
 class EagerOrder:
-    """One published step for batches of one image, in core's own parts."""
+    """The published step for batches of one image, made of the parts of `corun_ray.core`."""
 
     teacher: nn.Module
     coherence: Coherence
@@ -73,15 +72,22 @@ class EagerOrder:
     def step(
         self, student: nn.Module, synthetic: SyntheticBatch, real: RealBatch, step: int
     ) -> tuple[dict[str, Tensor], bool]:
-        """The losses, and whether the teacher's candidate became the label."""
+        """Run one step up to its losses.
+
+        Returns the losses, and whether the teacher's candidate became the label.
+        """
         restored = student(synthetic.hazy)
         with torch.no_grad():
             candidate = self.teacher(real.weak)
         on_real = student(real.strong)
         label, trust, won = self.rate_then_decide(candidate, step)
-        with torch.no_grad():  # without a gradient, so only logged
+
+        # The published code rates both restorations without a gradient: the scores are only logged.
+        with torch.no_grad():
             for scene in (restored.scene, on_real.scene):
                 self.coherence.clarity(scene.clamp(0, 1))
+
+        # All losses without features, then the two with features, which are computed again for every term.
         plain = Losses(replace(COLABATOR_WEIGHTS, perceptual=0, contrastive=0))
         losses = plain.compute_colabator(restored, synthetic.clear, on_real, real.strong, label, trust)
         vgg, weights = self.features, COLABATOR_WEIGHTS
@@ -90,14 +96,21 @@ class EagerOrder:
         return losses | {"perceptual": weights.perceptual * similar, "contrastive": contrasted}, won
 
     def rate_then_decide(self, candidate: Restoration, step: int) -> tuple[Tensor, Tensor, bool]:
-        """J* and w* of the label that the pool then holds, and whether it is the candidate."""
+        """Rate a candidate with its blocks, then offer it to the pool.
+
+        Returns J* and w* of the label that the pool then holds, and whether that label is the candidate.
+        """
         scene = candidate.scene.clamp(0, 1)
         blocks, rated = self.coherence.score_blocks(scene), self.coherence.score_images(scene)
         scores = Scores(rated.clarity.item(), rated.quality.item())
+
+        # Offer the candidate.
         assert candidate.transmission is not None
         label, transmission = (encode(unit[0].numpy(), "uint8") for unit in (scene, candidate.transmission))
         new = Label(KEY, scores, step, label, transmission, blocks.clarity[0].numpy(), blocks.quality[0].numpy())
         self.pool.offer([new])
+
+        # Take the label that the pool now holds, and build its trust map.
         kept = self.pool.labels[KEY]
         kept_blocks = BlockScores(*(torch.from_numpy(s)[None] for s in (kept.block_clarity, kept.block_quality)))
         trust = self.coherence.build_trust_map(kept_blocks, *scene.shape[-2:])
@@ -105,6 +118,7 @@ class EagerOrder:
 
 
 def main() -> None:
+    """Write random weights, load the networks and measure both orders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50, help="more than --warm")
     parser.add_argument("--warm", type=int, default=1, help="first steps that are not counted, at least 1")
@@ -117,6 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 1 <= arguments.warm < arguments.steps:
         parser.error("--steps: more than --warm expected, and --warm at least 1")
+
     photograph = decode_image(arguments.image.read_bytes())
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +157,8 @@ class PlainNetwork(nn.Module):
 def measure(
     photograph: np.ndarray, coherence: Coherence, features: Vgg19Features, arguments: argparse.Namespace
 ) -> None:
-    """Both orders step by step, each going first every other time, and the table."""
+    """Run both orders by turns, step by step; print the table."""
+    # Both orders start from the same weights, each with a state of its own.
     network, steps = CORUN(stages=4, width=30), arguments.steps
     published = PlainNetwork(network) if arguments.plain else copy.deepcopy(network)
     states = [TrainState.start(published), TrainState.start(network)]
@@ -151,18 +167,21 @@ def measure(
         student, teacher = compile_network(student), compile_network(teacher)
     eager = EagerOrder(states[0].teacher, coherence, features)
     lazy = Colabator(teacher, coherence, LocalPool(), Losses(COLABATOR_WEIGHTS, features))
+
     rng = np.random.default_rng(0)
     times_s: list[list[float]] = [[], []]
     wins: list[list[bool]] = [[], []]
     saved = 0
 
     def step_eagerly() -> None:
+        """Take one step in the published order."""
         losses, won = eager.step(states[0].student, synthetic, real, step)
         states[0].backward(losses)
         states[0].update(LR, EMA, 1)
         wins[0].append(won)
 
     def step_lazily() -> None:
+        """Take one step in our order."""
         nonlocal saved
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bf16"):
             output = lazy.step(student, synthetic, real, step)
@@ -172,33 +191,42 @@ def measure(
         wins[1] += output.labels.from_teacher
         saved += output.labels.block_ratings_saved
 
+    # Each order goes first every other time.
     orders = (step_eagerly, step_lazily)
     for step in range(steps):
         synthetic, real = batch(photograph, arguments.size, rng)
         for which in (0, 1) if step % 2 else (1, 0):
             times_s[which].append(seconds(orders[which]))
+
     total = steps * (arguments.size // coherence.block_px) ** 2
-    # The first steps also allocate memory and the optimiser's state, and fill the pool.
+    # The first steps also allocate memory and the optimizer's state, and fill the pool.
     print_table([times[arguments.warm :] for times in times_s], arguments.warm, total, saved)
+
     same = sum(a == b for a, b in zip(*wins, strict=True))
     print(f"\n{same} of {steps} decisions were the same, {sum(wins[1])} of ours for the candidate.")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} cores")
 
 
 def print_table(times_s: list[list[float]], warm: int, total: int, saved: int) -> None:
+    """Print the times of both orders, their ratio and the block ratings saved."""
     medians = [statistics.median(times) for times in times_s]
     print(f"\n| order | median of steps {warm + 1} to {len(times_s[0]) + warm} | mean | block ratings |")
     print("| --- | --- | --- | --- |")
     for name, times, median, ratings in zip(("eager", "ours"), times_s, medians, (total, total - saved), strict=True):
         print(f"| {name} | {median:.2f} s | {statistics.mean(times):.2f} s | {ratings} |")
+
     ratio = statistics.mean(times_s[0]) / statistics.mean(times_s[1])
     print(f"| ratio, saved | {medians[0] / medians[1]:.2f} | {ratio:.2f} | {saved} ({saved / total:.0%}) |")
 
 
 def batch(photograph: np.ndarray, side_px: int, rng: np.random.Generator) -> tuple[SyntheticBatch, RealBatch]:
-    """One image for each half, made as the stream makes them; its depth falls from the lower to the upper edge."""
+    """Make a batch of one synthetic and one real image, as the stream makes them.
+
+    The depth is a ramp from the upper to the lower edge.
+    """
     height_px, width_px = photograph.shape[:2]
     ramp = np.repeat(np.linspace(0, 1, height_px, dtype=np.float32)[:, None], width_px, 1)
+
     pair = make_synthetic_pair(
         photograph,
         DepthMap.from_pixels(ramp, "inverse"),
@@ -208,6 +236,8 @@ def batch(photograph: np.ndarray, side_px: int, rng: np.random.Generator) -> tup
         random_resize=True,
     )
     views = make_real_views(photograph, rng, patch_px=side_px, jpeg_quality=pair.jpeg_quality)
+
+    # H W C bytes to B C H W in [0, 1].
     hazy, clear, weak, strong = (
         torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255
         for image in (pair.hazy, pair.clear, views.weak, views.strong)
@@ -216,29 +246,35 @@ def batch(photograph: np.ndarray, side_px: int, rng: np.random.Generator) -> tup
 
 
 def seconds(run: Callable[[], None]) -> float:
+    """Measure the seconds of a call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def write_weights(folder: Path, daclip_shapes: dict[str, list[int]]) -> None:
-    """Random weights of the true shapes under the published names."""
+    """Write random weights of the true shapes under the published names."""
     from pyiqa.archs.musiq_arch import MUSIQ
 
     # The frozen visual tower takes no part in scoring, so it need not be written.
     scoring = {name: shape for name, shape in daclip_shapes.items() if not name.startswith("clip.visual.")}
     torch.save({name: random_weight(name, shape) for name, shape in scoring.items()}, folder / DACLIP_FILE)
+
     vgg = {name: random_weight(name, list(w.shape), gain=2**0.5) for name, w in Vgg19Features().state_dict().items()}
     torch.save(vgg, folder / VGG_FILE)
-    musiq = MUSIQ(pretrained=False)
+
     # Scores as far apart as those of photographs, in the middle of the scale.
+    musiq = MUSIQ(pretrained=False)
     nn.init.normal_(musiq.head.weight, std=0.5)
     nn.init.constant_(musiq.head.bias, 50.0)
     torch.save(musiq.state_dict(), folder / MUSIQ_FILE)
 
 
 def random_weight(name: str, shape: list[int], gain: float = 1.0) -> Tensor:
-    """1 for a scale, small for a bias, else what keeps the variance of a layer's input."""
+    """Draw a random weight.
+
+    A scale is 1 and a bias is small. Other weights keep the variance of a layer's input.
+    """
     if len(shape) > 1:
         return gain * torch.randn(shape) / float(np.prod(shape[1:])) ** 0.5
     return torch.ones(shape) if name.endswith("weight") or not shape else 0.01 * torch.randn(shape)

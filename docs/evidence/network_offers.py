@@ -1,7 +1,8 @@
-"""Records what a small CORUN restores while it learns: the offers a label pool would get.
+"""Record the restorations of a small CORUN while it learns: the offers that a label pool would get.
 
-Trains on synthetic haze over `--clear` (all but every fourth photograph) and writes, for every fourth
-photograph under new haze and for `--pairs HAZY CLEAR`, the truth and the restorations in order to an `.npz`:
+The training set is synthetic haze over the photographs of `--clear`, without every fourth one. The validation set is
+every fourth photograph (at most 20) under new haze, and `--pairs HAZY CLEAR`. Writes the truth and the restorations
+of the validation set, in the order of training, to an `.npz`:
 
     python docs/evidence/network_offers.py --clear CLEAR --pairs HAZY CLEAR --steps 400 offers.npz
 """
@@ -18,15 +19,19 @@ from corun_ray.core.networks.corun import CORUN
 
 SIZES_PX = (64, 96)
 RECORD_EVERY = 10
+"""Steps."""
 
 
 def main() -> None:
+    """Train the network and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clear", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, nargs=2, metavar=("HAZY", "CLEAR"))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
+
+    # The training set, and the scenes whose restorations are recorded.
     rng = np.random.default_rng(1)
     torch.manual_seed(0)
     paths = sorted(path for path in arguments.clear.iterdir() if path.is_file())
@@ -43,6 +48,9 @@ def main() -> None:
             for scene, restored in zip(shown, offers, strict=True):
                 restored.append(restore(network, scene.hazy))
             print(f"step {step}", flush=True)
+
+        # One step on two synthetic images: the restoration must match the truth, and the truth under the estimated
+        # transmission must match the input.
         batch = [synthetic_scene(photographs[index], 64, rng) for index in rng.integers(len(photographs), size=2)]
         inputs = to_tensor(np.stack([scene.hazy for scene in batch]))
         truth = to_tensor(np.stack([scene.truth for scene in batch]))
@@ -52,6 +60,7 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
     arrays = {f"truth_{index}": scene.truth for index, scene in enumerate(shown)}
     arrays |= {f"offers_{index}": np.stack(restored) for index, restored in enumerate(offers)}
     np.savez_compressed(arguments.output, allow_pickle=False, **arrays)
@@ -59,6 +68,7 @@ def main() -> None:
 
 @torch.no_grad()
 def restore(network: CORUN, hazy: np.ndarray) -> np.ndarray:
+    """Restore an image, `H W 3` in [0, 1], with 8-bit values."""
     return quantise(network(to_tensor(hazy[None])).scene[0].permute(1, 2, 0).numpy())
 
 

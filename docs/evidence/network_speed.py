@@ -1,6 +1,6 @@
-"""Forward and backward of CORUN against its plain form, side by side: eager, compiled, in float32 and in bfloat16.
+"""Compare the forward and backward pass of CORUN with its plain form: eager, compiled, in float32 and in bfloat16.
 
-All ways run by turns from the same weights on the same images; prints a Markdown table of medians and ratios, and the
+All ways run by turns from the same weights on the same images. Prints a Markdown table of medians, ratios and the
 largest difference of the outputs. Compiling takes some minutes at first:
 
     python docs/evidence/network_speed.py --size 288 --batch 1 --stages 2
@@ -28,7 +28,7 @@ Way = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def pair(stages: int, device: str) -> tuple[CORUN, PlainCORUN]:
-    """Both forms with the same weights, none of them zero."""
+    """Build both forms with the same weights, none of them zero."""
     torch.manual_seed(0)
     network, plain = CORUN(stages), PlainCORUN(stages)
     for module in network.modules():
@@ -39,10 +39,12 @@ def pair(stages: int, device: str) -> tuple[CORUN, PlainCORUN]:
 
 
 def ways(network: CORUN, plain: PlainCORUN, device: str, chosen: list[str]) -> dict[str, Way]:
-    """Name → what restores a batch."""
+    """Return the chosen ways to restore a batch, by name."""
     whole = compile_network(network)
 
     def half(restore: nn.Module) -> Way:
+        """Run a network in bfloat16."""
+
         def restored(hazy: Tensor) -> tuple[Tensor, Tensor]:
             with torch.autocast(device, torch.bfloat16):
                 return restore(hazy)
@@ -60,11 +62,14 @@ def ways(network: CORUN, plain: PlainCORUN, device: str, chosen: list[str]) -> d
 
 
 def step(way: Way, networks: list[nn.Module], hazy: Tensor) -> float:
-    """Seconds of one forward and backward pass."""
+    """Measure the seconds of one forward and backward pass."""
     for network in networks:
         network.zero_grad()
+
+    # A GPU works asynchronously: wait for it before both readings of the clock.
     if hazy.is_cuda:
         torch.cuda.synchronize()
+
     started_s = time.perf_counter()
     scene, transmission = way(hazy)
     (scene.float().clamp(0, 1).mean() + transmission.mean()).backward()
@@ -74,6 +79,7 @@ def step(way: Way, networks: list[nn.Module], hazy: Tensor) -> float:
 
 
 def main() -> None:
+    """Compare the outputs, time all ways by turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=288, help="side of an image in pixels")
     parser.add_argument("--batch", type=int, default=1)
@@ -82,20 +88,27 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ways", nargs="+", default=["plain", "eager", "compiled"])
     args = parser.parse_args()
+
     network, plain = pair(args.stages, args.device)
     hazy = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
     every = ways(network, plain, args.device, args.ways)
+
+    # Compare the outputs with the plain form's. The extra step compiles, which is not measured.
     with torch.no_grad():
         truth = plain(hazy)[-1]
     differences = {}
     for name, way in every.items():
         found = way(hazy)
         differences[name] = max(float((a.detach() - b).abs().max()) for a, b in zip(found, truth, strict=True))
-        step(way, [network, plain], hazy)  # what is compiled at the first call is not measured
+        step(way, [network, plain], hazy)
+
+    # Time all ways by turns.
     times: dict[str, list[float]] = {name: [] for name in every}
     for _ in range(args.repeats):
         for name, way in every.items():
             times[name].append(step(way, [network, plain], hazy))
+
+    # Print the table; ratios are relative to the first way.
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     first = next(iter(medians.values()))
     threads = torch.get_num_threads()

@@ -1,8 +1,7 @@
-"""The training of a job file without the service: `torchrun`, a DataLoader and, for Colabator, a pool in each process.
+"""Train a job file without the service: `torchrun`, a DataLoader and, for Colabator, a pool in each process.
 
-What the service is timed against (`beside_torchrun.py` runs both). Network, losses, samples and their order are the
-job's own, from `corun_ray.core` and the stream's maker of samples; there is no Ray process, storage, tracking or
-checkpoint:
+`beside_torchrun.py` times the service against this script. Network, losses, samples and their order are the job's own,
+from `corun_ray.core` and the stream's `SampleMaker`. There is no Ray process, storage, tracking or checkpoint:
 
     torchrun --nproc-per-node 2 docs/evidence/plain_torchrun.py job.yaml rates.json
 
@@ -38,25 +37,30 @@ from corun_ray.service.weights.needed import open_weights
 
 
 class Samples(Dataset):
-    """Batches by the indices of their samples."""
+    """A data set whose items are batches, by the indices of their samples."""
 
     def __init__(self, job: TrainingJob) -> None:
         self.make = SampleMaker(job, build_manifest(job), job.data.patch_px, _refuse)
 
     def __getitem__(self, indices: np.ndarray) -> Batch:
+        # One thread for each decoding process, as in the service.
         cv2.setNumThreads(1)
         return self.make({"id": indices})
 
 
 def _refuse(bad: dict[str, str]) -> None:
+    """Refuse unusable files: both ways must see the same samples."""
     raise ValueError(f"files that cannot be used: {bad}")
 
 
 def batches(job: TrainingJob, rank: int, workers: int) -> Iterator[Batch]:
-    """One rank's batches, the same as the service's."""
+    """Yield the batches of one rank, the same as the service's."""
     ((_, layout),) = plan_remaining_phases(job, 0, 0, workers)
+
+    # Each step takes the next samples of the stream; each rank takes its part of them.
     first = layout.first_sample + np.arange(layout.num_steps) * layout.batch * workers + rank * layout.batch
     indices = [start + np.arange(layout.batch) for start in first]
+
     loader: DataLoader[Batch] = DataLoader(
         Samples(job),
         batch_size=None,
@@ -68,13 +72,16 @@ def batches(job: TrainingJob, rank: int, workers: int) -> Iterator[Batch]:
 
 
 def train(job: TrainingJob, rank: int, workers: int) -> list[float]:
-    """Trains to the last step; the rates."""
+    """Train to the last step; return the rates."""
+    # Network, losses and pool, as a worker of the service builds them.
     torch.manual_seed(job.seed)
     network = CORUN(job.network.stages, job.network.width)
     state = TrainState.start(network)
     coherence = build_coherence(job.coherence, open_weights(None)) if job.kind == "colabator" else None
     losses = build_losses(job, open_weights(None), coherence)
     learner = Learner(job, state, losses, coherence, LocalPool(), rank, torch.device("cpu"))
+
+    # Steps as in a worker's loop, with the rate of every `log_every` of them.
     cycles, rates, since_s = list_learning_cycles(job.optim), [], time.perf_counter()
     for batch in batches(job, rank, workers):
         for _ in learner.learn(batch):
@@ -88,9 +95,12 @@ def train(job: TrainingJob, rank: int, workers: int) -> list[float]:
 
 
 def main() -> None:
+    """Train as one process of `torchrun`; rank 0 writes the rates."""
     job_file, out = map(Path, sys.argv[1:])
     (job,) = load_jobs(job_file)
     assert isinstance(job, TrainingJob)
+
+    # torchrun sets rank and number of processes.
     rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(max(1, int(job.cluster.cpus_per_worker)))
     with contextlib.ExitStack() as stack:
@@ -98,6 +108,7 @@ def main() -> None:
             dist.init_process_group("gloo")
             stack.callback(dist.destroy_process_group)
         rates = train(job, rank, workers)
+
     if rank == 0:
         out.write_text(json.dumps(rates))
 

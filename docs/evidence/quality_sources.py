@@ -1,8 +1,8 @@
-"""Ranks photographs by pyiqa metrics, with the weights of several folders or URIs, and says whether they agree.
+"""Rank photographs by pyiqa metrics with weights from several folders or URIs, and compare the ranks.
 
     python docs/evidence/quality_sources.py PHOTOS weights s3://bucket/weights --metrics brisque niqe
 
-Each metric is loaded anew from each source, as a job would; the exit code is 1 where two sources rank differently.
+Each metric is loaded from each source, as by a job. The exit code is 1 if two sources rank differently.
 """
 
 import argparse
@@ -19,28 +19,34 @@ from corun_ray.service.weights.folder import WeightsFolder
 
 
 def main() -> int:
-    """Prints one line a photograph: its rank and its raw score by each metric."""
+    """Print one line a photograph and metric: rank and raw score."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", metavar="PHOTOS", type=Path)
     parser.add_argument("sources", metavar="WEIGHTS", nargs="+")
     parser.add_argument("--metrics", nargs="+", default=["brisque", "niqe"])
     args = parser.parse_args()
+
     names = list_images(str(args.photographs), "PHOTOS")
     agree = True
     for metric in args.metrics:
+        # The scores of all photographs by the weights of each source.
         scores = []
         for source in args.sources:
             quality = load_quality(metric, WeightsFolder(source))
             images = [to_tensor(decode_image((args.photographs / name).read_bytes())) for name in names]
             scores.append(torch.cat([quality.compute_raw(image) for image in images]))
+
+        # The sources agree if all rank the photographs alike.
         orders = [score.argsort().tolist() for score in scores]
         same = all(order == orders[0] for order in orders)
         agree &= same
         largest = max(float((score - scores[0]).abs().max()) for score in scores)
+
         print(f"\n{metric}: {'the same' if same else 'ANOTHER'} order from {', '.join(args.sources)}")
         print(f"largest difference of a score: {largest:g}")
         for rank, index in enumerate(orders[0], 1):
             print(f"  {rank:3d}  {scores[0][index]:8.3f}  {names[index]}")
+
     return 0 if agree else 1
 
 

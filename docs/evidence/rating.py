@@ -1,4 +1,4 @@
-"""Rated restorations of one scene: PSNR against the truth, scores, and what a label pool makes of them."""
+"""Rate the restorations of one scene: PSNR against the truth, scores, and the choice of a label pool."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -18,27 +18,39 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Case:
-    """`N` restorations of one scene: PSNR in dB and every score, `N` each; a network's have no names."""
+    """`N` rated restorations of one scene."""
 
     size_px: int
     names: list[str]
+    """Empty for the restorations of a network."""
     psnr: Floats
+    """dB, `N`."""
     scores: dict[str, Floats]
+    """By scorer, `N` each."""
 
     def accepted(self, pair: Pair) -> NDArray[np.bool_]:
-        """`N N`: would the pool, holding row's restoration, take column's?"""
+        """Return `N N`: whether a pool with the row's restoration accepts the column's."""
         clarity, quality = (self.scores[name] for name in pair)
         return (clarity[None] >= clarity[:, None]) & (quality[None] >= quality[:, None])
 
     def precision_and_recall(self, pair: Pair) -> tuple[float, float]:
-        """Share of accepted offers that raise PSNR, share of PSNR-raising offers that are accepted."""
+        """Compute precision and recall.
+
+        Precision is the share of accepted offers that raise PSNR. Recall is the share of PSNR-raising offers that are
+        accepted.
+        """
         better = self.psnr[None] > self.psnr[:, None]
         accepted = self.accepted(pair) & ~np.eye(len(self.psnr), dtype=bool)
         right = (accepted & better).sum()
         return right / max(accepted.sum(), 1), right / better.sum()
 
     def pool_gain(self, pair: Pair, sequences: NDArray[np.int64]) -> float:
-        """PSNR of the label that the pool holds after each row of offers, above the mean offer's, in dB."""
+        """Compute the pool's gain over the mean offer, in dB.
+
+        Each row of `sequences` holds the offers to one pool, as indices of restorations. The gain is the PSNR of the
+        last label.
+        """
+        # All pools at once: the label of each after each offer.
         accepted = self.accepted(pair)
         held = sequences[:, 0]
         for offer in sequences[:, 1:].T:
@@ -46,27 +58,36 @@ class Case:
         return float(self.psnr[held].mean() - self.psnr[sequences].mean())
 
     def best_gain(self, sequences: NDArray[np.int64]) -> float:
-        """What choosing by PSNR itself would gain, in dB."""
+        """Compute the gain of a choice by PSNR itself, in dB."""
         return float(self.psnr[sequences].max(1).mean() - self.psnr[sequences].mean())
 
     def rank_correlation(self, scorer: str) -> float:
+        """Compute the rank correlation of a score with PSNR."""
         return spearman(self.scores[scorer], self.psnr)
 
 
 def rate(names: list[str], images: Image, truth: Image) -> Case:
-    """Rates `N H W 3` restorations of a truth `H W 3`."""
+    """Rate restorations `N H W 3` of a truth `H W 3`."""
     error = ((images - truth) ** 2).mean((1, 2, 3))
-    batches = to_tensor(images).split(8)  # small batches stay in the processor's cache
+
+    # Small batches stay in the processor's cache.
+    batches = to_tensor(images).split(8)
     scores = {
         name: torch.cat([scorer(batch) for batch in batches]).double().numpy() for name, scorer in SCORERS.items()
     }
+
     return Case(truth.shape[0], names, -10 * np.log10(error + 1e-10), scores)
 
 
 def trust_agreement(images: Image, truth: Image) -> dict[str, float]:
-    """Rank correlation, over an image's 32 px blocks, of trust and PSNR; the mean over its restorations."""
+    """Compute the rank correlation of trust and PSNR over an image's 32 px blocks.
+
+    Returns the mean over the image's restorations for each pair of scorers.
+    """
+    # The mean squared error of each block.
     side = truth.shape[0] // 32
     error = ((images - truth) ** 2).mean(-1).reshape(len(images), side, 32, side, 32).mean((2, 4))
+
     agreement = {}
     for pair in product(CLARITY_SCORERS, QUALITY_SCORERS):
         blocks = Coherence(*pair, block_px=32).score_blocks(to_tensor(images))
@@ -78,7 +99,7 @@ def trust_agreement(images: Image, truth: Image) -> dict[str, float]:
 
 
 def spearman(first: NDArray, second: NDArray) -> float:
-    """Rank correlation, ties averaged; 0 where one side is constant."""
+    """Compute the rank correlation, with averaged ties; 0 if one side is constant."""
     first, second = average_ranks(first), average_ranks(second)
     if first.std() == 0 or second.std() == 0:
         return 0.0
@@ -86,9 +107,11 @@ def spearman(first: NDArray, second: NDArray) -> float:
 
 
 def average_ranks(values: NDArray) -> Floats:
+    """Return the rank of each value; equal values have their mean rank."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[place]
 
 
 def to_tensor(images: Image) -> torch.Tensor:
+    """Convert images from `N H W 3` to `N 3 H W`."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

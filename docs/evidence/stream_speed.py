@@ -1,14 +1,14 @@
-"""What a training sample costs in the straightforward order and in ours, side by side, on one core.
+"""Compare the cost of a training sample in the straightforward order with ours, on one core.
 
-Both orders make the same samples by turns from the same files, JPEG photographs of 2 megapixels with depth as 16-bit
-PNG, as .npy and procedural; and from those with PNG once more, ours then reading a pack of them (`corun-ray pack`).
-The straightforward one decodes, synthesises and compresses the whole image and crops last
+Both orders make the same samples by turns from the same files: JPEG photographs of 2 megapixels, with depth as 16-bit
+PNG, as .npy and procedural. A last comparison reads the files with PNG, and for our order a pack of them
+(`corun-ray pack`). The straightforward order decodes, synthesises and compresses the whole image and crops last
 (tests/core/data/plain_samples.py). Prints a Markdown table for each, times in ms:
 
     python docs/evidence/stream_speed.py --samples 60
 
-Without --photographs it renders four of 1920 x 1088 px in 20 s. With it, it takes those of a folder, enlarged to 2
-megapixels where they are smaller; their depth is procedural.
+By default it renders four photographs of 1920 x 1088 px in 20 s. --photographs names a folder of photographs instead.
+Smaller ones are enlarged to 2 megapixels, and their depth is procedural.
 """
 
 import argparse
@@ -40,17 +40,20 @@ LEAST_PX, QUALITY, PATCH_PX = 2_000_000, 92, 288
 
 
 class PlainMaker:
-    """The straightforward order of a job's samples."""
+    """Makes the samples of a job in the straightforward order."""
 
     def __init__(self, job: TrainingJob, manifest: Manifest) -> None:
         self.job, self.manifest = job, manifest
 
     def sample(self, index: int) -> None:
-        """Reads and makes one."""
+        """Read and make one sample."""
+        # The clear image.
         data, manifest, seed = self.job.data, self.manifest, self.job.seed
         image = choose_image(seed, CLEAR, index, len(manifest.clear))
         rng = np.random.default_rng([seed, CLEAR, index, 0])
         clear = decoded(data.clear, manifest.clear[image])
+
+        # Its depth, procedural or from a file.
         if manifest.depth is None:
             with phase("depth"):
                 depth_map = draw_procedural_depth(rng, *clear.shape[:2])
@@ -61,6 +64,8 @@ class PlainMaker:
             with phase("depth"):
                 depth_map = DepthMap.from_pixels(decode_depth(content, file.suffix), data.depth_kind)
                 depth = depth_map.to_inverse(depth_map.pixels)
+
+        # The synthetic pair, and for Colabator the views of a real image.
         options = {"patch_px": PATCH_PX, "random_resize": data.random_resize}
         pair = plain_pair(clear, depth, rng, haze_range=HazeRange(), **options)
         if isinstance(self.job, ColabatorJob):
@@ -71,42 +76,51 @@ class PlainMaker:
 
 
 def read(file: Path) -> bytes:
+    """Read a file, timed as phase `read`."""
     with phase("read"):
         return file.read_bytes()
 
 
 def decoded(root: str, key: str) -> np.ndarray:
+    """Read and decode an image, timed as phases `read` and `decode`."""
     content = read(Path(root, key))
     with phase("decode"):
         return decode_image(content)
 
 
 def main() -> None:
+    """Prepare the photographs, compare the orders and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=60, help="of each order and kind (default 60)")
+    parser.add_argument("--samples", type=int, default=60, help="samples of each order and kind (default 60)")
     parser.add_argument("--photographs", type=Path, help="a folder of photographs, instead of rendered ones")
     parser.add_argument("--size", type=int, nargs=2, default=(1920, 1088), metavar=("W", "H"), help="of rendered ones")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if arguments.photographs is None:
             render(folder, *arguments.size)
         else:
             enlarge(arguments.photographs, folder)
+
+        # Both orders from the same files.
         depths = [folder / kind for kind in ("png", "npy") if (folder / kind).is_dir()]
         for depth, kind in itertools.product([*depths, None], ("pretrain", "colabator")):
             compare(job_of(kind, folder, depth), arguments.samples)
+
+        # Ours from packs of the files with PNG.
         if (folder / "png").is_dir():
             pack_here(plan_pack(str(folder / "clear"), str(folder / "pack"), str(folder / "png"), 128, False))
             pack_here(plan_pack(str(folder / "hazy"), str(folder / "hazy_pack"), None, 128, False))
             for kind in ("pretrain", "colabator"):
                 compare(job_of(kind, folder, folder / "png"), arguments.samples, packed_job(kind, folder))
+
     print(f"\nOpenCV {cv2.__version__}, numpy {np.__version__}, one thread of {os.cpu_count()} cores")
 
 
 def render(folder: Path, width_px: int, height_px: int) -> None:
-    """Four scenes, in `clear` and once more in `hazy`, with their depth in `png` and `npy`."""
+    """Render four scenes to `clear` and again to `hazy`, with depth in `png` and `npy`."""
     write_demo(folder / "demo", 0, DemoSize(4, 0, width_px, height_px))
     (folder / "demo" / "depth").rename(folder / "png")
     (folder / "npy").mkdir()
@@ -117,7 +131,7 @@ def render(folder: Path, width_px: int, height_px: int) -> None:
 
 
 def enlarge(photographs: Path, folder: Path) -> None:
-    """At most sixteen photographs, in `clear` and once more in `hazy`."""
+    """Enlarge at most sixteen photographs to `clear` and again to `hazy`."""
     for file in sorted(photographs.iterdir())[:16]:
         image = cv2.cvtColor(decode_image(file.read_bytes()), cv2.COLOR_RGB2BGR)
         factor = max(1.0, (LEAST_PX / (image.shape[0] * image.shape[1])) ** 0.5)
@@ -125,12 +139,14 @@ def enlarge(photographs: Path, folder: Path) -> None:
 
 
 def write(bgr: np.ndarray, folder: Path, stem: str) -> None:
+    """Write an image as JPEG to `clear` and to `hazy`."""
     for group in ("clear", "hazy"):
         (folder / group).mkdir(exist_ok=True)
         cv2.imwrite(str(folder / group / f"{stem}.jpg"), bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
 
 
 def job_of(kind: str, folder: Path, depth: Path | None) -> TrainingJob:
+    """Make a job of a kind that reads the files; without `depth`, depth is procedural."""
     data = {"clear": str(folder / "clear"), "depth": None if depth is None else str(depth), "patch_px": PATCH_PX}
     if kind == "pretrain":
         return PretrainJob(kind=kind, name=kind, data=data)
@@ -138,23 +154,31 @@ def job_of(kind: str, folder: Path, depth: Path | None) -> TrainingJob:
 
 
 def packed_job(kind: str, folder: Path) -> TrainingJob:
+    """Make a job of a kind that reads the packs."""
     job = job_of(kind, folder, folder / "pack")
     packs = {"clear": str(folder / "pack")} | ({"hazy": str(folder / "hazy_pack")} if kind == "colabator" else {})
     return job.model_copy(update={"data": job.data.model_copy(update=packs)})
 
 
 def compare(job: TrainingJob, samples: int, packed: TrainingJob | None = None) -> None:
-    """Both orders sample by sample, each going first every other time, and the table; ours from packs, if given."""
+    """Make samples in both orders by turns; print the table.
+
+    With `packed`, our order reads packs.
+    """
     ours = packed or job
     makers = (PlainMaker(job, build_manifest(job)), SampleMaker(ours, build_manifest(ours), PATCH_PX, fail))
     listeners, times_ms = (PhaseTimes(), PhaseTimes()), ([], [])
+
+    # Each order goes first every other time. Sample -1 warms up and does not count.
     for index in range(-1, samples):
         for which in (0, 1) if index % 2 else (1, 0):
             with (listeners[which] if index >= 0 else PhaseTimes()).listen():
                 start_s = time.perf_counter()
                 makers[which].sample(max(index, 0))
-            if index >= 0:  # the first one warms up
+            if index >= 0:
                 times_ms[which].append(1000 * (time.perf_counter() - start_s))
+
+    # Print one row for each order.
     kind = "procedural" if job.data.depth is None else Path(job.data.depth).name + (", packed" if packed else "")
     print(f"\n{job.kind}, depth {kind}: {samples} samples\n")
     print("| | " + " | ".join((*PHASES, "whole, mean", "median", "samples/s")) + " |")
@@ -168,6 +192,7 @@ def compare(job: TrainingJob, samples: int, packed: TrainingJob | None = None) -
 
 
 def fail(bad_files: dict[str, str]) -> None:
+    """End with the reasons why files are unusable."""
     raise SystemExit(str(bad_files))
 
 

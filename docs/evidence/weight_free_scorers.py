@@ -1,7 +1,7 @@
-"""Which weight-free scorers rank restorations of an image as PSNR against the truth does?
+"""Compare how scorers without weights rank restorations with PSNR against the truth.
 
-Prints the tables of `docs/coherence.md`. Takes any folder of clear photographs and any two folders of
-hazy/clear pairs of the same stems; `--offers` adds what `network_offers.py` recorded:
+Prints the tables of `docs/coherence.md`. Takes any folder of clear photographs, and any two folders of hazy/clear pairs
+of the same stems. `--offers` adds the restorations that `network_offers.py` recorded:
 
     python docs/evidence/weight_free_scorers.py --clear CLEAR --pairs HAZY CLEAR --offers offers.npz
 """
@@ -34,7 +34,9 @@ PAIRS: tuple[Pair, ...] = (
     ("any_offer", "any_offer"),
 )
 SHOWN = (PAIRS[0], ("fade", "clean"))
+"""The pairs of the tables on single offers."""
 SPOILT = "network 0.8 + "
+"""Begins the names of the damaged restorations of these tables."""
 NUM_OFFERS, NUM_SEQUENCES = 30, 200
 PLAUSIBLE = (
     "hazy",
@@ -45,7 +47,9 @@ PLAUSIBLE = (
     "network",
     "dark channel prior 0.4",
 )
+"""Beginnings of the names of plausible restorations."""
 TOO_MUCH = ("inverted^1.5", "inverted^2.0", "constant 0.5", "dark channel prior 0.95")
+"""Restorations with too much haze removed."""
 PROGRESS = (
     ("hazy", "network 0.4"),
     ("network 0.4", "network 0.8"),
@@ -56,18 +60,22 @@ PROGRESS = (
     ("network 0.8 + stretching x2", "network 0.8"),
     ("network 0.8 + darkening x2", "network 0.8"),
 )
+"""A stored label and an offer that is better."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Sequences of offers, rows of indices into each case's restorations."""
+    """Sequences of offers to a pool, for each of some cases."""
 
     offers: str
+    """Heading of the column."""
     cases: list[Case]
     sequences: NDArray[np.int64]
+    """One sequence a row, as indices into each case's restorations."""
 
 
 def main() -> None:
+    """Rate the restorations of all scenes; print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clear", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, nargs=2, metavar=("HAZY", "CLEAR"))
@@ -75,10 +83,14 @@ def main() -> None:
     parser.add_argument("--offers", type=Path)
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
+
+    # Draw the photographs.
     torch.set_grad_enabled(False)
     rng = np.random.default_rng(arguments.seed)
     photographs = sorted(path for path in arguments.clear.iterdir() if path.is_file())
     chosen = [photographs[i] for i in rng.choice(len(photographs), arguments.photographs, replace=False)]
+
+    # Restore and rate every scene.
     cases, trust = [], []
     for scene in scenes(chosen, match_pairs(arguments.pairs), rng):
         found = restorations(scene, rng)
@@ -86,6 +98,7 @@ def main() -> None:
         cases.append(rate(list(found), images, scene.truth))
         trust.append((scene.size_px, trust_agreement(images[indices(cases[0], PLAUSIBLE)], scene.truth)))
     network = load_offers(arguments.offers) if arguments.offers else []
+
     print_ranks(cases, network)
     print_pairs(cases, draw_trials(cases, network, rng))
     print_moves(cases)
@@ -93,13 +106,17 @@ def main() -> None:
 
 
 def load_offers(path: Path) -> list[Case]:
+    """Load and rate the restorations of a network."""
     arrays = np.load(path)
     count = len(arrays.files) // 2
     return [rate([], arrays[f"offers_{index}"], arrays[f"truth_{index}"]) for index in range(count)]
 
 
 def indices(case: Case, starts: tuple[str, ...]) -> list[int]:
-    """Restorations whose names start so, those that were spoilt on purpose only where they are asked for."""
+    """Return the indices of the restorations whose names begin with one of `starts`.
+
+    Of the damaged restorations, only those of a network count.
+    """
     return [
         index
         for index, name in enumerate(case.names)
@@ -108,18 +125,22 @@ def indices(case: Case, starts: tuple[str, ...]) -> list[int]:
 
 
 def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    """Print a Markdown table."""
     print(f"\n**{title}**\n")
     for row in (head, ["---"] * len(head), *rows):
         print("| " + " | ".join(row) + " |")
 
 
 def print_ranks(cases: list[Case], network: list[Case]) -> None:
+    """Print how each score ranks restorations, the best scorer first."""
+    # A row for each scorer, without `any_offer`, which is the last one.
     rows = []
     for name in list(SCORERS)[:-1]:
         found = np.array([case.rank_correlation(name) for case in cases])
         sizes = [found[[case.size_px == size for case in cases]].mean() for size in SIZES_PX]
         learnt = np.mean([case.rank_correlation(name) for case in network]) if network else np.nan
         rows.append((name, found.mean(), *sizes, np.quantile(found, 0.1), learnt))
+
     rows.sort(key=lambda row: -row[1])
     head = ["scorer", "all", *(f"{size} px" for size in SIZES_PX), "worst tenth", "network's offers"]
     table = [[name, *(f"{value:+.2f}" for value in values)] for name, *values in rows]
@@ -127,7 +148,8 @@ def print_ranks(cases: list[Case], network: list[Case]) -> None:
 
 
 def draw_trials(cases: list[Case], network: list[Case], rng: np.random.Generator) -> list[Trial]:
-    """Sequences of offers; a network's are a random half of its restorations, in the order it made them."""
+    """Draw the sequences of offers."""
+    # From the restorations that have names; the bad start is a label with too much haze removed.
     shape = (NUM_SEQUENCES, NUM_OFFERS)
     plausible = rng.choice(indices(cases[0], PLAUSIBLE), shape)
     bad_start = plausible.copy()
@@ -137,52 +159,64 @@ def draw_trials(cases: list[Case], network: list[Case], rng: np.random.Generator
         Trial("plausible", cases, plausible),
         Trial("too much first", cases, bad_start),
     ]
+
+    # A network's offers are a random half of its restorations, in the order of training.
     if network:
         steps = len(network[0].psnr)
         drawn = rng.random((NUM_SEQUENCES, steps)).argsort(1)[:, : steps // 2]
         trials.append(Trial("network's", network, np.sort(drawn, 1)))
+
     return trials
 
 
 def print_pairs(cases: list[Case], trials: list[Trial]) -> None:
+    """Print what a pool makes of the offers, by pair of scorers."""
     rows = []
     for pair in PAIRS:
         precision, recall = np.mean([case.precision_and_recall(pair) for case in cases], 0)
         gains = [np.array([case.pool_gain(pair, trial.sequences) for case in trial.cases]) for trial in trials]
         cells = [f"{gain.mean():+.2f} ({np.mean(gain < 0):.0%})" for gain in gains]
         rows.append([" + ".join(pair), f"{precision:.2f}", f"{recall:.2f}", *cells])
+
+    # The last row: a choice by PSNR itself.
     best = [np.mean([case.best_gain(trial.sequences) for case in trial.cases]) for trial in trials]
     rows.append(["(the best offer)", "1", "1", *(f"{gain:+.2f}" for gain in best)])
+
     head = ["clarity + quality", "precision", "recall", *(trial.offers for trial in trials)]
-    print_table("What the pool holds in the end, dB above the mean offer (scenes that lose)", head, rows)
+    print_table("The pool's last label, dB above the mean offer (share of scenes below it)", head, rows)
 
 
 def print_moves(cases: list[Case]) -> None:
-    """How often the pool trades one restoration for another, by the two pairs of most interest."""
+    """Print how often a pool accepts one restoration after another, by the pairs of `SHOWN`."""
     names = cases[0].names
 
     def cells(held: str, offer: str) -> list[str]:
+        """Format the change in dB and the share accepted by each pair."""
         row, column = names.index(held), names.index(offer)
         change = np.mean([case.psnr[column] - case.psnr[row] for case in cases])
         shares = [np.mean([case.accepted(pair)[row, column] for case in cases]) for pair in SHOWN]
         return [f"{change:+.1f}", *(f"{share:.0%}" for share in shares)]
 
+    # Better offers, and offers with too much haze removed.
     head = [" + ".join(pair) for pair in SHOWN]
     moves = [*PROGRESS, *(("inverted^1.0", name) for name in ("inverted^1.2", *TOO_MUCH))]
     rows = [[*move, *cells(*move)] for move in moves]
     print_table("How often an offer is accepted", ["held", "offered", "dB", *head], rows)
 
+    # Damaged offers, a row for each fault and a column for each strength.
     faults = [name.removesuffix(" x1") for name in names if name.startswith(SPOILT) and name.endswith(" x1")]
     strengths = ("0.5", "1", "2")
     rows = [
         [fault.removeprefix(SPOILT), *(" / ".join(cells(SPOILT[:-3], f"{fault} x{s}")) for s in strengths)]
         for fault in faults
     ]
-    title = f"Offers that spoil the label on purpose: dB / accepted by {head[0]} / by {head[1]}"
+
+    title = f"Damaged offers: dB / accepted by {head[0]} / by {head[1]}"
     print_table(title, ["fault", *(f"x{strength}" for strength in strengths)], rows)
 
 
 def print_trust(trust: list[tuple[int, dict[str, float]]]) -> None:
+    """Print the mean agreement of trust and PSNR, by pair of scorers and size."""
     rows = [
         [
             pair,
