@@ -17,8 +17,8 @@ import pytest
 
 from corun_ray.config.jobs import ClusterSection
 
-# Threads of torch sleep while they wait for each other. They would spin, and on a busy machine keep the processor from the
-# thread that they wait for: a small network then takes fifty times as long.
+# Threads of torch sleep while they wait for each other. By default they spin, and on a busy machine a spinning thread
+# keeps the processor from the thread that it waits for: a small network then takes fifty times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Ray reads it where it is imported: metrics are served after 1 s, not 10, and gauges that nobody sets go after 2.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")

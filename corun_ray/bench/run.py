@@ -1,6 +1,6 @@
-"""Runs the benchmarks that need torch and numpy alone.
+"""Run the benchmarks that need torch and numpy alone.
 
-`python -m corun_ray bench step` runs on a bare GPU machine.
+With typer and rich for the command line, `python -m corun_ray bench step` runs on a bare GPU machine.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from corun_ray.bench.dehaze import DehazeSettings, bench_dehaze
-from corun_ray.bench.machine import MATRIX_SIDE
+from corun_ray.bench.machine import MATRIX_SIDE, choose_device
 from corun_ray.bench.scaling import ScalingSettings, bench_scaling, read_measured_step
 from corun_ray.bench.scaling_model import WorkerStep
 from corun_ray.bench.step import StepSettings, bench_step
@@ -85,7 +85,7 @@ def find_device(name: str | None) -> torch.device:
     Raises ValueError where the device cannot be used.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return choose_device()
 
     # Only a tensor there shows that a device can be used.
     try:

@@ -1,6 +1,7 @@
 """Format the reports of the benchmarks that need torch and numpy alone.
 
-The columns are aligned here, not by rich: `bench step` runs on a bare machine that does not have rich.
+The columns are aligned here, because these benchmarks import `core` only, and the tables are no plain grids: rows of
+different kinds share one alignment.
 """
 
 from collections.abc import Iterator

@@ -134,6 +134,11 @@ def format_reference() -> str:
         kinds = [kind for kind in KINDS if path in by_kind[kind]]
         users = f" ({', '.join(kinds)} only)" if len(kinds) < len(KINDS) else ""
 
+        # Each kind of job has a value of its own for this key.
+        if path == "kind":
+            lines += [f"  {path:<26} required", f"      {' | '.join(KINDS)}; what the job does"]
+            continue
+
         # A section of a job is a heading.
         if find_section(field) and "." not in path:
             lines += ["", f"{path}: {field.description}{users}"]

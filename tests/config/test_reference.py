@@ -13,6 +13,12 @@ def test_every_key_is_described_and_listed() -> None:
             assert f"\n{path}: " in text or f"  {path} " in text
 
 
+def test_reference_begins_with_the_kinds() -> None:
+    first, second, *_ = format_reference().splitlines()
+    assert first.split() == ["kind", "required"]
+    assert second.strip() == f"{' | '.join(KINDS)}; what the job does"
+
+
 def test_reference_gives_defaults_ranges_and_kinds() -> None:
     lines = [" ".join(line.split()) for line in format_reference().splitlines()]
     assert "optim.lr 0.0001 in pretrain, 5e-05 in colabator and tune" in lines
