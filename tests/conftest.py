@@ -34,13 +34,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (over a minute each)")
 
 
+# First: pytest-xdist reads the marks in a hook of its own.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip slow tests unless they are asked for, and say which tests share a process."""
     for item in items:
         # With two processes (`make test`), all tests of the one local Ray go to one of them, other files as a whole
         # to whichever is free: their fixtures are then made once.
         uses_ray = "local_ray" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("local_ray" if uses_ray else item.path.name))
+        item.add_marker(pytest.mark.xdist_group("local_ray" if uses_ray else str(item.path)))
 
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason='slow; make test PYTEST="--slow" runs it'))

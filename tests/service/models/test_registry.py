@@ -1,6 +1,7 @@
 """The registry of a real MLflow server over HTTP, its artifacts proxied: versions, promotion, and models taken out."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -34,8 +35,10 @@ def server(tmp_path_factory):
     uri = f"http://127.0.0.1:{port}"
     places = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "kept")]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    # MLflow's own jobs would start eight more processes, which nothing here needs.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([*command, "--serve-artifacts", *places], stdout=log, stderr=log)
+        process = subprocess.Popen([*command, "--serve-artifacts", *places], stdout=log, stderr=log, env=environment)
         try:
             wait_for(f"{uri}/health")
             yield uri
