@@ -305,11 +305,15 @@ def run_described(tree: dict[str, Any], tracking: str, resume: bool = False) -> 
     `tree` is what a job file would hold.
     """
     from corun_ray.config.loading import build_job
+
+    # A mistake is told before the imports below, which take seconds.
+    job = build_job(tree | {"tracking": {"uri": tracking}})
+
     from corun_ray.service.jobs import run_jobs
     from corun_ray.service.telemetry.console import Console
 
     with using_ray(), Console() as console:
-        run_jobs([build_job(tree | {"tracking": {"uri": tracking}})], console, resume=resume)
+        run_jobs([job], console, resume=resume)
     return DONE
 
 

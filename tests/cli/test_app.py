@@ -164,7 +164,7 @@ WRONG_REQUESTS = [
     ),
     (
         ["serve", "net.pth", "--gpus-per-replica", "1.5"],
-        "serve.gpus_per_replica: 1.5 is neither a share of one GPU nor a whole number of them",
+        "serve.gpus_per_replica: 1.5 is neither a share of one GPU nor a whole number of GPUs",
     ),
     (
         ["serve", "net.pth"],
@@ -179,7 +179,7 @@ WRONG_REQUESTS = [
 
 @pytest.fixture(scope="module")
 def wrong_requests(tmp_path_factory):
-    """All of them at once: a process takes seconds to import what it needs."""
+    """All of them at once: some processes take seconds to import what they need."""
     started = []
     for arguments, _ in WRONG_REQUESTS:
         folder = tmp_path_factory.mktemp("wrong")
