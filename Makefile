@@ -22,7 +22,7 @@ demo: $(STAMP)
 
 # Two processes: one has the tests of the local Ray, which mostly wait for Ray's processes, the other computes.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 10 $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 2 --durations 10 $(PYTEST)
 
 # The fault matrix: seven faults at random moments, five seeds each (about 35 minutes on 2 cores).
 # make faults FAULTS='--faults driver --seeds 7 8'

@@ -14,8 +14,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from corun_ray.config.jobs import ClusterSection
+from tests import ROOT
 
 # Threads of torch sleep while they wait for each other. By default they spin, and on a busy machine a spinning thread
 # keeps the processor from the thread that it waits for: a small network then takes fifty times as long.
@@ -34,18 +37,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (over a minute each)")
 
 
-# First: pytest-xdist reads the marks in a hook of its own.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip slow tests unless they are asked for, and say which tests share a process."""
-    for item in items:
-        # With two processes (`make test`), all tests of the one local Ray go to one of them, other files as a whole
-        # to whichever is free: their fixtures are then made once.
-        uses_ray = "local_ray" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("local_ray" if uses_ray else str(item.path)))
+    """Skip slow tests unless they are asked for, and say how."""
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason='slow; make test PYTEST="--slow" runs it'))
 
-        if item.get_closest_marker("slow") and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason='slow; make test PYTEST="--slow" runs it'))
+
+class FilesTogether(LoadFileScheduling):
+    """Deals files out to the processes of `make test`: all that use the one local Ray to one, others as they come."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        """Return what goes to one process: a file, or all files that use the local Ray."""
+        file = nodeid.split("::")[0]
+        text = (ROOT / file).read_text("utf-8")
+        return "local_ray" if "local_ray" in text or "watched_colabator" in text else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FilesTogether:
+    """Return the scheduler of pytest-xdist."""
+    return FilesTogether(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -158,12 +158,15 @@ def test_the_stream_is_the_same_with_a_cache(keeper, dataset, tmp_path):
     job = small_job("colabator", dataset, tmp_path, train={"steps": 40, "batch_per_worker": 2})
     ((phase, layout),) = plan_remaining_phases(job, 0, 0, 1)
     board, manifest = start_board(), ray.put(build_manifest(job))
-    tasks = (StreamTask(job, manifest, board, layout, phase.patch_px, cache=cache) for cache in (None, keeper))
+    # The node's cache is up before the stream begins: so short a stream could end first, on a busy machine.
+    here = ray.get_runtime_context().get_node_id()
+    cache = ray.get(keeper.get_cache.remote(here, None))
+    assert ray.get(cache.list_since.remote(0)).entries == []
+    tasks = (StreamTask(job, manifest, board, layout, phase.patch_px, cache=one) for one in (None, keeper))
     plain, kept = ([*iterate_batches(split_stream(task)[0], layout, 0)] for task in tasks)
     for one, other in zip(plain, kept, strict=True):
         assert_same(one, other)
-    here = ray.get_runtime_context().get_node_id()
-    keys = {key for key, _ in ray.get(ray.get(keeper.get_cache.remote(here, None)).list_since.remote(0)).entries}
+    keys = {key for key, _ in ray.get(cache.list_since.remote(0)).entries}
     assert {(str(dataset / "clear"), "view_0.png", None), (str(dataset / "depth"), "view_0.npy", "depth")} <= keys
 
 
