@@ -87,7 +87,8 @@ def count_function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str
         counts.verbs.append(first in VERBS or first.removesuffix("s") in VERBS or first.removesuffix("es") in VERBS)
     for argument in [*node.args.args, *node.args.kwonlyargs]:
         named = any(word in argument.arg for word in ("actor", "board", "shard", "keeper", "cache", "handle"))
-        is_any = argument.annotation is not None and "Any" in ast.unparse(argument.annotation)
+        annotation = "" if argument.annotation is None else ast.unparse(argument.annotation)
+        is_any = "Any" in annotation.replace("ActorProxy[Any]", "")
         counts.actors_any += named and is_any
 
 

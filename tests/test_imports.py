@@ -259,6 +259,7 @@ def test_the_reading_of_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 LAZY = {
     name: {Import(package, True) for package in packages}
     for name, packages in {
+        "timing": ("torch",),
         "weights": ("torch", "safetensors"),
         "scoring.daclip": ("open_clip",),
         "metrics.pyiqa": ("pyiqa", "timm", "clip", "packaging"),
@@ -339,3 +340,14 @@ def test_the_core_runs_with_numpy_torch_and_opencv_alone() -> None:
 def test_the_front_door_is_light(module: str) -> None:
     heavy = "torch", "ray", "mlflow", "numpy", "cv2", "pyarrow"
     assert run(f"import sys, corun_ray.{module}; print(*(name for name in {heavy} if name in sys.modules))") == []
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["data.cache", "data.manifest", "data.sample_maker", "pool.shard", "pool.keeper", "train.board", "storage"],
+)
+def test_the_many_small_processes_of_a_run_do_without_torch(module: str) -> None:
+    """Each task of the stream, cache, shard and board is a process: torch would cost it seconds and half a gigabyte."""
+    heavy = "torch", "mlflow", "ray.data", "ray.train"
+    code = f"import sys, corun_ray.service.{module}; print(*(name for name in {heavy} if name in sys.modules))"
+    assert run(code) == []

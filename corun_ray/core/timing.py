@@ -1,6 +1,7 @@
 """Timing of named parts of work: phases of making a sample, spans of a training step.
 
-A phase costs next to nothing while nobody listens. A span is a phase that profiler traces show too.
+A phase costs next to nothing while nobody listens. A span is a phase that profiler traces show too. Spans alone import
+torch: the processes that make samples, of which there are many, do without.
 """
 
 import time
@@ -8,9 +9,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
-import torch
-from torch.profiler import record_function
+if TYPE_CHECKING:
+    import torch
 
 PHASES = ("read", "decode", "depth", "synthesis", "jpeg", "resize", "strong view")
 """Phases of making a sample, in order; a sample of two images passes some of them twice."""
@@ -38,13 +40,17 @@ def span(name: str) -> Iterator[None]:
 
     A span is a phase that the profiler records. Costs some microseconds where nobody listens.
     """
+    from torch.profiler import record_function
+
     with record_function(name), phase(name):
         yield
 
 
-def synchronize(device: torch.device) -> None:
+def synchronize(device: "torch.device") -> None:
     """Wait until the device has finished all submitted work."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)
 
 
@@ -87,7 +93,7 @@ class SpanTimes(PhaseTimes):
     is slower while this listens.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: "torch.device") -> None:
         super().__init__()
         self._device = device
 

@@ -5,15 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.actor import ActorProxy
 from ray.data import ActorPoolStrategy, Dataset
 from ray.exceptions import RayTaskError
 
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.storage import StorageError
-
-NoticeBoard = ActorProxy[Any]
-"""Handle of the run's notice board, `service.train.board.BoardState`: a class that this room may not import."""
 
 
 def iterate_rows(outcomes: Dataset) -> Iterator[dict[str, Any]]:

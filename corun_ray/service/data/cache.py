@@ -18,7 +18,9 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from corun_ray.core.data.depth import DepthMap
 from corun_ray.core.timing import phase
-from corun_ray.service.data.actors import NoticeBoard
+
+NoticeBoard = ActorProxy[Any]
+"""Handle of the run's notice board, `service.train.board.BoardState`: a class that this room may not import."""
 
 Decoded = TypeVar("Decoded", np.ndarray, DepthMap)
 

@@ -10,9 +10,8 @@ from pyarrow.fs import FileInfo
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.training import PairedSection
-from corun_ray.core.data.images import decode_image
+from corun_ray.core.data.images import ImageU8, decode_image
 from corun_ray.core.errors import UserError
-from corun_ray.core.inference.pictures import ImageU8
 from corun_ray.service.data.packs import Pack, is_pack, open_pack
 from corun_ray.service.storage import locate
 

@@ -21,8 +21,7 @@ from ray.data import DataContext, DataIterator
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from corun_ray.config.jobs import PretrainJob, TrainingJob
-from corun_ray.service.data.actors import NoticeBoard
-from corun_ray.service.data.cache import CacheKeeper, get_cache_view
+from corun_ray.service.data.cache import CacheKeeper, NoticeBoard, get_cache_view
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.data.sample_maker import Batch, SampleMaker
 from corun_ray.service.telemetry.prometheus import NO_JOB, SAMPLE_SECONDS, SAMPLES, MetricRecorder
