@@ -122,9 +122,9 @@ def local_ray(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     environment = pytest.MonkeyPatch()
     environment.setenv("CORUN_WEIGHTS_CACHE", str(tmp_path_factory.mktemp("weights_cache")))
 
-    from corun_ray.service.cluster import connect as cluster
+    from corun_ray.service.cluster.connect import connect
 
-    cluster.connect(ClusterSection(workers=3, data_cpus=1))
+    connect(ClusterSection(workers=3, data_cpus=1))
     yield
     ray.shutdown()
     environment.undo()
