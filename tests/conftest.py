@@ -79,6 +79,26 @@ def s3_server() -> Iterator[str]:
         server.wait()
 
 
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server over HTTP on loopback, which proxies its artifacts."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    places = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "kept")]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    # MLflow's own jobs would start eight more processes, which nothing here needs.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([*command, "--serve-artifacts", *places], stdout=log, stderr=log, env=environment)
+        try:
+            wait_for(f"{uri}/health")
+            yield uri
+        finally:
+            process.terminate()
+            process.wait()
+
+
 def free_port() -> int:
     """A port of loopback that nobody listens at."""
     with socket.socket() as free:
@@ -124,7 +144,7 @@ def local_ray(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
     from corun_ray.service.cluster.connect import connect
 
-    connect(ClusterSection(workers=3, data_cpus=1))
+    connect(ClusterSection(workers=2, data_cpus=1))
     yield
     ray.shutdown()
     environment.undo()

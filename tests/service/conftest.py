@@ -1,8 +1,11 @@
 """A training run that several test files look at from their own sides."""
 
+import contextlib
+import io
 from pathlib import Path
 from typing import NamedTuple
 
+import boto3
 import pytest
 
 from corun_ray.config.jobs import TrainingJob
@@ -20,25 +23,44 @@ class WatchedRun(NamedTuple):
     """Of its model."""
     scraper: Scraper
     """What Prometheus could have seen of it."""
+    output: str
+    """What it printed."""
 
 
 @pytest.fixture(scope="session")
-def watched_colabator(local_ray, dataset, tmp_path_factory) -> WatchedRun:
-    """A Colabator run of two workers to the end."""
+def bucket(s3_server, dataset) -> str:
+    """The dataset in a bucket."""
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="haze")
+    for path in dataset.rglob("*.*"):
+        client.upload_file(str(path), "haze", str(path.relative_to(dataset)))
+    return "s3://haze"
+
+
+@pytest.fixture(scope="session")
+def watched_colabator(local_ray, bucket, mlflow_server, tmp_path_factory) -> WatchedRun:
+    """A Colabator run of two workers to the end, from a bucket into the bucket, tracked by a server."""
+    folder = tmp_path_factory.mktemp("colabator")
     job = small_job(
         "colabator",
-        dataset,
-        tmp_path_factory.mktemp("colabator"),
-        data={"validation": {"hazy": str(dataset / "hazy"), "clear": str(dataset / "hazy_truth")}},
+        folder,
+        folder,
+        data={
+            "clear": f"{bucket}/clear",
+            "depth": f"{bucket}/depth",
+            "hazy": f"{bucket}/hazy",
+            "validation": {"hazy": f"{bucket}/hazy", "clear": f"{bucket}/hazy_truth"},
+        },
         train={"steps": 6, "log_every": 2, "checkpoint_every": 3, "validate_every": 3, "validation_images": 2},
         coherence={"share_blocks": True},
         cluster={"workers": 2},
-        tracking={"register": "corun-test"},
+        tracking={"uri": mlflow_server, "register": "watched"},
     )
-    job = job.model_copy(update={"name": "watched"})  # its metrics and log lines are told from others' by that
-    with Scraper() as scraper:
+    # Its metrics and log lines are told from others' by the name.
+    job = job.model_copy(update={"name": "watched", "storage": f"{bucket}/runs"})
+    with Scraper() as scraper, contextlib.redirect_stdout(io.StringIO()) as output:
         uri = run_training(job, Console(), Path())
-    return WatchedRun(job, uri, scraper)
+    return WatchedRun(job, uri, scraper, output.getvalue())
 
 
 @pytest.fixture(scope="session")

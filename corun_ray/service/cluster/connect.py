@@ -86,6 +86,9 @@ def _start_ray(min_cpus: float) -> None:
             reason = str(error).strip().splitlines()[0]
             raise ClusterError(f"RAY_ADDRESS: no Ray cluster at {address} ({reason})") from None
     else:
+        # Nobody takes the one node of a local Ray away, so a training starts no process that looks for notices.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
         num_cpus = max(os.cpu_count() or 1, math.ceil(min_cpus))
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
 

@@ -67,7 +67,10 @@ def job(folder: Path, dataset: Path, **tree: object) -> Path:
 
 
 def measuring(folder: Path, dataset: Path) -> Path:
-    section = {"hazy": str(dataset / "hazy"), "metrics": ["fade"], "baselines": ["hazy"]}
+    """A job that measures one photograph."""
+    (folder / "photographs").mkdir()
+    shutil.copy(dataset / "hazy" / "photo_0.png", folder / "photographs")
+    section = {"hazy": str(folder / "photographs"), "metrics": ["fade"], "baselines": ["hazy"]}
     return job(folder, dataset, kind="evaluate", name="measured", evaluate=section)
 
 

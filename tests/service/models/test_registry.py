@@ -1,7 +1,6 @@
 """The registry of a real MLflow server over HTTP, its artifacts proxied: versions, promotion, and models taken out."""
 
 import json
-import os
 import subprocess
 import sys
 import sysconfig
@@ -22,59 +21,38 @@ from corun_ray.service.serve.deployment import identify
 from corun_ray.service.serve.messages import ServedModel
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
-from tests.conftest import free_port, wait_for
 from tests.service.jobs import small_job
 
-NAME = "served"
+NAME = "watched"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mlflow")
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
-    places = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "kept")]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    # MLflow's own jobs would start eight more processes, which nothing here needs.
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([*command, "--serve-artifacts", *places], stdout=log, stderr=log, env=environment)
-        try:
-            wait_for(f"{uri}/health")
-            yield uri
-        finally:
-            process.terminate()
-            process.wait()
-
-
-@pytest.fixture(scope="module")
-def trained(local_ray, server, dataset, tmp_path_factory):
-    """Two versions, one of them trained with so high a rate that it is worse."""
+def trained(watched_colabator, mlflow_server, tmp_path_factory) -> str:
+    """The server with two versions, the second one trained with so high a rate that it is worse."""
     folder = tmp_path_factory.mktemp("trained")
-    validation = {"hazy": str(dataset / "hazy"), "clear": str(dataset / "hazy_truth")}
-    for lr in (1e-4, 0.5):
-        job = small_job(
-            "pretrain",
-            dataset,
-            folder,
-            data={"validation": validation},
-            train={"steps": 2, "validate_every": 2, "validation_images": 2},
-            optim={"lr": lr, "ema": 0.0, "schedule_steps": 2},
-            tracking={"uri": server, "register": NAME},
-        )
-        run_training(job, Console(), folder)
-    return server
+    data = watched_colabator.job.data
+    job = small_job(
+        "pretrain",
+        folder,
+        folder,
+        data={"clear": data.clear, "depth": data.depth, "validation": data.validation.model_dump()},
+        train={"steps": 2, "validate_every": 2, "validation_images": 2},
+        optim={"lr": 0.5, "ema": 0.0, "schedule_steps": 2},
+        tracking={"uri": mlflow_server, "register": NAME},
+    )
+    run_training(job, Console(), folder)
+    return mlflow_server
 
 
 def test_a_version_says_what_it_is(trained):
     client = mlflow.MlflowClient(trained)
     version = client.get_model_version(NAME, "1")
     tags = version.tags
-    assert tags["corun_ray.kind"] == "pretrain" and json.loads(tags["corun_ray.network"])["stages"] == 2
-    assert "kind: pretrain" in tags["corun_ray.job"] and len(tags["corun_ray.data"]) >= 16
+    assert tags["corun_ray.kind"] == "colabator" and json.loads(tags["corun_ray.network"])["stages"] == 2
+    assert "kind: colabator" in tags["corun_ray.job"] and len(tags["corun_ray.data"]) >= 16
     assert " sources " in tags["corun_ray.code"] and tags["corun_ray.held_out"].startswith("val=")
     assert float(tags["val/psnr"]) > 5 and float(tags["val/fade"]) > 0
-    assert version.description.startswith("CORUN, 2 stages, width 4, trained on synthetic haze")
+    assert version.description.startswith("CORUN, 2 stages, width 4, trained by Colabator on real haze")
     aliases = {alias: client.get_model_version_by_alias(NAME, alias).version for alias in ("champion", "candidate")}
     assert {alias: str(number) for alias, number in aliases.items()} == {"champion": "1", "candidate": "2"}
     assert str(client.get_run(version.run_id).data.metrics["val/psnr"])
@@ -111,7 +89,7 @@ def test_a_model_is_pulled_as_plain_files_that_are_a_model(trained, dataset, tmp
         *("model.safetensors", "config.json", "README.md", "job.yaml", "validation.csv", "pictures.jpg"),
     }
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "| val/psnr |" in card and "kind: pretrain" in card and "pictures.jpg" in card
+    assert "| val/psnr |" in card and "kind: colabator" in card and "pictures.jpg" in card
     assert decode_image((tmp_path / "model" / "pictures.jpg").read_bytes()).std() > 20
     pulled, served = load_network(tmp_path / "model").network, fetch_model(f"models:/{NAME}/1", trained)
     assert fetch_model(str(tmp_path / "model"), trained).spec == served.spec

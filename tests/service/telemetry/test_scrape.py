@@ -19,7 +19,7 @@ from tests.service.scraping import Scraper, log_lines
 @pytest.fixture(scope="module")
 def scraper(watched_colabator, dataset, tmp_path_factory) -> Scraper:
     """What was seen of the training, and of a dehazing job by its model."""
-    job, uri, scraper = watched_colabator
+    job, uri, scraper, _ = watched_colabator
     photos = tmp_path_factory.mktemp("photos")
     shutil.copy(dataset / "hazy" / "photo_0.png", photos)
     (photos / "broken.png").write_text("no picture")

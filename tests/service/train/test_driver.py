@@ -1,6 +1,5 @@
 """Whole training jobs, small, through the driver: real Ray Train workers, pool, MLflow file, registry."""
 
-import os
 from pathlib import Path
 
 import mlflow
@@ -22,13 +21,11 @@ FOLDER = Path()
 """Where a network's own class would lie."""
 
 
-def tracking(job):
-    return f"sqlite:///{job.storage}/mlflow.db"
-
-
 def run_folder(job):
-    (folder,) = (p for p in os.scandir(job.storage) if p.name.startswith(job.name))
-    return locate(folder.path)
+    """The folder of the job's only run, in a folder or a bucket."""
+    storage = locate(job.storage)
+    (name,) = {file.partition("/")[0] for file in storage.list_files() if file.startswith(job.name)}
+    return storage.child(name)
 
 
 def labels_of(job, snapshot):
@@ -37,32 +34,33 @@ def labels_of(job, snapshot):
     return {label.key: label for label in snapshots.read_labels(pool, snapshots.read(pool.child(snapshot)))}
 
 
-def last_checkpoint(job):
-    run = run_folder(job)
-    return run.child(max(f for f in run.list_files() if f.endswith(TRAINING_FILE))).path.removesuffix(
-        f"/{TRAINING_FILE}"
-    )
+@pytest.fixture(scope="module")
+def last_checkpoint(colabator, tmp_path_factory) -> Path:
+    """A copy of the run's last checkpoint."""
+    run = run_folder(colabator[0])
+    last = max(file for file in run.list_files() if file.endswith(TRAINING_FILE))
+    return run.child(last.removesuffix(f"/{TRAINING_FILE}")).download(tmp_path_factory.mktemp("last"))
 
 
-def test_leaves_a_registered_model_that_plain_pyfunc_runs(colabator, dataset, tmp_path):
+def test_leaves_a_registered_model_that_plain_pyfunc_runs(colabator, tmp_path):
     """In a fresh process that imports MLflow alone."""
     job, uri = colabator
-    assert uri == "models:/corun-test/1"
-    assert_plain_pyfunc_runs(tracking(job), "corun-test", tmp_path)
+    assert uri == "models:/watched/1"
+    assert_plain_pyfunc_runs(job.tracking.uri, "watched", tmp_path)
 
 
-def test_the_registered_model_is_the_last_checkpoint_s_teacher(colabator):
+def test_the_registered_model_is_the_last_checkpoint_s_teacher(colabator, last_checkpoint):
     job, uri = colabator
-    registered = fetch_model(uri, tracking(job)).params
-    checkpoint = torch.load(f"{last_checkpoint(job)}/network.pth", weights_only=True)
+    registered = fetch_model(uri, job.tracking.uri).params
+    checkpoint = torch.load(last_checkpoint / "network.pth", weights_only=True)
     for name, value in checkpoint["params_ema"].items():
         assert torch.equal(registered[name], value), name
     assert any(not torch.equal(checkpoint["params"][n], v) for n, v in checkpoint["params_ema"].items())
 
 
-def test_the_checkpoint_names_a_snapshot_with_one_label_per_hazy_image(colabator):
+def test_the_checkpoint_names_a_snapshot_with_one_label_per_hazy_image(colabator, last_checkpoint):
     job, _ = colabator
-    record = read_record(Path(last_checkpoint(job)))
+    record = read_record(last_checkpoint)
     assert (record["step"], record["num_images_seen"]) == (6, 12)
     content = labels_of(job, record["extra"]["pool_snapshot"])
     assert sorted(content) == [f"photo_{i}.png" for i in range(6)]
@@ -71,8 +69,9 @@ def test_the_checkpoint_names_a_snapshot_with_one_label_per_hazy_image(colabator
 
 def test_mlflow_has_params_metrics_pictures_and_the_job_file(colabator):
     job, _ = colabator
-    client = mlflow.MlflowClient(tracking(job))
-    (run,) = client.search_runs([client.get_experiment_by_name("corun").experiment_id])
+    client = mlflow.MlflowClient(job.tracking.uri)
+    experiment = client.get_experiment_by_name("corun").experiment_id
+    (run,) = client.search_runs([experiment], f"attributes.run_name LIKE '{job.name}%'")
     assert run.info.status == "FINISHED"
     assert run.data.params["network.stages"] == "2" and run.data.params["pool.encoding"] == "uint8"
     for name in ("loss/total", "pool/labels", "pool/wins", "rate/steps_per_s", "val/psnr", "val/ssim", "val/fade"):
@@ -101,14 +100,14 @@ def test_the_run_keeps_every_held_out_image_of_every_validation(colabator):
 
 def test_pretraining_starts_from_a_registered_model(colabator, dataset, tmp_path):
     job, uri = colabator
-    again = small_job("pretrain", dataset, tmp_path, network={"init": uri}, tracking={"uri": tracking(job)})
+    again = small_job("pretrain", dataset, tmp_path, network={"init": uri}, tracking={"uri": job.tracking.uri})
     params = prepare(again, FOLDER)[1].params
-    reference = fetch_model(uri, tracking(job)).params
+    reference = fetch_model(uri, job.tracking.uri).params
     assert all(torch.equal(params[name], value) for name, value in reference.items())
     other = small_job(
-        "pretrain", dataset, tmp_path, network={"init": uri, "stages": 3}, tracking={"uri": tracking(job)}
+        "pretrain", dataset, tmp_path, network={"init": uri, "stages": 3}, tracking={"uri": job.tracking.uri}
     )
-    with pytest.raises(ModelSourceError, match="network.stages: 3, but models:/corun-test/1 has 2"):
+    with pytest.raises(ModelSourceError, match="network.stages: 3, but models:/watched/1 has 2"):
         prepare(other, FOLDER)
 
 

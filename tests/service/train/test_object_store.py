@@ -1,10 +1,7 @@
 """Everything on an S3 endpoint over HTTP, by environment alone: data in, checkpoints, snapshots and pictures out."""
 
-import contextlib
-import io
 from pathlib import Path
 
-import boto3
 import pytest
 import ray
 
@@ -17,21 +14,8 @@ from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolClient
 from corun_ray.service.pool.keeper import PoolKeeper, start_pool
 from corun_ray.service.storage import StorageError, locate
-from corun_ray.service.telemetry.console import Console
-from corun_ray.service.train.driver import run_training
 from tests.conftest import PLANTED
-from tests.service.jobs import small_job
 from tests.service.labels import label
-
-
-@pytest.fixture(scope="module")
-def bucket(s3_server, local_ray, dataset):
-    """The dataset in the bucket `haze`."""
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="haze")
-    for path in dataset.rglob("*.*"):
-        client.upload_file(str(path), "haze", str(path.relative_to(dataset)))
-    return "s3://haze"
 
 
 def test_a_bucket_reads_and_writes_as_a_folder_does(bucket, dataset):
@@ -47,7 +31,7 @@ def test_a_bucket_reads_and_writes_as_a_folder_does(bucket, dataset):
         locate("s3://no-such-bucket/x").list_files()
 
 
-def test_the_pool_is_saved_to_a_bucket_and_restored(bucket, tmp_path):
+def test_the_pool_is_saved_to_a_bucket_and_restored(local_ray, bucket):
     pool = locate(f"{bucket}/pool")
     keeper = PoolKeeper(shards := start_pool(2, pool), pool)
     client = PoolClient(shards, keeper.restore(None))
@@ -61,26 +45,8 @@ def test_the_pool_is_saved_to_a_bucket_and_restored(bucket, tmp_path):
     assert [found.step for found in client.prefetch(["a/b.png", "c.png"]).result()] == [3, 3]
 
 
-@pytest.fixture(scope="module")
-def trained(bucket, tmp_path_factory):
-    """A Colabator run from the bucket into the bucket: its job, its model's URI, the folder of MLflow, its output."""
-    folder = tmp_path_factory.mktemp("bucket")
-    job = small_job(
-        "colabator",
-        folder,
-        folder,
-        data={"clear": f"{bucket}/clear", "depth": f"{bucket}/depth", "hazy": f"{bucket}/hazy"},
-        tracking={"uri": f"sqlite:///{folder}/mlflow/mlflow.db", "register": "corun-bucket"},
-        train={"steps": 6, "checkpoint_every": 3},
-    )
-    job = job.model_copy(update={"storage": f"{bucket}/runs"})
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        uri = run_training(job, Console(), Path())
-    return job, uri, folder / "mlflow", output.getvalue()
-
-
-def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, trained, tmp_path):
-    job, uri, _, _ = trained
+def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, watched_colabator, tmp_path):
+    job, uri, *_ = watched_colabator
     assert fetch_model(uri, job.tracking.uri).spec.args["stages"] == 2
 
     files = locate(f"{bucket}/runs").list_files()
@@ -94,14 +60,15 @@ def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, trained, tmp_path)
     assert sorted(content) == [f"photo_{i}.png" for i in range(6)]
 
 
-def test_the_secret_key_that_the_run_used_is_nowhere(bucket, trained):
-    """Not in its folder, in MLflow's records, in what it printed, or in Ray's logs."""
-    _, _, mlflow, output = trained
+def test_the_secret_key_that_the_run_used_is_nowhere(bucket, watched_colabator, tmp_path_factory):
+    """Not in its folder, in the files and records of the MLflow server, in what it printed, or in Ray's logs."""
     runs, logs = locate(f"{bucket}/runs"), Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    mlflow = next(tmp_path_factory.getbasetemp().glob("mlflow*/mlflow.db")).parent
     texts = {f"{runs.uri}/{name}": runs.child(name).read() for name in runs.list_files()}
     texts |= {str(path): path.read_bytes() for folder in (mlflow, logs) for path in folder.rglob("*") if path.is_file()}
-    texts["output"] = output.encode()
+    texts["output"] = watched_colabator.output.encode()
     assert len(texts) > 30 and any(name.endswith("job.yaml") for name in texts)
+    assert any(name.endswith("report.html") and name.startswith(str(mlflow)) for name in texts)
     assert [name for name, text in texts.items() if PLANTED.encode() in text] == []
 
 
@@ -111,11 +78,13 @@ def test_an_error_of_a_store_that_refuses_names_no_key(bucket):
     assert PLANTED not in str(caught.value)
 
 
-def test_a_bucket_is_dehazed_into_a_bucket_and_what_is_there_is_passed_over(bucket):
+def test_a_bucket_is_dehazed_into_a_bucket_and_what_is_there_is_passed_over(local_ray, bucket):
+    for name in ("photo_0.png", "photo_1.png"):
+        locate(f"{bucket}/photographs").child(name).write(locate(f"{bucket}/hazy").child(name).read())
     model = Model(NetworkSpec("corun", {"stages": 2, "width": 4}), None, {})
-    section = DehazeSection(input=f"{bucket}/hazy", output=f"{bucket}/clean", model="x")
-    assert dehaze(section, model).written == 6
-    locate(f"{bucket}/clean/photo_3.png").delete()
+    section = DehazeSection(input=f"{bucket}/photographs", output=f"{bucket}/clean", model="x")
+    assert dehaze(section, model).written == 2
+    locate(f"{bucket}/clean/photo_1.png").delete()
     again = dehaze(section, model, resume=True)
-    assert (again.written, again.already_written) == (1, 5)
-    assert locate(f"{bucket}/clean").list_files() == [f"photo_{i}.png" for i in range(6)]
+    assert (again.written, again.already_written) == (1, 1)
+    assert locate(f"{bucket}/clean").list_files() == ["photo_0.png", "photo_1.png"]
