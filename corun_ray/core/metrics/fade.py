@@ -47,16 +47,6 @@ def fade(images: Tensor) -> Tensor:
     return to_clear.nanmean((1, 2)) / (to_foggy.nanmean((1, 2)) + 1)
 
 
-def compute_density_map(images: Tensor) -> Tensor:
-    """Compute the fog density of each 8 x 8 patch.
-
-    Lower is clearer. `images` is `B 3 H W` in [0, 1]; returns `B 1 H/8 W/8`. Patches whose statistics are undefined are
-    NaN; otherwise as `fade`.
-    """
-    to_clear, to_foggy = compute_distances(images)
-    return (to_clear / (to_foggy + 1)).unsqueeze(1)
-
-
 @torch.no_grad()
 def compute_distances(images: Tensor) -> tuple[Tensor, Tensor]:
     """Compute every patch's distances to both models.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corun_ray.core.metrics.fade import compute_density_map, fade
+from corun_ray.core.metrics.fade import compute_distances, fade
 from tests import DATA
 
 ALL_IMAGES = os.environ.get("CORUN_FADE_IMAGES")
@@ -55,11 +55,12 @@ def test_more_haze_scores_higher(photo: Tensor) -> None:
     assert scores == sorted(scores)
 
 
-def test_density_map_finds_the_hazy_half(photo: Tensor) -> None:
+def test_distances_find_the_hazy_half(photo: Tensor) -> None:
     half_hazy = photo.clone()
     half_hazy[..., 48:] = photo[..., 48:] * 0.3 + 0.63
-    density = compute_density_map(half_hazy)
-    assert density.shape == (1, 1, 8, 12)
+    to_clear, to_foggy = compute_distances(half_hazy)
+    assert to_clear.shape == to_foggy.shape == (1, 8, 12)
+    density = to_clear / (to_foggy + 1)
     assert density[..., 6:].nanmean() > 2 * density[..., :6].nanmean()
 
 
