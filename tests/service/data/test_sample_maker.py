@@ -6,7 +6,7 @@ import pytest
 
 from corun_ray.core.data import augment
 from corun_ray.core.data.images import decode_image
-from corun_ray.service.data import sample_maker as samplemaker
+from corun_ray.service.data import sample_maker
 from corun_ray.service.data.manifest import Manifest, build_manifest
 from corun_ray.service.data.sample_maker import (
     CLEAR,
@@ -106,7 +106,7 @@ def test_jpegs_are_decoded_no_further_than_the_crop_goes_and_give_the_same_sampl
 
     rows: list[slice] = []
     monkeypatch.setattr(
-        samplemaker, "decode_region", lambda data, *region: rows.append(region[0]) or decode_region(data, *region)
+        sample_maker, "decode_region", lambda data, *region: rows.append(region[0]) or decode_region(data, *region)
     )
     bad: dict[str, str] = {}
     makers = []

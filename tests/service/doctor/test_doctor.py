@@ -10,9 +10,8 @@ import boto3
 import pytest
 
 from corun_ray.config.jobs import ClusterSection
-from corun_ray.service.doctor import places as doctor_places
 from corun_ray.service.doctor.doctor import Doctor, Finding, Needs, collect_needs
-from corun_ray.service.doctor.places import TRIAL_MIB, measure_server_clocks, try_storage
+from corun_ray.service.doctor.places import EXPERIMENT, TRIAL_MIB, measure_server_clocks, try_storage
 from corun_ray.service.storage import Location, StorageError, locate
 from tests.conftest import free_port
 from tests.jobtexts import COLABATOR, PRETRAIN, load
@@ -128,7 +127,7 @@ def test_storage_that_gives_back_other_bytes_is_not_trusted(tmp_path):
 def test_the_trial_is_of_the_size_that_its_help_says():
     from corun_ray.cli.run import doctor
 
-    assert f"{TRIAL_MIB} MiB" in doctor.__doc__ and doctor_places.EXPERIMENT in doctor.__doc__
+    assert f"{TRIAL_MIB} MiB" in doctor.__doc__ and EXPERIMENT in doctor.__doc__
 
 
 def test_servers_that_do_not_answer_have_no_clock():

@@ -11,7 +11,7 @@ from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.service.pool.client import ReadWaits
 from corun_ray.service.pool.index import PoolCounters
 from corun_ray.service.pool.shard import ShardTelemetry
-from corun_ray.service.telemetry import prometheus as telemetry
+from corun_ray.service.telemetry import prometheus
 from corun_ray.service.telemetry.prometheus import DECLARED, Metric, MetricRecorder
 from corun_ray.service.train.coherence import DeviceTimer, TimedCoherence
 from corun_ray.service.train.follower import RunGauges
@@ -39,27 +39,27 @@ def recorded(monkeypatch):
 def test_names_meanings_and_labels_follow_the_custom():
     for name, metric in DECLARED.items():
         assert re.fullmatch(r"corun_[a-z_]+", name) and not re.search(r"_(ms|mib|mb|count|info)\b", name)
-        assert name.endswith("_total") == (metric.make is telemetry.metrics.Counter), name
+        assert name.endswith("_total") == (metric.make is prometheus.metrics.Counter), name
         assert metric.meaning.endswith(".") and len(metric.meaning) > 15
         labels = set(metric.labels)
         assert "job_name" in labels and not labels & {"job", "instance", "image", "key", "step"}
-    assert len(telemetry.STEP_BOUNDS_S) < 16
+    assert len(prometheus.STEP_BOUNDS_S) < 16
 
 
 def test_totals_that_are_kept_elsewhere_are_counted_once(recorded):
     recorder = MetricRecorder(LABELS, shard="0")
     for total in (0, 3, 3, 5, 1, 4):  # 1: what was counted has begun anew
-        recorder.advance(telemetry.POOL_READS, total)
-    recorder.add(telemetry.POOL_READS, 0)
+        recorder.advance(prometheus.POOL_READS, total)
+    recorder.add(prometheus.POOL_READS, 0)
     assert [value for _, value, _ in recorded] == [3, 2, 3]
     assert {tuple(labels.items()) for *_, labels in recorded} == {(("shard", "0"),)}
 
 
 def test_each_label_has_a_total_of_its_own(recorded):
     recorder = MetricRecorder(LABELS, rank="1")
-    recorder.advance(telemetry.LABEL_READS, 2, ready="yes")
-    recorder.advance(telemetry.LABEL_READS, 1, ready="no")
-    recorder.advance(telemetry.LABEL_READS, 3, ready="yes")
+    recorder.advance(prometheus.LABEL_READS, 2, ready="yes")
+    recorder.advance(prometheus.LABEL_READS, 1, ready="no")
+    recorder.advance(prometheus.LABEL_READS, 3, ready="yes")
     assert [(value, labels["ready"]) for _, value, labels in recorded] == [(2, "yes"), (1, "no"), (1, "yes")]
 
 
@@ -95,8 +95,8 @@ def test_the_driver_s_gauges_are_mlflow_s_metrics_and_are_set_again_each_time(re
             "rate/steps_per_s": 3.0,
         }
     )
-    run.hold(telemetry.STEP, 7)
-    run.hold(telemetry.STEP, 8)
+    run.hold(prometheus.STEP, 7)
+    run.hold(prometheus.STEP, 8)
     run.refresh()
     once = list(recorded)
     assert sorted((name, value, *labels.values()) for name, value, labels in once) == [

@@ -11,8 +11,8 @@ from torchvision.models import VGG19_Weights
 
 from corun_ray.core.metrics.pyiqa import keep_pyiqa_offline
 from corun_ray.core.weights import WeightsError, read_weights
-from corun_ray.service.weights import fetch as weights_fetch
-from corun_ray.service.weights.fetch import DACLIP_FILE, fetch
+from corun_ray.service.weights import fetch
+from corun_ray.service.weights.fetch import DACLIP_FILE
 from corun_ray.service.weights.folder import WeightsFolder, read_index
 from tests.service.weights.test_folder import Server, server  # noqa: F401  (a fixture)
 
@@ -20,7 +20,7 @@ VGG = b"the tensors of VGG-19"
 VGG_FILE = f"vgg19-{hashlib.sha256(VGG).hexdigest()[:8]}.pth"
 BRISQUE_FILE = "brisque_svm_weights.pth"
 BRISQUE_PATH = f"/chaofengc/IQA-PyTorch-Weights/resolve/main/{BRISQUE_FILE}"
-DACLIP_PATH = f"/{weights_fetch.DACLIP_HUB}/resolve/main/{DACLIP_FILE}"
+DACLIP_PATH = f"/{fetch.DACLIP_HUB}/resolve/main/{DACLIP_FILE}"
 
 
 def point_hub_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,9 +50,9 @@ def internet(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:  # noqa
     point_hub_at(server.url, monkeypatch)
     monkeypatch.setitem(brisque_arch.default_model_urls, "url", server.url + BRISQUE_PATH)
     monkeypatch.setitem(clip_model._MODELS, "RN50", server.url + clip_path)
-    monkeypatch.setattr(weights_fetch, "_get_vgg19_url", lambda: f"{server.url}/models/{VGG_FILE}")
+    monkeypatch.setattr(fetch, "_get_vgg19_url", lambda: f"{server.url}/models/{VGG_FILE}")
 
-    build = weights_fetch.build_metric
+    build = fetch.build_metric
 
     def build_metric(name, find):
         if name != "clipiqa":
@@ -60,13 +60,13 @@ def internet(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:  # noqa
         with keep_pyiqa_offline(find):
             return clip_model._download(clip_model._MODELS["RN50"], "")
 
-    monkeypatch.setattr(weights_fetch, "build_metric", build_metric)
+    monkeypatch.setattr(fetch, "build_metric", build_metric)
     return server
 
 
 def test_a_folder_is_filled_indexed_and_resumed(internet, tmp_path):
     folder, lines = tmp_path / "new" / "weights", []
-    fetch(folder, ["vgg19", "brisque", "daclip"], lines.append)
+    fetch.fetch(folder, ["vgg19", "brisque", "daclip"], lines.append)
     expected = {VGG_FILE: VGG, BRISQUE_FILE: internet.files[BRISQUE_PATH], DACLIP_FILE: internet.files[DACLIP_PATH]}
     for name, data in expected.items():
         assert WeightsFolder(str(folder))(name).read_bytes() == data
@@ -75,7 +75,7 @@ def test_a_folder_is_filled_indexed_and_resumed(internet, tmp_path):
 
     internet.sent_bytes.clear()
     (folder / BRISQUE_FILE).write_bytes(internet.files[BRISQUE_PATH][:-1] + b"X")
-    fetch(folder, ["vgg19", "brisque", "daclip"], lines.append)
+    fetch.fetch(folder, ["vgg19", "brisque", "daclip"], lines.append)
     assert internet.sent_bytes == {BRISQUE_PATH: len(internet.files[BRISQUE_PATH])}
     assert (folder / BRISQUE_FILE).read_bytes() == internet.files[BRISQUE_PATH]
     assert lines[3].endswith("already there") and not lines[4].endswith("already there")
@@ -84,7 +84,7 @@ def test_a_folder_is_filled_indexed_and_resumed(internet, tmp_path):
 def test_what_came_before_a_failure_is_kept(internet, tmp_path):
     del internet.files[DACLIP_PATH]
     with pytest.raises(WeightsError, match=r"daclip_ViT-B-32.pt: cannot be had from 127.0.0.1:\d+ \(.*404"):
-        fetch(tmp_path, ["vgg19", "daclip"], print)
+        fetch.fetch(tmp_path, ["vgg19", "daclip"], print)
     assert set(read_index(str(tmp_path))) == {VGG_FILE}
     assert {path.name for path in tmp_path.iterdir()} == {VGG_FILE, "weights.json"}
 
@@ -92,20 +92,20 @@ def test_what_came_before_a_failure_is_kept(internet, tmp_path):
 def test_a_file_that_its_publisher_would_not_know_is_refused(internet, tmp_path):
     internet.files[f"/models/{VGG_FILE}"] = b"something else"
     with pytest.raises(WeightsError, match=f"{VGG_FILE}: cannot be had from 127.* \\(invalid hash value"):
-        fetch(tmp_path, ["vgg19"], print)
+        fetch.fetch(tmp_path, ["vgg19"], print)
     # The hub's own tag wins over that of the host it redirects to.
     internet.headers["X-Linked-ETag"] = f'"{"1" * 64}"'
     with pytest.raises(WeightsError, match=f"{BRISQUE_FILE}: .*expected SHA-256 1111.*, got [0-9a-f]+"):
-        fetch(tmp_path, ["brisque"], print)
+        fetch.fetch(tmp_path, ["brisque"], print)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_clip_archives_become_plain_tensors(internet, tmp_path):
-    fetch(tmp_path, ["clipiqa"], print)
+    fetch.fetch(tmp_path, ["clipiqa"], print)
     tensors = read_weights(WeightsFolder(str(tmp_path))("RN50.pt"))
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"weight": (2, 3), "bias": (2,)}
     internet.sent_bytes.clear()
-    fetch(tmp_path, ["clipiqa"], print)
+    fetch.fetch(tmp_path, ["clipiqa"], print)
     assert internet.sent_bytes == {}
 
 
@@ -119,16 +119,16 @@ def test_without_a_network_the_host_is_named(internet, tmp_path, monkeypatch, wh
     point_hub_at(closed, monkeypatch)
     monkeypatch.setitem(brisque_arch.default_model_urls, "url", closed + BRISQUE_PATH)
     monkeypatch.setitem(clip_model._MODELS, "RN50", f"{closed}/{'0' * 64}/RN50.pt")
-    monkeypatch.setattr(weights_fetch, "_get_vgg19_url", lambda: f"{closed}/{VGG_FILE}")
+    monkeypatch.setattr(fetch, "_get_vgg19_url", lambda: f"{closed}/{VGG_FILE}")
     with pytest.raises(WeightsError, match=f"cannot be had from {closed[7:]} ") as refusal:
-        fetch(tmp_path, [what], print)
+        fetch.fetch(tmp_path, [what], print)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
     assert list(tmp_path.iterdir()) == []
 
 
 def test_names_that_nobody_knows_are_refused_before_anything_is_fetched(internet, tmp_path):
     with pytest.raises(WeightsError, match="musik, psnr: expected vgg19, daclip or a no-reference metric of pyiqa"):
-        fetch(tmp_path / "new", ["vgg19", "musik", "psnr"], print)
+        fetch.fetch(tmp_path / "new", ["vgg19", "musik", "psnr"], print)
     assert not (tmp_path / "new").exists()
 
 
@@ -139,9 +139,9 @@ def test_the_publishers_digests_are_found_in_their_urls(monkeypatch, tmp_path):
     monkeypatch.setattr(
         torch.hub, "download_url_to_file", lambda url, path, digest, progress: asked.update({url: digest})
     )
-    monkeypatch.setattr(weights_fetch, "_convert_to_state_dict", lambda path: path)
+    monkeypatch.setattr(fetch, "_convert_to_state_dict", lambda path: path)
     swin = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_tiny_patch4_window7_224.pth"
     for url in (VGG19_Weights.IMAGENET1K_V1.url, clip_model._MODELS["RN50"], swin):
-        weights_fetch._download(url, tmp_path)
+        fetch._download(url, tmp_path)
     assert [digest and digest[:8] for digest in asked.values()] == ["dcbb9e9d", "afeb0e10", None]
-    assert list(asked)[0] == weights_fetch._get_vgg19_url()
+    assert list(asked)[0] == fetch._get_vgg19_url()
