@@ -19,12 +19,12 @@ VERBS = frozenset(
     connect construct continue convert copy correct count cover create crop cut darken deal decide declare decode
     decompress delete deliver deploy derive describe detect determine discard disconnect divert divide double
     download draw drop dump embed emit encode end enforce ensure enter enumerate escape estimate evaluate examine
-    execute exit expand explain export express extract fail fetch fill filter find finish fit flatten flip follow
+    execute exit expand explain export express extract fail fetch fill filter find finish fit fix flatten flip follow
     forget format forward free freeze gather generate get give go group guess halt hand handle hash hide hold
     implement index infer inform initialise insert insist inspect install interpolate interpret invert iterate join
     judge keep kill label lay lead leave let limit list listen load locate lock log look lower make map mark match
     measure merge mix model move multiply name narrow normalise note notice notify observe offer open order own pack
-    pad parse pass pause permute pick place plan play plot point pool postpone predict prefetch prepare print probe
+    pad parse pass pause permute pick place plan play plot point pool post postpone predict prefetch prepare print probe
     process produce promote propose prove provide pull push put query quiet raise randomise rank rate re-haze reach
     read receive recognise record reduce refuse register reject release reload remember remove rename render repeat
     replace reply report represent reserve reset resize resolve respond restart restore resume retry return reuse
