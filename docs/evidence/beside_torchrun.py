@@ -119,7 +119,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
 
-    ways = {(name, workers): Way() for workers in arguments.workers for name in ("torchrun", "service")}
+    ways: dict[tuple[str, int], Way] = {}
+    for workers in arguments.workers:
+        for name in ("torchrun", "service"):
+            ways[name, workers] = Way()
+
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         write_demo(folder / "data", 0, DEMO, lambda done, total: None)

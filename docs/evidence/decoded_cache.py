@@ -56,7 +56,10 @@ def main() -> None:
         connect(ClusterSection(workers=1, cpus_per_worker=1, data_cpus=1))
 
         # One task on one core makes samples both ways, by turns.
-        jobs = [job_of(kind, folder, depth) for kind in ("pretrain", "colabator") for depth in depths(folder)]
+        jobs = []
+        for kind in ("pretrain", "colabator"):
+            for depth in depths(folder):
+                jobs.append(job_of(kind, folder, depth))
         for job in jobs:
             keeper = start_cache(4096, start_board())
             print_table(job, arguments.samples, ray.get(by_turns.remote(job, keeper, arguments.samples)))

@@ -238,10 +238,10 @@ def batch(photograph: np.ndarray, side_px: int, rng: np.random.Generator) -> tup
     views = make_real_views(photograph, rng, patch_px=side_px, jpeg_quality=pair.jpeg_quality)
 
     # H W C bytes to B C H W in [0, 1].
-    hazy, clear, weak, strong = (
-        torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255
-        for image in (pair.hazy, pair.clear, views.weak, views.strong)
-    )
+    batches = []
+    for image in (pair.hazy, pair.clear, views.weak, views.strong):
+        batches.append(torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255)
+    hazy, clear, weak, strong = batches
     return SyntheticBatch(hazy, clear), RealBatch(weak, strong, [KEY])
 
 

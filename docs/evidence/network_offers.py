@@ -31,12 +31,17 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
 
-    # The training set, and the scenes whose restorations are recorded.
+    # Three of four photographs are the training set.
     rng = np.random.default_rng(1)
     torch.manual_seed(0)
     paths = sorted(path for path in arguments.clear.iterdir() if path.is_file())
     photographs = [read(path) for index, path in enumerate(paths) if index % 4]
-    shown = [synthetic_scene(read(path), size, rng) for path in paths[::4][:20] for size in SIZES_PX]
+
+    # The restorations of scenes from the others, and of the pairs, are recorded.
+    shown = []
+    for path in paths[::4][:20]:
+        for size in SIZES_PX:
+            shown.append(synthetic_scene(read(path), size, rng))
     for hazy, clear in match_pairs(arguments.pairs):
         shown += [paired_scene(read(clear), read(hazy), size) for size in SIZES_PX]
 

@@ -117,11 +117,12 @@ def indices(case: Case, starts: tuple[str, ...]) -> list[int]:
 
     Of the damaged restorations, only those of a network count.
     """
-    return [
-        index
-        for index, name in enumerate(case.names)
-        if name.startswith(starts) and ("+" not in name or name.startswith("network"))
-    ]
+    found = []
+    for index, name in enumerate(case.names):
+        is_counted = "+" not in name or name.startswith("network")
+        if name.startswith(starts) and is_counted:
+            found.append(index)
+    return found
 
 
 def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
@@ -204,12 +205,16 @@ def print_moves(cases: list[Case]) -> None:
     print_table("How often an offer is accepted", ["held", "offered", "dB", *head], rows)
 
     # Damaged offers, a row for each fault and a column for each strength.
-    faults = [name.removesuffix(" x1") for name in names if name.startswith(SPOILT) and name.endswith(" x1")]
     strengths = ("0.5", "1", "2")
-    rows = [
-        [fault.removeprefix(SPOILT), *(" / ".join(cells(SPOILT[:-3], f"{fault} x{s}")) for s in strengths)]
-        for fault in faults
-    ]
+    rows = []
+    for name in names:
+        if not (name.startswith(SPOILT) and name.endswith(" x1")):
+            continue
+        fault = name.removesuffix(" x1")
+        row = [fault.removeprefix(SPOILT)]
+        for strength in strengths:
+            row.append(" / ".join(cells(SPOILT[:-3], f"{fault} x{strength}")))
+        rows.append(row)
 
     title = f"Damaged offers: dB / accepted by {head[0]} / by {head[1]}"
     print_table(title, ["fault", *(f"x{strength}" for strength in strengths)], rows)
@@ -217,13 +222,13 @@ def print_moves(cases: list[Case]) -> None:
 
 def print_trust(trust: list[tuple[int, dict[str, float]]]) -> None:
     """Print the mean agreement of trust and PSNR, by pair of scorers and size."""
-    rows = [
-        [
-            pair,
-            *(f"{np.mean([found[pair] for size, found in trust if size == size_px]):+.2f}" for size_px in SIZES_PX[1:]),
-        ]
-        for pair in trust[0][1]
-    ]
+    rows = []
+    for pair in trust[0][1]:
+        row = [pair]
+        for size_px in SIZES_PX[1:]:
+            agreements = [found[pair] for size, found in trust if size == size_px]
+            row.append(f"{np.mean(agreements):+.2f}")
+        rows.append(row)
     print_table("Rank correlation of trust and PSNR over the blocks of an image", ["pair", "96 px", "288 px"], rows)
 
 
