@@ -33,7 +33,7 @@ FAULTS = {
     "cut": frozenset({"PUT", "POST"}),  # reset when half of the request's body has arrived
     "cut-read": frozenset({"GET"}),  # reset when half of the response is sent
 }
-"""Fault → the methods that suffer it unless told otherwise."""
+"""Fault → the methods that suffer it by default."""
 ANSWERS = {
     "500": (500, "InternalError", "We encountered an internal error. Please try again."),
     "503": (503, "SlowDown", "Please reduce your request rate."),

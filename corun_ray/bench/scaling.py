@@ -159,7 +159,7 @@ class ScalingReport:
 
 
 def assume_step(step_s: float, images: int, rating_s: float | None = None) -> WorkerStep:
-    """Return a step of which only its time is known.
+    """Return a step when only its time is known.
 
     The time of rating an image's blocks, `rating_s`, may be known too.
     """

@@ -306,7 +306,7 @@ def run_described(tree: dict[str, Any], tracking: str, resume: bool = False) -> 
     """
     from corun_ray.config.loading import build_job
 
-    # A mistake is told before the imports below, which take seconds.
+    # Report a mistake before the imports below, which take seconds.
     job = build_job(tree | {"tracking": {"uri": tracking}})
 
     from corun_ray.service.jobs import run_jobs

@@ -37,7 +37,7 @@ def run(
     """
     from corun_ray.config.loading import load_jobs
 
-    # Mistakes in the file are told before the imports of the service, which take seconds.
+    # Report mistakes in the file before the imports of the service, which take seconds.
     jobs = load_jobs(job, overrides)
 
     from corun_ray.service.jobs import run_jobs
@@ -70,7 +70,7 @@ def check(
 
     from corun_ray.config.loading import dump_job, load_jobs
 
-    # Mistakes in the file are told before the imports of the service, which take seconds.
+    # Report mistakes in the file before the imports of the service, which take seconds.
     jobs = load_jobs(job, overrides)
 
     from corun_ray.service.check import check_job

@@ -54,7 +54,7 @@ def submit(
     job: JobFile,
     overrides: Overrides,
     resume: Annotated[bool, typer.Option("--resume", help="as for run")] = False,
-    # What the cluster is told beside the file.
+    # What the cluster receives beside the file.
     name: Annotated[
         str | None,
         typer.Option(
@@ -217,10 +217,10 @@ def _follow_log(cluster: "JobsClient", submission_id: str, name: str) -> int:
         except KeyboardInterrupt:
             # Ctrl-C reaches this process alone: the job runs on, unless the person wants it to stop.
             if not _wants_to_stop(name):
-                print(f"left alone, it goes on:\n{_list_next_commands(name)}")
+                print(f"the job keeps running:\n{_list_next_commands(name)}")
                 return DONE
 
-            # Go on following, to the end that the stop brings.
+            # Follow the job until it has stopped.
             print("stopping", flush=True)
             cluster.stop(submission_id)
 

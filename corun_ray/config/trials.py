@@ -39,7 +39,7 @@ def build_pretraining_job(trial: ColabatorJob, steps: int) -> PretrainJob:
 
     Data, haze and network are those of the trial; losses and learning rates are the defaults of pre-training.
     """
-    # Sections that both kinds share, then those of which pre-training takes some keys.
+    # Sections that both kinds share, then sections from which pre-training takes some keys.
     kept = trial.model_dump(include={"seed", "storage", "haze", "network", "cluster", "tracking"})
     train = trial.train.model_dump(exclude={"steps"}) | {"steps": steps}
     optim = trial.optim.model_dump(include={"ema", "precision", "compile"}) | {"schedule_steps": steps}

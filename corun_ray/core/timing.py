@@ -1,7 +1,7 @@
 """Timing of named parts of work: phases of making a sample, spans of a training step.
 
 A phase costs next to nothing while nobody listens. A span is a phase that profiler traces show too. Spans alone import
-torch: the processes that make samples, of which there are many, do without.
+torch: the many processes that make samples do without.
 """
 
 import time

@@ -31,7 +31,7 @@ def test_a_query_names_metrics_and_labels_that_are_declared(where: str, expressi
 
 
 def test_a_counter_is_only_asked_for_its_rate() -> None:
-    """It starts anew with each process: its value means nothing, but for what is counted since a shard's start."""
+    """A counter restarts with its process, so its value means little; restores are those since a shard's start."""
     bare = {
         name
         for _, expression in queries()

@@ -41,7 +41,7 @@ def test_job_files_follow_it_and_name_it_in_every_document(path: Path) -> None:
 
 
 def test_the_file_beside_the_jobs_is_what_the_command_prints() -> None:
-    assert (JOBS[0].parent / "schema.json").read_text() == format_schema(), "make it anew: corun-ray schema"
+    assert (JOBS[0].parent / "schema.json").read_text() == format_schema(), "write it again: corun-ray schema"
 
 
 @pytest.mark.parametrize("text", [PRETRAIN, COLABATOR, TUNE, EVALUATE, DEHAZE])

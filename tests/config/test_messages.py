@@ -106,7 +106,7 @@ def test_mistakes_by_kind(tmp_path: Path, text: str, lines: list[str]) -> None:
 @pytest.mark.parametrize("value", ["{a: 1}", "[[1]]", "'~!'", "-1.5", "true", "1e999", '""'])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_value_is_told_of_its_key(tmp_path: Path, kind: str, value: str) -> None:
-    """Whatever stands at whichever key, it is either accepted or told of that key in one line."""
+    """Any value at any key is either accepted or refused in one line that names the key."""
     texts = {"pretrain": PRETRAIN, "colabator": COLABATOR, "tune": TUNE}
     text = (texts | {"evaluate": EVALUATE, "dehaze": DEHAZE, "serve": SERVE})[kind]
     told = 0

@@ -66,7 +66,7 @@ class Network:
     worker: Machine
 
     def cut(self, machine: Machine) -> None:
-        """Takes the machine's link away; nothing on it is told so, packets are lost."""
+        """Cuts the machine's link. Its processes get no notice; packets are lost."""
         _ip("-n", self.switch.namespace, "link", "set", machine.cable, "down")
 
     def mend(self, machine: Machine) -> None:

@@ -39,7 +39,7 @@ def drain(rig, node, deadline_s):
 
 
 def test_a_preemption_notice_is_answered_by_a_checkpoint_in_time(theatre, tmp_path):
-    """No checkpoint is due before the end: the one that the run goes on from is the one that the notice caused."""
+    """No checkpoint is due before the end, so the run resumes from the one that the notice caused."""
     rig, folder = theatre
     train = {"steps": 150, "checkpoint_every": 1000}
     job = write_job(tmp_path, folder / "data", str(tmp_path / "runs"), "preempted", train=train)
@@ -49,7 +49,7 @@ def test_a_preemption_notice_is_answered_by_a_checkpoint_in_time(theatre, tmp_pa
     drain(rig, node, 30)
     assert driver.says("will be taken away: saving step"), driver.output[-3000:]
     saved = int(re.findall(r"saving step (\d+)", driver.output)[-1])
-    # The notice gives 30 s, of which the upload and Ray Train's noting of it take a few.
+    # The notice gives 30 s. The upload and its registration by Ray Train take a few of them.
     assert driver.wait_for(lambda: is_noted(run_folder(locate(str(tmp_path / "runs"))), saved)), driver.output[-3000:]
     if node in rig.cluster.worker_nodes:
         rig.cluster.remove_node(node, allow_graceful=False)

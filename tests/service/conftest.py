@@ -56,7 +56,7 @@ def watched_colabator(local_ray, bucket, mlflow_server, tmp_path_factory) -> Wat
         cluster={"workers": 2},
         tracking={"uri": mlflow_server, "register": "watched"},
     )
-    # Its metrics and log lines are told from others' by the name.
+    # The name tells its metrics and log lines from others'.
     job = job.model_copy(update={"name": "watched", "storage": f"{bucket}/runs"})
     with Scraper() as scraper, contextlib.redirect_stdout(io.StringIO()) as output:
         uri = run_training(job, Console(), Path())

@@ -129,7 +129,7 @@ class Stage(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Turn the previous stage's state into this stage's state.
 
-        The state is `(J, J_hat, T)`, of which the scenes are `B 3 H W` and the transmission is `B 1 H W`; `hazy` is P.
+        The state is `(J, J_hat, T)`: scenes are `B 3 H W`, the transmission is `B 1 H W`. `hazy` is P.
         Returns `(J, J_hat, T, T_hat)` of this stage. With `recompute`, the backward pass computes the CPMMs'
         activations again, instead of keeping them from the forward pass.
         """

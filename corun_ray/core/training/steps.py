@@ -29,7 +29,7 @@ class SyntheticBatch(NamedTuple):
 
 
 class RealBatch(NamedTuple):
-    """Real hazy images, of which no truth is known."""
+    """Real hazy images without a known truth."""
 
     weak: Tensor
     """The teacher's view, `B 3 H W` in [0, 1]."""

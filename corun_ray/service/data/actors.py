@@ -17,7 +17,7 @@ def iterate_rows(outcomes: Dataset) -> Iterator[dict[str, Any]]:
 
     The caller must keep no reference to `outcomes`: after an error, its actors end with the last one.
 
-    Raises `StorageError` where an actor raised one, of which Ray keeps only the text.
+    Raises `StorageError` where an actor raised one; Ray keeps only its text.
     """
     try:
         yield from outcomes.iter_rows()

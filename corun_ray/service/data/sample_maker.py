@@ -90,7 +90,7 @@ class SampleMaker:
     manifest: Manifest
     patch_px: int
     report_bad: Callable[[dict[str, str]], None]
-    """Is told of every unusable image: URI → reason."""
+    """Receives every unusable image: URI → reason."""
     cache: CacheView | None = None
 
     def __call__(self, batch: Batch) -> Batch:

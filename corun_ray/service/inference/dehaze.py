@@ -80,7 +80,7 @@ class ImageDehazer(RestorerActor):
     def _dehaze(self, key: str) -> tuple[str, int]:
         """Dehaze one image; return error and number of pixels.
 
-        Errors of the image are returned: the other images go on. A `StorageError` ends the job.
+        Errors of the image are returned, so that the other images continue. A `StorageError` ends the job.
         """
         try:
             photo = read_photo(self.source.child(key).read())
@@ -194,7 +194,7 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Deha
     started = time.monotonic()
     section = job.dehaze
 
-    # Fetch the model before Ray starts: a wrong source is told at once.
+    # Fetch the model before Ray starts: a wrong source is reported at once.
     model = fetch_model(section.model, get_tracking_uri(job))
     place = connect(job.cluster)
     facts = {"input": section.input, "model": section.model, "output": section.output, "on": place}

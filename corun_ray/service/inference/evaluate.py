@@ -120,7 +120,7 @@ class ImageEvaluator(RestorerActor):
         unmeasured: list[str] = []
         error, strip = "", b""
 
-        # Errors of the image are returned: the other images go on. A `StorageError` ends the job.
+        # Errors of the image are returned, so that the other images continue. A `StorageError` ends the job.
         try:
             hazy = self._load(self.section.hazy, key)
             truth = None if self.section.clear is None else self._load(self.section.clear, truth_key)
@@ -280,7 +280,7 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     started = time.monotonic()
     section = job.evaluate
 
-    # Find images and models before Ray starts: a mistake is told at once.
+    # Find images and models before Ray starts: a mistake is reported at once.
     pairs = pair_validation_images(section.hazy, section.clear, "evaluate")
     models = {name: fetch_model(source, get_tracking_uri(job)) for name, source in section.models.items()}
 

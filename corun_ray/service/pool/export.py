@@ -42,7 +42,7 @@ def compute_trust_map(label: Label, combine: Combine) -> NDArray[np.float32]:
 
     The map is H W in [0, 1], of the label's size.
     """
-    # Stored labels are read-only arrays, of which torch warns: copy the small maps of blocks.
+    # Stored labels are read-only arrays, and torch warns about those: copy the small maps of blocks.
     clarity = torch.from_numpy(label.block_clarity.copy())[None]
     quality = torch.from_numpy(label.block_quality.copy())[None]
 

@@ -191,7 +191,7 @@ def read_labels(pool: Location, snapshot: Snapshot) -> Iterator[Label]:
 def select_segments(snapshot: Snapshot, number: int, num_shards: int) -> list[SegmentRecord]:
     """Select the segments with labels of shard `number`.
 
-    All segments, if the pool had another number of shards: its labels are spread over the shards anew.
+    All segments, if the pool had another number of shards: its labels are spread over the shards again.
     """
     if num_shards != len(snapshot.shards):
         return list(snapshot.segments)

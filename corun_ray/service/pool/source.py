@@ -29,7 +29,7 @@ SAFETENSORS_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the safetensors format allows."""
 MAX_IMAGE_KINDS = 8
-"""Kinds of images that are told apart; a run makes a single one."""
+"""Kinds of images that are distinguished; a run makes a single one."""
 EXPECTED_SOURCES = (
     "a snapshot (step_00000500.json), a pool folder, a run's folder or a checkpoint's (checkpoint_00000500)"
 )
@@ -151,7 +151,7 @@ def find_saved_pool(source: str) -> SavedPool:
     if parse_checkpoint_step(place.name) is not None:
         return _open_snapshot(place.parent().child(POOL_FOLDER), _read_snapshot_name(place))
 
-    # Any other folder is told by its content: snapshots in a pool folder, a pool folder in a run.
+    # Any other folder is recognised by its content: snapshots in a pool folder, a pool folder in a run.
     names = [info.base_name for info in list_entries(place)]
     if place.name == POOL_FOLDER or any(snapshots.parse_step(name) is not None for name in names):
         return _open_snapshot(place, _find_newest_snapshot(place))

@@ -46,7 +46,7 @@ class ScoreSpread:
 
 @dataclass(frozen=True)
 class Ages:
-    """Steps from the making of a label to the snapshot, of all labels, of which there is at least one."""
+    """Steps from the making of each label to the snapshot, for at least one label."""
 
     least: int
     median: float
@@ -210,7 +210,7 @@ def _list_facts(summary: PoolSummary) -> dict[str, str]:
 def _list_image_texts(kinds: Sequence[ImageKind]) -> list[str]:
     """Describe each kind of images.
 
-    The number of labels is told where there are several kinds.
+    The number of labels is given where there are several kinds.
     """
     texts = []
     for kind in kinds:

@@ -230,7 +230,7 @@ def run_serving(job: ServeJob, console: Console) -> None:
     """
     section = job.serve
 
-    # Fetch the model before Ray starts: a wrong source is told at once.
+    # Fetch the model before Ray starts: a wrong source is reported at once.
     source, served = identify(section.model, get_tracking_uri(job))
     model = fetch_model(source, get_tracking_uri(job))
     if not os.environ.get("RAY_ADDRESS"):

@@ -105,7 +105,7 @@ class Console:
             self._last_done, self._last_line_s = done, now
 
     def say(self, text: str) -> None:
-        """Print lines above the live line, while that goes on."""
+        """Print lines above the live line, which stays."""
         if self._live is not None and self._live.finished:
             self._end_live_line()
 

@@ -22,7 +22,7 @@ from corun_ray.service.train.recovery import find_start_checkpoint
 from corun_ray.service.train.worker import train_worker
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-"""The environment variable by which gloo is told its network interface."""
+"""The environment variable that names gloo's network interface."""
 
 
 def fit(plan: WorkerPlan, run: Location, console: Console) -> Result:

@@ -1,4 +1,4 @@
-"""Our order of making samples against the straightforward one: the same distribution, told by statistics.
+"""Our order of making samples against the straightforward one: the same distribution, by statistics.
 
 Both draw crop, haze and darkening alike from a seed, so that their samples can also be compared one by one.
 """

@@ -19,5 +19,5 @@ def faults_of_a_large_tensor(first: str) -> int:
 
 
 def test_a_tensor_of_a_size_that_was_freed_before_costs_no_page_faults() -> None:
-    """In a process of its own each: what is kept is kept for good."""
+    """Each runs in its own process, because the setting is permanent."""
     assert faults_of_a_large_tensor("keep_freed_memory()") * 5 < faults_of_a_large_tensor("")

@@ -1,4 +1,4 @@
-"""Checkpoints: the published format in and out, what is refused, and runs that go on where they stopped."""
+"""Checkpoints: the published format in and out, what is refused, and runs that resume where they stopped."""
 
 import os
 import pickle

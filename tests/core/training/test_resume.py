@@ -1,4 +1,4 @@
-"""A run's checkpoint folder: what goes on from it as if it had never stopped, and without pickle."""
+"""A run's checkpoint folder: training resumes from it exactly, and without pickle."""
 
 import json
 import os
@@ -172,7 +172,7 @@ def test_the_training_file_is_plain_named_tensors_and_one_record(saved: Path) ->
     (group,) = record.pop("param_groups")
     assert record == {"step": 3, "num_images_seen": 3, "extra": EXTRA}
     assert (group["lr"], group["betas"]) == (1e-3, [0.9, 0.999]) and "params" not in group
-    # Those who may read the model may go on from it.
+    # Those who may read the model may resume from it.
     assert (saved / TRAINING_FILE).stat().st_mode == (saved / NETWORK_FILE).stat().st_mode
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders that no run can go on from: each is refused in one line, and nothing changes or is run."""
+"""Checkpoint folders from which no run can resume: each is refused in one line, without any change."""
 
 import pickle
 import shutil

@@ -39,7 +39,7 @@ class SceneNetwork(FakeNetwork):
 
 
 class ScriptedCoherence(Coherence):
-    """Global scores as told; a block's clarity is its mean, its quality its largest value. Remembers its inputs."""
+    """Returns given global scores; a block's clarity is its mean, its quality its maximum. Remembers its inputs."""
 
     def __init__(self, scores: Sequence[tuple[float, float]]) -> None:
         super().__init__(lambda x: x.mean((1, 2, 3)), lambda x: x.amax((1, 2, 3)), BLOCK_PX)

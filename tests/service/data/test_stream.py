@@ -31,7 +31,7 @@ def read_stream(job, step, first, workers):
 
 
 def test_steps_take_the_stream_in_order_at_any_number_of_workers(local_ray, dataset, tmp_path):
-    """One global batch is the same four samples, whether one worker takes it or two; a restart goes on in it."""
+    """One global batch is the same four samples, whether one worker takes it or two; a restart resumes in it."""
     one = small_job("colabator", dataset, tmp_path, train={"batch_per_worker": 4, "steps": 20})
     two = small_job("colabator", dataset, tmp_path, train={"batch_per_worker": 2, "steps": 20}, cluster={"workers": 2})
     alone = read_stream(one, 0, 0, 1)
@@ -103,4 +103,4 @@ def test_a_stream_that_is_ahead_leaves_the_processor_alone(local_ray, dataset, t
     before_s, since_s = coordinator.cpu_times().user, time.monotonic()
     time.sleep(3)
     assert coordinator.cpu_times().user - before_s < 0.4 * (time.monotonic() - since_s)
-    assert next(stream)["index"].tolist() == [*range(8, 16)], "and goes on"
+    assert next(stream)["index"].tolist() == [*range(8, 16)], "and resumes"

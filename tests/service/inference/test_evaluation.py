@@ -43,7 +43,7 @@ def networks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photographs(dataset, tmp_path_factory):
-    """The dataset's hazy images, one of which no metric of noise takes, and one that is no image."""
+    """The dataset's hazy images, a small grey image that has no VIF, and a file that is no image."""
     folder = tmp_path_factory.mktemp("photographs")
     for part in ("hazy", "hazy_truth"):
         shutil.copytree(dataset / part, folder / part)

@@ -171,7 +171,7 @@ def test_a_restored_pool_stands_where_it_stood_and_late_offers_do_not_change_it(
     assert [found and found.step for found in again.prefetch(["a", "b", "c"]).result()] == [1, 2, None]
     again.offer([label("a", 0.9, 0.9, 8)])
     assert again.prefetch(["a"]).result()[0].step == 8
-    assert collect_counters(pool.shards)["offers"] == 3, "the counters go on from the snapshot"
+    assert collect_counters(pool.shards)["offers"] == 3, "the counters resume from the snapshot"
 
 
 def test_a_stale_keeper_can_neither_save_nor_sweep(local_ray, tmp_path):

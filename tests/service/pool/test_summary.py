@@ -52,7 +52,7 @@ def save_checkpoint(run, step, snapshot):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with snapshots of steps 10, 20 and 30, of which the last has no checkpoint yet."""
+    """A run with snapshots of steps 10, 20 and 30; the last has no checkpoint yet."""
     pool = locate(str(tmp_path / "run" / "pool"))
     for step in (10, 20, 30):
         save_pool(pool, step, [label("x", step=step - 1)])

@@ -36,7 +36,7 @@ CURVES = {
 
 @pytest.fixture(scope="module")
 def page_file(dataset, tmp_path_factory) -> Path:
-    """The report of a run of three held-out images, two of which are pictured at every validation."""
+    """The report of a run with three validation images; two have pictures at every validation."""
     folder = tmp_path_factory.mktemp("report")
     job = small_job("colabator", dataset, folder)
     rng, log = np.random.default_rng(0), ValidationLog()

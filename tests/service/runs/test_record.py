@@ -1,4 +1,4 @@
-"""What `--resume` finds, and what it refuses to go on with."""
+"""What `--resume` finds, and what it refuses to resume."""
 
 import pytest
 

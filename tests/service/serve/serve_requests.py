@@ -21,7 +21,7 @@ def ask(
     headers: Mapping[str, str] | None = None,
     timeout_s: float = 120,
 ) -> Answer:
-    """A GET, or a POST where there is a body; one that is no bytes is sent in chunks, its length untold."""
+    """A GET, or a POST where there is a body. A body other than bytes is sent in chunks, without a length."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
     path = parts.path + (f"?{parts.query}" if parts.query else "")

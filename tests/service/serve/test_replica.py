@@ -1,4 +1,4 @@
-"""A replica's work on a batch: groups of one size, each of which fails alone."""
+"""A replica's work on a batch: groups of one size, where a failure affects one group alone."""
 
 import numpy as np
 import ray

@@ -85,7 +85,7 @@ def test_a_lost_replica_costs_the_requests_that_it_worked_on_and_is_replaced(ser
 
 @pytest.mark.slow
 def test_two_hundred_requests_good_and_bad_by_eight_clients(local_ray):
-    """Five sizes and every kind of bad upload, mixed: each good one right, each bad one told why, no replica lost."""
+    """Five sizes mixed with bad uploads: good ones are restored, bad ones get a reason, no replica is lost."""
     rng = np.random.default_rng(0)
     with running(replicas=2) as served:
         before = replicas()

@@ -48,7 +48,7 @@ def test_names_meanings_and_labels_follow_the_custom():
 
 def test_totals_that_are_kept_elsewhere_are_counted_once(recorded):
     recorder = MetricRecorder(LABELS, shard="0")
-    for total in (0, 3, 3, 5, 1, 4):  # 1: what was counted has begun anew
+    for total in (0, 3, 3, 5, 1, 4):  # 1: the counted process has restarted
         recorder.advance(prometheus.POOL_READS, total)
     recorder.add(prometheus.POOL_READS, 0)
     assert [value for _, value, _ in recorded] == [3, 2, 3]

@@ -11,9 +11,9 @@ from corun_ray.service.train.launch import GLOO_INTERFACE, use_interface_of_node
 
 @pytest.fixture
 def interface_at(monkeypatch):
-    """What gloo is told on a node of this address, or of a person's own choice."""
+    """The interface that gloo uses on a node of this address, or that a person chose."""
 
-    def told(address, chosen=None):
+    def choose(address, chosen=None):
         monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
         monkeypatch.delenv(GLOO_INTERFACE, raising=False)
         if chosen is not None:
@@ -22,7 +22,7 @@ def interface_at(monkeypatch):
         return os.environ.get(GLOO_INTERFACE)
 
     monkeypatch.setenv(GLOO_INTERFACE, "")  # so that what the function sets is undone
-    return told
+    return choose
 
 
 def test_gloo_talks_over_the_interface_that_has_the_node_s_address(interface_at):

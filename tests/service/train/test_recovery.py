@@ -1,4 +1,4 @@
-"""Where a run goes on when Ray Train is started again on its folder."""
+"""The checkpoint from which a run resumes when Ray Train is started again on its folder."""
 
 import json
 
@@ -16,7 +16,7 @@ from corun_ray.service.train.recovery import STATE_FILE, find_last_step, find_st
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder with whole checkpoints of steps 6 and 12, of which Ray Train knows."""
+    """A run's folder with complete checkpoints of steps 6 and 12 that Ray Train has registered."""
     for step in (6, 12):
         state = TrainState.start(nn.Conv2d(3, 3, 1))
         state.step = step

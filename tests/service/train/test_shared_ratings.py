@@ -52,7 +52,7 @@ class Counting(Coherence):
 
 
 def rate(rank: int, folder: Path) -> None:
-    """What one process does: rates all steps' winners and keeps what it was told."""
+    """Rates all steps' winners in one process and keeps the scores that it got."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
     found, rated = {}, []

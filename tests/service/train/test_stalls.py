@@ -1,4 +1,4 @@
-"""When the person who watches is told that no steps come."""
+"""When a stalled run is reported to its user."""
 
 import pytest
 import ray
