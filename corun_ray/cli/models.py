@@ -266,7 +266,7 @@ def serve(
         typer.Option(
             "--memory-mib",
             metavar="N",
-            help="memory of a batch at work, larger images are cut (default 2816, or 3/4 of a GPU's)",
+            help="memory of a batch at work, larger images are processed in parts (default 2816, or 3/4 of a GPU's)",
         ),
     ] = None,
     tracking: Tracking = DEFAULT_TRACKING,

@@ -44,7 +44,7 @@ from corun_ray.config.types import (
 
 class ClusterSection(Section):
     workers: Workers = Field((1, 1), description="training workers; [low, high]: as many as fit the cluster")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of a worker; 0 runs on the CPU")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of a worker; 0: runs on the CPU")
     cpus_per_worker: Positive = Field(1.0, description="CPUs of a worker")
     data_cpus: OneOrMore = Field(1, description="CPUs that decode images")
     max_failures: Count = Field(3, ge=0, description="restarts before the job fails")
@@ -105,7 +105,7 @@ def _find_texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 class Job(Strict):
     kind: str = Field(description="pretrain, colabator, tune, evaluate, dehaze or serve")
-    name: Name = Field(description="lower-case letters, digits, . _ - and no . _ - in front")
+    name: Name = Field(description="lower-case letters, digits and . _ -, starting with a letter or digit")
     seed: Whole = Field(0, ge=0, le=2**32 - 1, description="seed of all random numbers")
     storage: Text = Field("runs", description="folder or URI of checkpoints, label pool and reports")
     cluster: ClusterSection = _define_section("the cluster resources of the job")

@@ -90,7 +90,7 @@ def _explain(error: Any, field: FieldInfo) -> str:
         case "string_too_short":
             return "empty"
         case "string_pattern_mismatch":
-            return f"{value} is not a name (lower-case letters, digits, . _ - and no . _ - in front)"
+            return f"{value} is not a name (lower-case letters, digits and . _ -, starting with a letter or digit)"
         case "literal_error":
             return explain_choice(error["input"], re.findall(r"'([^']*)'", ctx["expected"]))
         case "value_error":

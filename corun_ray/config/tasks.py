@@ -203,10 +203,12 @@ class ServeSection(Section):
     batch_wait_s: float = Field(0.01, ge=0, description="seconds that an image waits for a batch to fill")
     max_upload_mib: OneOrMore = Field(32, description="largest accepted file")
     max_megapixels: Positive = Field(25.0, description="largest accepted image")
-    max_queued: OneOrMore = Field(32, description="most waiting requests; further ones are refused for now")
+    max_queued: OneOrMore = Field(32, description="most waiting requests; others are refused with HTTP status 503")
     timeout_s: Positive = Field(300.0, description="seconds until a request fails")
     memory_mib: OptionalCount = Field(
-        None, ge=64, description="memory for one batch; larger images are cut; null: 2816, or 3/4 of the GPU share"
+        None,
+        ge=64,
+        description="memory for one batch; larger images are processed in parts; null: 2816, or 3/4 of the GPU share",
     )
 
     @field_validator("gpus_per_replica")
@@ -228,5 +230,7 @@ class DehazeSection(Section):
     transmission: bool = Field(False, description="also write NAME.transmission.png, 16-bit grey; 65535 is clear air")
     stages: bool = Field(False, description="also write NAME.stages.png, the result of every stage; corun only")
     memory_mib: OptionalCount = Field(
-        None, ge=64, description="memory for one image; larger images are cut; null: 2816, or 3/4 of the GPU's memory"
+        None,
+        ge=64,
+        description="memory for one image; larger ones are processed in parts; null: 2816, or 3/4 of the GPU's memory",
     )

@@ -88,7 +88,7 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 class NetworkSection(Section):
     type: Annotated[str, AfterValidator(_check_network_type)] = Field(
         "corun",
-        description="corun, an architecture of spandrel (NAFNet, ...), module.path:ClassName, or spandrel: as in init",
+        description="corun, a spandrel network (NAFNet, ...), module.path:ClassName, or spandrel: detected from init",
     )
     stages: OptionalCount = Field(
         default_factory=lambda earlier: 4 if earlier["type"] == "corun" else None,
@@ -151,11 +151,15 @@ class CoherenceSection(Section):
     quality_range: tuple[float, float] | None = Field(
         None, description="worst and best value of a pyiqa metric; null: pyiqa's own range and direction"
     )
-    block_px: Whole = Field(32, ge=8, description="side of a block of the trust map, in pixels")
+    block_px: Whole = Field(
+        32, ge=8, description="side of the blocks whose scores weight the losses (trust map), in pixels"
+    )
     combine: Combine = Field("addition", description="combination of clarity and quality to one weight")
     weights: OptionalText = Field(None, description="folder or URI of the scorers' weights (see corun-ray weights)")
     chunk_images: OneOrMore = Field(64, description="blocks that a scoring network processes at once")
-    share_blocks: bool = Field(False, description="workers share the rating of blocks; faster with slow scorers")
+    share_blocks: bool = Field(
+        False, description="balance the rating of blocks over the workers; faster with slow scorers"
+    )
 
     @model_validator(mode="after")
     def _check_scorers(self) -> "CoherenceSection":
@@ -197,7 +201,7 @@ class LossSection(Section):
     scattering_weight: TermWeight = Field(0.01, description="weight of the re-hazed image's L1 distance to the input")
     perceptual_weight: TermWeight = Field(0.0, description="weight of the feature distance to the truth")
     contrastive_weight: TermWeight = Field(
-        1.0, description="weight of the contrast: near the truth, far from the input"
+        1.0, description="weight of the contrastive term: near the truth, far from the input"
     )
 
     @model_validator(mode="after")
@@ -226,7 +230,9 @@ class OptimSection(Section):
     ema: float = Field(0.999, ge=0, lt=1, description="decay per step of the averaged weights, which are the teacher's")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the network")
     compile: bool = Field(False, description="compile the network with torch.compile")
-    warmup_steps: Count = Field(0, ge=0, description="steps in which the learning rate rises from near 0 at first")
+    warmup_steps: Count = Field(
+        0, ge=0, description="number of first steps, in which the learning rate rises from near 0"
+    )
     cycles: tuple[CycleSection, ...] = Field(
         (), description="cosine cycles with restarts, {steps, lr, min_lr} each; replace lr, min_lr and schedule_steps"
     )
@@ -256,11 +262,13 @@ class PairedSection(Section):
 
 
 class TrainingDataSection(Section):
-    clear: OptionalText = Field(None, description="folder, pack or URI of clear images, to which haze is added")
-    depth: OptionalText = Field(None, description="folder, pack or URI of their depth; null: a procedural depth")
-    depth_kind: DepthKind = Field("inverse", description="inverse: near is large; metres: 0 is no reading")
+    clear: OptionalText = Field(
+        None, description="folder, pack (see corun-ray pack) or URI of clear images, to which haze is added"
+    )
+    depth: OptionalText = Field(None, description="folder, pack or URI of their depth maps; null: procedural depth")
+    depth_kind: DepthKind = Field("inverse", description="inverse: larger is nearer; metres: 0 means no measurement")
     paired: PairedSection | None = Field(None, description="degraded and clean images; they replace clear and depth")
-    validation: ValidationSection | None = Field(None, description="validation set")
+    validation: ValidationSection | None = Field(None, description="validation set; null: none")
     validation_sets: dict[Name, ValidationSection] = Field(
         {}, description="more validation sets by name, {hazy, clear} each"
     )
@@ -302,12 +310,12 @@ class HazeSection(Section):
 class TrainSection(Section):
     steps: Steps = 30_000
     batch_per_worker: Batch = 2
-    accumulate: OneOrMore = Field(1, description="batches of a worker per step, one after the other")
+    accumulate: OneOrMore = Field(1, description="batches of each worker per step; their gradients are averaged")
     log_every: OneOrMore = Field(50, description="steps between lines of metrics")
     checkpoint_every: OneOrMore = Field(500, description="steps between checkpoints")
     validate_every: OneOrMore = Field(500, description="steps between validations")
     keep_checkpoints: OneOrMore = Field(2, description="number of checkpoints kept")
-    validation_images: OneOrMore = Field(8, description="number of images in the validation grid")
+    validation_images: OneOrMore = Field(8, description="number of images in the picture grid of a validation")
 
     @property
     def images_per_worker(self) -> int:

@@ -80,11 +80,11 @@ def test_one_mistake_is_one_line(tmp_path: Path, section: str, line: str) -> Non
             "data.clear: missing (folder, pack or URI of clear images; or give data.paired)",
             "data.hazy: missing (folder, pack or URI of real hazy images)"]),
         ("kind: evaluate", [
-            "name: missing (lower-case letters, digits, . _ - and no . _ - in front)",
+            "name: missing (lower-case letters, digits and . _ -, starting with a letter or digit)",
             "evaluate.hazy: missing (folder or URI of hazy images)"]),
         ("kind: polish\nname: Tune\npolish: {}\ntrain: {steps: x}", [
             'kind: "polish" is not one of pretrain, colabator, tune, evaluate, dehaze, serve',
-            'name: "Tune" is not a name (lower-case letters, digits, . _ - and no . _ - in front)',
+            'name: "Tune" is not a name (lower-case letters, digits and . _ -, starting with a letter or digit)',
             'train.steps: "x" is not a whole number',
             "polish: unknown key"]),
         ("name: n\ndata: {hazy: b, cleer: a}", [
@@ -130,7 +130,7 @@ def test_mistakes_of_a_pipeline_name_the_job(tmp_path: Path) -> None:
     assert mistakes(tmp_path, text) == [
         'job p: seed: "x" is not a whole number',
         "job c: sed: unknown key (did you mean seed?)",
-        "job 3: name: missing (lower-case letters, digits, . _ - and no . _ - in front)",
+        "job 3: name: missing (lower-case letters, digits and . _ -, starting with a letter or digit)",
     ]
     assert mistakes(tmp_path, f"{PRETRAIN}---\n{PRETRAIN}seed: x") == [
         'job 2: name: "p" is the name of job 1 as well',
