@@ -23,6 +23,9 @@ from tests import ROOT
 # Threads of torch sleep while they wait for each other. By default they spin, and on a busy machine a spinning thread
 # keeps the processor from the thread that it waits for: a small network then takes fifty times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Two processes of tests have two cores: small tensors gain nothing from a second thread.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray reads it where it is imported: metrics are served after 1 s, not 10, and gauges that nobody sets go after 2.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
 # Ray Train looks after its workers so often, not every 2 s: what a run of a few steps mostly waits for.
@@ -46,18 +49,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class FilesTogether(LoadFileScheduling):
-    """Deals files out to the processes of `make test`. Files that use a local Ray go to a process in two groups.
+    """Deals files out to the processes of `make test`: all that use the one local Ray to one, others as they come.
 
-    Each process starts one Ray at most. The groups take about as long as each other with all other files.
+    A second local Ray costs more than an even share gains: on two cores, two Rays wait for each other.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        """Return what goes to one process: a file, or all files of a group."""
+        """Return what goes to one process: a file, or all files that use the local Ray."""
         file = nodeid.split("::")[0]
         text = (ROOT / file).read_text("utf-8")
-        if "local_ray" not in text and "watched_colabator" not in text:
-            return file
-        return "local_ray of data" if file.startswith("tests/service/data/") else "local_ray"
+        return "local_ray" if "local_ray" in text or "watched_colabator" in text else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FilesTogether:

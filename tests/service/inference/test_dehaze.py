@@ -77,13 +77,24 @@ def test_names_folders_sizes_and_formats_stay_and_what_is_left_out_is_named(loca
     shapes = {"a.png": (40, 64), "a.jpg": (40, 64), "deep/b.JPG": (33, 47), "c.webp": (90, 16), "d.tiff": (20, 30)}
     for name, shape in shapes.items():
         write_image(source / name, photograph(rng, *shape))
+    fine = (np.linspace(9000, 52000, 48 * 40 * 3).reshape(48, 40, 3)).astype(np.uint16)
+    for suffix in ("png", "tif"):
+        write_image(source / f"16 bits.{suffix}", fine)
     (source / "broken.png").write_text("no picture")
     write_image(source / "tiny.png", photograph(rng, 12, 40))
     result = run(source, target, model)
-    assert result.written == 5
+    assert result.written == 7
     assert result.bad_files[str(source / "broken.png")].startswith("not an image")
     assert "too small" in result.bad_files[str(source / "tiny.png")]
     written = below(target)
+
+    # 16 bits stay 16 bits.
+    scene = to_image(restore(model.build().eval(), to_tensor(fine)).scene, np.uint16)
+    for suffix in ("png", "tif"):
+        pixels = cv2.imread(str(written.pop(f"16 bits.{suffix}")), cv2.IMREAD_UNCHANGED)
+        assert pixels.dtype == np.uint16 and len(np.unique(pixels)) > 1000
+        assert np.abs(pixels[..., ::-1].astype(int) - scene).max() <= 3
+
     assert {name: decode_image(path.read_bytes()).shape[:2] for name, path in written.items()} == shapes
     for name, path in written.items():
         as_it_should_be = write_photo(Photo(expected(model, source / name)), path.suffix)
@@ -94,28 +105,17 @@ def test_names_folders_sizes_and_formats_stay_and_what_is_left_out_is_named(loca
     assert starts["c.webp"] == b"RIFF" and starts["d.tiff"] in (b"II*\0", b"MM\0*")
 
 
-def test_sixteen_bits_stay_sixteen_bits(local_ray, model, tmp_path):
-    fine = (np.linspace(9000, 52000, 48 * 40 * 3).reshape(48, 40, 3)).astype(np.uint16)
-    for suffix in ("png", "tif"):
-        write_image(tmp_path / "in" / f"{suffix}16.{suffix}", fine)
-    run(tmp_path / "in", tmp_path / "out", model)
-    scene = to_image(restore(model.build().eval(), to_tensor(fine)).scene, np.uint16)
-    for name, path in below(tmp_path / "out").items():
-        pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        assert pixels.dtype == np.uint16, name
-        assert np.abs(pixels[..., ::-1].astype(int) - scene).max() <= 3
-        assert len(np.unique(pixels)) > 1000
-
-
-def test_another_format_and_the_transmission_are_written_if_asked_for(local_ray, model, photographs, tmp_path):
-    result = run(photographs, tmp_path, model, format="jpg", transmission=True)
-    assert result.written == 2 and set(below(tmp_path)) == {
-        f"photo_{i}{end}" for i in range(2) for end in (".jpg", ".transmission.png")
-    }
-    hazy = to_tensor(decode_image((photographs / "photo_0.png").read_bytes()))
-    found = cv2.imread(str(tmp_path / "photo_0.transmission.png"), cv2.IMREAD_UNCHANGED)
-    transmission = restore(model.build().eval(), hazy).transmission[0, 0].numpy()
-    assert found.dtype == np.uint16 and np.abs(found / 65535 - transmission).max() < 1e-3
+def test_the_transmission_and_a_picture_of_each_stage_are_written_if_asked_for(restored, photographs, model, tmp_path):
+    assert run(photographs, tmp_path, model, transmission=True, stages=True).written == 2
+    for name in ("photo_0", "photo_1"):
+        assert (restored / f"{name}.png").read_bytes() == (tmp_path / f"{name}.png").read_bytes()
+        hazy = to_tensor(decode_image((photographs / f"{name}.png").read_bytes()))
+        found = cv2.imread(str(tmp_path / f"{name}.transmission.png"), cv2.IMREAD_UNCHANGED)
+        transmission = restore(model.build().eval(), hazy).transmission[0, 0].numpy()
+        assert found.dtype == np.uint16 and np.abs(found / 65535 - transmission).max() < 1e-3
+        # The hazy image and two stages below each other; scene, transmission, re-hazed and its error side by side.
+        picture = decode_image((tmp_path / f"{name}.stages.png").read_bytes())
+        assert picture.shape[0] > 3 * 200 and picture.shape[1] > 4 * 320 and picture.std() > 20
 
 
 def test_resuming_passes_over_what_is_done(restored, model, photographs, tmp_path):
@@ -130,6 +130,8 @@ def test_resuming_passes_over_what_is_done(restored, model, photographs, tmp_pat
     assert kept["photo_0.png"].stat().st_mtime == 1 and len(below(tmp_path)) == 2
     assert run(photographs, tmp_path, model, resume=True).already_written == 2
     assert run(photographs, tmp_path, model).written == 2 and kept["photo_0.png"].stat().st_mtime > 1
+    assert run(photographs, tmp_path, model, resume=True, format="jpg").written == 2, "of another format"
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".jpg"}
 
 
 def test_a_job_of_this_kind_tells_what_it_did(job_run):
@@ -158,16 +160,6 @@ def test_two_images_that_would_become_one_are_refused(local_ray, model, tmp_path
         write_image(tmp_path / "in" / name, photograph(np.random.default_rng(0), 32, 32))
     with pytest.raises(StorageError, match=told):
         run(tmp_path / "in", tmp_path / "out", model, **options)
-
-
-def test_stage_pictures_show_each_stage_and_leave_the_result_as_it_is(restored, photographs, model, tmp_path):
-    staged = tmp_path / "staged"
-    assert run(photographs, staged, model, stages=True).written == 2
-    for name in sorted(path.name for path in restored.iterdir()):
-        assert (restored / name).read_bytes() == (staged / name).read_bytes()
-        picture = decode_image((staged / name.replace(".png", ".stages.png")).read_bytes())
-        # The hazy image and two stages below each other; scene, transmission, re-hazed and its error side by side.
-        assert picture.shape[0] > 3 * 200 and picture.shape[1] > 4 * 320 and picture.std() > 20
 
 
 def test_a_network_is_not_asked_for_what_it_has_not(local_ray, dataset, tmp_path):
