@@ -58,7 +58,8 @@ class FilesTogether(LoadFileScheduling):
         """Return what goes to one process: a file, or all files that use the local Ray."""
         file = nodeid.split("::")[0]
         text = (ROOT / file).read_text("utf-8")
-        return "local_ray" if "local_ray" in text or "watched_colabator" in text else file
+        uses_ray = any(fixture in text for fixture in ("local_ray", "watched_colabator", "own_class"))
+        return "local_ray" if uses_ray else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FilesTogether:

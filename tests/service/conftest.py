@@ -1,7 +1,8 @@
-"""A training run that several test files look at from their own sides."""
+"""Training runs that several test files look at from their own sides."""
 
 import contextlib
 import io
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import pytest
 from corun_ray.config.jobs import TrainingJob
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
+from tests.service.data.test_packs import packed
 from tests.service.jobs import small_job
 from tests.service.scraping import Scraper
 
@@ -67,3 +69,45 @@ def watched_colabator(local_ray, bucket, mlflow_server, tmp_path_factory) -> Wat
 def colabator(watched_colabator) -> tuple[TrainingJob, str]:
     """The job of that run, and the URI of its model."""
     return watched_colabator.job, watched_colabator.uri
+
+
+class OwnClassRun(NamedTuple):
+    """A Colabator run of a user's own network on packs, one image of which is damaged."""
+
+    job: TrainingJob
+    uri: str
+    """Of its model."""
+    folder: Path
+    """The packs `clear` and `hazy`, and the runs."""
+
+
+@pytest.fixture(scope="session")
+def own_class(watched_colabator, dataset, tmp_path_factory) -> OwnClassRun:
+    """The second version of the watched model. Its rate is so high that it is worse than the first."""
+    folder = tmp_path_factory.mktemp("own_class")
+    shutil.copytree(dataset / "clear", folder / "photographs")
+    (folder / "photographs" / "view_3.png").write_text("no picture")
+    packed(folder / "photographs", folder / "clear", dataset / "depth")
+    packed(dataset / "hazy", folder / "hazy")
+
+    first = watched_colabator.job
+    assert first.data.validation is not None
+    pack = str(folder / "clear")
+    job = small_job(
+        "colabator",
+        folder,
+        folder,
+        data={
+            "clear": pack,
+            "depth": pack,
+            "hazy": str(folder / "hazy"),
+            "max_bad_fraction": 0.5,
+            "validation": first.data.validation.model_dump(),
+        },
+        network={"type": "curve:Curve", "args": {"channels": 6}},
+        optim={"lr": 0.05, "schedule_steps": 8},
+        train={"steps": 8, "checkpoint_every": 4, "validate_every": 8, "validation_images": 2},
+        tracking={"uri": first.tracking.uri, "register": first.tracking.register},
+    )
+    job = job.model_copy(update={"name": "own-class"})
+    return OwnClassRun(job, run_training(job, Console(), Path(__file__).parent), folder)

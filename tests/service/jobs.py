@@ -41,12 +41,12 @@ def small_job(kind: str, root: Path, folder: Path, /, **sections: dict[str, Any]
     return job
 
 
-def assert_plain_pyfunc_runs(tracking: str, name: str, folder: Path) -> None:
-    """The champion of `name` restores images of two sizes in a fresh process that imports MLflow alone."""
+def assert_plain_pyfunc_runs(tracking: str, uri: str, folder: Path) -> None:
+    """The model restores images of two sizes in a fresh process that imports MLflow alone."""
     code = (
         "import sys, mlflow, numpy as np\n"
         f"mlflow.set_tracking_uri({tracking!r})\n"
-        f"model = mlflow.pyfunc.load_model('models:/{name}@champion')\n"
+        f"model = mlflow.pyfunc.load_model({uri!r})\n"
         "for shape in [(1, 40, 56, 3), (3, 33, 17, 3)]:\n"
         "    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)\n"
         "    out = model.predict(images)\n"

@@ -5,15 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
-from corun_ray.service.cluster.paths import make_paths_absolute
 from corun_ray.service.data.packing import pack, plan_pack, write_shard
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.export import load_hazy_image
 from corun_ray.service.storage import StorageError, locate
-from corun_ray.service.telemetry.console import Console
-from corun_ray.service.train.driver import run_training
 from tests.service.data.test_packs import opened, packed
-from tests.service.jobs import small_job
 from tests.service.scraping import log_lines
 
 
@@ -30,32 +26,19 @@ def test_tasks_on_the_cluster_write_what_this_process_would(local_ray, large):
     assert all(ours.read(place) for place in (*ours.images.values(), *ours.depths.values()))
 
 
-def test_a_run_trains_on_packs_pictures_them_and_lists_a_damaged_image_that_it_tolerates(
-    local_ray, dataset, tmp_path, monkeypatch
-):
-    shutil.copytree(dataset / "clear", tmp_path / "photographs")
-    (tmp_path / "photographs" / "view_3.png").write_text("no picture")
-    packed(tmp_path / "photographs", tmp_path / "clear", dataset / "depth")
-    packed(dataset / "hazy", tmp_path / "hazy")
-    monkeypatch.chdir(tmp_path)
-    job = small_job(
-        "colabator",
-        dataset,
-        tmp_path,
-        data={"clear": "clear", "depth": "clear", "hazy": "hazy", "max_bad_fraction": 0.5},
-        train={"steps": 8, "validate_every": 8, "checkpoint_every": 8},
-    )
-    run_training(make_paths_absolute(job), Console(), tmp_path)
-    (run,) = (tmp_path / "runs").glob("test-colabator-*")
+def test_a_run_trains_on_packs_pictures_them_and_lists_a_damaged_image_that_it_tolerates(own_class, dataset):
+    job, _, folder = own_class
+    (run,) = (folder / "runs").glob("own-class-*")
     assert (run / "report.html").exists()
-    assert (run / "bad_files.tsv").read_text().startswith(f"{tmp_path}/clear/view_3.png\tnot an image")
-    (line,) = log_lines(message="image set aside", image=f"{tmp_path}/clear/view_3.png")
+    assert (run / "bad_files.tsv").read_text().startswith(f"{folder}/clear/view_3.png\tnot an image")
+    (line,) = log_lines(message="image set aside", image=f"{folder}/clear/view_3.png")
     assert line["levelname"] == "WARNING" and line["reason"].startswith("not an image") and line["job"] == job.name
     pool = locate(str(run / "pool"))
     keys = [*snapshots.read_index(pool, snapshots.read(pool.child(snapshots.format_name(8))))]
     assert keys
     for key in keys:
-        in_pack, in_folder = (load_hazy_image(root, key, 32, 32) for root in ("hazy", str(dataset / "hazy")))
+        roots = str(folder / "hazy"), str(dataset / "hazy")
+        in_pack, in_folder = (load_hazy_image(root, key, 32, 32) for root in roots)
         assert np.array_equal(in_pack, in_folder)
     with pytest.raises(StorageError, match=r"the pack in .*hazy holds none"):
-        load_hazy_image("hazy", "another.png", 32, 32)
+        load_hazy_image(str(folder / "hazy"), "another.png", 32, 32)

@@ -46,7 +46,7 @@ def test_leaves_a_registered_model_that_plain_pyfunc_runs(colabator, tmp_path):
     """In a fresh process that imports MLflow alone."""
     job, uri = colabator
     assert uri == "models:/watched/1"
-    assert_plain_pyfunc_runs(job.tracking.uri, "watched", tmp_path)
+    assert_plain_pyfunc_runs(job.tracking.uri, "models:/watched@champion", tmp_path)
 
 
 def test_the_registered_model_is_the_last_checkpoint_s_teacher(colabator, last_checkpoint):

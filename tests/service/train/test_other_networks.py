@@ -13,24 +13,6 @@ from corun_ray.service.train.driver import run_training
 from tests.conftest import photograph, write_image
 from tests.service.jobs import assert_plain_pyfunc_runs, small_job
 
-USER_CLASS = '''
-from torch import nn
-
-
-class Curve(nn.Module):
-    """Brightness, contrast and a 3 x 3 filter: an image to a scene, without a transmission."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.into = nn.Conv2d(3, channels, 3, padding=1)
-        self.norm = nn.BatchNorm2d(channels)
-        self.out = nn.Conv2d(channels, 3, 1)
-        self.unused = nn.Linear(2, 2)
-
-    def forward(self, image):
-        return image + self.out(self.norm(self.into(image)).relu())
-'''
-
 
 @pytest.fixture(scope="module")
 def rainy(tmp_path_factory):
@@ -57,18 +39,23 @@ def networks(dataset, rainy):
     mixdehazenet = {"type": "MixDehazeNet", "args": {"embed_dims": [8, 16, 32, 16, 8], "depths": [1, 1, 1, 1, 1]}}
     return {
         "mixdehazenet": (mixdehazenet, {"patch_px": 64}),  # it takes 40 px and more
-        "users-class": ({"type": "curve:Curve", "args": {"channels": 6}}, {}),
         "derain": (nafnet, paired),
     }
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mixdehazenet", "derain")]
+def test_colabator_around_a_users_own_class_leaves_a_model_that_pyfunc_runs(own_class, tmp_path):
+    tracking = own_class.job.tracking.uri
+    model = fetch_model(own_class.uri, tracking)
+    assert model.spec.type == "curve:Curve" and model.code
+    image = torch.rand(1, 3, 32, 40)
+    assert restore(model.build().eval(), image).scene.shape == image.shape
+    assert_plain_pyfunc_runs(tracking, own_class.uri, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["users-class", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixdehazenet", "derain"])
 def test_colabator_around_another_network_leaves_a_model_that_pyfunc_runs(name, local_ray, dataset, rainy, tmp_path):
     network, data = networks(dataset, rainy)[name]
-    (tmp_path / "curve.py").write_text(USER_CLASS)
     job = small_job(
         "colabator",
         dataset,
@@ -82,11 +69,11 @@ def test_colabator_around_another_network_leaves_a_model_that_pyfunc_runs(name, 
     assert uri == f"models:/{name}/1"
     tracking = f"sqlite:///{job.storage}/mlflow.db"
     model = fetch_model(uri, tracking)
-    assert model.spec.type == network["type"] and bool(model.code) == (name == "users-class")
+    assert model.spec.type == network["type"] and not model.code
     image = torch.rand(1, 3, 32, 40)
     assert restore(model.build().eval(), image).scene.shape == image.shape
     (tmp_path / "elsewhere").mkdir()
-    assert_plain_pyfunc_runs(tracking, name, tmp_path / "elsewhere")
+    assert_plain_pyfunc_runs(tracking, uri, tmp_path / "elsewhere")
 
 
 @pytest.mark.slow
