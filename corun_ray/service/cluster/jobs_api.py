@@ -25,6 +25,10 @@ NAME_KEY = "corun_name"
 POLL_S = 1.0
 PATIENCE_S = 60.0
 """How long `follow` asks a cluster that no longer answers."""
+NO_AGENT = "No available agent"
+"""What a dashboard says whose cluster has started a few seconds ago."""
+STARTING_S = 30.0
+"""How long `submit` waits for such a cluster."""
 CHATTY_LOGGERS = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
@@ -89,7 +93,7 @@ class JobsClient:
             environment["py_modules"] = [str(module) for module in submission.py_modules]
 
         # The time in the id keeps ids apart; the name in the metadata is what people ask for.
-        return self._call_api(
+        return self._call_once_ready(
             lambda: self._client.submit_job(
                 entrypoint=submission.entrypoint,
                 submission_id=f"{submission.name}-{datetime.now():%Y%m%d-%H%M%S}",
@@ -97,6 +101,20 @@ class JobsClient:
                 metadata={**submission.metadata, NAME_KEY: submission.name},
             )
         )
+
+    def _call_once_ready(self, call: Callable[[], Answer]) -> Answer:
+        """Call the API, again for a while if the cluster has only just started.
+
+        Raises `JobsError`.
+        """
+        deadline_s = time.monotonic() + STARTING_S
+        while True:
+            try:
+                return self._call_api(call)
+            except JobsError as error:
+                if NO_AGENT not in str(error) or time.monotonic() > deadline_s:
+                    raise
+            time.sleep(POLL_S)
 
     def list_jobs(self) -> list[JobDetails]:
         """List every submitted job, the last one first.

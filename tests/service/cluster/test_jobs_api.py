@@ -17,7 +17,8 @@ import psutil
 import pytest
 import yaml
 
-from corun_ray.service.cluster.jobs_api import LogCopy
+from corun_ray.service.cluster import jobs_api
+from corun_ray.service.cluster.jobs_api import JobsClient, JobsError, LogCopy
 from tests import ROOT
 from tests.conftest import free_port, heeding_ctrl_c, wait_for
 
@@ -162,6 +163,28 @@ def _read_until(terminal: int, text: str) -> str:
         said += os.read(terminal, 4096).decode(errors="replace")
     assert text in said
     return said
+
+
+@pytest.mark.parametrize(("refusals", "said"), [(2, None), (99, "No available agent"), (0, "no such folder")])
+def test_a_cluster_that_has_just_started_is_asked_again(refusals, said, monkeypatch):
+    monkeypatch.setattr(jobs_api, "POLL_S", 0.01)
+    monkeypatch.setattr(jobs_api, "STARTING_S", 0.1)
+    client, answers = JobsClient.__new__(JobsClient), iter(range(1000))  # without a cluster to connect to
+    client.address = "http://127.0.0.1:9"
+
+    def submit() -> str:
+        if next(answers) < refusals:
+            raise RuntimeError("Request failed with status code 500: No available agent to submit job, please try ...")
+        if said is not None:
+            raise RuntimeError(said)
+        return "submitted"
+
+    if said is None:
+        assert client._call_once_ready(submit) == "submitted"
+    else:
+        with pytest.raises(JobsError, match=said):
+            client._call_once_ready(submit)
+        assert next(answers) == 1 if refusals == 0 else next(answers) > 2
 
 
 def test_a_log_is_copied_once_however_often_it_begins_again():
