@@ -92,20 +92,24 @@ def check(
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to write it: new, empty, or of an earlier call")],
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="other scenes for another seed")] = 0,
+    clear: Annotated[int, typer.Option("--clear", metavar="N", min=0, help="clear outdoor scenes, with depth")] = 80,
+    hazy: Annotated[int, typer.Option("--hazy", metavar="N", min=0, help="hazy scenes, with truth")] = 24,
+    rooms: Annotated[int, typer.Option("--rooms", metavar="N", min=0, help="clear rooms, with depth")] = 0,
 ) -> int:
     """Write a small dataset of rendered scenes.
 
-    Folders: clear, depth, hazy, hazy_truth.
+    Folders: clear, depth, hazy, hazy_truth, hazy_transmission.
     """
-    from corun_ray.demo.dataset import write_demo
+    from corun_ray.demo.dataset import DemoSize, write_demo
     from corun_ray.service.telemetry.console import Console
 
+    size = DemoSize(clear_images=clear, hazy_images=hazy, room_images=rooms)
     with Console() as console:
         try:
-            write_demo(folder, seed, progress=lambda done, total: console.progress(done, total, "scene"))
+            write_demo(folder, seed, size, lambda done, total: console.progress(done, total, "scene"))
         except (OSError, ValueError) as error:
             raise UserError(f"demo: {error}") from None
-        console.say(f"  {folder}: clear, depth, hazy, hazy_truth")
+        console.say(f"  {folder}: clear, depth, hazy, hazy_truth, hazy_transmission")
     return DONE
 
 

@@ -24,16 +24,18 @@ from corun_ray.demo.light import PALETTES, Palette
 from corun_ray.demo.noise import Array, Noise
 from corun_ray.demo.plants import Herbarium
 from corun_ray.demo.roads import draw_road
+from corun_ray.demo.rooms import draw_room
 from corun_ray.demo.scene import Scene
 from corun_ray.demo.towns import draw_skyline, draw_street
 
 MANIFEST = "demo.json"
-_FORMAT = 1
+_FORMAT = 2
 _CLEAR_JPEG_QUALITY = 95
 _HAZY_JPEG_QUALITIES = (80, 95)
-_FOLDERS = ("clear", "depth", "hazy", "hazy_truth")
-# The two sets differ in their random numbers and in part of their palettes.
-_PALETTES = {"clear": PALETTES[:6], "hazy": PALETTES[1:]}
+_FOLDERS = ("clear", "depth", "hazy", "hazy_truth", "hazy_transmission")
+# The sets differ in their random numbers and in part of their palettes.
+_PALETTES = {"clear": PALETTES[:6], "hazy": PALETTES[1:], "room": PALETTES[:1]}
+_SEEDS = {"clear": 0, "hazy": 1, "shared": 2, "room": 3}
 
 Range = tuple[float, float]
 
@@ -59,6 +61,8 @@ KINDS = {
     "road": Kind(draw_road, (3, 6), (0.5, 0.6), (0.8, 1.1)),
     "canyon": Kind(draw_canyon, (8, 20), (0.5, 0.65), (0.85, 1.2)),
 }
+ROOM = Kind(draw_room, (1.2, 1.7), (0.42, 0.6), (0.6, 0.95))
+"""Not among the kinds that take turns: rooms are a set of their own."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class DemoSize:
     hazy_images: int = 24
     width_px: int = 320
     height_px: int = 240
+    room_images: int = 0
+    """Clear images of rooms, in addition."""
 
 
 _DEFAULT_SIZE = DemoSize()
@@ -87,6 +93,7 @@ def write_demo(
       the optical axis, in metres, of the very geometry that was drawn; `near_m` stands in `demo.json`.
     - `hazy/NAME.png`, `hazy_truth/NAME.png`: other scenes, hazed by another law than the training synthesis
       and taken with a noisy camera; and the same scenes without haze and noise, to measure against.
+    - `hazy_transmission/NAME.png`: the transmission of that haze, 16 bits, 65535 is clear air.
     - `demo.json`: seed, size, and kind, palette and haze of every image.
 
     The same seed and size give the same bytes. `progress(done, total)` is called for every image.
@@ -94,13 +101,14 @@ def write_demo(
     Raises `FileExistsError` if `root` holds anything else, or a demo of another seed or size.
     """
     manifest = _load_manifest(root, seed, size)
-    tasks = [("clear", i) for i in range(size.clear_images)] + [("hazy", i) for i in range(size.hazy_images)]
+    numbers = {"clear": size.clear_images, "hazy": size.hazy_images, "room": size.room_images}
+    tasks = [(group, index) for group, number in numbers.items() for index in range(number)]
     missing = [(group, i) for group, i in tasks if _make_name(group, i) not in manifest["images"]]
     if not missing:
         return
 
     # All scenes share the noise and the trees, which depend on the seed alone.
-    rng = np.random.default_rng([seed, len(_PALETTES)])
+    rng = np.random.default_rng([seed, _SEEDS["shared"]])
     noise, herbarium = Noise(rng), Herbarium(rng)
 
     # The manifest comes first, so that a run stopped at any time is known as a demo.
@@ -113,7 +121,7 @@ def write_demo(
     for done, (group, index) in enumerate(missing, start=len(tasks) - len(missing) + 1):
         name = _make_name(group, index)
         scene, description = _draw(group, index, seed, size, noise, herbarium)
-        write = _write_clear if group == "clear" else _write_hazy
+        write = _write_hazy if group == "hazy" else _write_clear
         manifest["images"][name] = description | write(root, name, scene)
         _write_manifest(root, manifest)
         if progress:
@@ -170,14 +178,18 @@ def _write_manifest(root: Path, manifest: dict[str, Any]) -> None:
 def _choose(group: str, index: int) -> tuple[str, int]:
     """Choose an image's kind of scene and palette number.
 
-    All kinds take turns; over time each kind comes in every palette.
+    All kinds take turns; over time each kind comes in every palette. Rooms have light of their own.
     """
+    if group == "room":
+        return "room", 0
     round_, kind = divmod(index, len(KINDS))
     return list(KINDS)[kind], (kind + round_) % len(_PALETTES[group])
 
 
 def _make_name(group: str, index: int) -> str:
     """Make the file name, without suffix, of an image."""
+    if group == "room":
+        return f"room_{index:03d}"
     kind, palette = _choose(group, index)
     return f"{group}_{index:03d}_{kind}_{_PALETTES[group][palette].name}"
 
@@ -188,9 +200,11 @@ def _draw(
     """Draw an image's scene; return it with its description for the manifest."""
     kind, palette = _choose(group, index)
     # Each image has random numbers of its own, so any subset can be drawn later.
-    rng = np.random.default_rng([seed, list(_PALETTES).index(group), index])
+    rng = np.random.default_rng([seed, _SEEDS[group], index])
     size_px = size.width_px, size.height_px
-    scene = draw_scene(KINDS[kind], _PALETTES[group][palette], size_px, noise, herbarium, rng)
+    scene = draw_scene(
+        ROOM if group == "room" else KINDS[kind], _PALETTES[group][palette], size_px, noise, herbarium, rng
+    )
     return scene, {"kind": kind, "palette": scene.palette.name}
 
 
@@ -215,9 +229,12 @@ def _write_hazy(root: Path, name: str, scene: Scene) -> dict[str, Any]:
 
     # The same scene with the same exposure: through fog, by a cheap camera, compressed.
     fog = Fog.draw(scene)
-    hazy = _to_uint8(develop(take_photograph(shrink_to_picture(fog.cover(scene)) * gain, scene.rng)))
+    view, transmission = fog.cover(scene)
+    hazy = _to_uint8(develop(take_photograph(shrink_to_picture(view) * gain, scene.rng)))
     hazy = compress_jpeg(hazy, quality=int(scene.rng.integers(*_HAZY_JPEG_QUALITIES)))
 
+    levels = np.round(65535 * shrink_to_picture(transmission)).astype(np.uint16)
+    _write_image(root / "hazy_transmission" / f"{name}.png", levels)
     _write_image(root / "hazy_truth" / f"{name}.png", truth)
     _write_image(root / "hazy" / f"{name}.png", hazy)
     return {"fog": asdict(fog)}

@@ -76,9 +76,15 @@ class Fog:
         uneven = 1 + 0.07 * _draw_drift(scene, (3, 2)) + 0.25 * np.clip(camera.slope_y, -0.5, 0.5)
         return adjust_tone(air, self.brightness * uneven * (1 + 0.25 * toward))
 
-    def cover(self, scene: Scene) -> Array:
-        """Show the scene through the fog, linear light `H W 3`."""
-        return mix(self.compute_airlight(scene), scene.canvas.color, self.compute_transmission(scene))
+    def cover(self, scene: Scene) -> tuple[Array, Array]:
+        """Show the scene through the fog.
+
+        Returns the view in linear light, `H W 3`, and its transmission, `H W` in (0, 1].
+        """
+        # The airlight is drawn before the transmission: the order decides the random numbers.
+        airlight = self.compute_airlight(scene)
+        transmission = self.compute_transmission(scene)
+        return mix(airlight, scene.canvas.color, transmission), transmission
 
 
 def _draw_drift(scene: Scene, lattice: tuple[int, int]) -> Array:

@@ -34,9 +34,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_folders_hold_pairs_of_the_same_names_and_size(demo: Path) -> None:
     names = {folder: [path.stem for path in sorted((demo / folder).iterdir())] for folder in
-             ("clear", "depth", "hazy", "hazy_truth")}  # fmt: skip
+             ("clear", "depth", "hazy", "hazy_truth", "hazy_transmission")}  # fmt: skip
     assert names["clear"] == names["depth"] and len(names["clear"]) == 7
-    assert names["hazy"] == names["hazy_truth"] and len(names["hazy"]) == 6
+    assert names["hazy"] == names["hazy_truth"] == names["hazy_transmission"] and len(names["hazy"]) == 6
     assert not set(names["clear"]) & set(names["hazy"])
     for path in (demo / "clear").iterdir():
         assert _read(path).shape == (72, 96, 3)
@@ -77,12 +77,28 @@ def test_haze_hides_but_does_not_erase(demo: Path) -> None:
     assert 8 < np.mean(psnr_db) < 16
 
 
+def test_the_transmission_tells_where_haze_hides(demo: Path) -> None:
+    for path in (demo / "hazy_transmission").iterdir():
+        transmission = _read(path)
+        assert transmission.shape == (72, 96) and transmission.dtype == np.uint16
+        assert transmission.min() < transmission.max() and transmission.max() > 20000
+
+        # Haze takes contrast, and thick haze takes more of it.
+        thin = transmission[:, 1:] > np.median(transmission)
+        hazy, truth = (
+            np.abs(np.diff(_read(demo / folder / path.name).astype(float).mean(axis=2), axis=1))
+            for folder in ("hazy", "hazy_truth")
+        )
+        kept = {where: hazy[mask].sum() / truth[mask].sum() for where, mask in (("thin", thin), ("thick", ~thin))}
+        assert kept["thick"] < kept["thin"], path.name
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
     for name, seed in (("one", 3), ("again", 3), ("other", 4)):
         write_demo(tmp_path / name, seed=seed, size=TINY)
     one, again, other = (_hashes(tmp_path / name) for name in ("one", "again", "other"))
     assert one == again
-    assert one.keys() == other.keys() and len(one) == 7
+    assert one.keys() == other.keys() and len(one) == 8
     assert all(one[name] != other[name] for name in one)
 
 
