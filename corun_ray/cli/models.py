@@ -119,7 +119,7 @@ def evaluate(
     ] = None,
     baselines: Annotated[
         str | None,
-        typer.Option("--baselines", metavar="a,b", help="hazy and dark_channel (default: both); '' for none"),
+        typer.Option("--baselines", metavar="a,b", help="hazy, untrained, dark_channel (default: all); '' for none"),
     ] = None,
     # What it is compared with, and where the results go.
     against: Annotated[

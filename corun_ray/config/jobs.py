@@ -154,6 +154,15 @@ class TrainingJob(Job):
             raise Mismatch("data.mixup", "mixes the images of a batch, and batch_per_worker is 1")
         return self
 
+    @model_validator(mode="after")
+    def _check_transmission(self) -> "TrainingJob":
+        # Only haze that is laid here has a transmission that is known, and a mixture of two hazes has none.
+        if self.loss.transmission and self.data.paired is not None:
+            raise Mismatch("loss.transmission", "needs data.clear: the haze of data.paired has no known transmission")
+        if self.loss.transmission and self.data.mixup:
+            raise Mismatch("loss.transmission", "not used together with data.mixup")
+        return self
+
 
 class PretrainJob(TrainingJob):
     kind: Literal["pretrain"]

@@ -32,7 +32,7 @@ from corun_ray.config.types import (
 )
 from corun_ray.core.metrics.catalog import OWN_METRICS, list_metrics
 
-Baseline = Literal["hazy", "dark_channel"]
+Baseline = Literal["hazy", "untrained", "dark_channel"]
 PATH = re.compile(r"/|(/[A-Za-z0-9._-]+)+")
 """A path of HTTP: `/` or `/dehazing`."""
 
@@ -137,7 +137,8 @@ class EvaluateSection(Section):
     clear: OptionalText = Field(None, description="folder or URI of their clear truth, paired by stem")
     models: dict[Name, Text] = Field({}, description="models by name; empty: only the baselines are measured")
     baselines: Annotated[tuple[Baseline, ...], AfterValidator(_check_distinct_if_any)] = Field(
-        get_args(Baseline), description="hazy: the unchanged input; dark_channel: the dark channel prior"
+        get_args(Baseline),
+        description="hazy: the unchanged input; untrained: CORUN's closed form; dark_channel: the dark channel prior",
     )
     metrics: Annotated[tuple[Annotated[str, AfterValidator(_check_metric)], ...], AfterValidator(check_distinct)] = (
         Field(

@@ -32,7 +32,7 @@ from corun_ray.config.types import (
     Whole,
     check_distinct,
 )
-from corun_ray.core.choices import QUALITY_NAMES, Clarity, Combine, Degradation, DepthKind, Encoding
+from corun_ray.core.choices import QUALITY_NAMES, CameraKind, Clarity, Combine, Degradation, DepthKind, Encoding
 from corun_ray.core.metrics.catalog import list_no_reference_metrics
 
 ARCHITECTURE_PACKAGES = ("spandrel", "spandrel_extra_arches")
@@ -203,6 +203,9 @@ class LossSection(Section):
     contrastive_weight: TermWeight = Field(
         1.0, description="weight of the contrastive term: near the truth, far from the input"
     )
+    transmission: TermWeight = Field(
+        0.0, description="weight of the transmission's L1 distance to the truth of synthetic haze; 0: as published"
+    )
 
     @model_validator(mode="after")
     def _check_weights(self) -> "LossSection":
@@ -228,6 +231,7 @@ class OptimSection(Section):
     min_lr: MinLearningRate = Field(default_factory=lambda earlier: earlier["lr"])
     schedule_steps: ScheduleSteps = 30_000
     ema: float = Field(0.999, ge=0, lt=1, description="decay per step of the averaged weights, which are the teacher's")
+    clip_norm: float = Field(0.0, ge=0, description="largest norm of a step's gradient; 0: no limit, as published")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the network")
     compile: bool = Field(False, description="compile the network with torch.compile")
     warmup_steps: Count = Field(
@@ -254,6 +258,9 @@ class ColabatorOptimSection(OptimSection):
 class ValidationSection(Section):
     hazy: Text = Field(description="folder or URI of hazy images")
     clear: OptionalText = Field(None, description="folder or URI of their clear truth, paired by stem")
+    transmission: OptionalText = Field(
+        None, description="folder or URI of their true transmission, grey images or .npy, paired by stem"
+    )
 
 
 class PairedSection(Section):
@@ -267,6 +274,9 @@ class TrainingDataSection(Section):
     )
     depth: OptionalText = Field(None, description="folder, pack or URI of their depth maps; null: procedural depth")
     depth_kind: DepthKind = Field("inverse", description="inverse: larger is nearer; metres: 0 means no measurement")
+    camera: CameraKind = Field(
+        "published", description="darkening, noise and JPEG of synthetic hazy images: published, mild or none"
+    )
     paired: PairedSection | None = Field(None, description="degraded and clean images; they replace clear and depth")
     validation: ValidationSection | None = Field(None, description="validation set; null: none")
     validation_sets: dict[Name, ValidationSection] = Field(
@@ -280,6 +290,11 @@ class TrainingDataSection(Section):
         0, ge=0, description="memory for decoded images in each node's object store, at most half of it; 0: none"
     )
     max_bad_fraction: Fraction = Field(0.01, description="tolerated fraction of unusable images")
+
+    def list_validation_sections(self) -> dict[str, ValidationSection]:
+        """List all validation sets by their keys in the job file."""
+        sections = {} if self.validation is None else {"data.validation": self.validation}
+        return sections | {f"data.validation_sets.{name}": one for name, one in self.validation_sets.items()}
 
     @field_validator("paired")
     @classmethod

@@ -36,5 +36,8 @@ Combine = Literal["addition", "multiplication"]
 Encoding = Literal["uint8", "float16", "float32"]
 """Number types in which a label is stored."""
 
+CameraKind = Literal["published", "mild", "none"]
+"""Cameras that synthetic hazy images are taken with: darkening, noise and JPEG as published, slight, or absent."""
+
 DepthKind = Literal["inverse", "metres"]
 """Units of a depth map: inverse depth (near is large), or metres (far is large, 0 means no reading)."""

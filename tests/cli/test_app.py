@@ -156,7 +156,7 @@ WRONG_REQUESTS = [
     ),
     (
         ["evaluate", "photos", "--model", "a=x.pth", "--against", "b"],
-        'evaluate.against: "b" is not measured (hazy, dark_channel, a)',
+        'evaluate.against: "b" is not measured (hazy, untrained, dark_channel, a)',
     ),
     (
         ["evaluate", "photos", "--model", "models:/net@a", "--model", "models:/net@a"],

@@ -99,6 +99,18 @@ def test_what_does_not_go_together_is_told_with_its_key(section: str, values: di
 
 
 @pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"clear": None, "paired": {"hazy": "a", "clear": "b"}}, "needs data.clear"),
+        ({"mixup": 1.2}, "not used together with data.mixup"),
+    ],
+)
+def test_only_haze_that_is_laid_here_has_a_true_transmission(data: dict, said: str) -> None:
+    job = PRETRAIN | {"loss": {"transmission": 0.2}, "train": {"batch_per_worker": 2}}
+    assert f"loss.transmission: {said}" in mistake("data", data, job)
+
+
+@pytest.mark.parametrize(
     ("section", "values", "key"),
     [
         ("data", {"clear": "s3://AKIA:word@bucket/clear"}, "data.clear"),

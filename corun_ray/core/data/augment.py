@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from corun_ray.core.choices import CameraKind
 from corun_ray.core.data.images import ImageU8
 
 # JPEG blocks are 8 px; with chroma at half resolution the grid repeats every 16 px.
@@ -121,6 +122,26 @@ def resize(pixels: NDArray, height_px: int, width_px: int) -> NDArray:
 
 
 @dataclass(frozen=True)
+class CameraFaults:
+    """How often a synthetic hazy image is darkened, noisy and compressed, and how much."""
+
+    darkening_share: float = 0.5
+    noise_share: float = 0.5
+    noise_levels: tuple[int, int] = (2, 25)
+    """Least and greatest standard deviation, in 255ths."""
+    jpeg_share: float = 0.5
+    jpeg_qualities: tuple[int, int] = (30, 95)
+
+
+CAMERA_FAULTS: dict[CameraKind, CameraFaults] = {
+    "published": CameraFaults(),
+    "mild": CameraFaults(darkening_share=0, noise_levels=(1, 6), jpeg_qualities=(60, 95)),
+    "none": CameraFaults(darkening_share=0, noise_share=0, jpeg_share=0),
+}
+"""The published faults are those of Fang et al., 2024. The others are ours."""
+
+
+@dataclass(frozen=True)
 class Camera:
     """A camera that may darken its shots and add noise to them."""
 
@@ -130,13 +151,13 @@ class Camera:
     """A mixing matrix of `sample_noise`; None: no noise."""
 
 
-def sample_camera(rng: np.random.Generator) -> Camera:
+def sample_camera(rng: np.random.Generator, faults: CameraFaults = CAMERA_FAULTS["published"]) -> Camera:
     """Draw a camera.
 
-    It darkens with p = ½ and adds noise with p = ½.
+    The published one darkens with p = ½ and adds noise with p = ½.
     """
-    gamma = rng.uniform(1.5, 3.0) if rng.random() < 0.5 else 1.0
-    noise = sample_noise(rng) if rng.random() < 0.5 else None
+    gamma = rng.uniform(1.5, 3.0) if rng.random() < faults.darkening_share else 1.0
+    noise = sample_noise(rng, faults.noise_levels) if rng.random() < faults.noise_share else None
     return Camera(float(gamma), noise)
 
 
@@ -168,15 +189,18 @@ def darken(rgb: ImageU8, gamma: float) -> NDArray[np.float32]:
     return np.asarray(cv2.LUT(rgb, levels.astype(np.float32)), np.float32)
 
 
-def sample_noise(rng: np.random.Generator) -> NDArray[np.float32]:
+def sample_noise(
+    rng: np.random.Generator, levels: tuple[int, int] = CAMERA_FAULTS["published"].noise_levels
+) -> NDArray[np.float32]:
     """Draw a sensor noise.
 
-    Returns the matrix, `1 3` or `3 3`, that mixes unit normal noise into red, green, blue. Its level is an integer in
-    2…25 of 255. 40 % colour (independent channels), 40 % grey (equal channels), 20 % correlated: level 25, covariance
-    `level² · Uᵀ D U`, U a random rotation, D uniform in [0, 1].
+    Returns the matrix, `1 3` or `3 3`, that mixes unit normal noise into red, green, blue. Its level is an integer
+    number of 255ths within `levels`. 40 % colour (independent channels), 40 % grey (equal channels), 20 % correlated:
+    the greatest level, covariance `level² · Uᵀ D U`, U a random rotation, D uniform in [0, 1].
     """
+    least, greatest = levels
     kind = rng.random()
-    level = rng.integers(2, 26) / 255
+    level = rng.integers(least, greatest + 1) / 255
 
     if kind < 0.4:
         mixing = level * np.eye(3)
@@ -184,7 +208,7 @@ def sample_noise(rng: np.random.Generator) -> NDArray[np.float32]:
         mixing = level * np.ones((1, 3))
     else:
         rotation = np.linalg.qr(rng.standard_normal((3, 3))).Q
-        mixing = 25 / 255 * np.sqrt(rng.uniform(size=(3, 1))) * rotation
+        mixing = greatest / 255 * np.sqrt(rng.uniform(size=(3, 1))) * rotation
 
     return mixing.astype(np.float32)
 
@@ -205,12 +229,13 @@ def _list_normal_quantiles() -> NDArray[np.float32]:
     return np.array([quantile((number + 0.5) / _NOISE_QUANTILES) for number in range(_NOISE_QUANTILES)], np.float32)
 
 
-def sample_jpeg_quality(rng: np.random.Generator) -> int | None:
-    """Draw a quality in 30…95 with p = ½.
+def sample_jpeg_quality(rng: np.random.Generator, faults: CameraFaults = CAMERA_FAULTS["published"]) -> int | None:
+    """Draw a JPEG quality, as published in 30…95 with p = ½.
 
-    Returns None otherwise.
+    Returns None for an image that is not compressed.
     """
-    return int(rng.integers(30, 96)) if rng.random() < 0.5 else None
+    least, greatest = faults.jpeg_qualities
+    return int(rng.integers(least, greatest + 1)) if rng.random() < faults.jpeg_share else None
 
 
 def apply_jpeg(rgb: ImageU8, quality: int, *, top_px: int = 0, left_px: int = 0) -> ImageU8:

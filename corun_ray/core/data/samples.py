@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from corun_ray.core.data import augment
-from corun_ray.core.data.augment import Sliceable
+from corun_ray.core.data.augment import CAMERA_FAULTS, CameraFaults, Sliceable
 from corun_ray.core.data.depth import DepthMap
 from corun_ray.core.data.haze import HazeRange, add_haze, compute_transmission, sample_haze
 from corun_ray.core.data.images import BadImage, ImageU8
@@ -30,6 +31,8 @@ class Pair:
     clear: ImageU8
     jpeg_quality: int | None
     """Quality of the JPEG round trip of the hazy patch; None: it took none here."""
+    transmission: NDArray[np.uint8] | None = None
+    """True transmission of the haze, `p p`, 255 is clear air; None where it is unknown or was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ def make_synthetic_pair(
     haze_range: HazeRange,
     random_resize: bool,
     rotation: bool = False,
+    camera_faults: CameraFaults = CAMERA_FAULTS["published"],
+    with_transmission: bool = False,
 ) -> Pair:
     """Lay random haze over a random crop.
 
     `clear` is a whole clear image `H W 3`. `depth_map` is the whole image's; a map of another resolution is resized.
     Only the region that the crop keeps is processed, at its own resolution: noise and JPEG are the camera's, so
-    resizing to the patch softens them.
+    resizing to the patch softens them. With `with_transmission`, the pair has the true transmission too.
 
     Raises `BadImage` if the depth map has another aspect ratio than the image.
     """
@@ -71,23 +76,27 @@ def make_synthetic_pair(
     # Take a worse shot of the clear region, then lay haze over it, band by band.
     with phase("synthesis"):
         haze = sample_haze(rng, haze_range)
-        camera = augment.sample_camera(rng)
+        camera = augment.sample_camera(rng, camera_faults)
         hazy = np.empty(truth.shape, np.uint8)
+        levels = np.empty(truth.shape[:2], np.uint8) if with_transmission else None
         for top in range(0, crop.side_px, _BAND_ROWS):
             band = slice(top, top + _BAND_ROWS)
             shot = augment.degrade(rng, truth[band], camera)
-            transmission = compute_transmission(depth_map.to_inverse(depth[band]), haze.beta)
+            light = compute_transmission(depth_map.to_inverse(depth[band]), haze.beta)
             # convertScaleAbs rounds to uint8.
-            hazy[band] = cv2.convertScaleAbs(add_haze(shot, transmission, haze), alpha=255)
+            hazy[band] = cv2.convertScaleAbs(add_haze(shot, light, haze), alpha=255)
+            if levels is not None:
+                levels[band] = cv2.convertScaleAbs(light, alpha=255)
 
     # Compress with the blocks where the whole image would have them.
     with phase("jpeg"):
-        jpeg_quality = augment.sample_jpeg_quality(rng)
+        jpeg_quality = augment.sample_jpeg_quality(rng, camera_faults)
         if jpeg_quality is not None:
             hazy = augment.apply_jpeg(hazy, jpeg_quality, top_px=crop.top_px, left_px=crop.left_px)
 
     with phase("resize"):
-        return Pair(crop.finish(hazy, patch_px), crop.finish(truth, patch_px), jpeg_quality)
+        transmission = None if levels is None else crop.finish(levels, patch_px)
+        return Pair(crop.finish(hazy, patch_px), crop.finish(truth, patch_px), jpeg_quality, transmission)
 
 
 def crop_pair(

@@ -39,6 +39,10 @@ OWN_METRICS = {
 """Metrics of `core.metrics.measure` and `core.metrics.fade`, used instead of pyiqa's of the same names."""
 
 
+TRANSMISSION_METRICS = {"transmission_rank": IqaFacts(-1, 1, lower_better=False, needs_truth=True)}
+"""Metrics of the network's transmission, which only a validation during training measures."""
+
+
 @cache
 def list_metrics() -> dict[str, IqaFacts]:
     """List all metrics of single images, own ones first.
@@ -49,6 +53,14 @@ def list_metrics() -> dict[str, IqaFacts]:
     for name, facts in (_list_pyiqa_metrics("NR") | _list_pyiqa_metrics("FR")).items():
         metrics.setdefault(name, facts)
     return metrics
+
+
+def list_validation_metrics() -> dict[str, IqaFacts]:
+    """List the metrics that a validation may have: those of images and of transmissions.
+
+    Returns name → facts.
+    """
+    return TRANSMISSION_METRICS | list_metrics()
 
 
 @cache

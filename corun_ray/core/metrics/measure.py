@@ -67,6 +67,28 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     return score.mean(1).float()
 
 
+# --- Transmission ---
+
+
+def rank_correlation(found: Tensor, truth: Tensor) -> float:
+    """Compute Spearman's rank correlation of two maps of the same size, in [-1, 1].
+
+    It asks whether a transmission orders the places of an image by their haze, whatever its scale. A map that is the
+    same everywhere orders nothing and has 0.
+    """
+    ranks = [_rank(values) for values in (found, truth)]
+    centred = [values - values.mean() for values in ranks]
+    spread = float(centred[0].norm() * centred[1].norm())
+    return float((centred[0] * centred[1]).sum()) / spread if spread else 0.0
+
+
+def _rank(values: Tensor) -> Tensor:
+    """Rank values, float64; equal values share their mean rank."""
+    _, places, counts = values.flatten().unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[places]
+
+
 # --- Any metric ---
 
 

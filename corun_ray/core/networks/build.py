@@ -57,10 +57,10 @@ def list_required_packages(spec: NetworkSpec) -> list[str]:
 
 
 @torch.no_grad()
-def probe_network(network: nn.Module, patch_px: int) -> None:
+def probe_network(network: nn.Module, patch_px: int) -> Restoration:
     """Check that a network restores square images of `patch_px`.
 
-    Raises `NetworkError` unless random images come back as scenes of their own size.
+    Returns what it made of random images. Raises `NetworkError` unless they come back as scenes of their own size.
     """
     parameter = next(network.parameters(), None)
     if parameter is None:
@@ -78,13 +78,15 @@ def probe_network(network: nn.Module, patch_px: int) -> None:
     # Restore them in eval mode, so that batch norm keeps its statistics.
     was_training = network.training
     try:
-        _check_shapes(as_restoration(network.eval()(images)), shape)
+        restoration = as_restoration(network.eval()(images))
+        _check_shapes(restoration, shape)
     except NetworkError:
         raise
     except Exception as error:
         raise NetworkError(f"it fails on {patch_px} px RGB images in a batch of 2 ({format_error(error)})") from None
     finally:
         network.train(was_training)
+    return restoration
 
 
 def _check_shapes(restoration: Restoration, shape: tuple[int, ...]) -> None:

@@ -98,6 +98,21 @@ def update_scene(hazy: Tensor, scene: Tensor, transmission: Tensor, weight: Tens
     return (numerator / (squared + weight)).clamp(0, 1)
 
 
+def restore_by_closed_form(hazy: Tensor, stages: int = 2) -> Restoration:
+    """Restore hazy images by the closed-form steps alone.
+
+    This is what an untrained network of as many stages returns: a baseline that every training should improve on.
+    `hazy` is `B 3 H W`, RGB in [0, 1], of any size.
+    """
+    scene, transmission = hazy, torch.full_like(hazy[:, :1], START_TRANSMISSION)
+    weight = torch.tensor([PRIOR_WEIGHT_LOGIT], device=hazy.device).sigmoid()
+
+    for _ in range(stages):
+        transmission = _apply_in_bands(update_transmission, hazy, transmission, scene, weight=weight)
+        scene = _apply_in_bands(update_scene, hazy, scene, transmission, weight=weight)
+    return Restoration(scene, transmission)
+
+
 class ProximalStep(nn.Module):
     """The learnable weight of the prior in one closed-form step (lambda for T, gamma for J).
 

@@ -46,6 +46,8 @@ class LossWeights:
     perceptual: float
     contrastive: float
     haze_density: float = 0.0
+    transmission: float = 0.0
+    """No part of the published losses."""
 
 
 PRETRAIN_WEIGHTS = LossWeights(pixel=1.0, scattering=0.01, perceptual=0.0, contrastive=1.0)
@@ -110,11 +112,14 @@ class Losses:
     density: Callable[[Tensor], Tensor] | None = None
     """Haze density of `B 3 H W` images in [0, 1], `B`, differentiable; needed by the haze-density loss."""
 
-    def compute_pretraining(self, restoration: Restoration, clear: Tensor, hazy: Tensor) -> dict[str, Tensor]:
+    def compute_pretraining(
+        self, restoration: Restoration, clear: Tensor, hazy: Tensor, transmission: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Compute the supervised losses on synthetic pairs.
 
-        `restoration` (J and T_hat) restores `hazy` (P); `clear` and `hazy` are `B 3 H W` in [0, 1]. With the published
-        weights, the sum is `L1(J, clear) + 0.01 L1(J T_hat + 1 - T_hat, P) + contrastive(J, clear, P)`.
+        `restoration` (J and T_hat) restores `hazy` (P); `clear` and `hazy` are `B 3 H W` in [0, 1]. `transmission` is
+        the true T, `B 1 H W` in [0, 1]. With the published weights, which do not use it, the sum is
+        `L1(J, clear) + 0.01 L1(J T_hat + 1 - T_hat, P) + contrastive(J, clear, P)`.
         """
         scene, weights = restoration.scene, self.weights
         losses = {}
@@ -126,6 +131,8 @@ class Losses:
         # Scene and transmission together explain the hazy image.
         if weights.scattering and restoration.transmission is not None:
             losses["scattering"] = weights.scattering * (rehaze(restoration) - hazy).abs().mean()
+
+        losses |= self._compute_transmission_loss(restoration, transmission)
 
         # The features of the scene are near those of the truth, and far from those of the hazy image.
         losses |= self._compute_feature_losses((scene, clear), (scene, clear, hazy))
@@ -139,12 +146,14 @@ class Losses:
         hazy_strong: Tensor,
         label: Tensor,
         trust: Tensor,
+        transmission: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the losses on a synthetic and a real half-batch.
 
-        `synthetic` is compared with `clear`. `real` restores `hazy_strong` (the strong view of P), and is compared with
-        `label` (J*) as far as `trust` (w*) goes. Images are `B 3 H W`, `trust` is `B 1 H W`, all in [0, 1]. As
-        published, only the synthetic scene is clamped. With the published weights, the sum is
+        `synthetic` is compared with `clear` and with the true `transmission`. `real` restores `hazy_strong` (the strong
+        view of P), and is compared with `label` (J*) as far as `trust` (w*) goes. Images are `B 3 H W`, `trust` and
+        `transmission` are `B 1 H W`, all in [0, 1]. As published, only the synthetic scene is clamped. With the
+        published weights, which do not use the true transmission, the sum is
 
             5 [mean(0.5 |J_syn - clear|) + mean(0.5 |J_real - J*| w* 2)]
             + 0.01 mean(0.5 |J_real T_hat_real + 1 - T_hat_real - P_strong| w*)
@@ -163,9 +172,22 @@ class Losses:
             error = (rehaze(real) - hazy_strong).abs()
             losses["scattering"] = weights.scattering * 0.5 * (trust * error).mean()
 
+        losses |= self._compute_transmission_loss(synthetic, transmission)
+
         # The same by features: perceptual on the synthetic half, contrastive on the real half.
         losses |= self._compute_feature_losses((scene, clear), (real.scene, label, hazy_strong))
         return losses | self._compute_density_loss(real.scene)
+
+    def _compute_transmission_loss(self, restoration: Restoration, truth: Tensor | None) -> dict[str, Tensor]:
+        """Compute the distance of the transmission to its truth, `L1(T_hat, T)`.
+
+        The published losses know the transmission only by the scattering loss. That loss cannot tell a scene without
+        haze removed and `T_hat = 1` from a right one.
+        """
+        weight = self.weights.transmission
+        if not weight or truth is None or restoration.transmission is None:
+            return {}
+        return {"transmission": weight * _compute_distance(restoration.transmission, truth)}
 
     def _compute_feature_losses(
         self, similar: tuple[Tensor, Tensor], contrasted: tuple[Tensor, Tensor, Tensor]

@@ -70,12 +70,16 @@ class TrainState:
         with span("backward"):
             (share * sum(losses.values())).backward()  # type: ignore[union-attr]
 
-    def update(self, lr: float, ema: float, batch_images: int) -> None:
+    def update(self, lr: float, ema: float, batch_images: int, clip_norm: float = 0.0) -> None:
         """Update the student by AdamW, and the teacher by EMA.
 
         `lr` is the learning rate, `ema` the decay of the moving average. `batch_images` is the number of images by
-        which the stream's position moves on.
+        which the stream's position moves on. A gradient whose norm is above `clip_norm` is scaled down to that norm; 0
+        leaves gradients alone. The closed-form steps divide by small numbers, so single gradients can be very large.
         """
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), clip_norm)
+
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 

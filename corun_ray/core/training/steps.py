@@ -26,6 +26,8 @@ class SyntheticBatch(NamedTuple):
 
     hazy: Tensor
     clear: Tensor
+    transmission: Tensor | None = None
+    """The true transmission of the haze, `B 1 H W` in [0, 1]; None where it is unknown or not learnt from."""
 
 
 class RealBatch(NamedTuple):
@@ -67,7 +69,7 @@ def run_pretraining_step(student: nn.Module, batch: SyntheticBatch, losses: Loss
     with span("student"):
         restoration = as_restoration(student(batch.hazy))
     with span("losses"):
-        return StepOutput(losses.compute_pretraining(restoration, batch.clear, batch.hazy))
+        return StepOutput(losses.compute_pretraining(restoration, batch.clear, batch.hazy, batch.transmission))
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,13 @@ class Colabator:
         with span("losses"):
             on_synthetic, on_real = _split(restoration, len(synthetic.hazy))
             losses = self.losses.compute_colabator(
-                on_synthetic, synthetic.clear, on_real, real.strong, labels.scene, labels.trust
+                on_synthetic,
+                synthetic.clear,
+                on_real,
+                real.strong,
+                labels.scene,
+                labels.trust,
+                synthetic.transmission,
             )
         return StepOutput(losses, labels)
 

@@ -4,13 +4,16 @@ import hashlib
 import json
 import posixpath
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from pyarrow.fs import FileInfo
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
-from corun_ray.config.training import PairedSection
-from corun_ray.core.data.images import ImageU8, decode_image
+from corun_ray.config.training import PairedSection, ValidationSection
+from corun_ray.core.data.images import ImageU8, decode_depth, decode_image
 from corun_ray.core.errors import UserError
 from corun_ray.service.data.packs import Pack, is_pack, open_pack
 from corun_ray.service.storage import locate
@@ -273,6 +276,9 @@ class ValidationSet:
     clear_root: str | None
     pairs: list[tuple[str, str | None]]
     """Hazy image and its ground truth (None without `clear_root`), by relative path."""
+    transmission_root: str | None = None
+    transmissions: Mapping[str, str] = field(default_factory=dict)
+    """Hazy image → its true transmission (empty without `transmission_root`), by relative path."""
 
 
 def list_validation_sets(job: TrainingJob) -> list[ValidationSet]:
@@ -280,20 +286,40 @@ def list_validation_sets(job: TrainingJob) -> list[ValidationSet]:
 
     Raises the errors of `pair_validation_images`.
     """
-    # The prefix of the metrics and the key of the job file, of each section.
-    named = []
-    if job.data.validation is not None:
-        named.append(("val", "data.validation", job.data.validation))
-
-    for name, section in job.data.validation_sets.items():
-        named.append((f"val/{name}", f"data.validation_sets.{name}", section))
-
     sets = []
-    for prefix, key, section in named:
+    for key, section in job.data.list_validation_sections().items():
+        # The metrics of the set `data.validation_sets.NAME` begin with `val/NAME`.
+        prefix = "/".join(["val", *key.split(".")[2:]])
         pairs = pair_validation_images(section.hazy, section.clear, key)
-        sets.append(ValidationSet(prefix, section.hazy, section.clear, pairs))
+        transmissions = {}
+        if section.transmission is not None:
+            transmissions = _pair_transmissions([image for image, _ in pairs], section, key)
+        sets.append(ValidationSet(prefix, section.hazy, section.clear, pairs, section.transmission, transmissions))
 
     return sets
+
+
+def _pair_transmissions(hazy: list[str], section: ValidationSection, key: str) -> dict[str, str]:
+    """Pair hazy images with their true transmission, by relative path.
+
+    Raises `StorageError`, and `ManifestError`, naming the job file's `key`, for images without one.
+    """
+    assert section.transmission is not None
+    maps = filter_by_suffix(locate(section.transmission).list_files(), DEPTH_SUFFIXES)
+    pairing = pair_by_stem(hazy, maps, "transmission map")
+    _refuse_unpaired(pairing, section.hazy, len(hazy), f"{key}.transmission", "true transmission")
+    return pairing.pairs
+
+
+def _refuse_unpaired(pairing: Pairing, root: str, num_images: int, key: str, partner: str) -> None:
+    """Refuse images without a partner.
+
+    Raises `ManifestError`, naming the first of them.
+    """
+    unpaired = list(pairing.unpaired.items())
+    if unpaired:
+        named = "; ".join(f"{posixpath.join(root, image)}: {reason}" for image, reason in unpaired[:NAMED_IMAGES])
+        raise ManifestError(f"{key}: {len(unpaired)} of {num_images} hazy images have no {partner} ({named})")
 
 
 def pair_validation_images(hazy_root: str, clear_root: str | None, section: str) -> list[tuple[str, str | None]]:
@@ -309,11 +335,7 @@ def pair_validation_images(hazy_root: str, clear_root: str | None, section: str)
 
     # Every hazy image must have its truth.
     pairing = pair_by_stem(hazy, list_images(clear_root, f"{section}.clear"), "clear image")
-    unpaired = list(pairing.unpaired.items())
-    if unpaired:
-        named = "; ".join(f"{posixpath.join(hazy_root, key)}: {reason}" for key, reason in unpaired[:NAMED_IMAGES])
-        raise ManifestError(f"{section}.clear: {len(unpaired)} of {len(hazy)} hazy images have no truth ({named})")
-
+    _refuse_unpaired(pairing, hazy_root, len(hazy), f"{section}.clear", "truth")
     return list(pairing.pairs.items())
 
 
@@ -323,3 +345,17 @@ def load_image(root: str, key: str) -> ImageU8:
     Raises `StorageError` and `BadImage`.
     """
     return decode_image(locate(root).child(key).read())
+
+
+def load_transmission(validation_set: ValidationSet, hazy_key: str) -> NDArray[np.float32]:
+    """Read the true transmission of a validation image, `H W` float32.
+
+    Integers become a share of their type's greatest value.
+
+    Raises `StorageError` and `BadImage`.
+    """
+    assert validation_set.transmission_root is not None
+    place = locate(validation_set.transmission_root).child(validation_set.transmissions[hazy_key])
+    values = decode_depth(place.read(), posixpath.splitext(place.name)[1])
+    scale = np.iinfo(values.dtype).max if np.issubdtype(values.dtype, np.integer) else 1
+    return np.asarray(values / scale, np.float32)

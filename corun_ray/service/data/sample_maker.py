@@ -18,7 +18,7 @@ from PIL.ExifTags import Base
 from PIL.JpegImagePlugin import JpegImageFile
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
-from corun_ray.core.data.augment import Sliceable
+from corun_ray.core.data.augment import CAMERA_FAULTS, Sliceable
 from corun_ray.core.data.depth import DepthMap, draw_procedural_depth
 from corun_ray.core.data.haze import HazeRange
 from corun_ray.core.data.images import (
@@ -97,7 +97,8 @@ class SampleMaker:
         """Make the samples with the indices `id` (shape B).
 
         Returns `index` (B), `hazy` and `clear` (B H W C, RGB uint8); for Colabator also `weak` and `strong`
-        (B H W C, RGB uint8) and `key` (B).
+        (B H W C, RGB uint8) and `key` (B); for a job that learns from the true transmission also `transmission`
+        (B H W, uint8).
         """
         rows = [self.sample(int(index)) for index in batch["id"]]
 
@@ -114,6 +115,8 @@ class SampleMaker:
         """Make one sample of the stream."""
         pair = self._make_from_usable(CLEAR, index, len(self.manifest.clear), self._make_pair)
         row: dict[str, Any] = {"hazy": pair.hazy, "clear": pair.clear}
+        if pair.transmission is not None:
+            row["transmission"] = pair.transmission
 
         if isinstance(self.job, ColabatorJob):
             # The real image of a sample goes through JPEG exactly when the synthetic one does.
@@ -192,6 +195,8 @@ class SampleMaker:
                 haze_range=HazeRange(haze.beta, haze.airlight, haze.airlight_tint),
                 random_resize=data.random_resize,
                 rotation=data.rotation,
+                camera_faults=CAMERA_FAULTS[data.camera],
+                with_transmission=self.job.loss.transmission > 0,
             )
 
     def _make_real_views(self, image: int, rng: np.random.Generator, jpeg_quality: int | None) -> tuple[str, RealViews]:

@@ -25,6 +25,7 @@ from corun_ray.core.inference.memory import fit_in_memory
 from corun_ray.core.inference.pictures import PictureRow, draw_grid
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.metrics.measure import Unmeasured, load_measure
+from corun_ray.core.networks.corun import restore_by_closed_form
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.manifest import load_image, pair_validation_images
@@ -148,8 +149,11 @@ class ImageEvaluator(RestorerActor):
 
         Pictures are 1 3 H W in [0, 1], with the levels of 8 bits, as the files that users get.
         """
-        # The baselines: the image itself, and the dark channel prior on the CPU.
+        # The baselines: the image itself, CORUN without its learned networks, and the dark channel prior on the CPU.
         scenes = {"hazy": hazy}
+        if "untrained" in self.section.baselines:
+            with torch.no_grad():
+                scenes["untrained"] = restore_by_closed_form(hazy).scene
         if "dark_channel" in self.section.baselines:
             scene = dark_channel.dehaze(hazy[0].permute(1, 2, 0).cpu().numpy())
             scenes["dark_channel"] = torch.from_numpy(scene).permute(2, 0, 1)[None].to(self.device)

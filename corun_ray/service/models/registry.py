@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from corun_ray.core.metrics.catalog import list_metrics
+from corun_ray.core.metrics.catalog import list_validation_metrics
 from corun_ray.core.training.checkpoints import NETWORK_FILE
 from corun_ray.service.errors import get_first_line
 from corun_ray.service.models import flavor
@@ -246,7 +246,7 @@ def promote(registry: Registry, name: str, version_or_alias: str, if_better: str
     Raises `TrackingError`, also where `if_better` is not a known metric.
     """
     version, champion = registry.find_version(name, version_or_alias), registry.find_champion(name)
-    if if_better is not None and if_better.rpartition("/")[2] not in list_metrics():
+    if if_better is not None and if_better.rpartition("/")[2] not in list_validation_metrics():
         raise TrackingError(f"--if-better {if_better}: not a metric of images (val/fade, val/psnr, ...)")
 
     if champion is not None and champion.number == version.number:
@@ -281,7 +281,7 @@ def decide(new: VersionScores, old: VersionScores, metric: str) -> Decision:
     images = sorted(new.values[metric].keys() & old.values[metric].keys())
     new_values = _select_values(new, metric, images)
     old_values = _select_values(old, metric, images)
-    comparison = compare(new_values, old_values, list_metrics()[name].lower_better)
+    comparison = compare(new_values, old_values, list_validation_metrics()[name].lower_better)
 
     reason = (
         f"{metric} {new_values.mean():.4f} against {old_values.mean():.4f} of {old.label}, "

@@ -139,10 +139,25 @@ def load_starting_model(job: TrainingJob, folder: Path) -> Model:
             params = _load_initial_params(job, section.init, network)
             model = replace(model, params=params)
         if section.type != "corun":
-            probe_network(network, job.data.patch_px)
+            restoration = probe_network(network, job.data.patch_px)
+            if restoration.transmission is None:
+                _refuse_without_transmission(job)
     except NetworkError as error:
         raise ModelSourceError(f"network: {error}") from None
     return model
+
+
+def _refuse_without_transmission(job: TrainingJob) -> None:
+    """Refuse keys that need a network which gives a transmission.
+
+    Raises `ModelSourceError`.
+    """
+    keys = ["loss.transmission"] if job.loss.transmission else []
+    for key, section in job.data.list_validation_sections().items():
+        if section.transmission is not None:
+            keys.append(f"{key}.transmission")
+    if keys:
+        raise ModelSourceError(f"{keys[0]}: {job.network.type} gives no transmission")
 
 
 def get_network_spec(job: TrainingJob) -> NetworkSpec:

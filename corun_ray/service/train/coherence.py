@@ -59,7 +59,12 @@ def build_losses(
             return 1 - clarity(images)
 
     weights = LossWeights(
-        loss.pixel_weight, loss.scattering_weight, loss.perceptual_weight, loss.contrastive_weight, density_weight
+        loss.pixel_weight,
+        loss.scattering_weight,
+        loss.perceptual_weight,
+        loss.contrastive_weight,
+        density_weight,
+        loss.transmission,
     )
     return Losses(weights, features, score_density if density_weight else None)
 

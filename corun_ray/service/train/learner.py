@@ -90,6 +90,8 @@ class Learner:
 
         # Every part of every step mixes by its own seed. A step repeated after a restart mixes as before.
         synthetic = SyntheticBatch(self._to_device(batch["hazy"]), self._to_device(batch["clear"]))
+        if "transmission" in batch:
+            synthetic = synthetic._replace(transmission=self._to_device(batch["transmission"][..., None]))
         if job.data.mixup:
             synthetic = apply_mixup(synthetic, job.data.mixup, (job.seed, self._state.step, place))
 
@@ -99,7 +101,7 @@ class Learner:
         return self.colabator.step(self._student, synthetic, real, self._state.step)
 
     def _to_device(self, images: np.ndarray) -> Tensor:
-        """Convert uint8 `B H W 3` to float `B 3 H W` in [0, 1].
+        """Convert uint8 `B H W C` to float `B C H W` in [0, 1].
 
         Bytes travel to the device, a quarter of the floats.
         """

@@ -15,7 +15,7 @@ from corun_ray.config.loading import dump_job
 from corun_ray.core.data.images import decode_image, encode_png
 from corun_ray.core.inference.pictures import build_stage_rows, draw_grid, encode_thumbnail
 from corun_ray.core.inference.restore import restore_stages, to_tensor
-from corun_ray.core.metrics.catalog import list_metrics
+from corun_ray.core.metrics.catalog import list_validation_metrics
 from corun_ray.core.training.checkpoints import load_network
 from corun_ray.service.models.card import read_code_version
 from corun_ray.service.report.charts import Points, draw_line_chart
@@ -100,7 +100,7 @@ def _tabulate_result(log: ValidationLog) -> list[Table]:
     rows = []
     for (prefix, metric), images in log.at(log.last_step).items():
         found = estimate_interval(np.array([*images.values()]))
-        better = "less" if list_metrics()[metric].lower_better else "more"
+        better = "less" if list_validation_metrics()[metric].lower_better else "more"
         rows.append([f"{prefix}/{metric}", f"{found.mean:.4f}", found.span, str(found.count), better])
     return [Table(["metric", "mean", "interval", "images", "better is"], rows)]
 
@@ -130,7 +130,7 @@ def _picture_extremes(run: Location, log: ValidationLog, pictured: Mapping[str, 
     for (prefix, metric), values in log.at(last).items():
         # Rank the images that have a value, the best first.
         known = [image for image, value in values.items() if not math.isnan(value)]
-        known.sort(key=values.__getitem__, reverse=not list_metrics()[metric].lower_better)
+        known.sort(key=values.__getitem__, reverse=not list_validation_metrics()[metric].lower_better)
         if not known:
             continue
 

@@ -16,11 +16,17 @@ from corun_ray.core.data.samples import make_real_views
 from corun_ray.core.inference.pictures import PictureRow, apply_colour_map, draw_grid, encode_thumbnail
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.metrics.fade import fade
-from corun_ray.core.metrics.measure import psnr, ssim
+from corun_ray.core.metrics.measure import psnr, rank_correlation, ssim
 from corun_ray.core.scoring.coherence import BlockScores
 from corun_ray.core.training.labels import Label, decode
 from corun_ray.core.training.steps import Colabator
-from corun_ray.service.data.manifest import Manifest, ValidationSet, list_validation_sets, load_image
+from corun_ray.service.data.manifest import (
+    Manifest,
+    ValidationSet,
+    list_validation_sets,
+    load_image,
+    load_transmission,
+)
 from corun_ray.service.data.sample_maker import SampleMaker
 from corun_ray.service.runs.held_out import MeasuredImage, PicturePair
 from corun_ray.service.storage import MissingFile
@@ -53,8 +59,9 @@ class Validator:
     def measure(self, network: nn.Module) -> tuple[dict[str, float], list[MeasuredImage]]:
         """Measure this rank's images; return metrics and images.
 
-        Metrics are means over the images of all ranks: `val/fade`, and `val/psnr` and `val/ssim` where the set has
-        clear images. Those of a named set are `val/NAME/...`. Every rank calls this at once.
+        Metrics are means over the images of all ranks: `val/fade`, `val/psnr` and `val/ssim` where the set has clear
+        images, and `val/transmission_rank` where it has transmissions. Those of a named set are `val/NAME/...`. Every
+        rank calls this at once.
         """
         metrics: dict[str, float] = {}
         measured: list[MeasuredImage] = []
@@ -95,8 +102,10 @@ class Validator:
         gallery = Gallery(pictured)
         for hazy_key, clear_key in validation_set.pairs:
             hazy = load_image(validation_set.hazy_root, hazy_key)
-            scene = restore(network, to_tensor(hazy).to(self.device)).scene
+            scene, transmission = restore(network, to_tensor(hazy).to(self.device))
             values = self._measure_scene(validation_set, scene, clear_key)
+            if hazy_key in validation_set.transmissions:
+                values["transmission_rank"] = self._measure_transmission(validation_set, transmission, hazy_key)
             measured = MeasuredImage(validation_set.prefix, hazy_key, values)
             gallery.add(measured, lambda: (hazy, to_image(scene)))  # noqa: B023  # It is called at once.
         return gallery
@@ -111,9 +120,21 @@ class Validator:
             values["ssim"] = ssim(scene, clear).item()
         return values
 
+    def _measure_transmission(self, validation_set: ValidationSet, transmission: Tensor | None, hazy_key: str) -> float:
+        """Measure how well a transmission `1 1 H W` orders the places of an image by their haze."""
+        # `load_starting_model` has refused networks without a transmission.
+        assert transmission is not None
+        truth = load_transmission(validation_set, hazy_key)
+        if truth.shape != transmission.shape[-2:]:
+            found, expected = (f"{width} x {height} px" for height, width in (truth.shape, transmission.shape[-2:]))
+            raise BadImage(f"the true transmission of {hazy_key} has {found}, the image {expected}")
+        return rank_correlation(transmission[0, 0].cpu(), torch.from_numpy(truth))
+
     def _average(self, validation_set: ValidationSet, measured: list[MeasuredImage]) -> dict[str, float]:
         """Return the mean of each metric over the images of all ranks."""
         names = ["fade"] if validation_set.clear_root is None else ["fade", "psnr", "ssim"]
+        if validation_set.transmissions:
+            names.append("transmission_rank")
 
         # One row an image, with a 1 as the last column, whose sum is the number of images. The row of zeros stands
         # for a rank that has no image of the set.
@@ -172,6 +193,8 @@ class Validator:
                 if clear_key is not None:
                     assert one.clear_root is not None
                     row["truth"] = load_image(one.clear_root, clear_key)
+                if hazy_key in one.transmissions:
+                    row["true transmission"] = apply_colour_map(load_transmission(one, hazy_key))
                 rows.append(row)
         return rows
 

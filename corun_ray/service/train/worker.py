@@ -102,7 +102,7 @@ class Worker:
             for output in self.learner.learn(batch):
                 self.meter.add(output)
             lr = compute_learning_rate(state.step, self.cycles, job.optim.warmup_steps)
-            state.update(lr, job.optim.ema, len(batch["index"]) * self.num_workers)
+            state.update(lr, job.optim.ema, len(batch["index"]) * self.num_workers, job.optim.clip_norm)
 
             # Report progress. The driver fails the job for too many bad images; there is no use in going further.
             self.meter.end_step(lr)

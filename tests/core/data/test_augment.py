@@ -187,7 +187,7 @@ def test_degrade_darkens_half_and_adds_noise_to_half():
 
 def test_degrade_adds_noise_of_the_sampled_covariance(monkeypatch):
     mixing = np.array([[0.05, 0.03, 0], [0, 0.02, 0], [0, 0, 0.04]], np.float32)
-    monkeypatch.setattr(augment, "sample_noise", lambda rng: mixing)
+    monkeypatch.setattr(augment, "sample_noise", lambda *_: mixing)
     flat = np.full((96, 96, 3), 128, np.uint8)
     rng = np.random.default_rng(7)
     shots = [augment.degrade(rng, flat, augment.sample_camera(rng)) for _ in range(20)]

@@ -61,11 +61,33 @@ def test_the_source_is_left_as_it_was():
     np.testing.assert_array_equal(depth, depth_before)
 
 
+def test_the_transmission_is_that_of_the_haze_and_leaves_the_pair_as_it_is(monkeypatch):
+    """Over black, under white airlight and without a camera's faults, the hazy patch is `1 - T`."""
+    white = HazeRange(airlight=(1.0, 1.0), airlight_tint=0.0)
+    options = {"image": np.zeros((90, 130, 3), np.uint8), "haze_range": white, "rotation": True}
+    options["camera_faults"] = augment.CAMERA_FAULTS["none"]
+    for seed in range(8):
+        pair, plain = sample(seed, **options, with_transmission=True), sample(seed, **options)
+        assert plain.transmission is None and np.array_equal(plain.hazy, pair.hazy)
+        assert pair.transmission.shape == (48, 48) and pair.transmission.std() > 5
+        assert np.abs(255 - pair.hazy[..., 0].astype(int) - pair.transmission).max() <= 1
+
+
+def test_a_camera_without_faults_takes_what_is_there_and_a_mild_one_little_less(monkeypatch):
+    no_haze = HazeRange(beta=(1e-9, 1e-9))
+    errors = {}
+    for kind, faults in augment.CAMERA_FAULTS.items():
+        pairs = [sample(seed, haze_range=no_haze, camera_faults=faults) for seed in range(40)]
+        errors[kind] = np.mean([np.abs(pair.hazy.astype(int) - pair.clear).mean() for pair in pairs])
+    assert errors["none"] == 0
+    assert 0 < errors["mild"] < errors["published"] / 4
+
+
 @pytest.mark.parametrize("random_resize", [False, True])
 def test_without_degradation_the_hazy_patch_is_the_scattering_model_of_the_clear_one(monkeypatch, random_resize):
     """Depth is the red channel, so the clear patch itself tells what its transmission must be."""
     monkeypatch.setattr(augment, "degrade", lambda rng, rgb, camera: augment.darken(rgb, 1.0))
-    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: None)
+    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda *_: None)
     image = scene(90, 256)
     image[..., 2] = 40
     fixed = HazeRange(beta=(0.7, 0.7), airlight=(0.8, 0.8), airlight_tint=0.0)
@@ -107,16 +129,16 @@ def test_half_of_the_hazy_patches_went_through_jpeg(monkeypatch):
 def test_jpeg_is_told_where_the_region_lies(monkeypatch):
     places = []
     monkeypatch.setattr(augment, "apply_jpeg", lambda rgb, quality, **where: places.append(where) or rgb)
-    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: 50)
+    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda *_: 50)
     monkeypatch.setattr(augment, "sample_crop", lambda *a, **k: augment.Crop(5, 11, 48, flip=False))
     sample(0)
     assert places == [{"top_px": 5, "left_px": 11}]
 
 
 def test_jpeg_changes_the_hazy_patch(monkeypatch):
-    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: None)
+    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda *_: None)
     plain = sample(5)
-    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: 30)
+    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda *_: 30)
     compressed = sample(5)
     np.testing.assert_array_equal(plain.clear, compressed.clear)
     assert (plain.hazy != compressed.hazy).any()
@@ -131,8 +153,8 @@ def test_only_the_kept_region_is_worked_on(monkeypatch):
 
 
 def test_noise_is_the_cameras_so_shrinking_softens_it(monkeypatch):
-    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: None)
-    monkeypatch.setattr(augment, "sample_noise", lambda rng: np.eye(3, dtype=np.float32) * 0.1)
+    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda *_: None)
+    monkeypatch.setattr(augment, "sample_noise", lambda *_: np.eye(3, dtype=np.float32) * 0.1)
     crop = {"side_px": 48}
     monkeypatch.setattr(augment, "sample_crop", lambda *a, **k: augment.Crop(0, 0, crop["side_px"], False))
     image, depth = np.full((200, 200, 3), 128, np.uint8), np.ones((200, 200), np.float32)
@@ -156,7 +178,7 @@ def test_depth_of_another_resolution_is_resized_and_of_another_frame_refused():
 
 def test_rotation_turns_both_patches_alike_and_changes_nothing_else(monkeypatch):
     monkeypatch.setattr(augment, "degrade", lambda rng, rgb, camera: augment.darken(rgb, 1.0))
-    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda rng: None)
+    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda *_: None)
     no_haze = HazeRange(beta=(1e-9, 1e-9))
     turns = set()
     for seed in range(20):

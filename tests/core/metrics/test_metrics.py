@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from corun_ray.core.metrics.measure import psnr, ssim
+from corun_ray.core.metrics.measure import psnr, rank_correlation, ssim
 
 
 def photograph(height_px: int = 40, width_px: int = 56) -> Tensor:
@@ -62,3 +63,19 @@ def test_ssim_is_symmetric_and_does_not_mix_images() -> None:
     both = ssim(torch.cat([first, second]), torch.cat([second, second]))
     assert both[0] == pytest.approx(ssim(second, first).item(), abs=1e-6)
     assert both[1] == pytest.approx(1, abs=1e-6)
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    generator = torch.Generator().manual_seed(2)
+    truth = torch.rand(12, 16, generator=generator)
+    for found in (
+        truth**3,
+        -truth,
+        truth + 0.3 * torch.randn(truth.shape, generator=generator),
+        (8 * truth).round(),  # many equal values
+    ):
+        assert rank_correlation(found, truth) == pytest.approx(spearmanr(found.flatten(), truth.flatten())[0], abs=1e-9)
+
+
+def test_a_map_that_is_the_same_everywhere_orders_nothing() -> None:
+    assert rank_correlation(torch.full((4, 4), 0.05), torch.rand(4, 4)) == 0

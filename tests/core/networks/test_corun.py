@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from corun_ray.core.networks import corun
-from corun_ray.core.networks.corun import CORUN, Restoration, update_transmission
+from corun_ray.core.networks.corun import CORUN, Restoration, restore_by_closed_form, update_transmission
 from corun_ray.core.networks.cpmm import CPMM
 from corun_ray.core.training.checkpoints import load_network
 from tests.core.golden import golden_outputs, golden_shapes, golden_state_dict
@@ -107,6 +107,9 @@ def test_a_fresh_network_is_the_closed_form(stages: int) -> None:
         scene = exact_scene(hazy, scene, transmission, weight)
         np.testing.assert_allclose(restoration.transmission, transmission, rtol=0, atol=1e-5)
         np.testing.assert_allclose(restoration.scene, scene, rtol=0, atol=1e-5)
+    alone = restore_by_closed_form(torch.from_numpy(hazy).float(), stages)
+    torch.testing.assert_close(alone.scene, ours[-1].scene, rtol=0, atol=1e-6)
+    torch.testing.assert_close(alone.transmission, ours[-1].transmission, rtol=0, atol=1e-6)
 
 
 def test_every_step_takes_its_part_of_the_state_before() -> None:

@@ -78,6 +78,21 @@ def test_pretraining_by_hand() -> None:
     )
 
 
+def test_the_distance_of_the_transmission_to_its_truth_by_hand() -> None:
+    restoration = Restoration(filled(0.5, 0.5), channel(0.5, 0.9))
+    images = filled(0.5, 0.5)
+    losses = Losses(replace(NO_WEIGHTS, transmission=0.2))
+    truth = channel(0.2, 0.8)
+    assert losses.compute_pretraining(restoration, images, images, truth)["transmission"].item() == pytest.approx(0.04)
+    synthetic = losses.compute_colabator(
+        restoration, images, Restoration(images, None), images, images, images[:, :1], truth
+    )
+    assert {name: loss.item() for name, loss in synthetic.items()} == pytest.approx({"transmission": 0.04})
+    # Nothing to compare with: no truth, or no transmission.
+    assert losses.compute_pretraining(restoration, images, images) == {}
+    assert losses.compute_pretraining(Restoration(images, None), images, images, truth) == {}
+
+
 def colabator_example() -> tuple[dict[str, Tensor], Restoration, Restoration, dict[str, Tensor]]:
     synthetic = Restoration(filled(0.5, 1.4), channel(0.5, 0.5))
     real = Restoration(filled(0.5, 1.2), channel(0.5, 0.25))

@@ -44,6 +44,16 @@ def test_any_network_starts_in_training_mode_and_is_restored() -> None:
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("clip_norm", "expected"), [(0.0, 5.0), (0.5, 0.5), (9.0, 5.0)])
+def test_a_large_gradient_is_scaled_down_to_the_norm(clip_norm: float, expected: float) -> None:
+    """After one step, AdamW's first moment is a tenth of the gradient that it was given."""
+    state = TrainState.start(torch.nn.Linear(2, 1, bias=False))
+    state.backward({"loss": (state.student.weight * torch.tensor([[3.0, -4.0]])).sum()})
+    state.update(lr=1e-3, ema=0.9, batch_images=1, clip_norm=clip_norm)
+    moment = state.optimizer.state[state.student.weight]["exp_avg"]
+    torch.testing.assert_close(10 * moment, expected * torch.tensor([[0.6, -0.8]]))
+
+
 def test_a_step_without_any_loss_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing to learn from: every loss has weight 0"):
         TrainState.start(CORUN(2, 2)).backward({})

@@ -43,6 +43,14 @@ def test_a_sample_follows_from_seed_and_index_alone(dataset, tmp_path):
     assert not np.array_equal(whole["hazy"], whole["clear"])
 
 
+def test_the_true_transmission_comes_with_a_sample_that_is_learnt_from_by_it(dataset, tmp_path):
+    plain, job = (small_job("colabator", dataset, tmp_path, loss={"transmission": weight}) for weight in (0, 0.2))
+    without, batch = (SampleMaker(one, build_manifest(one), 32, ignore)({"id": np.arange(3)}) for one in (plain, job))
+    assert batch["transmission"].shape == (3, 32, 32) and batch["transmission"].dtype == np.uint8
+    assert batch.keys() - without.keys() == {"transmission"}
+    assert all(np.array_equal(without[name], batch[name]) for name in without), "the samples stay as they are"
+
+
 def test_without_depth_maps_it_makes_its_own(dataset, tmp_path):
     job = small_job("pretrain", dataset, tmp_path, data={"depth": None})
     sample = SampleMaker(job, build_manifest(job), 32, ignore).sample(0)

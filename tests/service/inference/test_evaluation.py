@@ -78,12 +78,13 @@ def rows_of(run):
 
 def test_every_value_is_that_of_the_picture_a_user_gets(evaluated, photographs, networks):
     rows = {(row["image"], row["model"]): row for row in rows_of(evaluated)}
-    assert len(rows) == 7 * 4
+    assert len(rows) == 7 * 5
     for image in sorted(path.name for path in (photographs / "hazy").glob("photo_*")):
         hazy, truth = (decode_image((photographs / part / image).read_bytes()) for part in ("hazy", "hazy_truth"))
         outputs = {
             "hazy": hazy,
             "dark_channel": (dark_channel.dehaze(hazy.astype(np.float32) / 255) * 255).round().astype(np.uint8),
+            "untrained": to_image(restore(CORUN(2, 4).eval(), to_tensor(hazy)).scene),
             "first": to_image(restore(networks[1], to_tensor(hazy)).scene),
         }
         for model, output in outputs.items():
@@ -106,7 +107,7 @@ def test_the_tables_agree_and_parquet_has_the_same_rows(evaluated):
     assert float(first["mean"]) == pytest.approx(np.mean(psnr))
     assert float(first["low"]) < float(first["mean"]) < float(first["high"]) and first["images"] == "7"
     compared = list(csv.DictReader(io.StringIO((evaluated / "comparison.csv").read_text())))
-    assert {row["model"] for row in compared} == {"hazy", "dark_channel", "second"}
+    assert {row["model"] for row in compared} == {"hazy", "untrained", "dark_channel", "second"}
     (hazy,) = [row for row in compared if (row["model"], row["metric"]) == ("hazy", "fade")]
     differences = [
         float(a["fade"]) - float(b["fade"])
@@ -136,5 +137,5 @@ def test_a_missing_folder_is_told_before_anything_is_started(tmp_path, capsys):
 
 def test_the_contact_sheet_shows_every_model_and_the_truth(evaluated):
     with Image.open(evaluated / "contact_sheet.png") as sheet:
-        assert sheet.width > 5 * 240
+        assert sheet.width > 6 * 240
         assert np.asarray(sheet).std() > 20

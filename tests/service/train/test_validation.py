@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from corun_ray.core.data.images import decode_image
+from corun_ray.core.data.images import BadImage, decode_image
 from corun_ray.core.inference.pictures import GAP_PX, HEADING_PX
 from corun_ray.core.inference.restore import to_tensor
 from corun_ray.core.metrics.measure import psnr
@@ -17,8 +17,9 @@ from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.training.labels import LocalPool
 from corun_ray.core.training.losses import COLABATOR_WEIGHTS, Losses
 from corun_ray.core.training.steps import Colabator
-from corun_ray.service.data.manifest import build_manifest, load_image
+from corun_ray.service.data.manifest import ManifestError, build_manifest, load_image
 from corun_ray.service.train.validation import Validator
+from tests.conftest import write_image
 from tests.service.jobs import small_job
 
 CELL_PX = 192
@@ -64,6 +65,40 @@ def test_each_set_is_measured_under_its_name(dataset, tmp_path, sections):
     assert metrics["val/psnr"] == pytest.approx(np.mean(expected), rel=1e-4)
     assert math.isinf(metrics["val/same/psnr"]) and metrics["val/same/ssim"] == pytest.approx(1)
     assert metrics["val/far/fade"] == metrics["val/same/fade"] != metrics["val/fade"]
+
+
+class Guess(nn.Module):
+    """Returns the image as it is, and its mean colour as the transmission."""
+
+    def forward(self, hazy):
+        return Restoration(hazy, hazy.mean(1, keepdim=True))
+
+
+def test_a_transmission_is_held_against_its_truth(dataset, tmp_path, sections):
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        grey = load_image(sections["truth"]["hazy"], f"photo_{i}.png").mean(2)
+        noise = (0 if i else 400) * rng.standard_normal(grey.shape)  # the first one is no guess of it
+        write_image(tmp_path / "light" / f"photo_{i}.png", (256 * (grey + noise)).clip(0, 65535).astype(np.uint16))
+    with_light = sections["truth"] | {"transmission": str(tmp_path / "light")}
+    job = small_job("pretrain", dataset, tmp_path, data={"validation": with_light}, train={"validation_images": 2})
+    metrics, measured = validator(job).measure(Guess())
+    ranks = [one.values["transmission_rank"] for one in measured]
+    assert abs(ranks[0]) < 0.3 and min(ranks[1:]) > 0.99
+    assert metrics["val/transmission_rank"] == pytest.approx(np.mean(ranks))
+    picture = decode_image(validator(job).draw_picture(Guess(), None))
+    assert num_columns(picture) == 5, "hazy, output, transmission, truth, true transmission"
+    # A map of another size is named.
+    write_image(tmp_path / "light" / "photo_3.png", np.zeros((20, 24), np.uint16))
+    with pytest.raises(BadImage, match="true transmission of photo_3.png has 24 x 20 px, the image 80 x 72 px"):
+        validator(job).measure(Guess())
+
+
+def test_images_without_a_true_transmission_are_named(dataset, tmp_path, sections):
+    with_light = sections["truth"] | {"transmission": str(dataset / "depth")}
+    job = small_job("pretrain", dataset, tmp_path, data={"validation": with_light})
+    with pytest.raises(ManifestError, match="data.validation.transmission: 6 of 6 hazy images have no true transmissi"):
+        validator(job)
 
 
 def test_a_job_without_held_out_images_measures_nothing(dataset, tmp_path):
