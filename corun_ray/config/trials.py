@@ -37,17 +37,18 @@ def build_trial_job(job: TuneJob, values: Mapping[str, Any]) -> ColabatorJob:
 def build_pretraining_job(trial: ColabatorJob, steps: int) -> PretrainJob:
     """Build the pre-training before a trial.
 
-    Data, haze and network are those of the trial; losses and learning rates are the defaults of pre-training.
+    Data, haze and network are those of the trial, and so is the weight of the true transmission. The weights of the
+    published losses and the learning rates are the defaults of pre-training.
     """
     # Sections that both kinds share, then sections from which pre-training takes some keys.
     kept = trial.model_dump(include={"seed", "storage", "haze", "network", "cluster", "tracking"})
     train = trial.train.model_dump(exclude={"steps"}) | {"steps": steps}
-    optim = trial.optim.model_dump(include={"ema", "precision", "compile"}) | {"schedule_steps": steps}
+    optim = trial.optim.model_dump(include={"ema", "precision", "compile", "clip_norm"}) | {"schedule_steps": steps}
     own = {
         "kind": "pretrain",
         "name": f"{trial.name}-pretrained",
         "data": trial.data.model_dump(exclude={"hazy"}),
-        "loss": trial.loss.model_dump(include={"perceptual", "weights"}),
+        "loss": trial.loss.model_dump(include={"perceptual", "weights", "transmission"}),
         "optim": optim,
         "train": train,
     }

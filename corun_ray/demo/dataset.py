@@ -33,9 +33,8 @@ _FORMAT = 2
 _CLEAR_JPEG_QUALITY = 95
 _HAZY_JPEG_QUALITIES = (80, 95)
 _FOLDERS = ("clear", "depth", "hazy", "hazy_truth", "hazy_transmission")
-# The sets differ in their random numbers and in part of their palettes.
-_PALETTES = {"clear": PALETTES[:6], "hazy": PALETTES[1:], "room": PALETTES[:1]}
-_SEEDS = {"clear": 0, "hazy": 1, "shared": 2, "room": 3}
+_SHARED_STREAM = 2
+"""Random numbers of what all scenes share; each group has a stream of its own."""
 
 Range = tuple[float, float]
 
@@ -62,7 +61,22 @@ KINDS = {
     "canyon": Kind(draw_canyon, (8, 20), (0.5, 0.65), (0.85, 1.2)),
 }
 ROOM = Kind(draw_room, (1.2, 1.7), (0.42, 0.6), (0.6, 0.95))
-"""Not among the kinds that take turns: rooms are a set of their own."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A group of images: its stream of random numbers, and the kinds and palettes that take turns in it."""
+
+    stream: int
+    kinds: dict[str, Kind]
+    palettes: tuple[Palette, ...]
+
+
+_GROUPS = {
+    "clear": _Group(0, KINDS, PALETTES[:6]),
+    "hazy": _Group(1, KINDS, PALETTES[1:]),
+    "room": _Group(3, {"room": ROOM}, PALETTES[:1]),
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ def write_demo(
         return
 
     # All scenes share the noise and the trees, which depend on the seed alone.
-    rng = np.random.default_rng([seed, _SEEDS["shared"]])
+    rng = np.random.default_rng([seed, _SHARED_STREAM])
     noise, herbarium = Noise(rng), Herbarium(rng)
 
     # The manifest comes first, so that a run stopped at any time is known as a demo.
@@ -175,23 +189,20 @@ def _write_manifest(root: Path, manifest: dict[str, Any]) -> None:
 # --- Images ---
 
 
-def _choose(group: str, index: int) -> tuple[str, int]:
-    """Choose an image's kind of scene and palette number.
+def _choose(group: str, index: int) -> tuple[str, Palette]:
+    """Choose an image's kind of scene and palette.
 
-    All kinds take turns; over time each kind comes in every palette. Rooms have light of their own.
+    All kinds take turns; over time each kind comes in every palette.
     """
-    if group == "room":
-        return "room", 0
-    round_, kind = divmod(index, len(KINDS))
-    return list(KINDS)[kind], (kind + round_) % len(_PALETTES[group])
+    kinds, palettes = _GROUPS[group].kinds, _GROUPS[group].palettes
+    round_, kind = divmod(index, len(kinds))
+    return list(kinds)[kind], palettes[(kind + round_) % len(palettes)]
 
 
 def _make_name(group: str, index: int) -> str:
     """Make the file name, without suffix, of an image."""
-    if group == "room":
-        return f"room_{index:03d}"
     kind, palette = _choose(group, index)
-    return f"{group}_{index:03d}_{kind}_{_PALETTES[group][palette].name}"
+    return f"{group}_{index:03d}_{kind}_{palette.name}"
 
 
 def _draw(
@@ -200,12 +211,10 @@ def _draw(
     """Draw an image's scene; return it with its description for the manifest."""
     kind, palette = _choose(group, index)
     # Each image has random numbers of its own, so any subset can be drawn later.
-    rng = np.random.default_rng([seed, _SEEDS[group], index])
+    rng = np.random.default_rng([seed, _GROUPS[group].stream, index])
     size_px = size.width_px, size.height_px
-    scene = draw_scene(
-        ROOM if group == "room" else KINDS[kind], _PALETTES[group][palette], size_px, noise, herbarium, rng
-    )
-    return scene, {"kind": kind, "palette": scene.palette.name}
+    scene = draw_scene(_GROUPS[group].kinds[kind], palette, size_px, noise, herbarium, rng)
+    return scene, {"kind": kind, "palette": palette.name}
 
 
 def _write_clear(root: Path, name: str, scene: Scene) -> dict[str, Any]:

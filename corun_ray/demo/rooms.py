@@ -18,13 +18,14 @@ _LAMP = "#ffe0b0"
 _DAYLIGHT = "#dfe9f7"
 
 Point = Sequence[float] | Array
+"""x to the right, y up, z into the room, in metres from the floor below the eye."""
 Texture = Callable[[Array, Array], Array]
 """(u, v in metres on the surface, `H W`) -> reflectance `H W 3`."""
 
 
 @dataclass(frozen=True)
 class _Lamp:
-    """A point of light within the room."""
+    """A point of light: its place in the room, `3`, and its colour."""
 
     place: Array
     color: Array
@@ -75,7 +76,8 @@ class _Room:
             edge = np.minimum(np.minimum(u, length_m - u), np.minimum(v, rise_m - v))
             light = adjust_tone(self.ambient, 0.7 + 0.3 * ramp(edge, 0, 0.5))
             for lamp in self.lamps:
-                toward = [lamp.place[i] - vertices[0][i] - u * along[i] - v * up[i] for i in range(3)]
+                (place,) = self.place(lamp.place[None])
+                toward = [place[i] - vertices[0][i] - u * along[i] - v * up[i] for i in range(3)]
                 distance = np.sqrt(sum(part * part for part in toward)) + np.float32(0.3)
                 facing = np.maximum(sum(normal[i] * toward[i] for i in range(3)), 0) / distance
                 light = light + adjust_tone(lamp.color, facing / (1 + 0.35 * distance**2))
@@ -105,7 +107,8 @@ def _build_room(scene: Scene) -> _Room:
     """Choose the room's size, its turn and its lamps."""
     left_m, right_m = scene.uniform(1.2, 3.4), scene.uniform(1.2, 3.4)
     back_m, height_m = scene.uniform(3.2, 8.5), scene.uniform(2.4, 3.1)
-    turn = float(scene.rng.normal(0, 0.35))
+    # Turned further, the eye would see past the walls, which end behind it.
+    turn = float(np.clip(scene.rng.normal(0, 0.35), -1, 1))
 
     # One lamp below the ceiling, and perhaps light that falls in from a window.
     lamps = [_Lamp(np.array([scene.uniform(-1, 1), height_m - 0.4, scene.uniform(1.2, back_m - 0.8)], np.float32),
@@ -115,13 +118,10 @@ def _build_room(scene: Scene) -> _Room:
         place = np.array([x, 1.6, scene.uniform(1.5, back_m - 0.5)], np.float32)
         lamps.append(_Lamp(place, rgb(_DAYLIGHT) * scene.uniform(1.5, 5)))
 
-    ambient = mix_two(rgb(_LAMP), rgb(_DAYLIGHT), scene.uniform(0, 1)) * np.float32(scene.uniform(0.25, 0.55))
+    daylight = np.float32(scene.uniform(0, 1))
+    ambient = (1 - daylight) * rgb(_LAMP) + daylight * rgb(_DAYLIGHT)
+    ambient = ambient * np.float32(scene.uniform(0.25, 0.55))
     return _Room(scene, -left_m, right_m, -1.5, back_m, height_m, turn, tuple(lamps), ambient)
-
-
-def mix_two(low: Array, high: Array, share: float) -> Array:
-    """Mix two single colours."""
-    return low + (high - low) * np.float32(share)
 
 
 def _draw_shell(room: _Room) -> None:
@@ -149,7 +149,7 @@ def _draw_wall_things(room: _Room, side: int) -> None:
         kind = scene.rng.choice(["picture", "picture", "window", "door", "none"])
         widths_m = {"picture": scene.uniform(0.3, 1.1), "window": scene.uniform(0.8, 1.8), "door": 0.9, "none": 0.7}
         width_m = widths_m[kind]
-        if at + width_m < end - 0.1:
+        if kind != "none" and at + width_m < end - 0.1:
             _draw_wall_thing(room, side, str(kind), at, at + width_m)
         at += width_m + scene.uniform(0.2, 1.2)
 
@@ -158,7 +158,7 @@ def _draw_wall_thing(room: _Room, side: int, kind: str, start: float, end: float
     """Draw one thing a little before its wall, between two places along it."""
     scene = room.scene
     low, high = {"picture": (1.2, 1.2 + scene.uniform(0.3, 0.9)), "window": (0.9, min(2.2, room.height_m - 0.2)),
-                 "door": (0.0, 2.05), "none": (0.0, 0.0)}[kind]  # fmt: skip
+                 "door": (0.0, 2.05)}[kind]  # fmt: skip
 
     def corner(along: float, y: float, before: float) -> list[float]:
         if side == 1:
@@ -170,8 +170,6 @@ def _draw_wall_thing(room: _Room, side: int, kind: str, start: float, end: float
         return [corner(a, c, before), corner(b, c, before), corner(b, d, before), corner(a, d, before)]
 
     frame = _make_plain(scene, str(scene.rng.choice((*_WOODS, "#f2f0ea", "#2c2a28"))))
-    if kind == "none":
-        return
     room.draw_face(rectangle(0, 0.01), frame)
     if kind == "picture":
         room.draw_face(rectangle(0.05, 0.02), _make_painting(scene))
@@ -285,9 +283,9 @@ def _make_tiles(scene: Scene) -> Texture:
 
     def texture(u: Array, v: Array) -> Array:
         odd = (np.floor(u / wide_m) + np.floor(v / wide_m)) % 2
-        joint = np.minimum(np.abs((u / wide_m) % 1 - 0.5), 0.5) < 0.48
-        joint &= np.abs((v / wide_m) % 1 - 0.5) < 0.48
-        return mix(tint, second, odd.astype(np.float32)) * stack_channels(np.where(joint, 1, 0.6))
+        within = np.abs((u / wide_m) % 1 - 0.5) < 0.48
+        within &= np.abs((v / wide_m) % 1 - 0.5) < 0.48
+        return mix(tint, second, odd.astype(np.float32)) * stack_channels(np.where(within, 1, 0.6))
 
     return texture
 

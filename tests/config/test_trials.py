@@ -70,6 +70,13 @@ def test_the_pretraining_of_a_trial_has_its_network_and_data(tmp_path: Path) -> 
     assert before.data.clear == job.data.clear and before.name == "t-pretrained"
 
 
+def test_the_pretraining_learns_from_the_true_transmission_as_its_trial_does(tmp_path: Path) -> None:
+    job = tune_job(tmp_path, search("{network.stages: [2, 3]}"), "loss.transmission=0.2", "optim.clip_norm=0.3")
+    before = build_pretraining_job(build_trial_job(job, {"network.stages": 3}), 70)
+    assert (before.loss.transmission, before.optim.clip_norm) == (0.2, 0.3)
+    assert before.loss.pixel_weight == 1.0, "the published weight of pre-training, not of Colabator"
+
+
 def test_trials_that_run_at_once_need_room_at_once(tmp_path: Path) -> None:
     job: Job = tune_job(tmp_path, search("{network.stages: [2, 3]}", ", trials_at_once: 3"), "cluster.workers=2")
     assert job.whole_cluster.workers == (6, 6) and job.whole_cluster.data_cpus == 3 * job.cluster.data_cpus

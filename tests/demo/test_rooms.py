@@ -37,8 +37,8 @@ def test_rooms_are_added_to_the_clear_images_and_leave_the_others_as_they_are(tm
     write_demo(tmp_path / "plain", size=plain)
     write_demo(tmp_path / "more", size=DemoSize(1, 1, 64, 48, room_images=2))
     names = {path.name for path in (tmp_path / "more" / "clear").iterdir()}
-    assert {"room_000.jpg", "room_001.jpg"} < names and len(names) == 3
+    assert {"room_000_room_dawn.jpg", "room_001_room_dawn.jpg"} < names and len(names) == 3
     for path in (tmp_path / "plain").rglob("*.*g"):
         assert path.read_bytes() == (tmp_path / "more" / path.relative_to(tmp_path / "plain")).read_bytes()
-    depth = cv2.imread(str(tmp_path / "more" / "depth" / "room_000.png"), cv2.IMREAD_UNCHANGED)
+    depth = cv2.imread(str(tmp_path / "more" / "depth" / "room_000_room_dawn.png"), cv2.IMREAD_UNCHANGED)
     assert depth.dtype == np.uint16 and depth.min() > 0 and depth.max() == 65535

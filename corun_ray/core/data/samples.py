@@ -82,11 +82,11 @@ def make_synthetic_pair(
         for top in range(0, crop.side_px, _BAND_ROWS):
             band = slice(top, top + _BAND_ROWS)
             shot = augment.degrade(rng, truth[band], camera)
-            light = compute_transmission(depth_map.to_inverse(depth[band]), haze.beta)
+            transmission = compute_transmission(depth_map.to_inverse(depth[band]), haze.beta)
             # convertScaleAbs rounds to uint8.
-            hazy[band] = cv2.convertScaleAbs(add_haze(shot, light, haze), alpha=255)
+            hazy[band] = cv2.convertScaleAbs(add_haze(shot, transmission, haze), alpha=255)
             if levels is not None:
-                levels[band] = cv2.convertScaleAbs(light, alpha=255)
+                levels[band] = cv2.convertScaleAbs(transmission, alpha=255)
 
     # Compress with the blocks where the whole image would have them.
     with phase("jpeg"):
@@ -95,8 +95,8 @@ def make_synthetic_pair(
             hazy = augment.apply_jpeg(hazy, jpeg_quality, top_px=crop.top_px, left_px=crop.left_px)
 
     with phase("resize"):
-        transmission = None if levels is None else crop.finish(levels, patch_px)
-        return Pair(crop.finish(hazy, patch_px), crop.finish(truth, patch_px), jpeg_quality, transmission)
+        known = None if levels is None else crop.finish(levels, patch_px)
+        return Pair(crop.finish(hazy, patch_px), crop.finish(truth, patch_px), jpeg_quality, known)
 
 
 def crop_pair(

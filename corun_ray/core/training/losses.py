@@ -132,6 +132,7 @@ class Losses:
         if weights.scattering and restoration.transmission is not None:
             losses["scattering"] = weights.scattering * (rehaze(restoration) - hazy).abs().mean()
 
+        # The transmission is near its truth.
         losses |= self._compute_transmission_loss(restoration, transmission)
 
         # The features of the scene are near those of the truth, and far from those of the hazy image.
@@ -172,6 +173,7 @@ class Losses:
             error = (rehaze(real) - hazy_strong).abs()
             losses["scattering"] = weights.scattering * 0.5 * (trust * error).mean()
 
+        # The transmission of the synthetic half is near its truth.
         losses |= self._compute_transmission_loss(synthetic, transmission)
 
         # The same by features: perceptual on the synthetic half, contrastive on the real half.
