@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from corun_ray.core.data.images import encode_png
+from corun_ray.demo.dataset import DemoSize, write_demo
+from corun_ray.service.models.sources import SHIPPED_FOLDER
 from corun_ray.service.weights.folder import index_folder
 from tests import DATA, ROOT
 from tests.conftest import photograph
@@ -43,6 +45,15 @@ def test_offers_of_a_network_and_scorers_without_weights(photographs: Path, tmp_
     ran("network_offers.py", *common, "--steps", 10, tmp_path / "offers.npz")
     said = ran("weight_free_scorers.py", *common, "--photographs", 2, "--offers", tmp_path / "offers.npz")
     assert "dark_channel" in said
+
+
+def test_parts_of_colabator(tmp_path: Path) -> None:
+    write_demo(tmp_path / "demo", seed=0, size=DemoSize(clear_images=3, hazy_images=2))
+    ways = ("control", "scored by the truth", "no strong view")
+    model = SHIPPED_FOLDER / "corun-small"
+    said = ran("colabator_parts.py", tmp_path / "demo", model, tmp_path / "parts.json", "--steps", 2, "--ways", *ways)
+    assert [line.split("|")[1].strip() for line in said.splitlines()] == ["start", *ways]
+    assert "dB, p " in said.splitlines()[-1]
 
 
 def test_both_orders_decide_alike() -> None:

@@ -27,12 +27,12 @@ A job file says everything about a job; `corun-ray check --keys` lists its keys.
 
 examples:
   corun-ray demo demo                 make a small dataset
-  corun-ray run jobs/quickstart.yaml  train on it: pretrain, colabator, evaluate
+  corun-ray run jobs/quickstart.yaml  train on it: colabator, control, evaluate
   corun-ray run JOB.yaml --resume     resume its last run
   corun-ray submit JOB.yaml           run it on a cluster by Ray's Jobs API
   corun-ray pool ls runs/RUN          look into the label pool of a run
   corun-ray evaluate PHOTOS           measure photographs, baselines and models
-  corun-ray dehaze PHOTOS OUT --model models:/corun-demo@champion
+  corun-ray dehaze PHOTOS OUT --model corun-small
 
 RAY_ADDRESS names the cluster to use; without it, a local Ray is started.
 

@@ -19,7 +19,7 @@ DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 """Exit codes."""
 
 DEFAULT_TRACKING = "sqlite:///runs/mlflow.db"
-SOURCE_HELP = "models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth"
+SOURCE_HELP = "corun-small (shipped), models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth"
 WRITE_JSON = "also write every figure to a file"
 
 # --- Arguments and options of several commands ---

@@ -13,6 +13,7 @@ from corun_ray.core.errors import UserError
 
 DEHAZE_EXAMPLES = """\
 examples:
+  corun-ray dehaze photos out --model corun-small
   corun-ray dehaze photos out --model models:/corun@champion
   corun-ray dehaze s3://haze/raw s3://haze/out --model models:/corun/3 --resume
   corun-ray dehaze photos out --model net.pth --transmission --format png"""
@@ -187,6 +188,10 @@ def promote(
 def pull(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to write them; must be new or empty")],
+    half: Annotated[
+        bool,
+        typer.Option("--half", help="write the weights as float16: half the size, rounded at the fourth digit"),
+    ] = False,
     tracking: Tracking = DEFAULT_TRACKING,
 ) -> int:
     """Write a model as plain files.
@@ -196,7 +201,7 @@ def pull(
     """
     from corun_ray.service.models import sources
 
-    for path in sources.pull_model(source, folder, tracking):
+    for path in sources.pull_model(source, folder, tracking, half):
         print(path)
     return DONE
 

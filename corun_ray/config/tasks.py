@@ -191,7 +191,7 @@ def _check_path(path: str) -> str:
 
 
 class ServeSection(Section):
-    model: Text = Field(description="MLflow URI, checkpoint, plain model folder or .pth")
+    model: Text = Field(description="MLflow URI, checkpoint, plain model folder, .pth or corun-small")
     host: Text = Field("127.0.0.1", description="address to listen on; 0.0.0.0: all addresses, without authentication")
     port: Whole = Field(8000, ge=1, le=65535, description="TCP port of HTTP")
     path: Annotated[str, AfterValidator(_check_path)] = Field(
@@ -226,7 +226,7 @@ class ServeSection(Section):
 class DehazeSection(Section):
     input: Text = Field(description="folder or URI of hazy images")
     output: Text = Field(description="folder or URI of the restored images, which keep their names and folders")
-    model: Text = Field(description="MLflow URI, checkpoint, plain model folder or .pth")
+    model: Text = Field(description="MLflow URI, checkpoint, plain model folder, .pth or corun-small")
     format: Literal["keep", "png", "jpg", "tif", "webp"] = Field("keep", description="file format; keep: as the input")
     transmission: bool = Field(False, description="also write NAME.transmission.png, 16-bit grey; 65535 is clear air")
     stages: bool = Field(False, description="also write NAME.stages.png, the result of every stage; corun only")

@@ -3,7 +3,7 @@
 import ast
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from corun_ray.config.types import (
     Batch,
     Count,
+    DistanceRange,
     Fraction,
     FractionRange,
     LearningRate,
@@ -32,7 +33,16 @@ from corun_ray.config.types import (
     Whole,
     check_distinct,
 )
-from corun_ray.core.choices import QUALITY_NAMES, CameraKind, Clarity, Combine, Degradation, DepthKind, Encoding
+from corun_ray.core.choices import (
+    QUALITY_NAMES,
+    SHIPPED_MODELS,
+    CameraKind,
+    Clarity,
+    Combine,
+    Degradation,
+    DepthKind,
+    Encoding,
+)
 from corun_ray.core.metrics.catalog import list_no_reference_metrics
 
 ARCHITECTURE_PACKAGES = ("spandrel", "spandrel_extra_arches")
@@ -85,25 +95,40 @@ def _suggest(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def _get_default_size(earlier: Mapping[str, Any], key: str, usual: int) -> int | None:
+    """Return the default of `stages` or `width`.
+
+    A shipped model that the job starts from decides. Other networks than CORUN have neither key.
+    """
+    if earlier["type"] != "corun":
+        return None
+    if earlier["init"] in SHIPPED_MODELS:
+        return SHIPPED_MODELS[earlier["init"]][key]
+    return usual
+
+
 class NetworkSection(Section):
     type: Annotated[str, AfterValidator(_check_network_type)] = Field(
         "corun",
         description="corun, a spandrel network (NAFNet, ...), module.path:ClassName, or spandrel: detected from init",
     )
+    init: OptionalText = Field(
+        None,
+        description="model to start from: MLflow URI, checkpoint, .pth or corun-small, which sets stages and width",
+    )
     stages: OptionalCount = Field(
-        default_factory=lambda earlier: 4 if earlier["type"] == "corun" else None,
+        default_factory=lambda earlier: _get_default_size(earlier, "stages", 4),
         ge=2,
         le=16,
         description="number of unfolding stages; corun only",
     )
     width: OptionalCount = Field(
-        default_factory=lambda earlier: 30 if earlier["type"] == "corun" else None,
+        default_factory=lambda earlier: _get_default_size(earlier, "width", 30),
         ge=4,
         multiple_of=2,
         description="number of feature channels; corun only",
     )
     args: dict[str, Any] = Field({}, description="arguments of the network's class; not used by corun")
-    init: OptionalText = Field(None, description="model to start from: MLflow URI, checkpoint or .pth")
     checkpoint_activations: bool = Field(
         False, description="compute activations again in the backward pass: less memory, more time; corun only"
     )
@@ -117,6 +142,12 @@ class NetworkSection(Section):
             for key in ("stages", "width"):
                 if getattr(self, key) is None:
                     raise Mismatch(f"network.{key}", "null (corun needs a number)")
+
+            # The size of a shipped model is known here; that of any other when the job starts.
+            if self.init in SHIPPED_MODELS:
+                for key, size in SHIPPED_MODELS[self.init].items():
+                    if getattr(self, key) != size:
+                        raise Mismatch(f"network.{key}", f"{getattr(self, key)}, but {self.init} has {size}")
             return self
 
         # Other networks take the arguments of their class.
@@ -193,10 +224,12 @@ class PoolSection(Section):
 
 
 class LossSection(Section):
-    perceptual: Literal["none", "vgg19"] = Field(
-        "none", description="network of the perceptual and contrastive terms; none: without these terms"
+    perceptual: Literal["none", "laplacian", "vgg19"] = Field(
+        "none",
+        description="features of the perceptual and contrastive terms: laplacian (an image pyramid) or vgg19, as "
+        "published, which needs weights; none: without these terms",
     )
-    weights: OptionalText = Field(None, description="folder or URI of that network's weights")
+    weights: OptionalText = Field(None, description="folder or URI of the weights of vgg19")
     pixel_weight: TermWeight = Field(1.0, description="weight of the L1 distance to the truth or label")
     scattering_weight: TermWeight = Field(0.01, description="weight of the re-hazed image's L1 distance to the input")
     perceptual_weight: TermWeight = Field(0.0, description="weight of the feature distance to the truth")
@@ -209,8 +242,8 @@ class LossSection(Section):
 
     @model_validator(mode="after")
     def _check_weights(self) -> "LossSection":
-        if self.perceptual != "none" and self.weights is None:
-            raise Mismatch("loss.weights", f"missing (perceptual {self.perceptual} needs its weights)")
+        if self.perceptual == "vgg19" and self.weights is None:
+            raise Mismatch("loss.weights", "missing (perceptual vgg19 needs its weights)")
         return self
 
 
@@ -320,6 +353,9 @@ class HazeSection(Section):
     beta: PositiveRange = Field((0.2, 2.8), description="scattering coefficient, both ends above 0")
     airlight: FractionRange = Field((0.25, 1.0), description="brightness of the airlight, both ends in 0 to 1")
     airlight_tint: float = Field(0.025, ge=0, description="largest deviation of a colour channel from the airlight")
+    nearest: DistanceRange = Field(
+        (0.0, 0.0), description="distance of the nearest point, in ranges of depth; 0: free of haze, as published"
+    )
 
 
 class TrainSection(Section):

@@ -83,6 +83,8 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_check_order)]
 FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_check_order)]
+NotNegative = Annotated[float, Field(ge=0)]
+DistanceRange = Annotated[tuple[NotNegative, NotNegative], AfterValidator(_check_order)]
 # A pair in the program, a number in YAML where both ends are equal.
 Workers = Annotated[
     tuple[int, int],

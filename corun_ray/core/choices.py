@@ -31,6 +31,11 @@ DEGRADATIONS: tuple[Degradation, ...] = get_args(Degradation)
 Combine = Literal["addition", "multiplication"]
 """Ways to combine clarity and quality into one trust weight."""
 
+# --- Models ---
+
+SHIPPED_MODELS: dict[str, dict[str, int]] = {"corun-small": {"stages": 2, "width": 8}}
+"""Models that come with this package: the name, which is also the model source, and the size of CORUN."""
+
 # --- Storage and input ---
 
 Encoding = Literal["uint8", "float16", "float32"]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from corun_ray.config.jobs import ColabatorJob, DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
 from corun_ray.config.trials import choose_example_job
-from corun_ray.core.choices import QUALITY_NAMES
+from corun_ray.core.choices import QUALITY_NAMES, SHIPPED_MODELS
 from corun_ray.core.errors import UserError
 from corun_ray.core.metrics.catalog import OWN_METRICS
 from corun_ray.service.cluster.gpus import count_driver_gpus
@@ -109,10 +109,13 @@ def _check_models(job: Job, earlier: Sequence[Job]) -> Notes:
             yield "model", f"{source}, from an earlier job of this file"
         elif source.startswith(REGISTRY_SCHEMES):
             yield "model", f"{source}, looked up when the job starts"
+        elif source in SHIPPED_MODELS:
+            yield "model", f"{source}, which comes with this package"
         elif locate(source).exists():
             yield "model", source
         else:
-            raise _Mistake(f"{key}: nothing at {source} (expected a checkpoint folder, a .pth or an MLflow URI)")
+            expected = f"a checkpoint folder, a .pth, an MLflow URI or {' or '.join(SHIPPED_MODELS)}"
+            raise _Mistake(f"{key}: nothing at {source} (expected {expected})")
 
 
 def _list_model_sources(job: Job) -> dict[str, str]:

@@ -91,8 +91,8 @@ class EagerOrder:
         plain = Losses(replace(COLABATOR_WEIGHTS, perceptual=0, contrastive=0))
         losses = plain.compute_colabator(restored, synthetic.clear, on_real, real.strong, label, trust)
         vgg, weights = self.features, COLABATOR_WEIGHTS
-        similar = compute_perceptual(vgg(restored.scene.clamp(0, 1)), vgg(synthetic.clear))
-        contrasted = compute_contrastive(vgg(on_real.scene), vgg(label), vgg(real.strong))
+        similar = compute_perceptual(vgg, vgg(restored.scene.clamp(0, 1)), vgg(synthetic.clear))
+        contrasted = compute_contrastive(vgg, vgg(on_real.scene), vgg(label), vgg(real.strong))
         return losses | {"perceptual": weights.perceptual * similar, "contrastive": contrasted}, won
 
     def rate_then_decide(self, candidate: Restoration, step: int) -> tuple[Tensor, Tensor, bool]:

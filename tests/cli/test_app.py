@@ -13,6 +13,7 @@ import yaml
 from corun_ray.config.loading import dump_job, load_jobs
 from corun_ray.core.choices import CLARITY_NAMES, DEGRADATIONS, QUALITY_NAMES, Degradation
 from corun_ray.core.scoring.scorers import CLARITY_SCORERS, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY_SCORERS
+from corun_ray.service.models.sources import SHIPPED_FOLDER
 from tests.service.jobs import small_job
 
 
@@ -112,7 +113,11 @@ def test_job_files_offer_exactly_the_scorers_that_exist():
 
 
 @pytest.mark.parametrize(
-    "name", ["quickstart", "pretrain", "colabator", "paper_pretrain", "paper_colabator", "derain_colabator", "serve"]
+    "name",
+    [
+        *("quickstart", "pretrain", "colabator", "paper_pretrain", "paper_colabator"),
+        *("derain_colabator", "serve", "corun_small"),
+    ],
 )
 def test_the_jobs_that_we_ship_are_executable_and_valid(name):
     path = f"jobs/{name}.yaml"
@@ -168,11 +173,11 @@ WRONG_REQUESTS = [
     ),
     (
         ["serve", "net.pth"],
-        "net.pth: nothing there (expected a checkpoint folder or a .pth)",
+        "net.pth: nothing there (expected a checkpoint folder, a .pth or corun-small)",
     ),
     (
         ["pull", "nowhere", "out"],
-        "nowhere: nothing there (expected a checkpoint folder or a .pth)",
+        "nowhere: nothing there (expected a checkpoint folder, a .pth or corun-small)",
     ),
 ]
 
@@ -194,3 +199,10 @@ def test_a_wrong_request_for_models_is_one_line(wrong_requests, number):
     folder, said, complained, code = wrong_requests[number]
     assert code == 2 and complained.strip() == WRONG_REQUESTS[number][1] and said == ""
     assert list(folder.iterdir()) == []
+
+
+def test_the_shipped_model_is_pulled_in_half_precision(tmp_path):
+    result = corun_ray("pull", "corun-small", tmp_path / "model", "--half")
+    weights = tmp_path / "model" / "model.safetensors"
+    assert result.returncode == 0 and str(weights) in result.stdout.splitlines()
+    assert weights.read_bytes() == (SHIPPED_FOLDER / "corun-small" / "model.safetensors").read_bytes()

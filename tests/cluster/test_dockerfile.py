@@ -96,6 +96,7 @@ def test_what_is_copied_is_there_and_let_through() -> None:
         assert (ROOT / source).exists(), source
         assert not is_left_out(source, ignore_rules()), source
     assert not is_left_out("corun_ray/core/data/fade_models.json", ignore_rules())
+    assert not is_left_out("corun_ray/service/models/shipped/corun-small/model.safetensors", ignore_rules())
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,11 @@ def test_what_does_not_go_together_is_told_with_its_key(section: str, values: di
     assert said in mistake(section, values)
 
 
+def test_only_vgg19_needs_weights_of_features() -> None:
+    for values in ({"perceptual": "laplacian"}, {"perceptual": "laplacian", "weights": "w"}, {"weights": "w"}):
+        assert PretrainJob.model_validate(PRETRAIN | {"loss": values}).loss.model_dump().items() >= values.items()
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
@@ -136,3 +141,21 @@ def test_progressive_phases_rise_and_lie_within_the_run() -> None:
 def test_other_networks_have_arguments_instead_of_stages() -> None:
     job = PretrainJob.model_validate(PRETRAIN | {"network": {"type": "mine.net:Net", "args": {"depth": 3}}})
     assert (job.network.stages, job.network.width, job.network.args) == (None, None, {"depth": 3})
+
+
+def test_a_shipped_model_to_start_from_sets_the_size() -> None:
+    job = PretrainJob.model_validate(PRETRAIN | {"network": {"init": "corun-small"}})
+    assert (job.network.stages, job.network.width) == (2, 8)
+    folder = PretrainJob.model_validate(PRETRAIN | {"network": {"init": "./corun-small"}})
+    assert (folder.network.stages, folder.network.width) == (4, 30)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"stages": 4}, "network.stages: 4, but corun-small has 2"),
+        ({"width": 30}, "network.width: 30, but corun-small has 8"),
+    ],
+)
+def test_another_size_than_that_of_a_shipped_model_is_refused(given: dict, said: str) -> None:
+    assert mistake("network", {"init": "corun-small"} | given) == said

@@ -43,3 +43,13 @@ def test_what_a_serve_job_would_use(tmp_path, monkeypatch):
     ]
     _, mistakes = check_job(build_job(tree | {"serve": section | {"model": "/none", "gpus_per_replica": 64.0}}), [])
     assert [line.split(":")[0] for line in mistakes] == ["serve.model", "serve.gpus_per_replica"]
+
+
+def test_a_shipped_model_is_there_and_an_unknown_name_is_not(tmp_path):
+    tree = {"kind": "serve", "name": "s", "storage": str(tmp_path), "serve": {"model": "corun-small"}}
+    notes, mistakes = check_job(build_job(tree), [])
+    assert mistakes == [] and "model     corun-small, which comes with this package" in notes
+    _, mistakes = check_job(build_job(tree | {"serve": {"model": "corun-smal"}}), [])
+    assert mistakes == [
+        "serve.model: nothing at corun-smal (expected a checkpoint folder, a .pth, an MLflow URI or corun-small)"
+    ]

@@ -1,7 +1,8 @@
 """The atmospheric scattering model: haze laid over a clear image, from its depth.
 
-`hazy = scene · T + A · (1 − T)` with the transmission `T = exp(−2β(1 − d))`, where `d` is the inverse depth
-and `A` the airlight. Source: haze synthesis of Fang et al., NeurIPS 2024, arXiv 2406.07966.
+`hazy = scene · T + A · (1 − T)` with the transmission `T = exp(−2β(1 − d + n))`, where `d` is the inverse depth, `A`
+the airlight and `n` the distance of the nearest point. Source: haze synthesis of Fang et al., NeurIPS 2024, arXiv
+2406.07966, where `n` is 0: the nearest point of every image is free of haze.
 """
 
 from dataclasses import dataclass
@@ -15,20 +16,23 @@ from numpy.typing import NDArray
 class HazeRange:
     """Ranges of the uniform draws of a haze: any positive `beta`, `airlight` within [0, 1].
 
-    `airlight_tint` is the largest deviation of one channel's airlight from the drawn grey.
+    `airlight_tint` is the largest deviation of one channel's airlight from the drawn grey. `nearest` is 0 and above, in
+    units of the distance between the nearest and the farthest point.
     """
 
     beta: tuple[float, float] = (0.2, 2.8)
     airlight: tuple[float, float] = (0.25, 1.0)
     airlight_tint: float = 0.025
+    nearest: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Haze:
-    """One haze: its density `beta`, and the airlight of red, green and blue in [0, 1]."""
+    """One haze: its density `beta`, the airlight of red, green and blue in [0, 1], and the nearest point's distance."""
 
     beta: float
     airlight: tuple[float, float, float]
+    nearest: float = 0.0
 
 
 def sample_haze(rng: np.random.Generator, haze_range: HazeRange) -> Haze:
@@ -43,15 +47,19 @@ def sample_haze(rng: np.random.Generator, haze_range: HazeRange) -> Haze:
     grey = rng.uniform(*haze_range.airlight)
 
     red, green, blue = np.clip(grey + tint, 0.0, 1.0)
-    return Haze(float(beta), (float(red), float(green), float(blue)))
+
+    # Drawn last, and only from a range: without one, the random numbers stay those of the published haze.
+    least, greatest = haze_range.nearest
+    nearest = rng.uniform(least, greatest) if greatest > least else least
+    return Haze(float(beta), (float(red), float(green), float(blue)), float(nearest))
 
 
-def compute_transmission(inverse_depth: NDArray[np.float32], beta: float) -> NDArray[np.float32]:
-    """Compute the transmission `T = exp(−2β(1 − d))`.
+def compute_transmission(inverse_depth: NDArray[np.float32], beta: float, nearest: float = 0.0) -> NDArray[np.float32]:
+    """Compute the transmission `T = exp(−2β(1 − d + n))`.
 
-    Returns `H W` in (0, 1]. `inverse_depth` is `d`, `H W` in [0, 1].
+    Returns `H W` in (0, 1]. `inverse_depth` is `d`, `H W` in [0, 1]. `nearest` is `n`, 0 and above.
     """
-    return np.exp(2 * beta * (inverse_depth - 1))
+    return np.exp(np.float32(2 * beta) * (inverse_depth - np.float32(1 + nearest)))
 
 
 def add_haze(scene: NDArray[np.float32], transmission: NDArray[np.float32], haze: Haze) -> NDArray[np.float32]:

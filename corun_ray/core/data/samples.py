@@ -82,7 +82,7 @@ def make_synthetic_pair(
         for top in range(0, crop.side_px, _BAND_ROWS):
             band = slice(top, top + _BAND_ROWS)
             shot = augment.degrade(rng, truth[band], camera)
-            transmission = compute_transmission(depth_map.to_inverse(depth[band]), haze.beta)
+            transmission = compute_transmission(depth_map.to_inverse(depth[band]), haze.beta, haze.nearest)
             # convertScaleAbs rounds to uint8.
             hazy[band] = cv2.convertScaleAbs(add_haze(shot, transmission, haze), alpha=255)
             if levels is not None:

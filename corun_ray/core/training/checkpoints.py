@@ -92,14 +92,16 @@ def load_network(path: Path) -> LoadedNetwork:
 def load_params(path: Path, network: nn.Module) -> dict[str, Tensor]:
     """Load the parameters of a checkpoint folder or file.
 
-    These are the moving average, or else the only parameters.
+    These are the moving average, or else the only parameters, in the number types of `network`.
 
     Raises `CheckpointError` unless they fit `network`.
     """
     file = _find_network_file(path) if path.is_dir() else path
-    params = _read_params(file)
-    _check_fit(params, network.state_dict(), f"{file}: does not fit {type(network).__name__}")
-    return params
+    params, expected = _read_params(file), network.state_dict()
+    _check_fit(params, expected, f"{file}: does not fit {type(network).__name__}")
+
+    # A file may hold its weights in half precision.
+    return {name: tensor.to(expected[name].dtype) for name, tensor in params.items()}
 
 
 def read_spec(folder: Path) -> NetworkSpec:

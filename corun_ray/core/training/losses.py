@@ -1,15 +1,17 @@
 """The losses of pre-training and of Colabator, with the published weights.
 
 Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, section 3. A loss is skipped, and nothing is computed for it,
-where its weight is 0 or where its needs are missing: the feature network, the density, or a transmission.
+where its weight is 0 or where its needs are missing: the feature extractor, the density, or a transmission.
 
-The perceptual and the contrastive loss compare VGG-19 features (Simonyan and Zisserman, ICLR 2015), with the layers and
-weights that were published with CORUN.
+The perceptual and the contrastive loss compare features of images. Features of VGG-19 (Simonyan and Zisserman, ICLR
+2015) have the layers and weights that were published with CORUN. The bands of a Laplacian pyramid (Burt and Adelson,
+IEEE Transactions on Communications, 1983) need no pretrained network.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ VGG_BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 1))
 """Width and number of convolutions of each block; relu5_1 is the last layer in use."""
 
 LAYER_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
-"""The weights of relu1_1, relu2_1, relu3_1, relu4_1 and relu5_1."""
+"""The weights of VGG-19's relu1_1, relu2_1, relu3_1, relu4_1 and relu5_1."""
 
 FEATURE_WEIGHT = 0.2
 """A factor within the formulas of both feature losses."""
@@ -33,8 +35,29 @@ FEATURE_WEIGHT = 0.2
 RATIO_EPSILON = 1e-7
 """Keeps the contrastive ratio finite where the restoration is the hazy image itself."""
 
+LAPLACIAN_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0)
+"""The weights of the bands, finest first, and of the low-pass rest."""
+
+LAPLACIAN_RATIO_EPSILON = 3e-2
+"""Keeps the contrastive ratio small where images are flat: the bands of flat patches are 0.
+
+With 1e-3, the gradient of the contrastive loss was several hundred times that of the pixel loss.
+"""
+
 Features = Sequence[Tensor]
-"""The five features of a batch of images, one for each of `LAYER_WEIGHTS`."""
+"""The features of a batch of images, one for each of the extractor's layers."""
+
+
+class FeatureExtractor(Protocol):
+    """Extracts the features that the perceptual and the contrastive loss compare."""
+
+    layer_weights: tuple[float, ...]
+    """The weights of the layers, in the order of their features."""
+    ratio_epsilon: float
+    """A summand of the denominators of the contrastive loss."""
+
+    def __call__(self, images: Tensor) -> Features:
+        """Extract the features of images, `B 3 H W` in [0, 1], with sides of 16 px and more."""
 
 
 @dataclass(frozen=True)
@@ -68,26 +91,27 @@ def rehaze(restoration: Restoration) -> Tensor:
     return scene * transmission + 1 - transmission
 
 
-def compute_perceptual(found: Features, truth: Features) -> Tensor:
+def compute_perceptual(extractor: FeatureExtractor, found: Features, truth: Features) -> Tensor:
     """Compute the perceptual loss `0.2 sum w L1(f(x), f(y))`.
 
-    `found` and `truth` are the features f of the images x and y.
+    `found` and `truth` are the features f of the images x and y. The layers' weights w are those of their extractor.
     """
     distances = []
-    for weight, x, y in zip(LAYER_WEIGHTS, found, truth, strict=True):
+    for weight, x, y in zip(extractor.layer_weights, found, truth, strict=True):
         distances.append(weight * _compute_distance(x, y))
     return FEATURE_WEIGHT * torch.stack(distances).sum()
 
 
-def compute_contrastive(found: Features, positive: Features, negative: Features) -> Tensor:
+def compute_contrastive(extractor: FeatureExtractor, found: Features, positive: Features, negative: Features) -> Tensor:
     """Compute the contrastive loss of three images' features.
 
-    `0.2 sum w L1(f(x), f(positive)) / L1(f(x), f(negative))`, where f are the features. The loss pulls the restoration
-    x towards the positive image and pushes it away from the negative one. Each L1 is a mean over the whole batch.
+    `0.2 sum w L1(f(x), f(positive)) / (L1(f(x), f(negative)) + epsilon)`, where f are the features, w the layers'
+    weights. The loss pulls the restoration x towards the positive image and pushes it away from the negative one. Each
+    L1 is a mean over the whole batch.
     """
     ratios = []
-    for weight, x, near, far in zip(LAYER_WEIGHTS, found, positive, negative, strict=True):
-        ratios.append(weight * _compute_distance(x, near) / (_compute_distance(x, far) + RATIO_EPSILON))
+    for weight, x, near, far in zip(extractor.layer_weights, found, positive, negative, strict=True):
+        ratios.append(weight * _compute_distance(x, near) / (_compute_distance(x, far) + extractor.ratio_epsilon))
     return FEATURE_WEIGHT * torch.stack(ratios).sum()
 
 
@@ -107,7 +131,7 @@ class Losses:
     """The losses of a run. A step minimises the sum of what one of the methods returns."""
 
     weights: LossWeights
-    features: "Vgg19Features | None" = None
+    features: FeatureExtractor | None = None
     """Needed by the perceptual and the contrastive loss."""
     density: Callable[[Tensor], Tensor] | None = None
     """Haze density of `B 3 H W` images in [0, 1], `B`, differentiable; needed by the haze-density loss."""
@@ -213,7 +237,7 @@ class Losses:
             restorations.append(first)
             targets.extend(others)
 
-        # All restorations go through the network in one pass with a graph, and all targets in one pass without. An
+        # All restorations go through the extractor in one pass with a graph, and all targets in one pass without. An
         # image that both losses need goes through once.
         found = _extract_features(self.features, restorations)
         with torch.no_grad():
@@ -221,10 +245,10 @@ class Losses:
 
         losses = {}
         if "perceptual" in active:
-            distance = compute_perceptual(*(found[image] for image in similar))
+            distance = compute_perceptual(self.features, *(found[image] for image in similar))
             losses["perceptual"] = self.weights.perceptual * distance
         if "contrastive" in active:
-            distance = compute_contrastive(*(found[image] for image in contrasted))
+            distance = compute_contrastive(self.features, *(found[image] for image in contrasted))
             losses["contrastive"] = self.weights.contrastive * distance
         return losses
 
@@ -238,22 +262,48 @@ class Losses:
         return {"haze_density": self.weights.haze_density * self.density(scene.float().clamp(0, 1)).mean()}
 
 
-def _extract_features(network: "Vgg19Features", images: Sequence[Tensor]) -> dict[Tensor, Features]:
+def _extract_features(extractor: FeatureExtractor, images: Sequence[Tensor]) -> dict[Tensor, Features]:
     """Extract the features of distinct batches, in one pass."""
     # Tensors hash by identity, so the same batch counts once.
     distinct = list(dict.fromkeys(images))
     counts = [len(batch) for batch in distinct]
 
     # Split every layer's features into those of the batches.
-    parts = [layer.split(counts) for layer in network(torch.cat(distinct))]
+    parts = [layer.split(counts) for layer in extractor(torch.cat(distinct))]
     return dict(zip(distinct, zip(*parts, strict=True), strict=True))
 
 
-# --- The feature network ---
+# --- The feature extractors ---
+
+
+class LaplacianFeatures(nn.Module):
+    """Band-pass levels of an image and the low-pass rest, without parameters."""
+
+    layer_weights: tuple[float, ...] = LAPLACIAN_WEIGHTS
+    ratio_epsilon = LAPLACIAN_RATIO_EPSILON
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Split images into four bands, finest first, and the rest at a sixteenth of their sides.
+
+        The images are `B 3 H W`, with sides of 16 px and more. Each band has half the sides of the one before.
+        """
+        # Bands are small differences: bfloat16 would round them away.
+        rest = images.float()
+
+        # A band is what an image loses when its sides are halved.
+        levels = []
+        for _ in self.layer_weights[1:]:
+            half = F.avg_pool2d(rest, 2)
+            levels.append(rest - F.interpolate(half, size=rest.shape[-2:], mode="bilinear"))
+            rest = half
+        return [*levels, rest]
 
 
 class Vgg19Features(nn.Module):
     """VGG-19 up to relu5_1; layers have the numbers of torchvision's `features`."""
+
+    layer_weights: tuple[float, ...] = LAYER_WEIGHTS
+    ratio_epsilon = RATIO_EPSILON
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from pathlib import Path
 from corun_ray import PACKAGE
 from corun_ray.config.jobs import DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob
 from corun_ray.config.loading import JobFileError, load_jobs
+from corun_ray.core.choices import SHIPPED_MODELS
 from corun_ray.service.cluster.paths import list_folders
 
 SQLITE = "sqlite:///"
@@ -135,8 +136,14 @@ def _describe_relative_places(jobs: Sequence[Job]) -> list[str]:
 
 def _find_relative_places(job: Job) -> Iterator[tuple[str, str]]:
     """Yield the keys with relative paths, and the paths."""
+    places = list_folders(job)
+
+    # A shipped model is no place: the package brings it to the cluster.
+    for key, model in _list_models(job):
+        if model not in SHIPPED_MODELS:
+            places.append((key, model))
+
     # An SQLite file of MLflow is a place, too.
-    places = [*list_folders(job), *_list_models(job)]
     if job.tracking.uri.startswith(SQLITE):
         places.append(("tracking.uri", job.tracking.uri.removeprefix(SQLITE)))
     for key, place in places:
@@ -147,7 +154,7 @@ def _find_relative_places(job: Job) -> Iterator[tuple[str, str]]:
 def _list_models(job: Job) -> Iterator[tuple[str, str]]:
     """Yield the keys that name a model, and the model.
 
-    A model is a file or one of MLflow's.
+    A model is a file, one of MLflow's or a shipped one.
     """
     if isinstance(job, TrainingJob) and job.network.init:
         yield "network.init", job.network.init

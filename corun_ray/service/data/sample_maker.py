@@ -192,7 +192,7 @@ class SampleMaker:
                 depth_map,
                 rng,
                 patch_px=self.patch_px,
-                haze_range=HazeRange(haze.beta, haze.airlight, haze.airlight_tint),
+                haze_range=HazeRange(haze.beta, haze.airlight, haze.airlight_tint, haze.nearest),
                 random_resize=data.random_resize,
                 rotation=data.rotation,
                 camera_faults=CAMERA_FAULTS[data.camera],

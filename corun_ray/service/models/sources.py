@@ -1,6 +1,6 @@
 """Where a network comes from: an MLflow URI, a checkpoint folder or URI, a weights file, or a job's own section.
 
-Also writes a model as plain files: weights, configuration and card.
+Some models come with this package. Also writes a model as plain files: weights, configuration and card.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from corun_ray.config.jobs import TrainingJob
+from corun_ray.core.choices import SHIPPED_MODELS
 from corun_ray.core.errors import UserError
 from corun_ray.core.networks.build import build_network, probe_network
 from corun_ray.core.networks.spec import NetworkError, NetworkSpec
@@ -32,6 +33,8 @@ from corun_ray.service.models.user_code import UserCode, collect_code, install_c
 from corun_ray.service.storage import StorageError, locate
 
 MLFLOW_SCHEMES = ("models:/", "runs:/")
+SHIPPED_FOLDER = Path(__file__).with_name("shipped")
+"""The models that come with this package: a plain model folder for each, with its card."""
 RECOGNISED_TYPE = "spandrel"
 """The network type of a job whose checkpoint says which architecture it is."""
 
@@ -80,6 +83,11 @@ def open_source(source: str, tracking: str) -> Iterator[Path]:
     A download is deleted when the context ends.
     Raises `ModelSourceError`.
     """
+    # The name of a shipped model comes before a folder of that name, which `./NAME` still means.
+    if source in SHIPPED_MODELS:
+        yield SHIPPED_FOLDER / source
+        return
+
     with tempfile.TemporaryDirectory() as folder:
         try:
             if source.startswith(MLFLOW_SCHEMES):
@@ -88,7 +96,8 @@ def open_source(source: str, tracking: str) -> Iterator[Path]:
 
             location = locate(source)
             if not location.exists():
-                raise ModelSourceError(f"{source}: nothing there (expected a checkpoint folder or a .pth)")
+                shipped = " or ".join(SHIPPED_MODELS)
+                raise ModelSourceError(f"{source}: nothing there (expected a checkpoint folder, a .pth or {shipped})")
             # Local files are used in place.
             path = Path(location.path) if location.is_local else location.download(Path(folder))
         except (TrackingError, StorageError) as error:
@@ -202,10 +211,10 @@ def _check_corun_size(job: TrainingJob, found: NetworkSpec) -> None:
 # --- A model as plain files ---
 
 
-def pull_model(source: str, folder: Path, tracking: str) -> list[Path]:
+def pull_model(source: str, folder: Path, tracking: str, half: bool = False) -> list[Path]:
     """Write a source's model as plain files; return them.
 
-    `folder` must be new or empty.
+    `folder` must be new or empty. With `half`, the weights are rounded to float16.
     The code of a user's own class is written too. Raises `ModelSourceError`.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -214,6 +223,8 @@ def pull_model(source: str, folder: Path, tracking: str) -> list[Path]:
     with open_source(source, tracking) as path:
         # Load before the folder is made: a source that fails leaves nothing behind.
         loaded, code = load_source(source, path)
+        if half:
+            _round_to_half(loaded.network, source)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder, loaded)
         write_code(code, folder)
@@ -224,3 +235,14 @@ def pull_model(source: str, folder: Path, tracking: str) -> list[Path]:
             shutil.copytree(about, folder, dirs_exist_ok=True)
 
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _round_to_half(network: nn.Module, source: str) -> None:
+    """Round a network's weights to float16.
+
+    Raises `ModelSourceError` for weights beyond the range of float16.
+    """
+    network.half()
+    for name, tensor in network.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ModelSourceError(f"{source}: {name} does not fit into half precision (numbers up to 65504)")

@@ -17,7 +17,14 @@ from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScore
 from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
 from corun_ray.core.scoring.quality import load_quality, probe_scorer
 from corun_ray.core.scoring.scorers import Scorer
-from corun_ray.core.training.losses import VGG_FILE, Losses, LossWeights, load_vgg19
+from corun_ray.core.training.losses import (
+    VGG_FILE,
+    FeatureExtractor,
+    LaplacianFeatures,
+    Losses,
+    LossWeights,
+    load_vgg19,
+)
 from corun_ray.core.weights import WeightsError, WeightsSource
 from corun_ray.service.weights.needed import open_weights
 
@@ -48,7 +55,13 @@ def build_losses(
     Raises `WeightsError`.
     """
     loss = job.loss
-    features = load_vgg19(source(VGG_FILE)).to(device) if loss.perceptual == "vgg19" else None
+
+    # The features of the perceptual and the contrastive loss.
+    features: FeatureExtractor | None = None
+    if loss.perceptual == "vgg19":
+        features = load_vgg19(source(VGG_FILE)).to(device)
+    elif loss.perceptual == "laplacian":
+        features = LaplacianFeatures()
 
     # The haze-density loss of Colabator: what the clarity scorer finds lacking.
     density_weight = 0.0

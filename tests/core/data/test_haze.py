@@ -52,3 +52,17 @@ def test_without_tint_the_airlight_is_grey():
 def test_the_same_seed_draws_the_same_haze():
     first, second = (sample_haze(np.random.default_rng(3), HazeRange()) for _ in range(2))
     assert first == second
+
+
+def test_haze_before_the_nearest_point():
+    nearness = np.array([[1.0, 0.5, 0.0]], np.float32)
+    expected = np.exp(-2 * 1.3 * (1 - nearness + 0.25))
+    np.testing.assert_allclose(compute_transmission(nearness, beta=1.3, nearest=0.25), expected, rtol=1e-6)
+
+
+def test_a_range_of_nearest_distances_is_drawn_last():
+    plain, ranged = (np.random.default_rng(4) for _ in range(2))
+    without, with_range = sample_haze(plain, HazeRange()), sample_haze(ranged, HazeRange(nearest=(0.0, 0.3)))
+    assert (without.beta, without.airlight, without.nearest) == (with_range.beta, with_range.airlight, 0.0)
+    distances = [sample_haze(ranged, HazeRange(nearest=(0.1, 0.3))).nearest for _ in range(400)]
+    assert 0.1 <= min(distances) < 0.11 and 0.29 < max(distances) <= 0.3

@@ -1,5 +1,6 @@
 """Checkpoints: the published format in and out, what is refused, and runs that resume where they stopped."""
 
+import copy
 import os
 import pickle
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -14,13 +16,16 @@ from corun_ray.core.networks.build import build_network
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.core.training.checkpoints import (
+    MODEL_FILE,
     NETWORK_FILE,
     SPEC_FILE,
     CheckpointError,
+    LoadedNetwork,
     load_network,
     load_params,
     load_run,
     read_spec,
+    save_model,
     save_network,
     save_run,
 )
@@ -107,6 +112,19 @@ def test_a_published_checkpoint_of_three_stages_is_trained_and_exported_under_it
     assert not torch.equal(
         content["params"]["last.dehaze_net.mapping.weight"], weights["last.dehaze_net.mapping.weight"]
     )
+
+
+def test_half_precision_is_loaded_as_float32(tmp_path: Path) -> None:
+    network = random_network()
+    save_model(tmp_path, LoadedNetwork(copy.deepcopy(network).half(), corun_spec()))
+    with safe_open(tmp_path / MODEL_FILE, framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+
+    # A folder, a bare file, and parameters for a network that is there.
+    for path in (tmp_path, tmp_path / MODEL_FILE):
+        for params in (load_network(path).network.state_dict(), load_params(path, network)):
+            assert all(tensor.dtype == torch.float32 for tensor in params.values())
+            torch.testing.assert_close(params, dict(network.state_dict()), rtol=1e-3, atol=1e-6)
 
 
 def wrappings(params: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,12 @@ def test_a_relative_database_a_searched_folder_and_a_checkpoint_are_refused(tmp_
     assert prepare_submission(path, absolute, env={})
 
 
+def test_a_shipped_model_is_no_relative_place(tmp_path: Path) -> None:
+    assert prepare_submission(written(tmp_path, ABSOLUTE), ["network.init=corun-small"], env={})
+    lines = refused(written(tmp_path, DEHAZE), "dehaze.input=corun-small", "dehaze.model=corun-small", env={})
+    assert [line.split(":")[0] for line in lines] == ["storage", "dehaze.input", "dehaze.output"]
+
+
 def test_variables_without_a_value_are_named(tmp_path: Path) -> None:
     assert refused(written(tmp_path, ABSOLUTE), env={}, more_env=["NOT_SET"]) == [
         "--env NOT_SET: not set here (or NAME=VALUE)"

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from corun_ray.core.scoring.daclip import DACLIP_FILE
-from corun_ray.core.training.losses import VGG_FILE
+from corun_ray.core.training.losses import VGG_FILE, LaplacianFeatures
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.check import check_job
 from corun_ray.service.telemetry.console import Console
-from corun_ray.service.train.coherence import build_coherence
+from corun_ray.service.train.coherence import build_coherence, build_losses
 from corun_ray.service.train.driver import prepare, run_training
 from corun_ray.service.weights.folder import index_folder
 from corun_ray.service.weights.needed import find_needed_files, open_weights
@@ -98,6 +98,13 @@ def test_what_is_missing_is_said_before_any_worker_starts(folder, dataset, tmp_p
     assert any(note.startswith("weights ") and DACLIP_FILE in note for note in notes)
     (mistake,) = mistakes
     assert mistake.startswith("weights: musiq_koniq_ckpt-e95806b9.pth (for coherence.quality musiq): missing")
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "colabator"])
+def test_the_laplacian_features_need_no_weights(kind, tmp_path):
+    job = small_job(kind, tmp_path, tmp_path, loss={"perceptual": "laplacian"})
+    assert find_needed_files(job) == {}
+    assert isinstance(build_losses(job, open_weights(None), None).features, LaplacianFeatures)
 
 
 def test_a_scorer_that_cannot_rate_blocks_is_said_before_any_worker_starts(folder, dataset, tmp_path):
