@@ -1,4 +1,4 @@
-# make demo and make test are the two commands of the README; each sets up .venv first.
+# make demo and make test are commands of the README; each sets up .venv first.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -15,7 +15,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
 
-# Renders a small dataset, trains on it (pretrain, colabator, control) and compares the models on its hidden truth.
+# Renders a small dataset, trains on it (Colabator, a control) and compares the models on its hidden truth.
 demo: $(STAMP)
 	$(BIN)/corun-ray demo demo
 	$(BIN)/corun-ray run jobs/quickstart.yaml
