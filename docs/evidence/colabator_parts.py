@@ -149,14 +149,8 @@ class TruthCoherence(Coherence):
         return GlobalScores(1 - error.sqrt(), torch.ones_like(error))
 
 
-class Untrusting:
-    """The scores of another coherence, with a trust of one half everywhere: the mean of the loss is that of no map."""
-
-    def __init__(self, plain: Coherence) -> None:
-        self.plain = plain
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.plain, name)
+class Untrusting(Coherence):
+    """A trust of one half everywhere: the weight of the real half of the pixel loss is then that of no map."""
 
     def build_trust_map(self, blocks: BlockScores, height_px: int, width_px: int) -> Tensor:
         """Trust every pixel alike."""
@@ -219,8 +213,9 @@ def train(start: CORUN, data: Data, way: Way, seed: int, steps: int) -> CORUN:
 
 def build_coherence(way: Way, data: Data) -> Coherence:
     """Build the scorers of a way."""
-    coherence = TruthCoherence(data, way.patch_px) if way.by_truth else Coherence()
-    return coherence if way.trust else Untrusting(coherence)  # type: ignore[return-value]
+    if way.by_truth:
+        return TruthCoherence(data, way.patch_px)
+    return Coherence() if way.trust else Untrusting()
 
 
 @torch.no_grad()
