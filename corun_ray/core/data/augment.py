@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corun_ray.core.choices import CameraKind
-from corun_ray.core.data.images import ImageU8
+from corun_ray.core.data.images import ImageU8, decode_image
 
 # JPEG blocks are 8 px; with chroma at half resolution the grid repeats every 16 px.
 _JPEG_GRID_PX = 16
@@ -196,7 +196,8 @@ def sample_noise(
 
     Returns the matrix, `1 3` or `3 3`, that mixes unit normal noise into red, green, blue. Its level is an integer
     number of 255ths within `levels`. 40 % colour (independent channels), 40 % grey (equal channels), 20 % correlated:
-    the greatest level, covariance `level² · Uᵀ D U`, U a random rotation, D uniform in [0, 1].
+    the greatest level, covariance `|level² · Uᵀ D U|`, absolute value by value. D is uniform in [0, 1]; U is an
+    orthonormal basis of three vectors that are uniform in [0, 1].
     """
     least, greatest = levels
     kind = rng.random()
@@ -207,8 +208,12 @@ def sample_noise(
     elif kind < 0.8:
         mixing = level * np.ones((1, 3))
     else:
-        rotation = np.linalg.qr(rng.standard_normal((3, 3))).Q
-        mixing = greatest / 255 * np.sqrt(rng.uniform(size=(3, 1))) * rotation
+        basis = np.linalg.svd(rng.uniform(size=(3, 3))).U
+        covariance = np.abs(basis.T @ np.diag(rng.uniform(size=3)) @ basis)
+
+        # The absolute values may have no root. Singular values give that of the nearest matrix that has one.
+        _, variances, axes = np.linalg.svd(covariance)
+        mixing = greatest / 255 * np.sqrt(variances)[:, None] * axes
 
     return mixing.astype(np.float32)
 
@@ -234,8 +239,13 @@ def sample_jpeg_quality(rng: np.random.Generator, faults: CameraFaults = CAMERA_
 
     Returns None for an image that is not compressed.
     """
+    return draw_jpeg_quality(rng, faults) if rng.random() < faults.jpeg_share else None
+
+
+def draw_jpeg_quality(rng: np.random.Generator, faults: CameraFaults) -> int:
+    """Draw the JPEG quality of an image that is compressed."""
     least, greatest = faults.jpeg_qualities
-    return int(rng.integers(least, greatest + 1)) if rng.random() < faults.jpeg_share else None
+    return int(rng.integers(least, greatest + 1))
 
 
 def apply_jpeg(rgb: ImageU8, quality: int, *, top_px: int = 0, left_px: int = 0) -> ImageU8:
@@ -247,10 +257,13 @@ def apply_jpeg(rgb: ImageU8, quality: int, *, top_px: int = 0, left_px: int = 0)
     # Pad at the top and left, so that the region begins at the same place of the block grid as in its image.
     top_px, left_px = top_px % _JPEG_GRID_PX, left_px % _JPEG_GRID_PX
     padded = cv2.copyMakeBorder(rgb, top_px, 0, left_px, 0, cv2.BORDER_REPLICATE)
+    return decode_image(encode_jpeg(padded, quality))[top_px:, left_px:]
 
-    jpeg = cv2.imencode(".jpg", cv2.cvtColor(padded, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    decoded = np.asarray(cv2.imdecode(jpeg, cv2.IMREAD_COLOR_RGB), np.uint8)
-    return decoded[top_px:, left_px:]
+
+def encode_jpeg(rgb: ImageU8, quality: int) -> bytes:
+    """Encode an image as a JPEG file."""
+    encoded = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return encoded.tobytes()
 
 
 # --- Strong view ---
@@ -333,7 +346,7 @@ _STRONG_OPERATIONS: tuple[tuple[StrongOperation, Callable[[np.random.Generator],
     (adjust_contrast, lambda rng: rng.uniform(0.05, 0.95)),
     (adjust_brightness, lambda rng: rng.uniform(0.05, 0.95)),
     (adjust_contrast, lambda rng: rng.uniform(0.25, 0.95)),
-    (posterize, lambda rng: float(rng.integers(4, 9))),
+    (posterize, lambda rng: float(rng.integers(4, 8))),
     (adjust_sharpness, lambda rng: rng.uniform(0.05, 0.95)),
-    (blur, lambda rng: float(rng.choice([1, 3, 5], p=[1 / 2, 1 / 3, 1 / 6]))),
+    (blur, lambda rng: float(rng.choice([1, 3, 5], p=[0.404, 0.404, 0.192]))),
 )

@@ -14,8 +14,11 @@ from corun_ray.core.data import augment
 from corun_ray.core.data.augment import CAMERA_FAULTS, CameraFaults, Sliceable
 from corun_ray.core.data.depth import DepthMap
 from corun_ray.core.data.haze import HazeRange, add_haze, compute_transmission, sample_haze
-from corun_ray.core.data.images import BadImage, ImageU8
+from corun_ray.core.data.images import BadImage, ImageU8, decode_image
 from corun_ray.core.timing import phase
+
+SAMPLES_VERSION = 2
+"""Raised where the same random numbers give other samples. Version 1 compressed real patches, not photographs."""
 
 # Haze is laid over bands of so many rows: their temporaries stay in the processor's cache.
 _BAND_ROWS = 32
@@ -143,15 +146,16 @@ def make_real_views(hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, j
 
     The weak view is the resized image; the strong view is derived from the weak one. `hazy` is `H W 3`; both sides
     become `patch_px`. The image is neither cropped nor flipped, so that its pseudo label stays aligned over epochs.
-    `jpeg_quality` is the quality of the synthetic half of the same sample.
-    """
-    with phase("resize"):
-        weak = augment.resize(hazy, patch_px, patch_px)
 
-    # The same JPEG damage as in the synthetic half.
+    With `jpeg_quality` the photograph takes a JPEG round trip first: `hazy` must then have its full size. On the patch,
+    JPEG would leave a grid of 8 px that no photograph has.
+    """
     with phase("jpeg"):
         if jpeg_quality is not None:
-            weak = augment.apply_jpeg(weak, jpeg_quality)
+            hazy = decode_image(augment.encode_jpeg(hazy, jpeg_quality), compute_real_side_px(patch_px))
+
+    with phase("resize"):
+        weak = augment.resize(hazy, patch_px, patch_px)
 
     with phase("strong view"):
         return RealViews(weak, augment.make_strong_view(rng, weak))

@@ -18,7 +18,7 @@ from PIL.ExifTags import Base
 from PIL.JpegImagePlugin import JpegImageFile
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
-from corun_ray.core.data.augment import CAMERA_FAULTS, Sliceable
+from corun_ray.core.data.augment import CAMERA_FAULTS, Sliceable, draw_jpeg_quality
 from corun_ray.core.data.depth import DepthMap, draw_procedural_depth
 from corun_ray.core.data.haze import HazeRange
 from corun_ray.core.data.images import (
@@ -121,7 +121,7 @@ class SampleMaker:
         if isinstance(self.job, ColabatorJob):
             # The real image of a sample goes through JPEG exactly when the synthetic one does.
             def make_real(image: int, rng: np.random.Generator) -> tuple[str, RealViews]:
-                return self._make_real_views(image, rng, pair.jpeg_quality)
+                return self._make_real_views(image, rng, compress=pair.jpeg_quality is not None)
 
             key, views = self._make_from_usable(HAZY, index, len(self.manifest.hazy), make_real)
             row |= {"weak": views.weak, "strong": views.strong, "key": key}
@@ -199,15 +199,20 @@ class SampleMaker:
                 with_transmission=self.job.loss.transmission > 0,
             )
 
-    def _make_real_views(self, image: int, rng: np.random.Generator, jpeg_quality: int | None) -> tuple[str, RealViews]:
+    def _make_real_views(self, image: int, rng: np.random.Generator, *, compress: bool) -> tuple[str, RealViews]:
         """Make the weak and strong view of a real image.
 
-        Also returns the image's key.
+        With `compress`, the photograph goes through JPEG first. Also returns the image's key.
         """
         assert isinstance(self.job, ColabatorJob)
-        key = self.manifest.hazy[image]
-        hazy = self._load_image(self.job.data.hazy, key, compute_real_side_px(self.patch_px))
-        return key, make_real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=jpeg_quality)
+        key, least_px, quality = self.manifest.hazy[image], compute_real_side_px(self.patch_px), None
+
+        # A photograph that is to be compressed is decoded whole, others only as large as the patch needs.
+        if compress:
+            least_px = None
+            quality = draw_jpeg_quality(rng, CAMERA_FAULTS[self.job.data.camera])
+        hazy = self._load_image(self.job.data.hazy, key, least_px)
+        return key, make_real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=quality)
 
     def _open_image(self, root: str, key: str) -> Sliceable:
         """Open an image to cut a region out of it.

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from corun_ray.config.jobs import TrainingJob
 from corun_ray.config.loading import JobFileError, load_jobs
 from corun_ray.config.reference import flatten
+from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.core.errors import UserError
 from corun_ray.service.storage import Location, StorageError, locate
 
@@ -59,6 +60,7 @@ class RunRecord(BaseModel):
     state: Literal["running", "finished"]
     mlflow_run: str
     data: Annotated[str, Field(description="digest of the manifest")]
+    samples: Annotated[int, Field(description="the way that samples are made; 1 where a run does not say")] = 1
     model: str | None = None
 
 
@@ -166,6 +168,10 @@ def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, digest: s
     # The sample stream follows from the list of images.
     if record.data != digest:
         reasons.append("data: not the files that the run began with")
+
+    # The same images and random numbers must give the same samples.
+    if record.samples != SAMPLES_VERSION:
+        reasons.append("samples: made in another way by the version of corun_ray that the run began with")
 
     if reasons:
         raise ResumeError("\n".join([f"--resume: {run.uri} cannot be resumed as this job:", *reasons]))

@@ -11,6 +11,7 @@ from ray.train import Result
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.loading import dump_job
+from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.cache import start_cache
 from corun_ray.service.data.manifest import Manifest, build_manifest, list_validation_sets
@@ -143,7 +144,8 @@ def _open_session(
         run, mlflow_run = earlier[0], earlier[1].mlflow_run
 
     tracker = Tracker(job, run.name, mlflow_run, parent)
-    record = RunRecord(state="running", mlflow_run=tracker.run_id, data=manifest.compute_digest())
+    digest = manifest.compute_digest()
+    record = RunRecord(state="running", mlflow_run=tracker.run_id, data=digest, samples=SAMPLES_VERSION)
     return Session(job, manifest, model, run, tracker, record)
 
 

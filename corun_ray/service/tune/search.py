@@ -19,6 +19,7 @@ from corun_ray.config.jobs import ClusterSection, TuneJob
 from corun_ray.config.loading import dump_job
 from corun_ray.config.tasks import Choice, RangeSection
 from corun_ray.config.trials import build_trial_job, list_corners
+from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.errors import JobFailed, get_first_line
 from corun_ray.service.models.registry import register_model
@@ -171,7 +172,7 @@ def _search(session: SearchSession, digest: str, folder: Path, trials_at_once: i
     job, run, tracker = session.job, session.run, session.tracker
 
     # The record lets `--resume` find the search.
-    record = RunRecord(state="running", mlflow_run=tracker.run_id, data=digest)
+    record = RunRecord(state="running", mlflow_run=tracker.run_id, data=digest, samples=SAMPLES_VERSION)
     run.child(JOB_FILE).write(dump_job(job).encode())
     write_record(run, record)
     tracker.log_file(JOB_FILE, dump_job(job).encode())

@@ -45,10 +45,10 @@ def plain_pair(
 
 def plain_views(hazy: np.ndarray, rng: np.random.Generator, *, patch_px: int, jpeg_quality: int | None) -> RealViews:
     """A real hazy image `H W 3` uint8, decoded whole, as its two views."""
+    with phase("jpeg"):
+        hazy = hazy if jpeg_quality is None else augment.apply_jpeg(hazy, jpeg_quality)
     with phase("resize"):
         weak = augment.resize(hazy, patch_px, patch_px)
-    with phase("jpeg"):
-        weak = weak if jpeg_quality is None else augment.apply_jpeg(weak, jpeg_quality)
     with phase("strong view"):
         return RealViews(weak, augment.make_strong_view(rng, weak))
 

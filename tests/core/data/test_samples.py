@@ -9,6 +9,7 @@ from corun_ray.core.data.depth import DepthMap, draw_procedural_depth
 from corun_ray.core.data.haze import HazeRange
 from corun_ray.core.data.images import BadImage, decode_image
 from corun_ray.core.data.samples import compute_real_side_px, crop_pair, make_real_views, make_synthetic_pair
+from tests.conftest import photograph
 
 HAZE = HazeRange()
 
@@ -246,10 +247,25 @@ def test_the_weak_view_is_the_same_every_time_and_the_strong_one_is_not():
 
 def test_the_strong_view_starts_from_the_compressed_weak_view(monkeypatch):
     monkeypatch.setattr(augment, "make_strong_view", lambda rng, rgb: rgb // 2)
-    plain = make_real_views(scene(), np.random.default_rng(0), patch_px=48, jpeg_quality=None)
     compressed = make_real_views(scene(), np.random.default_rng(0), patch_px=48, jpeg_quality=40)
-    np.testing.assert_array_equal(compressed.weak, augment.apply_jpeg(plain.weak, 40))
+    whole = augment.apply_jpeg(scene(), 40)
+    np.testing.assert_array_equal(compressed.weak, augment.resize(whole, 48, 48))
     np.testing.assert_array_equal(compressed.strong, compressed.weak // 2)
+
+
+def test_jpeg_of_a_photograph_leaves_no_grid_on_its_patch():
+    """Steps between pixels, at the borders of 8 px blocks against elsewhere, as a mean over eight photographs."""
+
+    def blockiness(patches):
+        steps = np.abs(np.diff(np.array(patches, float), axis=2)).mean((0, 1, 3))
+        at_border = np.arange(len(steps)) % 8 == 7
+        return steps[at_border].mean() / steps[~at_border].mean()
+
+    photographs = [photograph(np.random.default_rng(number), 400, 600) for number in range(8)]
+    views = [make_real_views(image, np.random.default_rng(0), patch_px=288, jpeg_quality=30) for image in photographs]
+    assert blockiness([view.weak for view in views]) == pytest.approx(1, abs=0.05)
+    patches = [augment.resize(image, 288, 288) for image in photographs]
+    assert blockiness([augment.apply_jpeg(patch, 30) for patch in patches]) > 1.2
 
 
 @pytest.mark.parametrize("short_px", [260, 460, 520, 920, 1030])

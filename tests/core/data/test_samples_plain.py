@@ -108,7 +108,7 @@ def test_real_images_decoded_small_look_as_those_decoded_whole(size_px):
 
 
 def test_views_of_an_image_decoded_whole_are_those_of_the_straightforward_order():
-    image = photograph(200, 280)
+    image = photograph(200, 280)  # too small to be decoded at half of its size
     for seed, jpeg_quality in ((0, None), (1, 60)):
         ours, plain = (
             make(image, np.random.default_rng(seed), patch_px=PATCH_PX, jpeg_quality=jpeg_quality)

@@ -1,8 +1,11 @@
 """What `--resume` finds, and what it refuses to resume."""
 
+import json
+
 import pytest
 
 from corun_ray.config.loading import dump_job
+from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.service.runs.record import (
     JOB_FILE,
     ResumeError,
@@ -16,7 +19,7 @@ from corun_ray.service.runs.record import (
 from corun_ray.service.storage import StorageError, locate
 from tests.service.jobs import small_job
 
-RECORD = RunRecord(state="running", mlflow_run="abc", data="digest")
+RECORD = RunRecord(state="running", mlflow_run="abc", data="digest", samples=SAMPLES_VERSION)
 
 
 def begun(job, name):
@@ -86,6 +89,18 @@ def test_other_data_is_refused(job):
     run = begun(job, "test-colabator-20260101-000000")
     with pytest.raises(ResumeError, match="data: not the files that the run began with"):
         refuse_changes(job, run, RECORD, "other digest")
+
+
+def test_a_run_whose_samples_were_made_in_another_way_is_refused(job):
+    run = begun(job, "test-colabator-20260101-000000")
+
+    # A record of before has no such entry.
+    record = read_record(run).model_dump()
+    del record["samples"]
+    run.child("run.json").write(json.dumps(record).encode())
+
+    with pytest.raises(ResumeError, match="samples: made in another way by the version of corun_ray that the run beg"):
+        refuse_changes(job, run, read_record(run), "digest")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"state": "running", "mlflow_run": 1, "data": ""}'])
