@@ -42,6 +42,7 @@ from corun_ray.core.choices import (
     Degradation,
     DepthKind,
     Encoding,
+    ResizeKind,
 )
 from corun_ray.core.metrics.catalog import list_no_reference_metrics
 
@@ -317,6 +318,7 @@ class TrainingDataSection(Section):
     )
     patch_px: Whole = Field(288, ge=32, multiple_of=16, description="side of a training patch, in pixels")
     random_resize: RandomResize = False
+    resize: ResizeKind = Field("area", description="area, or as published: cubic, bicubic without antialiasing")
     rotation: bool = Field(False, description="rotate synthetic or paired patches by a random multiple of 90 degrees")
     mixup: float = Field(0.0, ge=0, description="alpha of the Beta(alpha, alpha) that mixes pairs; 0: no mixup")
     cache_mib: Count = Field(

@@ -44,5 +44,8 @@ Encoding = Literal["uint8", "float16", "float32"]
 CameraKind = Literal["published", "mild", "none"]
 """Cameras that synthetic hazy images are taken with: darkening, noise and JPEG as published, slight, or absent."""
 
+ResizeKind = Literal["area", "cubic"]
+"""How training resizes images: by averages over area, or bicubic without antialiasing, as published."""
+
 DepthKind = Literal["inverse", "metres"]
 """Units of a depth map: inverse depth (near is large), or metres (far is large, 0 means no reading)."""

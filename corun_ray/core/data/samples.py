@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from corun_ray.core.choices import ResizeKind
 from corun_ray.core.data import augment
 from corun_ray.core.data.augment import CAMERA_FAULTS, CameraFaults, Sliceable
 from corun_ray.core.data.depth import DepthMap
@@ -57,6 +58,7 @@ def make_synthetic_pair(
     rotation: bool = False,
     camera_faults: CameraFaults = CAMERA_FAULTS["published"],
     with_transmission: bool = False,
+    resize: ResizeKind = "area",
 ) -> Pair:
     """Lay random haze over a random crop.
 
@@ -98,8 +100,8 @@ def make_synthetic_pair(
             hazy = augment.apply_jpeg(hazy, jpeg_quality, top_px=crop.top_px, left_px=crop.left_px)
 
     with phase("resize"):
-        known = None if levels is None else crop.finish(levels, patch_px)
-        return Pair(crop.finish(hazy, patch_px), crop.finish(truth, patch_px), jpeg_quality, known)
+        known = None if levels is None else crop.finish(levels, patch_px, resize)
+        return Pair(crop.finish(hazy, patch_px, resize), crop.finish(truth, patch_px, resize), jpeg_quality, known)
 
 
 def crop_pair(
@@ -110,6 +112,7 @@ def crop_pair(
     patch_px: int,
     random_resize: bool,
     rotation: bool = False,
+    resize: ResizeKind = "area",
 ) -> Pair:
     """Crop the same patch from a degraded and clear image.
 
@@ -130,18 +133,26 @@ def crop_pair(
     )
     degraded, truth = crop.cut(hazy), crop.cut(clear)
     with phase("resize"):
-        return Pair(crop.finish(degraded, patch_px), crop.finish(truth, patch_px), None)
+        return Pair(crop.finish(degraded, patch_px, resize), crop.finish(truth, patch_px, resize), None)
 
 
-def compute_real_side_px(patch_px: int) -> int:
+def compute_real_side_px(patch_px: int, resize: ResizeKind = "area") -> int | None:
     """Return the least decoded side of a real image.
 
-    Both sides of a real hazy image must be decoded to at least so many pixels.
+    Both sides must be decoded to at least so many pixels. None: the image must be decoded whole, since `cubic` takes
+    single pixels of it.
     """
-    return math.ceil(_REAL_OVERSIZE * patch_px)
+    return None if resize == "cubic" else math.ceil(_REAL_OVERSIZE * patch_px)
 
 
-def make_real_views(hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, jpeg_quality: int | None) -> RealViews:
+def make_real_views(
+    hazy: ImageU8,
+    rng: np.random.Generator,
+    *,
+    patch_px: int,
+    jpeg_quality: int | None,
+    resize: ResizeKind = "area",
+) -> RealViews:
     """Make the weak and strong view of a real image.
 
     The weak view is the resized image; the strong view is derived from the weak one. `hazy` is `H W 3`; both sides
@@ -152,10 +163,10 @@ def make_real_views(hazy: ImageU8, rng: np.random.Generator, *, patch_px: int, j
     """
     with phase("jpeg"):
         if jpeg_quality is not None:
-            hazy = decode_image(augment.encode_jpeg(hazy, jpeg_quality), compute_real_side_px(patch_px))
+            hazy = decode_image(augment.encode_jpeg(hazy, jpeg_quality), compute_real_side_px(patch_px, resize))
 
     with phase("resize"):
-        weak = augment.resize(hazy, patch_px, patch_px)
+        weak = augment.resize(hazy, patch_px, patch_px, resize)
 
     with phase("strong view"):
         return RealViews(weak, augment.make_strong_view(rng, weak))

@@ -165,7 +165,13 @@ class SampleMaker:
         # Images of two sizes are no pair: the degraded one is named as unusable.
         with BlameFile(data.paired.hazy, hazy_key):
             return crop_pair(
-                hazy, clear, rng, patch_px=self.patch_px, random_resize=data.random_resize, rotation=data.rotation
+                hazy,
+                clear,
+                rng,
+                patch_px=self.patch_px,
+                random_resize=data.random_resize,
+                rotation=data.rotation,
+                resize=data.resize,
             )
 
     def _make_synthetic_pair(self, image: int, rng: np.random.Generator) -> Pair:
@@ -197,6 +203,7 @@ class SampleMaker:
                 rotation=data.rotation,
                 camera_faults=CAMERA_FAULTS[data.camera],
                 with_transmission=self.job.loss.transmission > 0,
+                resize=data.resize,
             )
 
     def _make_real_views(self, image: int, rng: np.random.Generator, *, compress: bool) -> tuple[str, RealViews]:
@@ -205,14 +212,15 @@ class SampleMaker:
         With `compress`, the photograph goes through JPEG first. Also returns the image's key.
         """
         assert isinstance(self.job, ColabatorJob)
-        key, least_px, quality = self.manifest.hazy[image], compute_real_side_px(self.patch_px), None
+        data, key = self.job.data, self.manifest.hazy[image]
+        least_px, quality = compute_real_side_px(self.patch_px, data.resize), None
 
         # A photograph that is to be compressed is decoded whole, others only as large as the patch needs.
         if compress:
             least_px = None
-            quality = draw_jpeg_quality(rng, CAMERA_FAULTS[self.job.data.camera])
-        hazy = self._load_image(self.job.data.hazy, key, least_px)
-        return key, make_real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=quality)
+            quality = draw_jpeg_quality(rng, CAMERA_FAULTS[data.camera])
+        hazy = self._load_image(data.hazy, key, least_px)
+        return key, make_real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=quality, resize=data.resize)
 
     def _open_image(self, root: str, key: str) -> Sliceable:
         """Open an image to cut a region out of it.

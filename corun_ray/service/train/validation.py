@@ -168,7 +168,8 @@ class Validator:
         for image, label in zip(photos.values(), labels, strict=True):
             # The weak view, as the teacher sees it. A fixed seed: every validation shows the same crop.
             rng = np.random.default_rng(0)
-            weak = make_real_views(image, rng, patch_px=self.job.data.patch_px, jpeg_quality=None).weak
+            data = self.job.data
+            weak = make_real_views(image, rng, patch_px=data.patch_px, jpeg_quality=None, resize=data.resize).weak
 
             row = self._make_restored_row(network, weak)
             row["label"] = None if label is None else to_image(torch.from_numpy(decode(label.scene))[None])

@@ -253,6 +253,17 @@ def test_the_strong_view_starts_from_the_compressed_weak_view(monkeypatch):
     np.testing.assert_array_equal(compressed.strong, compressed.weak // 2)
 
 
+def test_cubic_resizing_aliases_as_published_and_area_does_not():
+    image = photograph(np.random.default_rng(0), 400, 600)
+    cubic = make_real_views(image, np.random.default_rng(0), patch_px=96, jpeg_quality=None, resize="cubic").weak
+    np.testing.assert_array_equal(cubic, cv2.resize(image, (96, 96), interpolation=cv2.INTER_CUBIC))
+    area = make_real_views(image, np.random.default_rng(0), patch_px=96, jpeg_quality=None).weak
+    detail = [cv2.Laplacian(patch.astype(np.float32), -1).std() for patch in (cubic, area)]
+    assert detail[0] > 1.2 * detail[1]
+    # Single pixels count, so the image must be decoded whole.
+    assert compute_real_side_px(96, "cubic") is None
+
+
 def test_jpeg_of_a_photograph_leaves_no_grid_on_its_patch():
     """Steps between pixels, at the borders of 8 px blocks against elsewhere, as a mean over eight photographs."""
 
