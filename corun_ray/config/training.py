@@ -42,6 +42,7 @@ from corun_ray.core.choices import (
     Degradation,
     DepthKind,
     Encoding,
+    NetworkStart,
     ResizeKind,
 )
 from corun_ray.core.metrics.catalog import list_no_reference_metrics
@@ -129,6 +130,11 @@ class NetworkSection(Section):
         multiple_of=2,
         description="number of feature channels; corun only",
     )
+    start: NetworkStart = Field(
+        "closed_form",
+        description="weights of a network without init: closed_form restores by physics alone, published is random; "
+        "corun only",
+    )
     args: dict[str, Any] = Field({}, description="arguments of the network's class; not used by corun")
     checkpoint_activations: bool = Field(
         False, description="compute activations again in the backward pass: less memory, more time; corun only"
@@ -144,6 +150,9 @@ class NetworkSection(Section):
                 if getattr(self, key) is None:
                     raise Mismatch(f"network.{key}", "null (corun needs a number)")
 
+            if self.start == "published" and self.init is not None:
+                raise Mismatch("network.start", f"published, but the job starts from network.init ({self.init})")
+
             # The size of a shipped model is known here; that of any other when the job starts.
             if self.init in SHIPPED_MODELS:
                 for key, size in SHIPPED_MODELS[self.init].items():
@@ -155,6 +164,8 @@ class NetworkSection(Section):
         for key in ("stages", "width"):
             if getattr(self, key) is not None:
                 raise Mismatch(f"network.{key}", f"only used by corun; {self.type} takes network.args")
+        if self.start == "published":
+            raise Mismatch("network.start", f"only used by corun, not by {self.type}")
         if self.checkpoint_activations:
             raise Mismatch("network.checkpoint_activations", f"only used by corun, not by {self.type}")
         return self

@@ -36,6 +36,9 @@ Combine = Literal["addition", "multiplication"]
 SHIPPED_MODELS: dict[str, dict[str, int]] = {"corun-small": {"stages": 2, "width": 8}}
 """Models that come with this package: the name, which is also the model source, and the size of CORUN."""
 
+NetworkStart = Literal["closed_form", "published"]
+"""Fresh weights of CORUN: those that restore by the closed form alone, or random ones as published."""
+
 # --- Storage and input ---
 
 Encoding = Literal["uint8", "float16", "float32"]

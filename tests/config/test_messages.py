@@ -31,6 +31,11 @@ train: {steps: many}
     ("section", "line"),
     [
         ("network: {stages: 17}", "network.stages: 17 is too many (at most 16)"),
+        (
+            "network: {start: published, init: corun-small}",
+            "network.start: published, but the job starts from network.init (corun-small)",
+        ),
+        ("network: {type: NAFNet, start: published}", "network.start: only used by corun, not by NAFNet"),
         ("network: {width: 31}", "network.width: 31 is not a multiple of 2"),
         (
             "network: {type: NAFnet}",

@@ -261,3 +261,18 @@ class CORUN(nn.Module):
                 if isinstance(child, CPMM):
                     setattr(stage, name, wrap(child))
         return network
+
+
+def start_as_published(network: CORUN) -> None:
+    """Give a network random weights as the published code does, in place.
+
+    Linear layers are normal with deviation 0.02, without bias. Convolutions are as torch makes them, also each CPMM's
+    last one, which is zero in a fresh network of ours: a network that starts so restores worse than the closed form.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, CPMM):
+            module.mapping.reset_parameters()

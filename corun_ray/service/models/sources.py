@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from corun_ray.config.jobs import TrainingJob
 from corun_ray.core.choices import SHIPPED_MODELS
 from corun_ray.core.errors import UserError
 from corun_ray.core.networks.build import build_network, probe_network
+from corun_ray.core.networks.corun import CORUN, start_as_published
 from corun_ray.core.networks.spec import NetworkError, NetworkSpec
 from corun_ray.core.training.checkpoints import (
     CheckpointError,
@@ -147,6 +149,8 @@ def load_starting_model(job: TrainingJob, folder: Path) -> Model:
         if section.type != RECOGNISED_TYPE and section.init is not None:
             params = _load_initial_params(job, section.init, network)
             model = replace(model, params=params)
+        elif section.start == "published":
+            model = replace(model, params=_draw_published_start(network, job.seed))
         if section.type != "corun":
             restoration = probe_network(network, job.data.patch_px)
             if restoration.transmission is None:
@@ -154,6 +158,15 @@ def load_starting_model(job: TrainingJob, folder: Path) -> Model:
     except NetworkError as error:
         raise ModelSourceError(f"network: {error}") from None
     return model
+
+
+def _draw_published_start(network: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Draw the random weights of the published code for CORUN, without touching torch's own random numbers."""
+    assert isinstance(network, CORUN)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        start_as_published(network)
+    return network.state_dict()
 
 
 def _refuse_without_transmission(job: TrainingJob) -> None:

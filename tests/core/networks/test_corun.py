@@ -6,10 +6,16 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from corun_ray.core.networks import corun
-from corun_ray.core.networks.corun import CORUN, Restoration, restore_by_closed_form, update_transmission
+from corun_ray.core.networks.corun import (
+    CORUN,
+    Restoration,
+    restore_by_closed_form,
+    start_as_published,
+    update_transmission,
+)
 from corun_ray.core.networks.cpmm import CPMM
 from corun_ray.core.training.checkpoints import load_network
 from tests.core.golden import golden_outputs, golden_shapes, golden_state_dict
@@ -110,6 +116,25 @@ def test_a_fresh_network_is_the_closed_form(stages: int) -> None:
     alone = restore_by_closed_form(torch.from_numpy(hazy).float(), stages)
     torch.testing.assert_close(alone.scene, ours[-1].scene, rtol=0, atol=1e-6)
     torch.testing.assert_close(alone.transmission, ours[-1].transmission, rtol=0, atol=1e-6)
+
+
+def test_the_published_start_is_random() -> None:
+    torch.manual_seed(0)
+    network = CORUN(2, width=16)
+    start_as_published(network)
+
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    weights = torch.cat([module.weight.detach().flatten() for module in linear])
+    assert weights.mean() == pytest.approx(0, abs=1e-3) and weights.std() == pytest.approx(0.02, rel=0.02)
+    assert all(module.bias is None or not module.bias.any() for module in linear)
+
+    # The last convolution of a CPMM is uniform within torch's bound, 1 / sqrt(inputs of a value).
+    mappings = [module.mapping.weight for module in network.modules() if isinstance(module, CPMM)]
+    for weight in mappings:
+        assert 0.9 * (16 * 9) ** -0.5 < weight.abs().max() <= (16 * 9) ** -0.5
+
+    hazy = torch.rand(1, 3, 32, 32)
+    assert (network(hazy).scene - restore_by_closed_form(hazy, 2).scene).abs().max() > 0.01
 
 
 def test_every_step_takes_its_part_of_the_state_before() -> None:

@@ -55,3 +55,17 @@ def test_a_named_network_takes_fitting_parameters_only(published, dataset, tmp_p
 def test_what_cannot_be_trained_is_said_before_any_worker_starts(network, said, dataset, tmp_path):
     with pytest.raises(ModelSourceError, match=said):
         load_starting_model(small_job("pretrain", dataset, tmp_path, network=network), tmp_path)
+
+
+def test_a_published_start_follows_from_the_seed(dataset, tmp_path):
+    def start(seed, **network):
+        job = small_job("pretrain", dataset, tmp_path, network=network).model_copy(update={"seed": seed})
+        return load_starting_model(job, tmp_path).params
+
+    # By default each run draws its own weights when its workers start, around the closed form.
+    assert start(0) is None
+
+    first, again, other = start(0, start="published"), start(0, start="published"), start(1, start="published")
+    mapping = next(key for key in first if key.endswith("mapping.weight"))
+    assert first[mapping].any() and torch.equal(first[mapping], again[mapping])
+    assert not torch.equal(first[mapping], other[mapping])
