@@ -188,6 +188,7 @@ class CoherenceSection(Section):
     degradations: Annotated[tuple[Degradation, ...], AfterValidator(check_distinct)] = Field(
         ("hazy",), description="degradations that count as unclear; their probabilities are added; daclip only"
     )
+    antialias: bool = Field(True, description="antialias the resize before DA-CLIP; as published: false; daclip only")
     quality: Annotated[str, AfterValidator(_check_quality)] = Field(
         "clean", description="scorer of image quality: clean, unclipped or a no-reference metric of pyiqa (musiq, ...)"
     )
@@ -211,6 +212,8 @@ class CoherenceSection(Section):
             raise Mismatch("coherence.weights", "missing (clarity daclip needs its weights)")
         if self.clarity != "daclip" and self.degradations != ("hazy",):
             raise Mismatch("coherence.degradations", f"only used by daclip, not by {self.clarity}")
+        if self.clarity != "daclip" and not self.antialias:
+            raise Mismatch("coherence.antialias", f"only used by daclip, not by {self.clarity}")
 
         # Quality: only a metric of pyiqa has a range, and some need one to be given.
         if self.quality in QUALITY_NAMES:

@@ -36,6 +36,7 @@ train: {steps: many}
             "network.start: published, but the job starts from network.init (corun-small)",
         ),
         ("network: {type: NAFNet, start: published}", "network.start: only used by corun, not by NAFNet"),
+        ("coherence: {antialias: false}", "coherence.antialias: only used by daclip, not by contrast"),
         ("network: {width: 31}", "network.width: 31 is not a multiple of 2"),
         (
             "network: {type: NAFnet}",

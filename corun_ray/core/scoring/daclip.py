@@ -50,18 +50,20 @@ class DaClip(nn.Module):
         words: Tensor,
         degradations: Sequence[str] = ("hazy",),
         chunk_images: int = 64,
+        antialias: bool = True,
     ) -> None:
         """Assemble the scorer.
 
         `tower` embeds normalised images of side `side_px`, `B 3 S S` to `B E`. `words` are the embeddings of
-        `DEGRADATIONS`, `10 E`. `chunk_images` are rated at a time. Raises `ValueError` where a degradation is unknown,
-        or none is given.
+        `DEGRADATIONS`, `10 E`. `chunk_images` are rated at a time. `antialias` is explained at `crop_middle_square`.
+        Raises `ValueError` where a degradation is unknown, or none is given.
         """
         super().__init__()
         self.tower = tower
         self.side_px = side_px
         self.chosen = _find_columns(degradations)
         self.chunk_images = chunk_images
+        self.antialias = antialias
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1))
         self.register_buffer("words", F.normalize(words.detach().float(), dim=1))
@@ -97,7 +99,7 @@ class DaClip(nn.Module):
     def _compute_chunk(self, images: Tensor) -> Tensor:
         """Compute the cosines of one chunk of images."""
         # CLIP's preprocessing.
-        normalised = (crop_middle_square(images, self.side_px) - self.mean) / self.std
+        normalised = (crop_middle_square(images, self.side_px, self.antialias) - self.mean) / self.std
 
         # The degradation feature, then its cosine with each name.
         with torch.autocast(images.device.type, torch.float16, enabled=images.is_cuda):
@@ -105,7 +107,9 @@ class DaClip(nn.Module):
         return F.normalize(features.float(), dim=1) @ self.words.T
 
 
-def load_daclip(path: Path, degradations: Sequence[str] = ("hazy",), chunk_images: int = 64) -> DaClip:
+def load_daclip(
+    path: Path, degradations: Sequence[str] = ("hazy",), chunk_images: int = 64, antialias: bool = True
+) -> DaClip:
     """Load DA-CLIP from its published file.
 
     The tensors may lie under `state_dict`, and their names may begin with `module.`. Sizes follow from the tensors'
@@ -118,19 +122,20 @@ def load_daclip(path: Path, degradations: Sequence[str] = ("hazy",), chunk_image
 
     if words.shape[1] != tower.output_dim:
         raise WeightsError(f"{path}: not DA-CLIP (embeds words in {words.shape[1]}, images in {tower.output_dim})")
-    return DaClip(tower, tower.image_size[0], words, degradations, chunk_images)
+    return DaClip(tower, tower.image_size[0], words, degradations, chunk_images, antialias)
 
 
-def crop_middle_square(images: Tensor, side_px: int) -> Tensor:
+def crop_middle_square(images: Tensor, side_px: int, antialias: bool = True) -> Tensor:
     """Resize images, then crop the square in the middle.
 
-    The images are `B 3 H W`; their short side becomes `side_px`. The resize is bicubic and antialiased, as
-    torchvision's `Resize` and `CenterCrop` are on float tensors. Values are not clipped.
+    The images are `B 3 H W`; their short side becomes `side_px`. The resize is bicubic, as torchvision's `Resize` and
+    `CenterCrop` are on float tensors: antialiased by default, and not so up to torchvision 0.16, with which DA-CLIP was
+    published. Values are not clipped.
     """
     # Resize.
     short = min(images.shape[-2:])
     height, width = (side_px * side // short for side in images.shape[-2:])
-    resized = F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    resized = F.interpolate(images, (height, width), mode="bicubic", antialias=antialias, align_corners=False)
 
     # Crop.
     top, left = round((height - side_px) / 2), round((width - side_px) / 2)

@@ -38,7 +38,8 @@ def build_coherence(section: CoherenceSection, source: WeightsSource, device: De
     """
     clarity: str | Scorer = section.clarity
     if section.clarity == "daclip":
-        clarity = load_daclip(source(DACLIP_FILE), section.degradations, section.chunk_images).to(device)
+        file = source(DACLIP_FILE)
+        clarity = load_daclip(file, section.degradations, section.chunk_images, section.antialias).to(device)
 
     quality: str | Scorer = section.quality
     if section.quality not in QUALITY_NAMES:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from corun_ray.core.choices import DEGRADATIONS
@@ -289,3 +290,14 @@ def test_the_full_size_gives_the_golden_cosines_in_each_wrapping(tmp_path: Path)
         print(f"{name}: cosines to {(found - cosine).abs().max():.1e}, probs to {(shares - probs).abs().max():.1e}")
         torch.testing.assert_close(found, cosine, rtol=0, atol=1e-3)
         torch.testing.assert_close(shares, probs, rtol=0, atol=1e-3)
+
+
+def test_the_resize_without_antialiasing_is_plain_bicubic(file: Path) -> None:
+    images = torch.rand(2, 3, 60, 80, generator=torch.Generator().manual_seed(0))
+    plain = F.interpolate(images, (30, 40), mode="bicubic", align_corners=False)[..., 5:35]
+    torch.testing.assert_close(crop_middle_square(images, 30, antialias=False), plain)
+    assert crop_middle_square(images, 30).std() < 0.8 * plain.std()
+
+    # The scorer resizes as it is told.
+    cosines = [load_daclip(file, antialias=antialias).compute_cosines(images) for antialias in (True, False)]
+    assert not torch.equal(*cosines)
