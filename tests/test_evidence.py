@@ -56,6 +56,13 @@ def test_parts_of_colabator(tmp_path: Path) -> None:
     assert "dB, p " in said.splitlines()[-1]
 
 
+def test_the_data_pipeline_beside_the_published_formulae(photographs: Path) -> None:
+    said = ran("as_published.py", photographs)
+    shares = [[float(cell) for cell in line.split("|")[2:4]] for line in said.splitlines() if line.startswith("| blur")]
+    assert [mine for _, mine in shares] == pytest.approx([theirs for theirs, _ in shares], abs=0.02)
+    assert said.count("| --- |") >= 3
+
+
 def test_both_orders_decide_alike() -> None:
     assert "saved" in ran("lazy_coherence.py", "--steps", 2)
 
