@@ -42,9 +42,11 @@ def test_what_an_encoding_costs(photographs: Path) -> None:
 
 def test_offers_of_a_network_and_scorers_without_weights(photographs: Path, tmp_path: Path) -> None:
     common = ("--clear", photographs, "--pairs", photographs, photographs)
-    ran("network_offers.py", *common, "--steps", 10, tmp_path / "offers.npz")
+    ran("network_offers.py", *common, "--shown", photographs, "--steps", 20, tmp_path / "offers.npz")
     said = ran("weight_free_scorers.py", *common, "--photographs", 2, "--offers", tmp_path / "offers.npz")
-    assert "dark_channel" in said
+    tables = said.split("**")[1::2]
+    assert len(tables) == 8 and [table.startswith("Networks' offers") for table in tables].count(True) == 2, tables
+    assert said.count("| reference") >= 6
 
 
 def test_parts_of_colabator(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ CORE_TABLE = """
     data:
     metrics:
     inference:  networks data
-    scoring:    metrics
+    scoring:    metrics inference networks
     training:   scoring networks
 """
 

@@ -40,6 +40,7 @@ from corun_ray.config.types import (
     Whole,
     Workers,
 )
+from corun_ray.core.choices import REFERENCE, REFERENCE_MODEL
 
 
 class ClusterSection(Section):
@@ -190,8 +191,15 @@ class ColabatorKeys(TrainingJob):
 
         # The loss of haze density needs a differentiable scorer.
         loss = info.data.get("loss")
-        if loss and loss.haze_density_weight and coherence.clarity == "fade":
-            raise Mismatch("loss.haze_density_weight", "fade has no gradient; daclip, contrast and dark_channel do")
+        if loss and loss.haze_density_weight and coherence.clarity in ("fade", REFERENCE):
+            text = f"not used with {coherence.clarity}; daclip, contrast and dark_channel have a gradient for it"
+            raise Mismatch("loss.haze_density_weight", text)
+
+        # The first candidates of such a job would be the reference itself.
+        network = info.data.get("network")
+        if network and network.init == REFERENCE_MODEL and coherence.clarity == REFERENCE:
+            text = f"{REFERENCE} compares with {REFERENCE_MODEL}, where network.init starts"
+            raise Mismatch("coherence.clarity", f"{text}: the first labels would never be replaced")
         return coherence
 
 

@@ -35,6 +35,7 @@ from corun_ray.config.types import (
 )
 from corun_ray.core.choices import (
     QUALITY_NAMES,
+    REFERENCE,
     SHIPPED_MODELS,
     CameraKind,
     Clarity,
@@ -184,13 +185,16 @@ def _check_quality(name: str) -> str:
 
 
 class CoherenceSection(Section):
-    clarity: Clarity = Field("contrast", description="scorer of clarity (little haze); daclip needs weights")
+    clarity: Clarity = Field(
+        "contrast", description="scorer of clarity (little haze); reference rates quality too; daclip needs weights"
+    )
     degradations: Annotated[tuple[Degradation, ...], AfterValidator(check_distinct)] = Field(
         ("hazy",), description="degradations that count as unclear; their probabilities are added; daclip only"
     )
     antialias: bool = Field(True, description="antialias the resize before DA-CLIP; as published: false; daclip only")
     quality: Annotated[str, AfterValidator(_check_quality)] = Field(
-        "clean", description="scorer of image quality: clean, unclipped or a no-reference metric of pyiqa (musiq, ...)"
+        default_factory=lambda earlier: REFERENCE if earlier.get("clarity") == REFERENCE else "clean",
+        description="scorer of image quality: clean, unclipped, reference or a no-reference metric of pyiqa",
     )
     quality_range: tuple[float, float] | None = Field(
         None, description="worst and best value of a pyiqa metric; null: pyiqa's own range and direction"
@@ -214,6 +218,12 @@ class CoherenceSection(Section):
             raise Mismatch("coherence.degradations", f"only used by daclip, not by {self.clarity}")
         if self.clarity != "daclip" and not self.antialias:
             raise Mismatch("coherence.antialias", f"only used by daclip, not by {self.clarity}")
+
+        # The reference rates both, and whole images.
+        if (self.clarity == REFERENCE) != (self.quality == REFERENCE):
+            raise Mismatch("coherence.quality", f"{self.quality}, but clarity {self.clarity} (reference rates both)")
+        if self.clarity == REFERENCE and self.share_blocks:
+            raise Mismatch("coherence.share_blocks", "not used by reference, which rates whole images")
 
         # Quality: only a metric of pyiqa has a range, and some need one to be given.
         if self.quality in QUALITY_NAMES:

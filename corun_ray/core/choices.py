@@ -4,13 +4,16 @@ from typing import Literal, get_args
 
 # --- Scorers of pseudo labels ---
 
-Clarity = Literal["contrast", "fade", "dark_channel", "daclip"]
+REFERENCE = "reference"
+"""Rates clarity and quality by the restoration of the model that comes with the package."""
+
+Clarity = Literal["contrast", "fade", "dark_channel", "daclip", "reference"]
 """Scorers of haze density."""
 
 CLARITY_NAMES: tuple[str, ...] = get_args(Clarity)
 
-QUALITY_NAMES: tuple[str, ...] = ("clean", "unclipped")
-"""Scorers of image quality that need no weights."""
+QUALITY_NAMES: tuple[str, ...] = ("clean", "unclipped", REFERENCE)
+"""Scorers of image quality that need no download."""
 
 Degradation = Literal[
     "motion-blurry",
@@ -38,6 +41,9 @@ SHIPPED_MODELS: dict[str, dict[str, int]] = {"corun-small": {"stages": 2, "width
 
 NetworkStart = Literal["closed_form", "published"]
 """Fresh weights of CORUN: those that restore by the closed form alone, or random ones as published."""
+
+REFERENCE_MODEL = "corun-small"
+"""The one whose restorations candidates are compared with by `coherence.clarity: reference`."""
 
 # --- Storage and input ---
 

@@ -80,7 +80,7 @@ class EagerOrder:
         with torch.no_grad():
             candidate = self.teacher(real.weak)
         on_real = student(real.strong)
-        label, trust, won = self.rate_then_decide(candidate, step)
+        label, trust, won = self.rate_then_decide(candidate, real.weak, step)
 
         # The published code rates both restorations without a gradient: the scores are only logged.
         with torch.no_grad():
@@ -95,13 +95,14 @@ class EagerOrder:
         contrasted = compute_contrastive(vgg, vgg(on_real.scene), vgg(label), vgg(real.strong))
         return losses | {"perceptual": weights.perceptual * similar, "contrastive": contrasted}, won
 
-    def rate_then_decide(self, candidate: Restoration, step: int) -> tuple[Tensor, Tensor, bool]:
-        """Rate a candidate with its blocks, then offer it to the pool.
+    def rate_then_decide(self, candidate: Restoration, hazy: Tensor, step: int) -> tuple[Tensor, Tensor, bool]:
+        """Rate a candidate for a hazy image with its blocks, then offer it to the pool.
 
         Returns J* and w* of the label that the pool then holds, and whether that label is the candidate.
         """
         scene = candidate.scene.clamp(0, 1)
-        blocks, rated = self.coherence.score_blocks(scene), self.coherence.score_images(scene)
+        blocks = self.coherence.score_blocks(scene, hazy)
+        rated = self.coherence.score_images(scene, hazy)
         scores = Scores(rated.clarity.item(), rated.quality.item())
 
         # Offer the candidate.

@@ -1,10 +1,10 @@
 """Record the restorations of a small CORUN while it learns: the offers that a label pool would get.
 
-The training set is synthetic haze over the photographs of `--clear`, without every fourth one. The validation set is
-every fourth photograph (at most 20) under new haze, and `--pairs HAZY CLEAR`. Writes the truth and the restorations
-of the validation set, in the order of training, to an `.npz`:
+The network learns from synthetic haze over the photographs of `--clear`. It restores scenes that it does not learn
+from: the photographs of `--shown` under synthetic haze, and hazy/clear pairs. Writes truth, hazy image and restorations
+of these scenes, in the order of training, to an `.npz`:
 
-    python docs/evidence/network_offers.py --clear CLEAR --pairs HAZY CLEAR --steps 400 offers.npz
+    python docs/evidence/network_offers.py --clear CLEAR --shown SHOWN --pairs HAZY CLEAR --steps 300 offers.npz
 """
 
 import argparse
@@ -26,24 +26,27 @@ def main() -> None:
     """Train the network and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clear", type=Path, required=True)
-    parser.add_argument("--pairs", type=Path, nargs=2, metavar=("HAZY", "CLEAR"))
+    parser.add_argument("--shown", type=Path, required=True)
+    parser.add_argument("--pairs", type=Path, nargs=2, metavar=("HAZY", "CLEAR"), action="append", default=[])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
 
-    # Three of four photographs are the training set.
-    rng = np.random.default_rng(1)
-    torch.manual_seed(0)
-    paths = sorted(path for path in arguments.clear.iterdir() if path.is_file())
-    photographs = [read(path) for index, path in enumerate(paths) if index % 4]
+    rng = np.random.default_rng(1 + arguments.seed)
+    torch.manual_seed(arguments.seed)
+    photographs = [read(path) for path in sorted(arguments.clear.iterdir())]
 
-    # The restorations of scenes from the others, and of the pairs, are recorded.
-    shown = []
-    for path in paths[::4][:20]:
+    # The scenes whose restorations are recorded, and where each comes from.
+    shown, origins = [], []
+    for path in sorted(arguments.shown.iterdir()):
         for size in SIZES_PX:
             shown.append(synthetic_scene(read(path), size, rng))
-    for hazy, clear in match_pairs(arguments.pairs):
-        shown += [paired_scene(read(clear), read(hazy), size) for size in SIZES_PX]
+            origins.append(arguments.shown.name)
+    for folders in arguments.pairs:
+        for hazy, clear in match_pairs(folders):
+            shown += [paired_scene(read(clear), read(hazy), size) for size in SIZES_PX]
+            origins += [folders[0].parent.name] * len(SIZES_PX)
 
     network = CORUN(stages=2, width=16)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, weight_decay=0)
@@ -67,8 +70,9 @@ def main() -> None:
         optimizer.step()
 
     arrays = {f"truth_{index}": scene.truth for index, scene in enumerate(shown)}
+    arrays |= {f"hazy_{index}": scene.hazy for index, scene in enumerate(shown)}
     arrays |= {f"offers_{index}": np.stack(restored) for index, restored in enumerate(offers)}
-    np.savez_compressed(arguments.output, allow_pickle=False, **arrays)
+    np.savez_compressed(arguments.output, allow_pickle=False, origins=np.array(origins), **arrays)
 
 
 @torch.no_grad()

@@ -5,15 +5,19 @@ from itertools import product
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from restorations import Image
 from tried_scorers import SCORERS
 
 from corun_ray.core.scoring.coherence import Coherence
+from corun_ray.core.scoring.reference import ReferenceCoherence, expect_errors, rate_error
 from corun_ray.core.scoring.scorers import CLARITY_SCORERS, QUALITY_SCORERS
+from corun_ray.service.train.coherence import load_reference
 
 Floats = NDArray[np.float64]
 Pair = tuple[str, str]
+REFERENCE = ReferenceCoherence(load_reference())
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class Case:
         return spearman(self.scores[scorer], self.psnr)
 
 
-def rate(names: list[str], images: Image, truth: Image) -> Case:
-    """Rate restorations `N H W 3` of a truth `H W 3`."""
+def rate(names: list[str], images: Image, truth: Image, hazy: Image) -> Case:
+    """Rate restorations `N H W 3` of a hazy image `H W 3`, whose truth is known."""
     error = ((images - truth) ** 2).mean((1, 2, 3))
 
     # Small batches stay in the processor's cache.
@@ -76,10 +80,15 @@ def rate(names: list[str], images: Image, truth: Image) -> Case:
         name: torch.cat([scorer(batch) for batch in batches]).double().numpy() for name, scorer in SCORERS.items()
     }
 
+    # The reference sees the hazy image.
+    reference = REFERENCE.restore_reference(to_tensor(hazy[None]))
+    expected = torch.cat([expect_errors(batch, reference).mean((1, 2, 3)) for batch in batches])
+    scores["reference"] = rate_error(expected).double().numpy()
+
     return Case(truth.shape[0], names, -10 * np.log10(error + 1e-10), scores)
 
 
-def trust_agreement(images: Image, truth: Image) -> dict[str, float]:
+def trust_agreement(images: Image, truth: Image, hazy: Image) -> dict[str, float]:
     """Compute the rank correlation of trust and PSNR over an image's 32 px blocks.
 
     Returns the mean over the image's restorations for each pair of scorers.
@@ -88,13 +97,21 @@ def trust_agreement(images: Image, truth: Image) -> dict[str, float]:
     side = truth.shape[0] // 32
     error = ((images - truth) ** 2).mean(-1).reshape(len(images), side, 32, side, 32).mean((2, 4))
 
-    agreement = {}
+    # Every pair of scorers without weights.
+    batch = to_tensor(images)
+    ratings = {}
     for pair in product(CLARITY_SCORERS, QUALITY_SCORERS):
-        blocks = Coherence(*pair, block_px=32).score_blocks(to_tensor(images))
-        trust = (blocks.clarity + blocks.quality).numpy()
-        agreement[" + ".join(pair)] = float(
-            np.mean([spearman(t.ravel(), -e.ravel()) for t, e in zip(trust, error, strict=True)])
-        )
+        blocks = Coherence(*pair, block_px=32).score_blocks(batch, batch)
+        ratings[" + ".join(pair)] = blocks.clarity + blocks.quality
+
+    # The reference.
+    reference = REFERENCE.restore_reference(to_tensor(hazy[None]))
+    ratings["reference"] = rate_error(F.avg_pool2d(expect_errors(batch, reference), 32))
+
+    agreement = {}
+    for name, trust in ratings.items():
+        found = [spearman(t.numpy().ravel(), -e.ravel()) for t, e in zip(trust, error, strict=True)]
+        agreement[name] = float(np.mean(found))
     return agreement
 
 

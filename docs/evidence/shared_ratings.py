@@ -50,7 +50,7 @@ def rate(rank: int, folder: Path, args: argparse.Namespace) -> None:
         for name, coherence in ways.items():
             dist.barrier()
             started_s = time.perf_counter()
-            found[name] = coherence.score_blocks(scene)
+            found[name] = coherence.score_blocks(scene, scene)
             dist.barrier()
             seconds[name].append(time.perf_counter() - started_s)
 

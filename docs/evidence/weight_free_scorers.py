@@ -1,12 +1,13 @@
-"""Compare how scorers without weights rank restorations with PSNR against the truth.
+"""Compare how scorers without a download rank restorations with PSNR against the truth.
 
 Prints the tables of `docs/coherence.md`. Takes any folder of clear photographs, and any two folders of hazy/clear pairs
-of the same stems. `--offers` adds the restorations that `network_offers.py` recorded:
+of the same stems. `--offers` adds the restorations that `network_offers.py` recorded, a file for each network:
 
     python docs/evidence/weight_free_scorers.py --clear CLEAR --pairs HAZY CLEAR --offers offers.npz
 """
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rating import Case, Pair, rate, trust_agreement
-from restorations import SIZES_PX, match_pairs, restorations, scenes
-from tried_scorers import SCORERS
+from restorations import Image, match_pairs, restorations, scenes
 
 PAIRS: tuple[Pair, ...] = (
+    ("reference", "reference"),
+    ("reference", "clean"),
     ("contrast", "clean"),
     ("contrast", "unclipped"),
     ("bare_contrast", "clean"),
@@ -33,7 +35,7 @@ PAIRS: tuple[Pair, ...] = (
     ("saturation", "little_noise"),
     ("any_offer", "any_offer"),
 )
-SHOWN = (PAIRS[0], ("fade", "clean"))
+SHOWN = (PAIRS[0], ("contrast", "clean"))
 """The pairs of the tables on single offers."""
 SPOILT = "network 0.8 + "
 """Begins the names of the damaged restorations of these tables."""
@@ -75,41 +77,65 @@ class Trial:
 
 
 def main() -> None:
-    """Rate the restorations of all scenes; print the tables."""
+    """Rate made restorations, networks' offers, or both; print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clear", type=Path, required=True)
+    parser.add_argument("--clear", type=Path, help="photographs; without them, only offers are rated")
     parser.add_argument("--pairs", type=Path, nargs=2, metavar=("HAZY", "CLEAR"))
     parser.add_argument("--photographs", type=int, default=16)
-    parser.add_argument("--offers", type=Path)
+    parser.add_argument("--offers", type=Path, nargs="+", default=[], help="a file for each network")
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
 
-    # Draw the photographs.
     torch.set_grad_enabled(False)
     rng = np.random.default_rng(arguments.seed)
-    photographs = sorted(path for path in arguments.clear.iterdir() if path.is_file())
-    chosen = [photographs[i] for i in rng.choice(len(photographs), arguments.photographs, replace=False)]
+    if arguments.clear is not None:
+        photographs = sorted(path for path in arguments.clear.iterdir() if path.is_file())
+        chosen = [photographs[i] for i in rng.choice(len(photographs), arguments.photographs, replace=False)]
+        compare_made(chosen, match_pairs(arguments.pairs), rng)
+    if arguments.offers:
+        compare_offers(arguments.offers, rng)
 
-    # Restore and rate every scene.
+
+def compare_made(photographs: list[Path], pairs: list[tuple[Path, Path]], rng: np.random.Generator) -> None:
+    """Make and rate the restorations of all scenes; print their tables."""
     cases, trust = [], []
-    for scene in scenes(chosen, match_pairs(arguments.pairs), rng):
+    for scene in scenes(photographs, pairs, rng):
         found = restorations(scene, rng)
         images = np.stack(list(found.values()))
-        cases.append(rate(list(found), images, scene.truth))
-        trust.append((scene.size_px, trust_agreement(images[indices(cases[0], PLAUSIBLE)], scene.truth)))
-    network = load_offers(arguments.offers) if arguments.offers else []
+        cases.append(rate(list(found), images, scene.truth, scene.hazy))
 
-    print_ranks(cases, network)
-    print_pairs(cases, draw_trials(cases, network, rng))
+        # An image of 64 px has too few blocks for a rank.
+        if scene.size_px > 64:
+            plausible = images[indices(cases[0], PLAUSIBLE)]
+            trust.append((f"{scene.size_px} px", trust_agreement(plausible, scene.truth, scene.hazy)))
+
+    sizes = [f"{case.size_px} px" for case in cases]
+    print_ranks("Made restorations", cases, sizes)
+    print_pairs(cases, draw_trials(cases, rng))
     print_moves(cases)
     print_trust(trust)
 
 
-def load_offers(path: Path) -> list[Case]:
-    """Load and rate the restorations of a network."""
+def compare_offers(files: list[Path], rng: np.random.Generator) -> None:
+    """Rate the offers of networks, one file each; print their tables."""
+    cases, origins, trust = [], [], []
+    for file in files:
+        for origin, truth, hazy, images in load_offers(file):
+            cases.append(rate([], images, truth, hazy))
+            origins.append(origin)
+            if len(truth) == 96:
+                trust.append((origin, trust_agreement(images, truth, hazy)))
+
+    print_ranks("Networks' offers", cases, origins)
+    print_offers(cases, origins, rng)
+    print_trust(trust)
+
+
+def load_offers(path: Path) -> Iterator[tuple[str, Image, Image, Image]]:
+    """Yield origin, truth, hazy image and the restorations of a network, for every scene."""
     arrays = np.load(path)
-    count = len(arrays.files) // 2
-    return [rate([], arrays[f"offers_{index}"], arrays[f"truth_{index}"]) for index in range(count)]
+    for index, origin in enumerate(arrays["origins"]):
+        yield str(origin), *(arrays[f"{name}_{index}"] for name in ("truth", "hazy", "offers"))
 
 
 def indices(case: Case, starts: tuple[str, ...]) -> list[int]:
@@ -132,42 +158,54 @@ def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
         print("| " + " | ".join(row) + " |")
 
 
-def print_ranks(cases: list[Case], network: list[Case]) -> None:
-    """Print how each score ranks restorations, the best scorer first."""
-    # A row for each scorer, without `any_offer`, which is the last one.
+def print_ranks(subject: str, cases: list[Case], kinds: list[str]) -> None:
+    """Print how each score ranks restorations, over all cases and by kind, the best scorer first."""
     rows = []
-    for name in list(SCORERS)[:-1]:
+    for name in [name for name in cases[0].scores if name != "any_offer"]:
         found = np.array([case.rank_correlation(name) for case in cases])
-        sizes = [found[[case.size_px == size for case in cases]].mean() for size in SIZES_PX]
-        learnt = np.mean([case.rank_correlation(name) for case in network]) if network else np.nan
-        rows.append((name, found.mean(), *sizes, np.quantile(found, 0.1), learnt))
+        by_kind = [found[np.array(kinds) == kind].mean() for kind in dict.fromkeys(kinds)]
+        rows.append((name, found.mean(), *by_kind, np.quantile(found, 0.1)))
 
     rows.sort(key=lambda row: -row[1])
-    head = ["scorer", "all", *(f"{size} px" for size in SIZES_PX), "worst tenth", "network's offers"]
     table = [[name, *(f"{value:+.2f}" for value in values)] for name, *values in rows]
-    print_table("Rank correlation of one score with PSNR", head, table)
+    head = ["scorer", "all", *dict.fromkeys(kinds), "worst tenth"]
+    print_table(f"{subject}: rank correlation of one score with PSNR", head, table)
 
 
-def draw_trials(cases: list[Case], network: list[Case], rng: np.random.Generator) -> list[Trial]:
-    """Draw the sequences of offers."""
-    # From the restorations that have names; the bad start is a label with too much haze removed.
+def draw_trials(cases: list[Case], rng: np.random.Generator) -> list[Trial]:
+    """Draw sequences of offers from the restorations that have names."""
+    # The bad start is a label with too much haze removed.
     shape = (NUM_SEQUENCES, NUM_OFFERS)
     plausible = rng.choice(indices(cases[0], PLAUSIBLE), shape)
     bad_start = plausible.copy()
     bad_start[:, 0] = rng.choice(indices(cases[0], TOO_MUCH), NUM_SEQUENCES)
-    trials = [
+    return [
         Trial("any", cases, rng.integers(len(cases[0].names), size=shape)),
         Trial("plausible", cases, plausible),
         Trial("too much first", cases, bad_start),
     ]
 
-    # A network's offers are a random half of its restorations, in the order of training.
-    if network:
-        steps = len(network[0].psnr)
-        drawn = rng.random((NUM_SEQUENCES, steps)).argsort(1)[:, : steps // 2]
-        trials.append(Trial("network's", network, np.sort(drawn, 1)))
 
-    return trials
+def print_offers(network: list[Case], origins: list[str], rng: np.random.Generator) -> None:
+    """Print what a pool makes of networks' offers, in the order of training, by pair and origin."""
+    steps = len(network[0].psnr)
+    drawn = rng.random((NUM_SEQUENCES, steps)).argsort(1)[:, :NUM_OFFERS]
+    trials = [Trial("all", network, np.sort(drawn, 1))]
+    for origin in dict.fromkeys(origins):
+        cases = [case for case, its in zip(network, origins, strict=True) if its == origin]
+        trials.append(Trial(origin, cases, trials[0].sequences))
+
+    rows = [[" + ".join(pair), *format_gains(pair, trials)] for pair in PAIRS]
+    best = [np.mean([case.best_gain(trial.sequences) for case in trial.cases]) for trial in trials]
+    rows.append(["(the best offer)", *(f"{gain:+.2f}" for gain in best)])
+    head = ["clarity + quality", *(trial.offers for trial in trials)]
+    print_table("Networks' offers: the last label, dB above the mean offer (share of scenes below it)", head, rows)
+
+
+def format_gains(pair: Pair, trials: list[Trial]) -> list[str]:
+    """Format the pool's gain in each trial, and the share of scenes that lose."""
+    gains = [np.array([case.pool_gain(pair, trial.sequences) for case in trial.cases]) for trial in trials]
+    return [f"{gain.mean():+.2f} ({np.mean(gain < 0):.0%})" for gain in gains]
 
 
 def print_pairs(cases: list[Case], trials: list[Trial]) -> None:
@@ -175,9 +213,7 @@ def print_pairs(cases: list[Case], trials: list[Trial]) -> None:
     rows = []
     for pair in PAIRS:
         precision, recall = np.mean([case.precision_and_recall(pair) for case in cases], 0)
-        gains = [np.array([case.pool_gain(pair, trial.sequences) for case in trial.cases]) for trial in trials]
-        cells = [f"{gain.mean():+.2f} ({np.mean(gain < 0):.0%})" for gain in gains]
-        rows.append([" + ".join(pair), f"{precision:.2f}", f"{recall:.2f}", *cells])
+        rows.append([" + ".join(pair), f"{precision:.2f}", f"{recall:.2f}", *format_gains(pair, trials)])
 
     # The last row: a choice by PSNR itself.
     best = [np.mean([case.best_gain(trial.sequences) for case in trial.cases]) for trial in trials]
@@ -220,16 +256,14 @@ def print_moves(cases: list[Case]) -> None:
     print_table(title, ["fault", *(f"x{strength}" for strength in strengths)], rows)
 
 
-def print_trust(trust: list[tuple[int, dict[str, float]]]) -> None:
-    """Print the mean agreement of trust and PSNR, by pair of scorers and size."""
+def print_trust(trust: list[tuple[str, dict[str, float]]]) -> None:
+    """Print the mean agreement of trust and PSNR, by pair of scorers and kind of restoration."""
+    kinds = list(dict.fromkeys(kind for kind, _ in trust))
     rows = []
     for pair in trust[0][1]:
-        row = [pair]
-        for size_px in SIZES_PX[1:]:
-            agreements = [found[pair] for size, found in trust if size == size_px]
-            row.append(f"{np.mean(agreements):+.2f}")
-        rows.append(row)
-    print_table("Rank correlation of trust and PSNR over the blocks of an image", ["pair", "96 px", "288 px"], rows)
+        agreements = [[found[pair] for other, found in trust if other == kind] for kind in kinds]
+        rows.append([pair, *(f"{np.mean(values):+.2f}" for values in agreements)])
+    print_table("Rank correlation of trust and PSNR over the blocks of an image", ["pair", *kinds], rows)
 
 
 if __name__ == "__main__":

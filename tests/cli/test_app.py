@@ -107,7 +107,8 @@ def test_a_model_that_is_not_there_is_one_line(dataset, tmp_path):
 
 
 def test_job_files_offer_exactly_the_scorers_that_exist():
-    assert set(CLARITY_NAMES) == {*CLARITY_SCORERS, "daclip"} and set(QUALITY_NAMES) == set(QUALITY_SCORERS)
+    assert set(CLARITY_NAMES) == {*CLARITY_SCORERS, "daclip", "reference"}
+    assert set(QUALITY_NAMES) == {*QUALITY_SCORERS, "reference"}
     assert get_args(Degradation) == DEGRADATIONS
     assert CLARITY_NAMES[0] == DEFAULT_CLARITY and QUALITY_NAMES[0] == DEFAULT_QUALITY
 

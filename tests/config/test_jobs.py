@@ -81,7 +81,7 @@ def test_published_loss_weights_are_the_defaults() -> None:
         (
             "coherence",
             {"quality": "musik"},
-            "neither of clean, unclipped nor a metric of pyiqa that rates single images (did you",
+            "neither of clean, unclipped, reference nor a metric of pyiqa that rates single images (did you",
         ),
         ("coherence", {"quality": "psnr"}, 'coherence.quality: "psnr" is neither of'),
         ("coherence", {"quality": "pi"}, "coherence.quality_range: missing (pyiqa gives pi no range)"),

@@ -63,6 +63,28 @@ train: {steps: many}
         ("haze: {airlight_tint: 1e999}", "haze.airlight_tint: Infinity is not a number"),
         ("tracking: {experiment: ''}", "tracking.experiment: empty"),
         ("storage: s3://a/b", "tracking.uri: needed because storage s3://a/b is not a folder"),
+        (
+            "coherence: {clarity: reference, quality: clean}",
+            "coherence.quality: clean, but clarity reference (reference rates both)",
+        ),
+        (
+            "coherence: {clarity: contrast, quality: reference}",
+            "coherence.quality: reference, but clarity contrast (reference rates both)",
+        ),
+        (
+            "coherence: {clarity: reference, share_blocks: true}",
+            "coherence.share_blocks: not used by reference, which rates whole images",
+        ),
+        (
+            "coherence: {clarity: reference}\nnetwork: {init: corun-small}",
+            "coherence.clarity: reference compares with corun-small, where network.init starts: the first labels "
+            "would never be replaced",
+        ),
+        (
+            "coherence: {clarity: reference}\nloss: {haze_density_weight: 0.1}",
+            "loss.haze_density_weight: not used with reference; daclip, contrast and dark_channel have a gradient "
+            "for it",
+        ),
         ("coherence: {block_px: 40}", "data.patch_px: 288 is not a multiple of coherence.block_px (40)"),
         ("evaluate: {hazy: a}", "evaluate: not used by a colabator job"),
         ("lr: 1", "lr: unknown key (did you mean optim.lr?)"),

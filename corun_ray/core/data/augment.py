@@ -262,7 +262,7 @@ def apply_jpeg(rgb: ImageU8, quality: int, *, top_px: int = 0, left_px: int = 0)
     """
     # Pad at the top and left, so that the region begins at the same place of the block grid as in its image.
     top_px, left_px = top_px % _JPEG_GRID_PX, left_px % _JPEG_GRID_PX
-    padded = cv2.copyMakeBorder(rgb, top_px, 0, left_px, 0, cv2.BORDER_REPLICATE)
+    padded = np.asarray(cv2.copyMakeBorder(rgb, top_px, 0, left_px, 0, cv2.BORDER_REPLICATE), np.uint8)
     return decode_image(encode_jpeg(padded, quality))[top_px:, left_px:]
 
 

@@ -53,21 +53,24 @@ class Coherence:
         self.combine = combine
 
     @torch.no_grad()
-    def score_images(self, images: Tensor) -> GlobalScores:
-        """Score whole images, `B 3 H W` RGB in [0, 1]."""
+    def score_images(self, images: Tensor, hazy: Tensor) -> GlobalScores:
+        """Score whole restorations.
+
+        `images` and the hazy images that they restore are `B 3 H W` RGB in [0, 1]. These scorers do not look at the
+        hazy ones.
+        """
         return GlobalScores(self.clarity(images), self.quality(images))
 
     @torch.no_grad()
-    def score_blocks(self, images: Tensor) -> BlockScores:
-        """Compute the local scores of images, `B 3 H W` RGB in [0, 1].
+    def score_blocks(self, images: Tensor, hazy: Tensor) -> BlockScores:
+        """Compute the local scores of restorations; see `score_images`.
 
         Every square of `block_px` is rated as an image of its own. Raises `ValueError` where a side is not a multiple
         of `block_px`.
         """
         batch, channels, height, width = images.shape
         side = self.block_px
-        if height % side or width % side:
-            raise ValueError(f"block scores: expected sides that are multiples of {side} px, got {height} x {width} px")
+        check_sides(images, side)
 
         # Cut the images into blocks: B 3 H W -> B h w 3 side side -> (B h w) 3 side side.
         rows, columns = height // side, width // side
@@ -103,6 +106,13 @@ class Coherence:
         # One weight for each pixel: bilinear interpolation between the centres of the blocks.
         size = (height_px, width_px)
         return F.interpolate(trust.unsqueeze(1), size, mode="bilinear", align_corners=False)
+
+
+def check_sides(images: Tensor, block_px: int) -> None:
+    """Raise `ValueError` where images `B 3 H W` cannot be cut into blocks."""
+    height, width = images.shape[-2:]
+    if height % block_px or width % block_px:
+        raise ValueError(f"block scores: expected sides that are multiples of {block_px} px, got {height} x {width} px")
 
 
 def _find_scorer(scorer: str | Scorer, registry: dict[str, Scorer], role: str) -> Scorer:

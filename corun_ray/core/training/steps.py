@@ -136,7 +136,7 @@ class Colabator:
 
         # Rate the winners' blocks and make labels of them. This runs even without winners, since workers may rate each
         # other's blocks.
-        fresh = self._make_labels(winners, real.keys, scores, candidates, step)
+        fresh = self._make_labels(winners, real, scores, candidates, step)
         if fresh:
             with span("pool"):
                 self.pool.offer(list(fresh.values()))
@@ -161,7 +161,7 @@ class Colabator:
 
         # Global coherence. Both scores leave the device in one copy, so that a step waits for the device once.
         with span("global scores"):
-            rated = self.coherence.score_images(scene)
+            rated = self.coherence.score_images(scene, weak)
             scores = [Scores(*pair) for pair in torch.stack([rated.clarity, rated.quality], 1).tolist()]
 
         # Stop at NaN and infinity: such a label would win the pool's first comparison and lose none after it.
@@ -173,7 +173,7 @@ class Colabator:
     def _make_labels(
         self,
         winners: list[int],
-        keys: Sequence[str],
+        real: RealBatch,
         scores: list[Scores],
         candidates: Restoration,
         step: int,
@@ -185,7 +185,7 @@ class Colabator:
         # Local coherence, which the trust map follows from.
         scene, transmission = candidates
         with span("local scores"):
-            blocks = self.coherence.score_blocks(scene[winners])
+            blocks = self.coherence.score_blocks(scene[winners], real.weak[winners])
 
         # Encode the images for storage, on the CPU.
         labels = {}
@@ -195,7 +195,7 @@ class Colabator:
                 encoded_transmission = encode(transmission[image].float().cpu().numpy(), self.encoding)
 
             labels[image] = Label(
-                key=keys[image],
+                key=real.keys[image],
                 scores=scores[image],
                 step=step,
                 scene=encode(scene[image].cpu().numpy(), self.encoding),

@@ -3,20 +3,23 @@
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch import device as Device
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.training import CoherenceSection, ColabatorLossSection
-from corun_ray.core.choices import QUALITY_NAMES
+from corun_ray.core.choices import QUALITY_NAMES, REFERENCE, REFERENCE_MODEL
 from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores
 from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
 from corun_ray.core.scoring.quality import load_quality, probe_scorer
+from corun_ray.core.scoring.reference import ReferenceCoherence
 from corun_ray.core.scoring.scorers import Scorer
+from corun_ray.core.training.checkpoints import load_network
 from corun_ray.core.training.losses import (
     VGG_FILE,
     FeatureExtractor,
@@ -26,6 +29,7 @@ from corun_ray.core.training.losses import (
     load_vgg19,
 )
 from corun_ray.core.weights import WeightsError, WeightsSource
+from corun_ray.service.models.sources import SHIPPED_FOLDER
 from corun_ray.service.weights.needed import open_weights
 
 # --- Building scorers and losses ---
@@ -36,6 +40,9 @@ def build_coherence(section: CoherenceSection, source: WeightsSource, device: De
 
     Raises `WeightsError`.
     """
+    if section.clarity == REFERENCE:
+        return ReferenceCoherence(load_reference().to(device), section.block_px, section.combine)
+
     clarity: str | Scorer = section.clarity
     if section.clarity == "daclip":
         file = source(DACLIP_FILE)
@@ -46,6 +53,13 @@ def build_coherence(section: CoherenceSection, source: WeightsSource, device: De
         quality = load_quality(section.quality, source, section.quality_range, section.chunk_images).to(device)
 
     return Coherence(clarity, quality, section.block_px, section.combine)
+
+
+@cache
+def load_reference() -> nn.Module:
+    """Load the network that makes the reference: the model that comes with the package, frozen, on the CPU."""
+    network = load_network(SHIPPED_FOLDER / REFERENCE_MODEL).network
+    return network.requires_grad_(False).eval()
 
 
 def build_losses(
@@ -149,15 +163,15 @@ class TimedCoherence(Coherence):
         self.plain = plain
         self.timers = {"global": DeviceTimer(device), "blocks": DeviceTimer(device)}
 
-    def score_images(self, images: Tensor) -> GlobalScores:
+    def score_images(self, images: Tensor, hazy: Tensor) -> GlobalScores:
         """Score whole images, timed. See `Coherence`."""
         with self.timers["global"]:
-            return self.plain.score_images(images)
+            return self.plain.score_images(images, hazy)
 
-    def score_blocks(self, images: Tensor) -> BlockScores:
+    def score_blocks(self, images: Tensor, hazy: Tensor) -> BlockScores:
         """Score the blocks of images, timed. See `Coherence`."""
         with self.timers["blocks"]:
-            return self.plain.score_blocks(images)
+            return self.plain.score_blocks(images, hazy)
 
 
 # --- Sharing ---

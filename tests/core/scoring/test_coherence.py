@@ -61,19 +61,19 @@ def test_clarity_falls_with_haze(name: str, scorer: Scorer) -> None:
 def test_block_scores_equal_the_global_scores_of_each_block() -> None:
     coherence = Coherence(block_px=32)
     images = torch.cat([scene(64, 96, seed=0), scene(64, 96, seed=1)])
-    blocks = coherence.score_blocks(images)
+    blocks = coherence.score_blocks(images, images)
     assert blocks.clarity.shape == blocks.quality.shape == (2, 2, 3)
     for row in range(2):
         for column in range(3):
             block = images[..., row * 32 : (row + 1) * 32, column * 32 : (column + 1) * 32]
-            whole = coherence.score_images(block)
+            whole = coherence.score_images(block, block)
             torch.testing.assert_close(blocks.clarity[:, row, column], whole.clarity)
             torch.testing.assert_close(blocks.quality[:, row, column], whole.quality)
 
 
 def test_block_scores_refuse_sides_that_blocks_do_not_fill() -> None:
     with pytest.raises(ValueError, match="multiples of 32 px, got 64 x 80 px"):
-        Coherence(block_px=32).score_blocks(torch.zeros(1, 3, 64, 80))
+        Coherence(block_px=32).score_blocks(images := torch.zeros(1, 3, 64, 80), images)
 
 
 def test_trust_map_interpolates_between_block_centres() -> None:
@@ -93,7 +93,7 @@ def test_trust_map_prefers_the_clear_half(combine: str) -> None:
     images = scene(96, 192)
     images[..., 96:] = add_haze(images[..., :96], 0.25)
     coherence = Coherence(block_px=32, combine=combine)  # type: ignore[arg-type]
-    trust = coherence.build_trust_map(coherence.score_blocks(images), 96, 192)
+    trust = coherence.build_trust_map(coherence.score_blocks(images, images), 96, 192)
     assert trust.shape == (1, 1, 96, 192)
     assert ((trust >= 0) & (trust <= 1)).all()
     assert trust[..., :96].mean() > trust[..., 96:].mean() + 0.03
@@ -101,7 +101,8 @@ def test_trust_map_prefers_the_clear_half(combine: str) -> None:
 
 def test_scorers_of_ones_own_are_used_as_they_are() -> None:
     coherence = Coherence(clarity=brightness, quality=redness)
-    scores = coherence.score_images(torch.tensor([0.8, 0.5, 0.2]).view(1, 3, 1, 1).expand(1, 3, 8, 8))
+    images = torch.tensor([0.8, 0.5, 0.2]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    scores = coherence.score_images(images, images)
     assert scores.clarity.item() == pytest.approx(0.5)
     assert scores.quality.item() == pytest.approx(0.8)
 
@@ -109,9 +110,9 @@ def test_scorers_of_ones_own_are_used_as_they_are() -> None:
 def test_scoring_keeps_no_gradient() -> None:
     images = scene(32, 32).requires_grad_()
     coherence = Coherence()
-    blocks = coherence.score_blocks(images)
+    blocks = coherence.score_blocks(images, images)
     trust = coherence.build_trust_map(blocks, 32, 32)
-    for scores in (coherence.score_images(images).clarity, blocks.quality, trust):
+    for scores in (coherence.score_images(images, images).clarity, blocks.quality, trust):
         assert not scores.requires_grad
 
 

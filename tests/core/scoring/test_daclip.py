@@ -183,7 +183,8 @@ def test_loading_draws_no_random_numbers(file: Path) -> None:
 
 
 def test_it_rates_blocks_for_coherence(model: DaClip, images: Tensor) -> None:
-    blocks = Coherence(clarity=model, block_px=10).score_blocks(images[..., :40, :])
+    cropped = images[..., :40, :]
+    blocks = Coherence(clarity=model, block_px=10).score_blocks(cropped, cropped)
     assert blocks.clarity.shape == (5, 4, 3)
     expected = model(images[2:3, :, 10:20, 20:30])
     torch.testing.assert_close(blocks.clarity[2, 1, 2], expected[0], rtol=0, atol=1e-4)

@@ -35,8 +35,8 @@ class EagerColabator:
         with torch.no_grad():
             scene, transmission = self.teacher(real.weak)
             scene = scene.clamp(0, 1)
-        rated = self.coherence.score_images(scene)
-        blocks = self.coherence.score_blocks(scene)
+        rated = self.coherence.score_images(scene, real.weak)
+        blocks = self.coherence.score_blocks(scene, real.weak)
         trust = self.coherence.build_trust_map(blocks, SIDE_PX, SIDE_PX)
         self.block_ratings += blocks.clarity.numel()
         wins = []

@@ -46,14 +46,17 @@ class ScriptedCoherence(Coherence):
         self.scores = torch.tensor(scores)
         self.rated_globally: list[Tensor] = []
         self.rated_in_blocks: list[Tensor] = []
+        self.haze_shown: list[Tensor] = []
 
-    def score_images(self, images: Tensor) -> GlobalScores:
+    def score_images(self, images: Tensor, hazy: Tensor) -> GlobalScores:
         self.rated_globally.append(images)
+        self.haze_shown.append(hazy)
         return GlobalScores(self.scores[:, 0], self.scores[:, 1])
 
-    def score_blocks(self, images: Tensor) -> BlockScores:
+    def score_blocks(self, images: Tensor, hazy: Tensor) -> BlockScores:
         self.rated_in_blocks.append(images)
-        return super().score_blocks(images)
+        self.haze_shown.append(hazy)
+        return super().score_blocks(images, hazy)
 
 
 class RecordingPool(LocalPool):
@@ -177,6 +180,10 @@ def test_a_mixed_batch_keeps_its_order() -> None:
     coherence = ScriptedCoherence([(0.6, 0.4), (0.1, 0.1), (0.6, 0.6), (0.7, 0.2)])
     real = real_batch("loses", "new", "wins", "loses too")
     labels = Colabator(FakeNetwork(0.9), coherence, pool, LOSSES).choose_labels(real, step=5)
+
+    # Scorers see the hazy image of each candidate that they rate.
+    of_all, of_winners = coherence.haze_shown
+    assert torch.equal(of_all, real.weak) and torch.equal(of_winners, real.weak[1:3])
 
     assert labels.from_teacher == [False, True, True, False]
     assert_stored(labels, 0, stored[0])

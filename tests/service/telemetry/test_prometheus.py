@@ -162,9 +162,9 @@ def test_scores_are_timed_and_stay_the_same(clock):
     timed = TimedCoherence(plain, torch.device("cpu"))
     images = torch.rand(2, 3, 16, 16)
     for name in ("score_images", "score_blocks"):
-        mine, its = getattr(timed, name)(images), getattr(plain, name)(images)
+        mine, its = getattr(timed, name)(images, images), getattr(plain, name)(images, images)
         assert torch.equal(mine.clarity, its.clarity) and torch.equal(mine.quality, its.quality)
-    timed.score_images(images)
+    timed.score_images(images, images)
     assert {scope: watch.total_s() for scope, watch in timed.timers.items()} == {"global": 6.0, "blocks": 3.0}
     assert (timed.block_px, timed.combine) == (8, "multiplication")
 

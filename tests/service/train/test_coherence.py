@@ -57,7 +57,15 @@ def bucket(s3_server, folder):
 
 
 def job_with(dataset, tmp_path, weights, **coherence):
-    return small_job("colabator", dataset, tmp_path, coherence={"weights": str(weights), **coherence})
+    return small_job("colabator", dataset, tmp_path, coherence={"weights": weights and str(weights), **coherence})
+
+
+def test_reference_rates_both_and_needs_no_weights(dataset, tmp_path):
+    job = job_with(dataset, tmp_path, None, clarity="reference", block_px=16)
+    assert job.coherence.quality == "reference" and not find_needed_files(job)
+    coherence = build_coherence(job.coherence, open_weights(None))
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    assert coherence.score_blocks(images, images).quality.shape == (2, 2, 3)
 
 
 @pytest.mark.parametrize("metric", ["brisque", "niqe"])
@@ -67,7 +75,7 @@ def test_a_folder_and_a_bucket_rank_photographs_the_same_way(metric, folder, buc
     scores = []
     for place in (folder, bucket):
         section = job_with(dataset, tmp_path, place, quality=metric).coherence
-        quality = build_coherence(section, open_weights(section.weights)).score_images(images).quality
+        quality = build_coherence(section, open_weights(section.weights)).score_images(images, images).quality
         assert quality.unique().numel() == len(images), "without ties a ranking says something"
         scores.append(quality)
     assert torch.equal(*scores)

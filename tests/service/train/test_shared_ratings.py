@@ -58,7 +58,7 @@ def rate(rank: int, folder: Path) -> None:
     found, rated = {}, []
     for step in range(len(WINNERS)):
         plain = Counting()
-        scores: BlockScores = SharedCoherence(plain).score_blocks(images_of(rank, step))
+        scores: BlockScores = SharedCoherence(plain).score_blocks(images := images_of(rank, step), images)
         found |= {f"{step}_clarity": scores.clarity.numpy(), f"{step}_quality": scores.quality.numpy()}
         rated.append(plain.rated)
     np.savez(folder / f"{rank}.npz", rated=rated, **found)
@@ -71,7 +71,7 @@ def test_scores_are_those_of_rating_alone_and_the_work_is_shared(tmp_path: Path)
     assert np.array([rank["rated"] for rank in ranks]).T.tolist() == [[6, 6, 6], [0, 0, 0], [10, 10, 10], [2, 2, 2]]
     for step in range(len(WINNERS)):
         for rank, found in enumerate(ranks):
-            alone = Coherence(block_px=32).score_blocks(images_of(rank, step))
+            alone = Coherence(block_px=32).score_blocks(images := images_of(rank, step), images)
             assert found[f"{step}_clarity"].shape == (WINNERS[step][rank], 2, 3)
             np.testing.assert_allclose(found[f"{step}_clarity"], alone.clarity, rtol=0, atol=1e-6)
             np.testing.assert_allclose(found[f"{step}_quality"], alone.quality, rtol=0, atol=1e-6)
