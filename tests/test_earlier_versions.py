@@ -21,11 +21,12 @@ import yaml
 from corun_ray.cli import main
 from corun_ray.config.jobs import TuneJob
 from corun_ray.config.loading import load_jobs
+from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.models.sources import fetch_model
 from corun_ray.service.pool.source import find_saved_pool
-from corun_ray.service.runs.record import ResumeError, find_last_run
+from corun_ray.service.runs.record import ResumeError, find_last_run, read_record, write_record
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
 from corun_ray.service.tune.search import run_search
@@ -116,11 +117,18 @@ def test_a_run_resumes(
     (job,) = load_jobs(earlier / "colabator.yaml", ["train.steps=8", *here])
     run = find_last_run(job)
     assert run is not None and run.name == STOPPED
+
+    # Samples have changed since. The run's other files are as good as ever, which shows where its record says so.
+    with pytest.raises(ResumeError, match="samples: made in another way"):
+        run_training(job, Console(), earlier, resume=True)
+    write_record(run, read_record(run).model_copy(update={"samples": SAMPLES_VERSION}))
+
     run_training(job, Console(), earlier, resume=True)
     said = capsys.readouterr().out
     assert STOPPED in said and "step 8/8" in said and "step 1/8" not in said
     assert (earlier / "runs" / STOPPED / "checkpoint_00000008" / "network.pth").exists()
 
+    # A run that has all its steps needs no more samples.
     (job,) = load_jobs(earlier / "pretrain.yaml", here[:2])
     assert run_training(job, Console(), earlier, resume=True) == "models:/before/1"
 
