@@ -143,7 +143,7 @@ class TruthCoherence(Coherence):
         views = [make_real_views(image, rng, patch_px=patch_px, jpeg_quality=None).weak for image in data.truth]
         self.truth = to_batch(views)
 
-    def score_images(self, images: Tensor) -> GlobalScores:
+    def score_images(self, images: Tensor, hazy: Tensor) -> GlobalScores:
         """Score whole restorations by their true error: a restoration is nearest to the truth of its own scene."""
         error = (images[:, None] - self.truth[None]).square().mean((2, 3, 4)).amin(1)
         return GlobalScores(1 - error.sqrt(), torch.ones_like(error))
