@@ -103,6 +103,18 @@ def test_a_run_whose_samples_were_made_in_another_way_is_refused(job):
         refuse_changes(job, run, read_record(run), "digest")
 
 
+def test_only_a_finished_run_that_takes_no_more_steps_may_have_other_samples(dataset, tmp_path):
+    job = variant(dataset, tmp_path / "a")
+    run = begun(job, "test-colabator-20260101-000000")
+    finished = RECORD.model_copy(update={"state": "finished", "samples": 1})
+    refuse_changes(job, run, finished, "digest")
+
+    longer = variant(dataset, tmp_path / "b", train={"steps": 99})
+    refuse_changes(longer, run, RECORD, "digest")
+    with pytest.raises(ResumeError, match="samples: made in another way"):
+        refuse_changes(longer, run, finished, "digest")
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"state": "running", "mlflow_run": 1, "data": ""}'])
 def test_other_records_are_refused(tmp_path, content):
     run = locate(str(tmp_path))
