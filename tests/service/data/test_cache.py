@@ -162,12 +162,21 @@ def test_the_stream_is_the_same_with_a_cache(keeper, dataset, tmp_path):
     here = ray.get_runtime_context().get_node_id()
     cache = ray.get(keeper.get_cache.remote(here, None))
     assert ray.get(cache.list_since.remote(0)).entries == []
-    tasks = (StreamTask(job, manifest, board, layout, phase.patch_px, cache=one) for one in (None, keeper))
-    plain, kept = ([*iterate_batches(split_stream(task)[0], layout, 0)] for task in tasks)
-    for one, other in zip(plain, kept, strict=True):
-        assert_same(one, other)
-    keys = {key for key, _ in ray.get(cache.list_since.remote(0)).entries}
-    assert {(str(dataset / "clear"), "view_0.png", None), (str(dataset / "depth"), "view_0.npy", "depth")} <= keys
+    wanted = {(str(dataset / "clear"), "view_0.png", None), (str(dataset / "depth"), "view_0.npy", "depth")}
+
+    def stream(cache):
+        task = StreamTask(job, manifest, board, layout, phase.patch_px, cache=cache)
+        return [*iterate_batches(split_stream(task)[0], layout, 0)]
+
+    # A busy machine's cache turns offers away, so an image may be kept only by a later stream.
+    plain, kept_keys = stream(None), set()
+    for _ in range(5):
+        for one, other in zip(plain, stream(keeper), strict=True):
+            assert_same(one, other)
+        kept_keys = {key for key, _ in ray.get(cache.list_since.remote(0)).entries}
+        if wanted <= kept_keys:
+            break
+    assert wanted <= kept_keys
 
 
 def test_no_cache_unless_asked_for():
