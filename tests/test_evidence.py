@@ -51,7 +51,7 @@ def test_offers_of_a_network_and_scorers_without_weights(photographs: Path, tmp_
 
 def test_parts_of_colabator(tmp_path: Path) -> None:
     write_demo(tmp_path / "demo", seed=0, size=DemoSize(clear_images=3, hazy_images=2))
-    ways = ("control", "scored by the truth", "no trust map")
+    ways = ("control", "rated by the truth", "no trust map")
     model = SHIPPED_FOLDER / "corun-small"
     said = ran("colabator_parts.py", tmp_path / "demo", model, tmp_path / "parts.json", "--steps", 2, "--ways", *ways)
     assert [line.split("|")[1].strip() for line in said.splitlines()] == ["start", *ways]

@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -30,11 +31,14 @@ from corun_ray.core.metrics.fade import fade
 from corun_ray.core.metrics.measure import psnr, ssim
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores
+from corun_ray.core.scoring.reference import ReferenceCoherence
+from corun_ray.core.scoring.scorers import DEFAULT_CLARITY
 from corun_ray.core.training.checkpoints import load_network
 from corun_ray.core.training.labels import Label, LocalPool, ReadyLabels
 from corun_ray.core.training.losses import COLABATOR_WEIGHTS, LaplacianFeatures, Losses, LossWeights
 from corun_ray.core.training.state import Cycle, TrainState, compute_learning_rate
 from corun_ray.core.training.steps import Colabator, RealBatch, SyntheticBatch, run_pretraining_step
+from corun_ray.service.models.sources import SHIPPED_FOLDER
 
 HAZE = HazeRange(beta=(0.1, 1.6), airlight=(0.65, 1.0), nearest=(0.0, 0.25))
 BATCH = 2
@@ -48,13 +52,13 @@ class Way:
 
     control: bool = False
     pool: bool = True
-    by_truth: bool = False
-    """Rate candidates by the hidden truth, instead of by contrast and clean."""
+    by: Literal["contrast and clean", "clarity", "reference", "truth"] = "contrast and clean"
+    """What rates candidates. By `clarity`, contrast takes the place of cleanness too: one score decides."""
     trust: bool = True
     strong: bool = True
     weights: LossWeights = LOSSES
     ema: float = 0.97
-    lr: float = 2e-4
+    lr: float = 1e-4
     patch_px: int = 96
 
 
@@ -62,17 +66,20 @@ WAYS: dict[str, Way] = {
     "control": Way(control=True),
     "colabator": Way(),
     "last candidate, no pool": Way(pool=False),
-    "scored by the truth": Way(by_truth=True),
+    "clarity alone": Way(by="clarity"),
+    "rated by corun-small": Way(by="reference"),
+    "rated by the truth": Way(by="truth"),
     "no trust map": Way(trust=False),
     "no strong view": Way(strong=False),
     "contrastive 0.1": Way(weights=replace(LOSSES, contrastive=0.1)),
     "contrastive 1": Way(weights=replace(LOSSES, contrastive=1.0)),
     "decay 0.9": Way(ema=0.9),
     "decay 0.99": Way(ema=0.99),
+    "control, decay 0.99": Way(control=True, ema=0.99),
     "lr 5e-5": Way(lr=5e-5),
     "control, lr 5e-5": Way(control=True, lr=5e-5),
-    "control, decay 0.99": Way(control=True, ema=0.99),
-    "lr 5e-4": Way(lr=5e-4),
+    "lr 2e-4": Way(lr=2e-4),
+    "control, lr 2e-4": Way(control=True, lr=2e-4),
 }
 
 
@@ -165,7 +172,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="WAY")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -213,8 +220,12 @@ def train(start: CORUN, data: Data, way: Way, seed: int, steps: int) -> CORUN:
 
 def build_coherence(way: Way, data: Data) -> Coherence:
     """Build the scorers of a way."""
-    if way.by_truth:
+    if way.by == "truth":
         return TruthCoherence(data, way.patch_px)
+    if way.by == "reference":
+        return ReferenceCoherence(load_network(SHIPPED_FOLDER / "corun-small").network)
+    if way.by == "clarity":
+        return Coherence(quality=DEFAULT_CLARITY)
     return Coherence() if way.trust else Untrusting()
 
 
