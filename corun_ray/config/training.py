@@ -382,6 +382,9 @@ class HazeSection(Section):
     nearest: DistanceRange = Field(
         (0.0, 0.0), description="distance of the nearest point, in ranges of depth; 0: free of haze, as published"
     )
+    density_variation: FractionRange = Field(
+        (0.0, 0.0), description="largest deviation of beta over an image, as a share of beta; 0: uniform, as published"
+    )
 
 
 class TrainSection(Section):

@@ -58,6 +58,7 @@ train: {steps: many}
         ("haze: {beta: [1, 2, 3]}", "haze.beta: [1, 2, 3] is too long ([low, high])"),
         ("haze: {beta: 1}", "haze.beta: 1 is not a list"),
         ("haze: {airlight: [0.5, 1.5]}", "haze.airlight: 1.5 is too large (at most 1)"),
+        ("haze: {density_variation: [0, 1.5]}", "haze.density_variation: 1.5 is too large (at most 1)"),
         ("haze: {nearest: [-0.1, 0.5]}", "haze.nearest: -0.1 is too small (at least 0)"),
         ("haze: {airlight_tint: .inf}", 'haze.airlight_tint: ".inf" is not a number'),
         ("haze: {airlight_tint: 1e999}", "haze.airlight_tint: Infinity is not a number"),

@@ -14,7 +14,7 @@ from corun_ray.core.choices import ResizeKind
 from corun_ray.core.data import augment
 from corun_ray.core.data.augment import CAMERA_FAULTS, CameraFaults, Sliceable
 from corun_ray.core.data.depth import DepthMap
-from corun_ray.core.data.haze import HazeRange, add_haze, compute_transmission, sample_haze
+from corun_ray.core.data.haze import HazeRange, add_haze, compute_density, compute_transmission, sample_haze
 from corun_ray.core.data.images import BadImage, ImageU8, decode_image
 from corun_ray.core.timing import phase
 
@@ -84,10 +84,11 @@ def make_synthetic_pair(
         camera = augment.sample_camera(rng, camera_faults)
         hazy = np.empty(truth.shape, np.uint8)
         levels = np.empty(truth.shape[:2], np.uint8) if with_transmission else None
+        density = compute_density(haze, *truth.shape[:2])
         for top in range(0, crop.side_px, _BAND_ROWS):
             band = slice(top, top + _BAND_ROWS)
             shot = augment.degrade(rng, truth[band], camera)
-            transmission = compute_transmission(depth_map.to_inverse(depth[band]), haze.beta, haze.nearest)
+            transmission = compute_transmission(depth_map.to_inverse(depth[band]), density[band], haze.nearest)
             # convertScaleAbs rounds to uint8.
             hazy[band] = cv2.convertScaleAbs(add_haze(shot, transmission, haze), alpha=255)
             if levels is not None:

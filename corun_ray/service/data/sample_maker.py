@@ -198,7 +198,7 @@ class SampleMaker:
                 depth_map,
                 rng,
                 patch_px=self.patch_px,
-                haze_range=HazeRange(haze.beta, haze.airlight, haze.airlight_tint, haze.nearest),
+                haze_range=HazeRange(**haze.model_dump()),
                 random_resize=data.random_resize,
                 rotation=data.rotation,
                 camera_faults=CAMERA_FAULTS[data.camera],

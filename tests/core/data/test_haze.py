@@ -5,6 +5,7 @@ from corun_ray.core.data.haze import (
     Haze,
     HazeRange,
     add_haze,
+    compute_density,
     compute_transmission,
     sample_haze,
 )
@@ -66,3 +67,41 @@ def test_a_range_of_nearest_distances_is_drawn_last():
     assert (without.beta, without.airlight, without.nearest) == (with_range.beta, with_range.airlight, 0.0)
     distances = [sample_haze(ranged, HazeRange(nearest=(0.1, 0.3))).nearest for _ in range(400)]
     assert 0.1 <= min(distances) < 0.11 and 0.29 < max(distances) <= 0.3
+
+
+def test_uniform_haze_has_one_density():
+    density = compute_density(Haze(1.3, (1.0, 1.0, 1.0)), 4, 6)
+    assert density.shape == (4, 6) and (density == np.float32(1.3)).all()
+
+
+def test_uneven_haze_varies_smoothly_about_its_density():
+    rng = np.random.default_rng(5)
+    uneven = HazeRange(beta=(1.0, 1.0), density_variation=(0.6, 0.6))
+    fields = [compute_density(sample_haze(rng, uneven), 120, 160) for _ in range(200)]
+    assert np.mean(fields) == pytest.approx(1.0, abs=0.03)
+
+    # Deviations reach most of the share that was asked for.
+    deviations = [np.abs(field - 1).max() for field in fields]
+    assert 0.4 < min(deviations) and 0.55 < np.median(deviations) and max(deviations) <= np.float32(0.6001)
+
+    # From one pixel to the next, the density changes by a small part of that.
+    assert max(np.abs(np.diff(field, axis=1)).max() for field in fields) < 0.1
+
+
+def test_the_thinnest_haze_is_clear_air():
+    rng = np.random.default_rng(6)
+    fields = [compute_density(sample_haze(rng, HazeRange(density_variation=(1.0, 1.0))), 32, 32) for _ in range(50)]
+    assert 0 <= min(field.min() for field in fields) < 0.01
+
+
+def test_a_transmission_follows_the_density():
+    density = np.array([[0.0, 0.5, 1.0]], np.float32)
+    expected = np.exp(-2 * density * 0.75)
+    np.testing.assert_allclose(compute_transmission(np.full((1, 3), 0.25, np.float32), density), expected, rtol=1e-6)
+
+
+def test_variation_leaves_the_other_draws_as_they_were():
+    plain, uneven = (np.random.default_rng(7) for _ in range(2))
+    without, with_range = sample_haze(plain, HazeRange()), sample_haze(uneven, HazeRange(density_variation=(0.0, 0.5)))
+    assert (without.beta, without.airlight) == (with_range.beta, with_range.airlight)
+    assert without.deviation is None and with_range.deviation is not None

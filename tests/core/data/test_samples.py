@@ -109,6 +109,24 @@ def test_without_degradation_the_hazy_patch_is_the_scattering_model_of_the_clear
     assert flips == {False, True}
 
 
+def test_uneven_haze_is_that_of_its_true_transmission(monkeypatch):
+    monkeypatch.setattr(augment, "degrade", lambda rng, rgb, camera: augment.darken(rgb, 1.0))
+    monkeypatch.setattr(augment, "sample_jpeg_quality", lambda *_: None)
+    uneven = HazeRange(beta=(0.7, 0.7), airlight=(0.8, 0.8), airlight_tint=0.0, density_variation=(0.8, 0.8))
+    flat = np.zeros((90, 130), np.float32)
+    flat[0, 0] = 1
+    spreads = []
+    for seed in range(10):
+        pair = sample(seed, depth=flat, haze_range=uneven, random_resize=False, with_transmission=True)
+        transmission = pair.transmission[..., None] / 255
+        expected = pair.clear / 255 * transmission + 0.8 * (1 - transmission)
+        np.testing.assert_allclose(pair.hazy / 255, expected, atol=1.6 / 255)
+        spreads.append(np.ptp(transmission))
+
+    # Over a wall of one depth, the transmission of uniform haze would be one number.
+    assert np.median(spreads) > 0.1
+
+
 def test_the_clear_patch_is_never_degraded():
     for seed in range(20):
         pair = sample(seed, random_resize=False)
