@@ -32,7 +32,7 @@ from corun_ray.core.metrics.measure import psnr, ssim
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores
 from corun_ray.core.scoring.reference import ReferenceCoherence
-from corun_ray.core.scoring.scorers import DEFAULT_CLARITY
+from corun_ray.core.scoring.scorers import CLARITY_SCORERS, DEFAULT_CLARITY
 from corun_ray.core.training.checkpoints import load_network
 from corun_ray.core.training.labels import Label, LocalPool, ReadyLabels
 from corun_ray.core.training.losses import COLABATOR_WEIGHTS, LaplacianFeatures, Losses, LossWeights
@@ -225,7 +225,7 @@ def build_coherence(way: Way, data: Data) -> Coherence:
     if way.by == "reference":
         return ReferenceCoherence(load_network(SHIPPED_FOLDER / "corun-small").network)
     if way.by == "clarity":
-        return Coherence(quality=DEFAULT_CLARITY)
+        return Coherence(quality=CLARITY_SCORERS[DEFAULT_CLARITY])
     return Coherence() if way.trust else Untrusting()
 
 
