@@ -23,6 +23,7 @@ examples:
   corun-ray evaluate photos           haze density of photographs as they are
   corun-ray evaluate demo/hazy --truth demo/hazy_truth \\
       --model models:/corun-demo@champion
+  corun-ray evaluate SOTS/outdoor/hazy --truth SOTS/outdoor/gt --match '^([^_]+)'
   corun-ray evaluate s3://haze/rtts --metrics fade,brisque,nima,musiq \\
       --weights s3://haze/weights --model new=models:/corun@candidate \\
       --model old=models:/corun@champion --against old"""
@@ -104,8 +105,24 @@ def evaluate(
     # What is measured.
     truth: Annotated[
         str | None,
-        typer.Option("--truth", metavar="DIR", help="folder or URI of their clear truth, paired by stem"),
+        typer.Option("--truth", metavar="DIR", help="folder or URI of their clear truth, paired by stem or --match"),
     ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            "--match",
+            metavar="REGEX",
+            help="the text of its group pairs hazy and clear names: '^([^_]+)' (docs/datasets.md)",
+        ),
+    ] = None,
+    match_clear: Annotated[
+        str | None,
+        typer.Option("--match-clear", metavar="REGEX", help="the same for clear names (default: that of --match)"),
+    ] = None,
+    crop_truth: Annotated[
+        bool,
+        typer.Option("--crop-truth", help="take the centre of a truth that has a border (SOTS indoor)"),
+    ] = False,
     metrics: Annotated[
         str | None,
         typer.Option("--metrics", metavar="a,b", help="default: fade, and psnr and ssim where there is a truth"),
@@ -144,6 +161,7 @@ def evaluate(
     """
     # The keys of a job file's section.
     section: dict[str, Any] = {"hazy": images, "clear": truth, "models": name_models(models or [])}
+    section |= {"match": match, "match_clear": match_clear, "crop_truth": crop_truth}
 
     # The defaults of what is not given are those of a job file.
     optional = {

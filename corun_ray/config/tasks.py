@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from corun_ray.config.pairing import TruthSection
 from corun_ray.config.types import (
     Count,
     Mismatch,
@@ -132,9 +133,7 @@ def _check_distinct_if_any(items: tuple[str, ...]) -> tuple[str, ...]:
     return check_distinct(items) if items else items
 
 
-class EvaluateSection(Section):
-    hazy: Text = Field(description="folder or URI of hazy images")
-    clear: OptionalText = Field(None, description="folder or URI of their clear truth, paired by stem")
+class EvaluateSection(TruthSection):
     models: dict[Name, Text] = Field({}, description="models by name; empty: only the baselines are measured")
     baselines: Annotated[tuple[Baseline, ...], AfterValidator(_check_distinct_if_any)] = Field(
         get_args(Baseline),

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from corun_ray.config.pairing import TruthSection
 from corun_ray.config.types import (
     Batch,
     Count,
@@ -313,17 +314,15 @@ class ColabatorOptimSection(OptimSection):
     schedule_steps: ScheduleSteps = 50_000
 
 
-class ValidationSection(Section):
-    hazy: Text = Field(description="folder or URI of hazy images")
-    clear: OptionalText = Field(None, description="folder or URI of their clear truth, paired by stem")
+class ValidationSection(TruthSection):
     transmission: OptionalText = Field(
         None, description="folder or URI of their true transmission, grey images or .npy, paired by stem"
     )
 
 
-class PairedSection(Section):
+class PairedSection(TruthSection):
     hazy: Text = Field(description="folder, pack or URI of degraded images")
-    clear: Text = Field(description="folder, pack or URI of their clean truth, paired by stem")
+    clear: Text = Field(description="folder, pack or URI of their clean truth, paired by stem or by match")
 
 
 class TrainingDataSection(Section):
@@ -338,7 +337,7 @@ class TrainingDataSection(Section):
     paired: PairedSection | None = Field(None, description="degraded and clean images; they replace clear and depth")
     validation: ValidationSection | None = Field(None, description="validation set; null: none")
     validation_sets: dict[Name, ValidationSection] = Field(
-        {}, description="more validation sets by name, {hazy, clear} each"
+        {}, description="more validation sets by name, each with the keys of data.validation"
     )
     patch_px: Whole = Field(288, ge=32, multiple_of=16, description="side of a training patch, in pixels")
     random_resize: RandomResize = False

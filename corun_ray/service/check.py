@@ -15,6 +15,8 @@ from corun_ray.service.data.manifest import (
     list_images,
     list_validation_sets,
     pair_validation_images,
+    refuse_misfits,
+    refuse_other_sizes,
 )
 from corun_ray.service.storage import locate
 
@@ -71,15 +73,18 @@ def _check_data(job: Job) -> Notes:
         for uri, reason in manifest.skipped.items():
             yield "skipped", f"{uri}: {reason}"
 
-        for images in list_validation_sets(job):
+        validation_sets = list_validation_sets(job)
+        for images in validation_sets:
             yield "validate", f"{len(images.pairs)} images, measured as {images.prefix}/..."
 
         # Beyond this fraction, the job itself would fail.
         if len(manifest.skipped) > job.data.max_bad_fraction * manifest.num_images:
             share = f"{len(manifest.skipped)} of {manifest.num_images}"
             raise _Mistake(f"data.max_bad_fraction: {share} files are skipped, more than {job.data.max_bad_fraction:g}")
+        refuse_other_sizes(job, manifest, validation_sets)
     elif isinstance(job, EvaluateJob):
-        pairs = pair_validation_images(job.evaluate.hazy, job.evaluate.clear, "evaluate")
+        pairs = pair_validation_images(job.evaluate, "evaluate")
+        refuse_misfits(job.evaluate, pairs, "evaluate")
         yield "data", f"{len(pairs)} images to measure on"
     elif isinstance(job, DehazeJob):
         images_to_dehaze = list_images(job.dehaze.input, "dehaze.input")

@@ -157,6 +157,14 @@ WRONG_REQUESTS = [
         "(did you mean musiq?)",
     ),
     (
+        ["evaluate", "photos", "--truth", "clear", "--match", "[^_]+"],
+        "evaluate.match: [^_]+ has no group (the text of its one group is what pairs two files, as in ^([^_]+))",
+    ),
+    (
+        ["evaluate", "photos", "--match", "^([^_]+)"],
+        "evaluate.match: not used without clear",
+    ),
+    (
         ["evaluate", "photos", "--metrics", "psnr", "--model", "a=x.pth"],
         "evaluate.metrics: psnr cannot be measured without evaluate.clear",
     ),

@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from corun_ray.config.jobs import ColabatorJob, EvaluateJob, PretrainJob
+from corun_ray.config.loading import JobFileError, build_job
 from corun_ray.core.choices import CLARITY_NAMES, QUALITY_NAMES
 
 PRETRAIN = {"kind": "pretrain", "name": "p", "data": {"clear": "clear"}}
@@ -159,3 +160,49 @@ def test_a_shipped_model_to_start_from_sets_the_size() -> None:
 )
 def test_another_size_than_that_of_a_shipped_model_is_refused(given: dict, said: str) -> None:
     assert mistake("network", {"init": "corun-small"} | given) == said
+
+
+@pytest.mark.parametrize(
+    ("keys", "lines"),
+    [
+        (
+            {"match": "^([^_]+"},
+            ["match: ^([^_]+ is no regular expression (missing ), unterminated subpattern"],
+        ),
+        (
+            {"match": "^.+_"},
+            ["match: ^.+_ has no group (the text of its one group is what pairs two files"],
+        ),
+        (
+            {"match": "^(a)(b)"},
+            [
+                "match: ^(a)(b) has 2 groups, none of them (?P<key>...) "
+                "(the text of its one group is what pairs two files, as in ^([^_]+))"
+            ],
+        ),
+        ({"match": "^(a|b)(?P<key>.)"}, []),
+        ({"match": "^(a)", "match_clear": "^b"}, ["match_clear: ^b has no group"]),
+        ({"match_clear": "^(b)"}, ["match_clear: not used without match"]),
+        ({"match": "^(a)", "clear": "d/"}, ["match_clear: missing (hazy and clear are one folder"]),
+        ({"match": "^(a)", "clear": None}, ["match: not used without clear"]),
+        ({"crop_truth": True, "clear": None}, ["crop_truth: not used without clear"]),
+        ({"match": "", "crop_truth": False, "clear": None}, []),
+    ],
+)
+def test_patterns_that_cannot_pair_are_refused(keys, lines) -> None:
+    truth = {"hazy": "d", "clear": "e"} | keys
+    trees = {
+        "evaluate.": EVALUATE | {"evaluate": truth},
+        "data.validation.": PRETRAIN | {"data": {"clear": "c", "validation": truth}},
+        "data.validation_sets.far.": PRETRAIN | {"data": {"clear": "c", "validation_sets": {"far": truth}}},
+    }
+    if truth["clear"] is not None:
+        trees["data.paired."] = PRETRAIN | {"data": {"paired": truth}}
+    for section, tree in trees.items():
+        try:
+            build_job(tree)
+            found = []
+        except JobFileError as error:
+            found = error.lines
+        assert len(found) == len(lines)
+        assert all(one.startswith(section + line) for one, line in zip(found, lines, strict=True)), found

@@ -25,6 +25,8 @@ SAMPLES_VERSION = 2
 _BAND_ROWS = 32
 # Real images are decoded larger than the patch: with less, a JPEG's reduced decoding would blur the patch visibly.
 _REAL_OVERSIZE = 1.75
+MAX_BORDER = 0.125
+"""Share of a truth's side that its border may have, both ends together. RESIDE's has 0.03 to 0.04."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +116,17 @@ def crop_pair(
     random_resize: bool,
     rotation: bool = False,
     resize: ResizeKind = "area",
+    crop_truth: bool = False,
 ) -> Pair:
     """Crop the same patch from a degraded and clear image.
 
-    Both images are `H W 3` and get the same flip and turn. Nothing is added to the degraded image.
+    Both images are `H W 3` and get the same flip and turn. Nothing is added to the degraded image. `crop_truth` is for
+    a clear image with a border, see `fit_truth`.
 
     Raises `BadImage` if the two differ in size.
     """
-    height_px, width_px = clear.shape[:2]
-    if hazy.shape != clear.shape:
-        raise BadImage(
-            f"degraded image of {hazy.shape[1]} x {hazy.shape[0]} px does not fit its clean one "
-            f"of {width_px} x {height_px} px"
-        )
+    height_px, width_px = hazy.shape[:2]
+    clear = fit_truth(clear, hazy.shape, crop_truth=crop_truth)
 
     # Cut outside of any phase: cutting a file decodes, which is a phase of its own.
     crop = augment.sample_crop(
@@ -135,6 +135,55 @@ def crop_pair(
     degraded, truth = crop.cut(hazy), crop.cut(clear)
     with phase("resize"):
         return Pair(crop.finish(degraded, patch_px, resize), crop.finish(truth, patch_px, resize), None)
+
+
+# --- A truth with a border ---
+
+
+@dataclass(frozen=True)
+class Centre:
+    """The centre of an image, from which regions are cut as from a whole one."""
+
+    image: Sliceable
+    top_px: int
+    left_px: int
+    shape: tuple[int, ...]
+
+    def __getitem__(self, region: tuple[slice, slice]) -> NDArray:
+        """Cut a region, given by rows and columns of the centre."""
+        rows, columns = region
+        return self.image[_shift(rows, self.top_px), _shift(columns, self.left_px)]
+
+
+def _shift(span: slice, offset_px: int) -> slice:
+    return slice(span.start + offset_px, span.stop + offset_px)
+
+
+def fit_truth(truth: Sliceable, shape: tuple[int, ...], *, crop_truth: bool) -> Sliceable:
+    """Return the part of a truth that a degraded image of this shape shows.
+
+    Both are `H W 3`. With `crop_truth`, a truth with a border around that part loses the border, which is equally wide
+    on opposite sides; an odd pixel goes to the bottom or right. A truth of the same shape stays as it is.
+
+    Raises `BadImage` for any other shape, and for a border that is wider than `MAX_BORDER`: such a truth has another
+    scale.
+    """
+    if truth.shape == shape:
+        return truth
+    height_px, width_px = truth.shape[:2]
+    mismatch = f"degraded image of {shape[1]} x {shape[0]} px does not fit its clean one of {width_px} x {height_px} px"
+
+    # The pixels that the truth has in excess.
+    rows_px, columns_px = height_px - shape[0], width_px - shape[1]
+    has_border = 0 <= rows_px <= MAX_BORDER * height_px and 0 <= columns_px <= MAX_BORDER * width_px
+    if not has_border:
+        raise BadImage(mismatch)
+    if not crop_truth:
+        raise BadImage(f"{mismatch} (crop_truth: true takes the centre of the clean one)")
+    return Centre(truth, rows_px // 2, columns_px // 2, shape)
+
+
+# --- Real images ---
 
 
 def compute_real_side_px(patch_px: int, resize: ResizeKind = "area") -> int | None:

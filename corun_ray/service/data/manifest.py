@@ -3,8 +3,7 @@
 import hashlib
 import json
 import posixpath
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,16 +11,19 @@ from numpy.typing import NDArray
 from pyarrow.fs import FileInfo
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
+from corun_ray.config.pairing import TruthSection, compile_pattern
 from corun_ray.config.training import PairedSection, ValidationSection
-from corun_ray.core.data.images import ImageU8, decode_depth, decode_image
+from corun_ray.core.data.images import BadImage, ImageU8, decode_depth, decode_image
+from corun_ray.core.data.samples import fit_truth
 from corun_ray.core.errors import UserError
 from corun_ray.service.data.packs import Pack, is_pack, open_pack
-from corun_ray.service.storage import locate
+from corun_ray.service.data.pairing import NAMED_FILES, Pairing, find_key, pair_by_pattern, pair_by_stem
+from corun_ray.service.storage import MissingFile, locate
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 DEPTH_SUFFIXES = frozenset({".npy", ".png", ".mat"})
-NAMED_IMAGES = 3
-"""Images without ground truth that an error message names."""
+TRIED_PAIRS = 3
+"""Pairs whose sizes are compared before a job starts."""
 
 
 class ManifestError(UserError):
@@ -109,8 +111,13 @@ def _build_paired_manifest(paired: PairedSection, hazy: tuple[str, ...], roots: 
     """Build the manifest of a job with paired data."""
     degraded = roots.list_images(paired.hazy, "data.paired.hazy")
     clean = roots.list_images(paired.clear, "data.paired.clear")
+    pairing = pair_truths(paired, "data.paired", degraded, clean, "clean image")
 
-    pairing = pair_by_stem(degraded, clean, "clean image")
+    # A pattern is wrong that pairs nothing, or gives any image two truths.
+    if paired.match is not None and (pairing.ambiguous or not pairing.pairs):
+        wrong = {image: pairing.unpaired[image] for image in pairing.ambiguous or pairing.unpaired}
+        lack = f"no single clean image by {_name_patterns(paired)}"
+        _refuse_unpaired(wrong, pairing.num_images, paired.hazy, "data.paired.match", lack)
     if not pairing.pairs:
         raise ManifestError(
             f"data.paired.clear: none of the {len(clean)} images below {paired.clear} "
@@ -207,61 +214,140 @@ def filter_by_suffix(files: list[str], suffixes: frozenset[str]) -> list[str]:
     return found
 
 
-def strip_suffix(path: str) -> str:
-    """Return a path without its last suffix.
+# --- Pairs of images and their truth ---
 
-    That stem pairs an image with its depth or ground truth.
+
+def pair_truths(section: TruthSection, key: str, images: list[str], truths: list[str], truth_name: str) -> Pairing:
+    """Pair degraded images with their truth, by stem or by the patterns of the job.
+
+    `images` and `truths` are what the section's two folders hold. Where both are one folder, the images that
+    `match_clear` matches are the truths, and all others are degraded.
+
+    Raises `ManifestError`, naming the section's `key` in the job file, where none of them is degraded.
     """
-    return posixpath.splitext(path)[0]
+    if section.match is None:
+        return pair_by_stem(images, truths, truth_name)
+    pattern = compile_pattern(section.match)
+    truth_pattern = pattern if section.match_clear is None else compile_pattern(section.match_clear)
+
+    # Tell the files of one folder apart.
+    assert section.clear is not None
+    is_one_folder = locate(section.hazy).uri == locate(section.clear).uri
+    if is_one_folder and section.match_clear is not None:
+        truths = [image for image in images if find_key(image, truth_pattern) is not None]
+        images = [image for image in images if find_key(image, truth_pattern) is None]
+        if not images:
+            raise ManifestError(
+                f"{key}.match_clear: {section.match_clear} matches all {len(truths)} images below {section.hazy}, "
+                "so that none of them is hazy"
+            )
+
+    return pair_by_pattern(images, truths, truth_name, pattern, truth_pattern)
 
 
-@dataclass(frozen=True)
-class Pairing:
-    """Images with their partners (depth maps, clean images), and the reasons for the files left over."""
-
-    pairs: dict[str, str]
-    """Image → partner."""
-    unpaired: dict[str, str]
-    """Image → reason."""
-    unused: dict[str, str]
-    """Partner → reason."""
-
-    def list_skipped(self, image_root: str, partner_root: str) -> dict[str, str]:
-        """Return the reasons of all files left over, by URI."""
-        skipped = {posixpath.join(image_root, image): reason for image, reason in self.unpaired.items()}
-        for partner, reason in self.unused.items():
-            skipped[posixpath.join(partner_root, partner)] = reason
-        return skipped
+def _name_patterns(section: TruthSection) -> str:
+    """Name the patterns of a section that has some."""
+    return " and ".join(text for text in (section.match, section.match_clear) if text)
 
 
-def pair_by_stem(images: list[str], partners: list[str], partner_name: str) -> Pairing:
-    """Pair each image with the one partner of its stem.
+def _refuse_unpaired(unpaired: Mapping[str, str], num_images: int, root: str, key: str, lack: str) -> None:
+    """Refuse images without a partner.
 
-    `partner_name` ("depth map", "clear image") is for the reasons.
+    `unpaired` holds their reasons; `lack` tells what they have not.
+
+    Raises `ManifestError`, naming the first of them.
     """
-    by_stem = defaultdict(list)
-    for partner in partners:
-        by_stem[strip_suffix(partner)].append(partner)
+    if unpaired:
+        first = list(unpaired.items())[:NAMED_FILES]
+        named = "; ".join(f"{posixpath.join(root, image)}: {reason}" for image, reason in first)
+        raise ManifestError(f"{key}: {len(unpaired)} of {num_images} hazy images have {lack} ({named})")
 
-    # Images with exactly one partner are pairs.
-    pairs, unpaired = {}, {}
-    for image in images:
-        found = by_stem.get(strip_suffix(image), [])
-        if len(found) == 1:
-            pairs[image] = found[0]
-        elif found:
-            unpaired[image] = f"{len(found)} {partner_name}s match it: {', '.join(found)}"
-        else:
-            unpaired[image] = f"no {partner_name} of this name"
 
-    # Partners that match no image.
-    image_stems = {strip_suffix(image) for image in images}
-    unused = {}
-    for partner in partners:
-        if strip_suffix(partner) not in image_stems:
-            unused[partner] = f"{partner_name} that matches no image"
+def pair_validation_images(section: TruthSection, key: str) -> list[tuple[str, str | None]]:
+    """Pair the hazy images of a section with their ground truth, by relative path.
 
-    return Pairing(pairs, unpaired, unused)
+    Without `clear`, the truth of each is None.
+
+    Raises `StorageError`, and `ManifestError`, naming the section's `key` in the job file and the first images without
+    a truth.
+    """
+    hazy = list_images(section.hazy, f"{key}.hazy")
+    if section.clear is None:
+        return [(image, None) for image in hazy]
+
+    # Every hazy image must have its truth.
+    pairing = pair_truths(section, key, hazy, list_images(section.clear, f"{key}.clear"), "clear image")
+    if section.match is None:
+        _refuse_unpaired(pairing.unpaired, pairing.num_images, section.hazy, f"{key}.clear", "no truth")
+    else:
+        lack = f"no single truth by {_name_patterns(section)}"
+        _refuse_unpaired(pairing.unpaired, pairing.num_images, section.hazy, f"{key}.match", lack)
+    return list(pairing.pairs.items())
+
+
+# --- Reading files ---
+
+
+def read_file(root: str, key: str) -> bytes:
+    """Read a file of a folder or URI.
+
+    Raises `StorageError`.
+    """
+    return locate(root).child(key).read()
+
+
+def load_image(root: str, key: str) -> ImageU8:
+    """Read and decode one image.
+
+    Raises `StorageError` and `BadImage`.
+    """
+    return decode_image(read_file(root, key))
+
+
+def load_truth(root: str, key: str, shape: tuple[int, ...], *, crop_truth: bool) -> ImageU8:
+    """Read and decode the truth of a hazy image of this shape, and take off a border as `fit_truth` does.
+
+    Raises `StorageError`, and `BadImage` also where the truth does not fit.
+    """
+    truth = fit_truth(load_image(root, key), shape, crop_truth=crop_truth)
+    return truth[0 : shape[0], 0 : shape[1]]
+
+
+# --- Sizes of pairs ---
+
+
+def refuse_misfits(
+    section: TruthSection,
+    pairs: Sequence[tuple[str, str | None]],
+    key: str,
+    read: Callable[[str, str], bytes] = read_file,
+) -> None:
+    """Refuse a section none of whose first truths fits its image, before a job starts.
+
+    `read` returns the file of a data root and path. A single misfit is left to the job, and so are files that cannot
+    be used.
+
+    Raises `StorageError`, and `ManifestError`, naming the section's `key` in the job file.
+    """
+    misfits = []
+    for hazy_key, clear_key in pairs[:TRIED_PAIRS]:
+        if section.clear is None or clear_key is None:
+            return
+
+        try:
+            hazy = decode_image(read(section.hazy, hazy_key))
+            clear = decode_image(read(section.clear, clear_key))
+        except (BadImage, MissingFile):
+            return
+
+        try:
+            fit_truth(clear, hazy.shape, crop_truth=section.crop_truth)
+            return
+        except BadImage as error:
+            misfits.append(f"{key}.clear: {posixpath.join(section.hazy, hazy_key)}: {error}")
+
+    if misfits:
+        raise ManifestError(misfits[0])
 
 
 # --- Validation sets ---
@@ -279,6 +365,8 @@ class ValidationSet:
     transmission_root: str | None = None
     transmissions: Mapping[str, str] = field(default_factory=dict)
     """Hazy image → its true transmission (empty without `transmission_root`), by relative path."""
+    crop_truth: bool = False
+    """Whether a truth may have a border, which it loses, see `fit_truth`."""
 
 
 def list_validation_sets(job: TrainingJob) -> list[ValidationSet]:
@@ -290,13 +378,38 @@ def list_validation_sets(job: TrainingJob) -> list[ValidationSet]:
     for key, section in job.data.list_validation_sections().items():
         # The metrics of the set `data.validation_sets.NAME` begin with `val/NAME`.
         prefix = "/".join(["val", *key.split(".")[2:]])
-        pairs = pair_validation_images(section.hazy, section.clear, key)
+        pairs = pair_validation_images(section, key)
         transmissions = {}
         if section.transmission is not None:
             transmissions = _pair_transmissions([image for image, _ in pairs], section, key)
-        sets.append(ValidationSet(prefix, section.hazy, section.clear, pairs, section.transmission, transmissions))
+        sets.append(
+            ValidationSet(
+                prefix=prefix,
+                hazy_root=section.hazy,
+                clear_root=section.clear,
+                pairs=pairs,
+                transmission_root=section.transmission,
+                transmissions=transmissions,
+                crop_truth=section.crop_truth,
+            )
+        )
 
     return sets
+
+
+def refuse_other_sizes(job: TrainingJob, manifest: Manifest, sets: Sequence[ValidationSet]) -> None:
+    """Refuse paired data and validation sets whose first truths do not fit their images.
+
+    `sets` are the job's, from `list_validation_sets`.
+
+    Raises as `refuse_misfits` does.
+    """
+    if job.data.paired is not None and manifest.paired_hazy is not None:
+        pairs = list(zip(manifest.paired_hazy, manifest.clear, strict=True))
+        refuse_misfits(job.data.paired, pairs, "data.paired", manifest.read_image)
+
+    for (key, section), one in zip(job.data.list_validation_sections().items(), sets, strict=True):
+        refuse_misfits(section, one.pairs, key)
 
 
 def _pair_transmissions(hazy: list[str], section: ValidationSection, key: str) -> dict[str, str]:
@@ -307,44 +420,8 @@ def _pair_transmissions(hazy: list[str], section: ValidationSection, key: str) -
     assert section.transmission is not None
     maps = filter_by_suffix(locate(section.transmission).list_files(), DEPTH_SUFFIXES)
     pairing = pair_by_stem(hazy, maps, "transmission map")
-    _refuse_unpaired(pairing, section.hazy, len(hazy), f"{key}.transmission", "true transmission")
+    _refuse_unpaired(pairing.unpaired, len(hazy), section.hazy, f"{key}.transmission", "no true transmission")
     return pairing.pairs
-
-
-def _refuse_unpaired(pairing: Pairing, root: str, num_images: int, key: str, partner: str) -> None:
-    """Refuse images without a partner.
-
-    Raises `ManifestError`, naming the first of them.
-    """
-    unpaired = list(pairing.unpaired.items())
-    if unpaired:
-        named = "; ".join(f"{posixpath.join(root, image)}: {reason}" for image, reason in unpaired[:NAMED_IMAGES])
-        raise ManifestError(f"{key}: {len(unpaired)} of {num_images} hazy images have no {partner} ({named})")
-
-
-def pair_validation_images(hazy_root: str, clear_root: str | None, section: str) -> list[tuple[str, str | None]]:
-    """Pair hazy images with their ground truth, by relative path.
-
-    Without `clear_root`, the truth of each is None.
-
-    Raises `StorageError`, and `ManifestError`, naming the job file's `section` and the first images without a truth.
-    """
-    hazy = list_images(hazy_root, f"{section}.hazy")
-    if clear_root is None:
-        return [(key, None) for key in hazy]
-
-    # Every hazy image must have its truth.
-    pairing = pair_by_stem(hazy, list_images(clear_root, f"{section}.clear"), "clear image")
-    _refuse_unpaired(pairing, hazy_root, len(hazy), f"{section}.clear", "truth")
-    return list(pairing.pairs.items())
-
-
-def load_image(root: str, key: str) -> ImageU8:
-    """Read and decode one image.
-
-    Raises `StorageError` and `BadImage`.
-    """
-    return decode_image(locate(root).child(key).read())
 
 
 def load_transmission(validation_set: ValidationSet, hazy_key: str) -> NDArray[np.float32]:

@@ -30,10 +30,9 @@ from corun_ray.service.data.manifest import (
     ManifestError,
     filter_by_suffix,
     list_image_files,
-    pair_by_stem,
-    strip_suffix,
 )
 from corun_ray.service.data.packs import INDEX, INDEX_SCHEMA, SCHEMA, SHARD_FILE, SHARDS
+from corun_ray.service.data.pairing import pair_by_stem, strip_suffix
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 
 FORMAT = 1

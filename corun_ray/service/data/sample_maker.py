@@ -172,6 +172,7 @@ class SampleMaker:
                 random_resize=data.random_resize,
                 rotation=data.rotation,
                 resize=data.resize,
+                crop_truth=data.paired.crop_truth,
             )
 
     def _make_synthetic_pair(self, image: int, rng: np.random.Generator) -> Pair:

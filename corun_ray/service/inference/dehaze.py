@@ -22,7 +22,8 @@ from corun_ray.core.inference.restore import restore, restore_stages, to_image, 
 from corun_ray.core.networks.corun import Restoration
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
-from corun_ray.service.data.manifest import list_images, strip_suffix
+from corun_ray.service.data.manifest import list_images
+from corun_ray.service.data.pairing import strip_suffix
 from corun_ray.service.inference.photos import read_photo, write_photo
 from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, ModelSourceError, fetch_model

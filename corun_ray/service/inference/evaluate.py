@@ -28,7 +28,7 @@ from corun_ray.core.metrics.measure import Unmeasured, load_measure
 from corun_ray.core.networks.corun import restore_by_closed_form
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
-from corun_ray.service.data.manifest import load_image, pair_validation_images
+from corun_ray.service.data.manifest import load_image, load_truth, pair_validation_images, refuse_misfits
 from corun_ray.service.inference.measurements import (
     Comparisons,
     Intervals,
@@ -123,9 +123,9 @@ class ImageEvaluator(RestorerActor):
 
         # Errors of the image are returned, so that the other images continue. A `StorageError` ends the job.
         try:
-            hazy = self._load(self.section.hazy, key)
-            truth = None if self.section.clear is None else self._load(self.section.clear, truth_key)
-            pictures = self._restore(hazy)
+            image = load_image(self.section.hazy, key)
+            truth = self._load_truth(truth_key, image.shape)
+            pictures = self._restore(to_tensor(image).to(self.device))
             values, unmeasured = self._measure(key, pictures, truth)
             if batch["shown"][0]:
                 images = [to_image(picture) for picture in pictures.values()]
@@ -140,9 +140,15 @@ class ImageEvaluator(RestorerActor):
             row[name] = np.array([cell], dtype=object)
         return row
 
-    def _load(self, root: str, key: str) -> Tensor:
-        """Load an image as 1 3 H W in [0, 1]."""
-        return to_tensor(load_image(root, key)).to(self.device)
+    def _load_truth(self, key: str, shape: tuple[int, ...]) -> Tensor | None:
+        """Load the truth of an image of this shape as 1 3 H W in [0, 1].
+
+        None where the job has no truth.
+        """
+        if self.section.clear is None:
+            return None
+        truth = load_truth(self.section.clear, key, shape, crop_truth=self.section.crop_truth)
+        return to_tensor(truth).to(self.device)
 
     def _restore(self, hazy: Tensor) -> dict[str, Tensor]:
         """Return the picture of each baseline and model.
@@ -266,7 +272,7 @@ def _draw_contact_sheet(section: EvaluateSection, truths: dict[str, str | None],
         row: PictureRow = dict(zip(section.names, pictures, strict=True))
         truth = truths[key]
         if section.clear is not None and truth is not None:
-            row["truth"] = load_image(section.clear, truth)
+            row["truth"] = load_truth(section.clear, truth, pictures[0].shape, crop_truth=section.crop_truth)
         rows.append(row)
     return encode_png(draw_grid(rows, cell_px=SHEET_CELL_PX))
 
@@ -278,14 +284,15 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     """Measure the job's models; write tables and a report.
 
 
-    Raises the errors of `pair_validation_images` and `fetch_model` before Ray starts, then `ClusterError`,
-    `TrackingError` and the errors of `evaluate`.
+    Raises the errors of `pair_validation_images`, `refuse_misfits` and `fetch_model` before Ray starts, then
+    `ClusterError`, `TrackingError` and the errors of `evaluate`.
     """
     started = time.monotonic()
     section = job.evaluate
 
     # Find images and models before Ray starts: a mistake is reported at once.
-    pairs = pair_validation_images(section.hazy, section.clear, "evaluate")
+    pairs = pair_validation_images(section, "evaluate")
+    refuse_misfits(section, pairs, "evaluate")
     models = {name: fetch_model(source, get_tracking_uri(job)) for name, source in section.models.items()}
 
     place = connect(job.cluster)

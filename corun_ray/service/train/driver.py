@@ -14,7 +14,7 @@ from corun_ray.config.loading import dump_job
 from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.cache import start_cache
-from corun_ray.service.data.manifest import Manifest, build_manifest, list_validation_sets
+from corun_ray.service.data.manifest import Manifest, build_manifest, list_validation_sets, refuse_other_sizes
 from corun_ray.service.data.stream import plan_phases
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.models.card import describe_model
@@ -119,7 +119,7 @@ def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
     _refuse_too_many_bad_files(job, manifest, manifest.skipped)
 
     # Validation sets and scorers are only tried here; each worker loads its own.
-    list_validation_sets(job)
+    refuse_other_sizes(job, manifest, list_validation_sets(job))
     check_scoring(job)
 
     return manifest, load_starting_model(job, folder)

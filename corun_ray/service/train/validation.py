@@ -26,6 +26,7 @@ from corun_ray.service.data.manifest import (
     list_validation_sets,
     load_image,
     load_transmission,
+    load_truth,
 )
 from corun_ray.service.data.sample_maker import SampleMaker
 from corun_ray.service.runs.held_out import MeasuredImage, PicturePair
@@ -103,19 +104,28 @@ class Validator:
         for hazy_key, clear_key in validation_set.pairs:
             hazy = load_image(validation_set.hazy_root, hazy_key)
             scene, transmission = restore(network, to_tensor(hazy).to(self.device))
-            values = self._measure_scene(validation_set, scene, clear_key)
+            values = self._measure_scene(validation_set, scene, hazy_key, clear_key)
             if hazy_key in validation_set.transmissions:
                 values["transmission_rank"] = self._measure_transmission(validation_set, transmission, hazy_key)
             measured = MeasuredImage(validation_set.prefix, hazy_key, values)
             gallery.add(measured, lambda: (hazy, to_image(scene)))  # noqa: B023  # It is called at once.
         return gallery
 
-    def _measure_scene(self, validation_set: ValidationSet, scene: Tensor, clear_key: str | None) -> dict[str, float]:
-        """Measure a restored image `1 3 H W`, also against a clear image."""
+    def _measure_scene(
+        self, validation_set: ValidationSet, scene: Tensor, hazy_key: str, clear_key: str | None
+    ) -> dict[str, float]:
+        """Measure a restored image `1 3 H W`, also against a clear image.
+
+        Raises `BadImage` for a clear image that does not fit.
+        """
         values = {"fade": fade(scene).item()}
         if clear_key is not None:
-            assert validation_set.clear_root is not None
-            clear = to_tensor(load_image(validation_set.clear_root, clear_key)).to(self.device)
+            height_px, width_px = scene.shape[-2:]
+            try:
+                truth = _load_truth(validation_set, clear_key, (height_px, width_px, 3))
+            except BadImage as error:
+                raise BadImage(f"the truth {clear_key} of {hazy_key}: {error}") from None
+            clear = to_tensor(truth).to(self.device)
             values["psnr"] = psnr(scene, clear).item()
             values["ssim"] = ssim(scene, clear).item()
         return values
@@ -190,10 +200,10 @@ class Validator:
         rows = []
         for one in self.sets:
             for hazy_key, clear_key in one.pairs[:count_each]:
-                row = self._make_restored_row(network, load_image(one.hazy_root, hazy_key))
+                hazy = load_image(one.hazy_root, hazy_key)
+                row = self._make_restored_row(network, hazy)
                 if clear_key is not None:
-                    assert one.clear_root is not None
-                    row["truth"] = load_image(one.clear_root, clear_key)
+                    row["truth"] = _load_truth(one, clear_key, hazy.shape)
                 if hazy_key in one.transmissions:
                     row["true transmission"] = apply_colour_map(load_transmission(one, hazy_key))
                 rows.append(row)
@@ -212,6 +222,15 @@ class Validator:
         if transmission is not None:
             row["transmission"] = apply_colour_map(transmission[0, 0].cpu().numpy())
         return row
+
+
+def _load_truth(validation_set: ValidationSet, clear_key: str, shape: tuple[int, ...]) -> ImageU8:
+    """Read the truth of an image of this shape.
+
+    Raises as `load_truth` does.
+    """
+    assert validation_set.clear_root is not None
+    return load_truth(validation_set.clear_root, clear_key, shape, crop_truth=validation_set.crop_truth)
 
 
 class Gallery:

@@ -209,6 +209,18 @@ def test_rotation_turns_both_patches_alike_and_changes_nothing_else(monkeypatch)
     assert turns == {0, 1, 2, 3}
 
 
+class Opened:
+    """An image that gives regions alone, as a file does that is decoded only where it is asked for."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels, self.shape = pixels, pixels.shape
+
+    def __getitem__(self, region: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = region
+        assert 0 <= rows.start < rows.stop <= self.shape[0] and 0 <= columns.start < columns.stop <= self.shape[1]
+        return self.pixels[region]
+
+
 def paired(seed: int, hazy: np.ndarray, clear: np.ndarray, **options):
     defaults: dict[str, Any] = {"patch_px": 48, "random_resize": True, "rotation": True}
     return crop_pair(hazy, clear, np.random.default_rng(seed), **(defaults | options))
@@ -240,9 +252,28 @@ def test_nothing_is_added_to_a_paired_patch():
     assert seen == set(range(8))
 
 
-def test_a_pair_of_two_sizes_is_refused():
-    with pytest.raises(BadImage, match="^degraded image of 128 x 90 px does not fit its clean one of 130 x 90 px$"):
-        paired(0, scene(90, 128), scene(90, 130))
+@pytest.mark.parametrize(("height_px", "width_px"), [(90, 128), (92, 120), (150, 200), (90, 200)])
+def test_a_pair_of_two_sizes_is_refused(height_px, width_px):
+    """A truth that is smaller on one side, or so much larger that it has another scale, is none even of a centre."""
+    mismatch = f"^degraded image of 130 x 90 px does not fit its clean one of {width_px} x {height_px} px$"
+    for crop_truth in (False, True):
+        with pytest.raises(BadImage, match=mismatch):
+            paired(0, scene(90, 130), scene(height_px, width_px), crop_truth=crop_truth)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize("border_px", [(0, 0), (10, 8), (5, 0), (1, 7)])
+def test_a_truth_loses_its_border(border_px, as_file):
+    whole = photograph(np.random.default_rng(1), 90 + border_px[0], 130 + border_px[1])
+    top, left = border_px[0] // 2, border_px[1] // 2
+    view = whole[top : top + 90, left : left + 130]
+    truth = Opened(whole) if as_file else whole
+    for seed in range(4):
+        expected, pair = paired(seed, 255 - view, view), paired(seed, 255 - view, truth, crop_truth=True)
+        assert same_bytes(pair, expected)
+    if any(border_px):
+        with pytest.raises(BadImage, match=r"px \(crop_truth: true takes the centre of the clean one\)$"):
+            paired(0, view, truth)
 
 
 @pytest.mark.parametrize("size_px", [(90, 130), (300, 60), (20, 20), (48, 48)])

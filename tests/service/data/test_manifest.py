@@ -2,7 +2,16 @@ import shutil
 
 import pytest
 
-from corun_ray.service.data.manifest import ManifestError, build_manifest, list_validation_sets, pair_validation_images
+from corun_ray.config.pairing import TruthSection
+from corun_ray.service.data.manifest import (
+    ManifestError,
+    build_manifest,
+    list_validation_sets,
+    pair_validation_images,
+    refuse_other_sizes,
+)
+from tests.naming import MAKERS, make_its, make_nh_haze, make_sots_indoor
+from tests.service.data.test_packs import packed
 from tests.service.jobs import small_job
 
 
@@ -47,11 +56,12 @@ def test_without_images_or_matches_it_says_so(copy, tmp_path):
 
 
 def test_held_out_images_need_their_truth(copy):
-    pairs = pair_validation_images(str(copy / "hazy"), str(copy / "hazy_truth"), "evaluate")
+    section = TruthSection(hazy=str(copy / "hazy"), clear=str(copy / "hazy_truth"))
+    pairs = pair_validation_images(section, "evaluate")
     assert pairs[0] == ("photo_0.png", "photo_0.png") and len(pairs) == 6
     (copy / "hazy_truth/photo_2.png").unlink()
     with pytest.raises(ManifestError, match="evaluate.clear: 1 of 6 .*photo_2.png: no clear image of this name"):
-        pair_validation_images(str(copy / "hazy"), str(copy / "hazy_truth"), "evaluate")
+        pair_validation_images(section, "evaluate")
 
 
 def test_the_digest_follows_the_names(copy, tmp_path):
@@ -117,3 +127,81 @@ def test_held_out_sets_know_their_names(copy, tmp_path):
     wrong = {"far": {"hazy": str(copy / "hazy"), "clear": str(copy / "clear")}}
     with pytest.raises(ManifestError, match="^data.validation_sets.far.clear: 6 of 6 hazy images have no truth"):
         list_validation_sets(small_job("pretrain", copy, tmp_path, data={"validation_sets": wrong}))
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_public_data_sets_pair_by_their_own_names(make, dataset, tmp_path):
+    named = make(tmp_path / "named")
+    job = small_job("pretrain", dataset, tmp_path, data={"paired": named.keys, "validation": named.keys})
+    manifest = build_manifest(job)
+    assert manifest.paired_hazy is not None
+    assert dict(zip(manifest.paired_hazy, manifest.clear, strict=True)) == named.pairs and manifest.skipped == {}
+    (held_out,) = list_validation_sets(job)
+    assert dict(held_out.pairs) == named.pairs
+    refuse_other_sizes(job, manifest, [held_out])
+
+
+def refusal(keys, dataset, tmp_path, section="paired"):
+    """The line of a job with these keys."""
+    job = small_job("pretrain", dataset, tmp_path, data={section: keys})
+    with pytest.raises(ManifestError) as caught:
+        refuse_other_sizes(job, build_manifest(job), list_validation_sets(job))
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(tmp_path), "")
+
+
+@pytest.mark.parametrize("section", ["paired", "validation"])
+def test_a_pattern_that_matches_nothing_or_two_truths_is_refused(section, dataset, tmp_path):
+    named = make_its(tmp_path / "its")
+    truth = "clean image" if section == "paired" else "truth"
+    assert refusal(named.keys | {"match": "^no(.+)"}, dataset, tmp_path, section) == (
+        f"data.{section}.match: 6 of 6 hazy images have no single {truth} by ^no(.+) "
+        "(/its/hazy/10_1_0.80.png: no match; /its/hazy/10_2_0.90.png: no match; /its/hazy/1_1_0.80.png: no match)"
+    )
+    image = "clean image" if section == "paired" else "clear image"
+    assert refusal(named.keys | {"match": "^([0-9])"}, dataset, tmp_path, section) == (
+        f"data.{section}.match: 4 of 6 hazy images have no single {truth} by ^([0-9]) "
+        f"(/its/hazy/10_1_0.80.png: 2 {image}s match it: 1.png, 10.png; "
+        f"/its/hazy/10_2_0.90.png: 2 {image}s match it: 1.png, 10.png; "
+        f"/its/hazy/1_1_0.80.png: 2 {image}s match it: 1.png, 10.png)"
+    )
+
+
+def test_a_missing_truth_is_refused_in_validation_and_skipped_in_training(dataset, tmp_path):
+    named = make_nh_haze(tmp_path / "nh")
+    (tmp_path / "nh/02_GT.png").unlink()
+    assert refusal(named.keys, dataset, tmp_path, "validation") == (
+        r"data.validation.match: 1 of 3 hazy images have no single truth by ^(\d+)_hazy$ and ^(\d+)_GT$ "
+        "(/nh/02_hazy.png: no clear image of the key 02)"
+    )
+    manifest = build_manifest(small_job("pretrain", dataset, tmp_path, data={"paired": named.keys}))
+    assert manifest.skipped == {str(tmp_path / "nh/02_hazy.png"): "no clean image of the key 02"}
+    everything = named.keys | {"match_clear": r"^(\d+)_"}
+    assert refusal(everything, dataset, tmp_path) == (
+        r"data.paired.match_clear: ^(\d+)_ matches all 5 images below /nh, so that none of them is hazy"
+    )
+
+
+@pytest.mark.parametrize("section", ["paired", "validation"])
+def test_a_truth_of_another_size_is_refused_before_the_start(section, dataset, tmp_path):
+    named = make_sots_indoor(tmp_path / "sots")
+    assert refusal(named.keys | {"crop_truth": False}, dataset, tmp_path, section) == (
+        f"data.{section}.clear: /sots/hazy/1400_1.png: degraded image of 64 x 52 px does not fit its clean one of "
+        "69 x 57 px (crop_truth: true takes the centre of the clean one)"
+    )
+    swapped = named.keys | {"hazy": named.keys["clear"], "clear": named.keys["hazy"], "match_clear": "^(.*)_1$"}
+    line = refusal(swapped | {"match": "^(.*)$"}, dataset, tmp_path)
+    assert line.endswith("degraded image of 69 x 57 px does not fit its clean one of 64 x 52 px")
+
+
+def test_pairs_of_packs_match_too(dataset, tmp_path):
+    named = make_sots_indoor(tmp_path / "sots")
+    keys = dict(named.keys)
+    for side in ("hazy", "clear"):
+        packed(keys[side], tmp_path / side)
+        keys[side] = str(tmp_path / side)
+    job = small_job("pretrain", dataset, tmp_path, data={"paired": keys})
+    manifest = build_manifest(job)
+    assert manifest.paired_hazy is not None
+    assert dict(zip(manifest.paired_hazy, manifest.clear, strict=True)) == named.pairs
+    refuse_other_sizes(job, manifest, [])

@@ -17,6 +17,7 @@ from corun_ray.service.data.sample_maker import (
     decode_region,
 )
 from tests.conftest import write_image
+from tests.naming import make_its, make_sots_indoor
 from tests.service.jobs import small_job
 
 
@@ -172,6 +173,17 @@ def test_a_pair_of_two_sizes_is_named_and_the_next_one_used(dataset, tmp_path):
     assert len({make.sample(index)["clear"].tobytes() for index in range(6)}) == 6
     reason = "degraded image of 60 x 50 px does not fit its clean one of 80 x 68 px"
     assert bad == {str(data / "hazy/photo_2.png"): reason}
+
+
+@pytest.mark.parametrize("make_set", [make_its, make_sots_indoor])
+def test_patches_of_a_named_set_show_the_same_place(make_set, dataset, tmp_path):
+    """Several hazy images share a truth, and a truth loses its border before the patch is drawn."""
+    named = make_set(tmp_path / "named")
+    job = small_job("pretrain", dataset, tmp_path, data={"paired": named.keys, "random_resize": True})
+    make = SampleMaker(job, build_manifest(job), 32, ignore)
+    for index in range(len(named.pairs)):
+        sample = make.sample(index)
+        assert np.abs(0.5 * sample["clear"] + 110 - sample["hazy"]).max() <= 2
 
 
 def test_rotation_leaves_the_haze_of_a_sample_alone(dataset, tmp_path):

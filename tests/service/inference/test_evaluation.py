@@ -25,6 +25,8 @@ from corun_ray.service.jobs import run_jobs
 from corun_ray.service.storage import StorageError
 from corun_ray.service.telemetry.console import Console
 from tests.conftest import write_image
+from tests.naming import make_its, make_nh_haze, make_sots_indoor
+from tests.service.jobs import small_job
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +141,29 @@ def test_the_contact_sheet_shows_every_model_and_the_truth(evaluated):
     with Image.open(evaluated / "contact_sheet.png") as sheet:
         assert sheet.width > 6 * 240
         assert np.asarray(sheet).std() > 20
+
+
+def test_named_sets_train_validate_and_evaluate_as_they_are(local_ray, dataset, tmp_path):
+    """RESIDE's training set, NH-HAZE and SOTS by their own names: the model of one is measured on another."""
+    its, nh_haze, sots = (make(tmp_path / make.__name__).keys for make in (make_its, make_nh_haze, make_sots_indoor))
+    data = {"paired": its, "validation": nh_haze, "validation_sets": {"sots": sots}}
+    train = {"steps": 2, "validate_every": 2, "checkpoint_every": 2}
+    training = small_job("pretrain", dataset, tmp_path, data=data, train=train, tracking={"register": "named"})
+    evaluate = {**sots, "models": {"named": "models:/named@candidate"}, "baselines": ("hazy",), "metrics": ("psnr",)}
+    evaluation = build_job({"kind": "evaluate", "name": "e", "storage": training.storage, "evaluate": evaluate})
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        run_jobs([training, evaluation], Console())
+    for metric in ("val/psnr", "val/sots/psnr"):
+        assert metric in output.getvalue()
+
+    # Half of the truth and 110 is 19 dB from the truth, or less, only where both show the same place.
+    (run,) = (tmp_path / "runs").glob("e-*")
+    rows = rows_of(run)
+    assert len(rows) == 6 * 2 and {row["image"] for row in rows} >= {"1400_1.png", "1400_10.png"}
+    for row in rows:
+        if row["model"] == "hazy":
+            hazy, truth = (
+                decode_image((tmp_path / "make_sots_indoor" / path).read_bytes())
+                for path in (f"hazy/{row['image']}", f"gt/{row['image'].split('_')[0]}.png")
+            )
+            assert float(row["psnr"]) == pytest.approx(peak_signal_noise_ratio(truth[2:-3, 2:-3], hazy), abs=2e-3)

@@ -20,6 +20,7 @@ from corun_ray.core.training.steps import Colabator
 from corun_ray.service.data.manifest import ManifestError, build_manifest, load_image
 from corun_ray.service.train.validation import Validator
 from tests.conftest import write_image
+from tests.naming import make_sots_indoor
 from tests.service.jobs import small_job
 
 CELL_PX = 192
@@ -164,3 +165,19 @@ def test_a_photograph_that_cannot_be_used_is_not_pictured_and_fails_nothing(data
     (hazy / "a_broken.png").unlink()
     pictures += [decode_image(validator(job).draw_picture(Unchanged(True), colabator))]
     assert np.array_equal(*pictures)
+
+
+def test_a_truth_with_a_border_is_measured_and_pictured_without_it(dataset, tmp_path):
+    named = make_sots_indoor(tmp_path / "sots")
+    job = small_job("pretrain", dataset, tmp_path, data={"validation": named.keys}, train={"validation_images": 1})
+    _, measured = validator(job).measure(Unchanged(False))
+    for image in measured:
+        hazy = load_image(named.keys["hazy"], image.image)
+        truth = load_image(named.keys["clear"], named.pairs[image.image])[2:-3, 2:-3]
+        assert image.values["psnr"] == pytest.approx(psnr(to_tensor(hazy), to_tensor(truth)).item())
+    (row,) = validator(job)._make_validation_rows(Unchanged(False), 1)
+    np.testing.assert_array_equal(np.abs(0.5 * row["truth"] + 110 - row["hazy"]) <= 1, True)
+
+    other = small_job("pretrain", dataset, tmp_path, data={"validation": named.keys | {"crop_truth": False}})
+    with pytest.raises(BadImage, match=r"^the truth 1400.png of 1400_1.png: degraded image of 64 x 52 px does not fit"):
+        validator(other).measure(Unchanged(False))
