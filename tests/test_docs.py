@@ -8,14 +8,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 import yaml
 
 from corun_ray.cli.app import parse
+from corun_ray.config.loading import load_jobs
 from corun_ray.core.errors import UserError
 from tests import ROOT
+from tests.naming import MAKERS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "cluster").glob("*.md"))]
 COMMAND = re.compile(r"(corun-ray|make|ray|python3?|mlflow|docker|kubectl|curl|aws|pip|\.|export) ")
@@ -140,6 +143,42 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
     assert (tmp_path / "my_model" / "model.safetensors").exists()
     assert len([*(tmp_path / "dehazed").iterdir()]) == len([*(tmp_path / "mine" / "hazy").iterdir()])
     assert [*(tmp_path / "labels").rglob("*.png")]
+
+
+KEYS_OF_DATA_SETS = [block for block in blocks(ROOT / "docs" / "datasets.md") if not block.commands]
+PAIRING_KEYS = ("match", "match_clear", "crop_truth")
+
+
+def _find_sections(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every mapping within a tree, and the tree."""
+    yield tree
+    for value in tree.values():
+        if isinstance(value, dict):
+            yield from _find_sections(value)
+
+
+@pytest.mark.parametrize("block", KEYS_OF_DATA_SETS, ids=lambda block: f"line {block.line}")
+def test_the_keys_that_read_public_data_sets_make_a_job(block: Block, tmp_path: Path) -> None:
+    tree = yaml.safe_load(block.text)
+    kind = "evaluate" if "evaluate" in tree else "colabator" if "hazy" in tree["data"] else "pretrain"
+    file = tmp_path / "job.yaml"
+    file.write_text(f"kind: {kind}\nname: page\n{block.text}")
+    (job,) = load_jobs(file, env={})
+    assert job.kind == kind
+
+    # The patterns of the page are those that pair small sets of the same names.
+    known = []
+    for make in MAKERS.values():
+        keys = make(tmp_path / make.__name__).keys
+        known.append([keys.get(name) for name in PAIRING_KEYS])
+    for section in _find_sections(tree):
+        assert "match" not in section or [section.get(name) for name in PAIRING_KEYS] in known
+
+
+def test_the_page_of_data_sets_uses_every_pattern_that_is_tried(tmp_path: Path) -> None:
+    text = "".join(block.text for block in KEYS_OF_DATA_SETS)
+    for make in MAKERS.values():
+        assert f"match: '{make(tmp_path / make.__name__).keys['match']}'" in text
 
 
 def _list_names_of_the_design() -> list[str]:

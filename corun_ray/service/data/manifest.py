@@ -121,7 +121,7 @@ def _build_paired_manifest(paired: PairedSection, hazy: tuple[str, ...], roots: 
     if not pairing.pairs:
         raise ManifestError(
             f"data.paired.clear: none of the {len(clean)} images below {paired.clear} "
-            f"is named like one below {paired.hazy}"
+            f"is named like one below {paired.hazy} (data.paired.match pairs by a part of the names)"
         )
 
     skipped = pairing.list_skipped(paired.hazy, paired.clear)

@@ -151,12 +151,19 @@ def test_named_sets_train_validate_and_evaluate_as_they_are(local_ray, dataset, 
     training = small_job("pretrain", dataset, tmp_path, data=data, train=train, tracking={"register": "named"})
     evaluate = {**sots, "models": {"named": "models:/named@candidate"}, "baselines": ("hazy",), "metrics": ("psnr",)}
     evaluation = build_job({"kind": "evaluate", "name": "e", "storage": training.storage, "evaluate": evaluate})
-    with contextlib.redirect_stdout(io.StringIO()) as output:
+    with contextlib.redirect_stdout(io.StringIO()):
         run_jobs([training, evaluation], Console())
-    for metric in ("val/psnr", "val/sots/psnr"):
-        assert metric in output.getvalue()
 
-    # Half of the truth and 110 is 19 dB from the truth, or less, only where both show the same place.
+    # Every image of both validation sets has its values.
+    (trained,) = (tmp_path / "runs").glob("test-pretrain-*")
+    measured = csv.DictReader(io.StringIO((trained / "validation.csv").read_text()))
+    images = [(row["set"], row["image"]) for row in measured if row["metric"] == "psnr"]
+    assert sorted(images) == [
+        *(("val", f"{scene}_hazy.png") for scene in ("01", "02", "33")),
+        *(("val/sots", f"140{scene}_{haze}.png") for scene in (0, 1, 2) for haze in (1, 10)),
+    ]
+
+    # The unchanged input is compared with the truth's centre.
     (run,) = (tmp_path / "runs").glob("e-*")
     rows = rows_of(run)
     assert len(rows) == 6 * 2 and {row["image"] for row in rows} >= {"1400_1.png", "1400_10.png"}
