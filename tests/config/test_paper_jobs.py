@@ -93,6 +93,7 @@ OURS = {
     # Where things are, and what they are called.
     *("name", "seed", "storage", "loss.weights", "coherence.weights"),
     *("tracking.uri", "tracking.experiment", "tracking.register"),
+    *("data.validation.match", "data.validation.match_clear", "data.validation.crop_truth"),
     # How the work is laid out, and what is shown of it.
     *("cluster.gpus_per_worker", "cluster.cpus_per_worker", "cluster.data_cpus", "cluster.max_failures"),
     *("cluster.resize_every_s", "data.cache_mib", "data.max_bad_fraction", "optim.compile"),
