@@ -82,8 +82,8 @@ def compute_transmission(
 ) -> NDArray[np.float32]:
     """Compute the transmission `T = exp(−2β(1 − d + n))`.
 
-    Returns `H W` in (0, 1]. `inverse_depth` is `d`, `H W` in [0, 1]. `beta` is one number, or `H W`. `nearest` is `n`, 0
-    and above.
+    Returns `H W` in (0, 1]. `inverse_depth` is `d`, `H W` in [0, 1]. `beta` is a number or `H W`. `nearest` is `n`, 0
+    or more.
     """
     return np.exp(np.float32(2) * np.asarray(beta, np.float32) * (inverse_depth - np.float32(1 + nearest)))
 
