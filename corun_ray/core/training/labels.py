@@ -72,6 +72,14 @@ def supersedes(candidate: Scores, stored: Scores | None) -> bool:
     return candidate.clarity >= stored.clarity and candidate.quality >= stored.quality
 
 
+def surpasses(candidate: Scores, rejected: Scores) -> bool:
+    """Decide whether a candidate is better than a label that a person has rejected.
+
+    No score is lower, and one at least is higher: the same label, made again, does not come back.
+    """
+    return supersedes(candidate, rejected) and candidate != rejected
+
+
 class PendingLabels(Protocol):
     """A read of the pool that is under way."""
 

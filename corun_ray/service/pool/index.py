@@ -6,11 +6,11 @@ passes on; in the service, the payload is a reference to Ray's object store.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from corun_ray.core.training.labels import Scores, supersedes
+from corun_ray.core.training.labels import Scores, supersedes, surpasses
 
 ROWS_PER_SEGMENT = 512
 """The most labels of a segment: 170 MB at 288 px in uint8."""
@@ -22,6 +22,10 @@ MIN_LIVE_FRACTION = 0.5
 """A segment with a smaller fraction of labels in use is rewritten without the others."""
 MAX_MOVED_ROWS = 4 * ROWS_PER_SEGMENT
 """The most labels that one save moves out of old segments, so that the cost of a save stays bounded."""
+
+
+Rejections = dict[str, Scores]
+"""Rejected labels: for the key of an image, the scores that a label must surpass to be in the pool."""
 
 
 class Head(NamedTuple):
@@ -46,6 +50,25 @@ class Segment(NamedTuple):
     name: str
     order: int
     rows: int
+
+
+def is_rejected(head: Head, rejections: Mapping[str, Scores]) -> bool:
+    """Tell whether a label is the rejected label of its image, or no better."""
+    rejected = rejections.get(head.key)
+    return rejected is not None and not surpasses(head.scores, rejected)
+
+
+def merge_rejections(*several: Mapping[str, Scores]) -> Rejections:
+    """Merge rejections.
+
+    Where two labels of an image were rejected, a label must surpass both.
+    """
+    merged: Rejections = {}
+    for rejections in several:
+        for key, scores in rejections.items():
+            clarity, quality = merged.get(key, scores)
+            merged[key] = Scores(max(clarity, scores.clarity), max(quality, scores.quality))
+    return merged
 
 
 @dataclass(slots=True)
@@ -112,6 +135,8 @@ class PoolIndex:
         self.writer = writer
         self.budget_bytes = budget_bytes
         self.counters = PoolCounters()
+        self.rejections: Rejections = {}
+        """Rejected labels of this shard's keys. They last as long as the run."""
         self._entries: dict[str, Entry] = {}
         self._resident: dict[str, None] = {}
         """Keys of the labels in memory, the least recently used first."""
@@ -160,6 +185,10 @@ class PoolIndex:
         # Compare: both scores must be at least as good as the stored label's.
         self.counters.offers += 1
         if not supersedes(head.scores, stored.head.scores if stored else None):
+            return False
+
+        # A rejected label has left the pool, but its place is only for a better one.
+        if is_rejected(head, self.rejections):
             return False
 
         # Set: the new version tells a save under way that its label has been replaced.
@@ -293,11 +322,15 @@ class PoolIndex:
         return set(self._segments)
 
     def restore(
-        self, segments: Iterable[Segment], rows: Iterable[tuple[Head, SegmentRow]], counters: PoolCounters | None = None
-    ) -> None:
-        """Replace the shard's content by that of a snapshot.
+        self,
+        segments: Iterable[Segment],
+        rows: Iterable[tuple[Head, SegmentRow]],
+        counters: PoolCounters | None = None,
+        rejections: Mapping[str, Scores] | None = None,
+    ) -> int:
+        """Replace the shard's content by that of a snapshot, without rejected labels.
 
-        Labels in memory that the snapshot holds stay in memory.
+        Labels in memory that the snapshot holds stay in memory. Returns the number of rejected labels in `rows`.
         """
         # Forget everything, saves under way included: no label of theirs may count as saved.
         before = self._entries
@@ -305,18 +338,24 @@ class PoolIndex:
         self.counters.resident_bytes = 0
         self._entries, self._resident, self._pending = {}, {}, {}
         self._live = Counter()
+        self.rejections = dict(rejections or {})
 
         # Take the snapshot's labels, all of them in storage alone. Of two with the same key, the later one is right.
         self._segments = {segment.name: segment for segment in segments}
+        num_rejected = 0
         for head, segment_row in rows:
             self._remove(head.key)
-            self._move(self._add(head), segment_row)
+            if is_rejected(head, self.rejections):
+                num_rejected += 1
+            else:
+                self._move(self._add(head), segment_row)
 
         # Keep the payloads of labels that are the same as before: reading them back would cost a request each.
         for key, entry in self._entries.items():
             old = before.get(key)
             if old is not None and old.head == entry.head and old.payload is not None:
                 self.attach(key, old.payload)
+        return num_rejected
 
     def get_counters(self) -> PoolCounters:
         """Return the counters as of now."""

@@ -9,9 +9,11 @@ import ray
 from ray.actor import ActorProxy
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from corun_ray.core.training.labels import Scores
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PAUSE_S, PING_TIMEOUT_S, RETURN_TIMEOUT_S, PoolError
-from corun_ray.service.pool.index import PoolCounters
+from corun_ray.service.pool.index import PoolCounters, Rejections
+from corun_ray.service.pool.review import find_rejections, read_decisions
 from corun_ray.service.pool.shard import PoolShard, ShardSave
 from corun_ray.service.storage import Location
 from corun_ray.service.telemetry.prometheus import NO_JOB
@@ -31,11 +33,14 @@ class PoolKeeper:
     def __init__(self, shards: Sequence[ActorProxy[PoolShard]], pool: Location) -> None:
         self._shards, self._pool = shards, pool
         self._generation = 0
+        self.num_rejected = 0
+        """Labels that left the pool when it was restored, since a person has rejected them."""
 
     def restore(self, snapshot: str | None) -> int:
         """Replace the pool's content by that of a snapshot.
 
-        None stands for an empty pool. Returns the generation that offers must name.
+        Labels rejected in review leave the pool. None stands for an empty pool. Returns the generation that offers must
+        name.
 
         Raises `StorageError` and `PoolError`.
         """
@@ -43,9 +48,13 @@ class PoolKeeper:
         # the first checkpoint.
         self._generation = time.time_ns()
 
+        # Read the review here, once for all shards: a decision made from now on waits for the next restore.
+        rejections = find_rejections(read_decisions(self._pool))
+
         # First tell where the pool is to stand, so that a shard that dies from now on restores the same.
-        snapshots.write_current(self._pool, snapshots.Current(generation=self._generation, snapshot=snapshot))
-        self._call_all(lambda shard: shard.restore.remote(snapshot, self._generation))
+        self._write_current(snapshot, rejections)
+        left = self._call_all(lambda shard: shard.restore.remote(snapshot, self._generation, rejections))
+        self.num_rejected = sum(left)
         return self._generation
 
     def freeze(self) -> list[ShardSave]:
@@ -71,19 +80,20 @@ class PoolKeeper:
 
         # Wait for the segments of all shards: a snapshot may name written segments alone.
         segments_by_shard, counters = [], []
+        rejections: Rejections = {}
         labels = 0
         for number, part in enumerate(parts):
             written = self._await_segments(number, part)
             segments_by_shard.append([*written.kept, *written.new])
             counters.append(written.counters)
+            rejections |= written.rejections
             labels += written.counters.labels
 
         # Write the snapshot, which makes it visible.
-        snapshots.write(self._pool, step, labels, segments_by_shard, counters)
+        snapshots.write(self._pool, step, labels, segments_by_shard, counters, rejections)
 
-        # From now on, a shard that dies restores this snapshot.
-        current = snapshots.Current(generation=self._generation, snapshot=snapshots.format_name(step))
-        snapshots.write_current(self._pool, current)
+        # From now on, a shard that dies restores this snapshot. It names the rejected labels itself.
+        self._write_current(snapshots.format_name(step), {})
 
         # Only then may workers let go of the labels that it holds.
         for shard in self._shards:
@@ -104,6 +114,12 @@ class PoolKeeper:
 
         keep = {snapshots.format_name(step) for step in keep_steps}
         snapshots.sweep(self._pool, keep, find_segments_in_use())
+
+    def _write_current(self, snapshot: str | None, rejections: Mapping[str, Scores]) -> None:
+        """Write what a shard that dies from now on restores."""
+        rejected = snapshots.make_rejection_records(rejections)
+        current = snapshots.Current(generation=self._generation, snapshot=snapshot, rejected=rejected)
+        snapshots.write_current(self._pool, current)
 
     def _freeze_shard(self, shard: ActorProxy[PoolShard]) -> "ray.ObjectRef[ShardSave]":
         return shard.freeze.remote(self._generation)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.actor import ActorProxy
 
-from corun_ray.core.training.labels import Label
+from corun_ray.core.training.labels import Label, Scores
 from corun_ray.service.pool import segments, snapshots
 from corun_ray.service.pool.index import (
     Entry,
@@ -26,8 +26,10 @@ from corun_ray.service.pool.index import (
     NewSegment,
     PoolCounters,
     PoolIndex,
+    Rejections,
     Segment,
     SegmentRow,
+    merge_rejections,
 )
 from corun_ray.service.pool.segments import CONCURRENT_READS, SegmentReader
 from corun_ray.service.storage import Location, StorageError, locate
@@ -59,6 +61,7 @@ class ShardSave(NamedTuple):
     written: ray.ObjectRef | None
     """Ready when the new segments are written; None if there are none."""
     counters: PoolCounters
+    rejections: Rejections
 
 
 class PoolShard:
@@ -170,7 +173,7 @@ class PoolShard:
         frozen = self._index.freeze()
         written = self._start_writing(frozen)
         new = [segment for segment, _ in frozen.new]
-        return ShardSave(frozen.kept, new, written, self._index.get_counters())
+        return ShardSave(frozen.kept, new, written, self._index.get_counters(), self._index.rejections)
 
     @ray.method
     def mark_saved(self, save_id: int) -> None:
@@ -202,21 +205,22 @@ class PoolShard:
         return self._index.get_segment_names()
 
     @ray.method
-    def restore(self, snapshot: str | None, generation: int) -> int:
-        """Replace the shard's content by its part of a snapshot.
+    def restore(self, snapshot: str | None, generation: int, rejections: Mapping[str, Scores]) -> int:
+        """Replace the shard's content by its part of a snapshot, without the labels of `rejections`.
 
-        None stands for an empty pool. Returns the number of labels. From now on, only calls of this `generation` count.
+        None stands for an empty pool. Returns the number of labels that leave the pool as rejected. From now on, only
+        calls of this `generation` count.
 
         Raises `StorageError`.
         """
-        return self._restore(snapshot, generation)
+        return self._restore(snapshot, generation, rejections)
 
     # --- Restoring ---
 
-    def _restore(self, snapshot: str | None, generation: int) -> int:
+    def _restore(self, snapshot: str | None, generation: int, rejections: Mapping[str, Scores]) -> int:
         """Restore the index; labels follow when they are read."""
         if snapshot is None:
-            self._index.restore((), ())
+            num_rejected = self._index.restore((), (), rejections=self._select_rejections(rejections))
             self._saved_step = 0
         else:
             # Read the indexes of the segments that can hold labels of this shard. If the pool was saved by another
@@ -234,14 +238,26 @@ class PoolShard:
             # Put them in place of what the shard held. Labels that are the same keep their place in memory.
             counters = snapshots.select_counters(content, self._number, self._num_shards)
             kept = [Segment(record.name, record.order, record.rows) for record in records]
-            self._index.restore(kept, rows, counters)
+            rejected_before = snapshots.parse_rejections(content.rejected)
+            rejections = self._select_rejections(merge_rejections(rejected_before, rejections))
+            num_rejected = self._index.restore(kept, rows, counters, rejections)
             self._saved_step = content.step
 
         # Only now: had storage failed above, the next call would try again.
         self._generation, self._has_to_restore = generation, False
         self._telemetry.report_restore(self._index.get_counters())
-        self._log.info("label pool restored", snapshot=snapshot or "none", labels=len(self._index))
-        return len(self._index)
+        self._log.info(
+            "label pool restored", snapshot=snapshot or "none", labels=len(self._index), rejected=num_rejected
+        )
+        return num_rejected
+
+    def _select_rejections(self, rejections: Mapping[str, Scores]) -> Rejections:
+        """Select the rejections of this shard's keys."""
+        selected = {}
+        for key, scores in rejections.items():
+            if assign_shard(key, self._num_shards) == self._number:
+                selected[key] = scores
+        return selected
 
     def _restore_if_due(self) -> None:
         """Restore a restarted shard from what `current.json` names.
@@ -250,7 +266,7 @@ class PoolShard:
         """
         if self._has_to_restore:
             current = snapshots.read_current(self._pool)
-            self._restore(current.snapshot, current.generation)
+            self._restore(current.snapshot, current.generation, snapshots.parse_rejections(current.rejected))
 
     def _ensure_restored(self) -> bool:
         """Restore if due; return whether the shard is whole.

@@ -8,15 +8,15 @@ leaves the last good snapshot. Segments that no snapshot names are deleted by th
 import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from corun_ray.core.training.labels import Label
+from corun_ray.core.training.labels import Label, Scores
 from corun_ray.service.pool import segments
-from corun_ray.service.pool.index import Head, PoolCounters, Segment, SegmentRow
+from corun_ray.service.pool.index import Head, PoolCounters, Rejections, Segment, SegmentRow, is_rejected
 from corun_ray.service.storage import Location, StorageError
 
 CURRENT_FILE = "current.json"
@@ -30,13 +30,16 @@ Index = dict[str, tuple[Head, SegmentRow]]
 """Labels without their images, by key, and the rows that hold them."""
 SegmentName = Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,100}$")]
 Number = Annotated[int, Field(ge=0)]
+Score = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Checked(BaseModel):
+class CheckedModel(BaseModel):
+    """The content of a JSON file of a pool: every field is checked, and no other is accepted."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class SegmentRecord(_Checked):
+class SegmentRecord(CheckedModel):
     """An `index.Segment` as a snapshot names it. The name has no separators, so it cannot lead out of its folder."""
 
     name: SegmentName
@@ -46,7 +49,7 @@ class SegmentRecord(_Checked):
     """Numbers of the shards whose labels it holds."""
 
 
-class CounterRecord(_Checked):
+class CounterRecord(CheckedModel):
     """The `PoolCounters` of one shard that outlive a restart."""
 
     offers: Number
@@ -58,7 +61,15 @@ class CounterRecord(_Checked):
     wins_by_step: dict[Annotated[str, Field(pattern=r"^\d{1,15}$")], Number]
 
 
-class Snapshot(_Checked):
+class RejectionRecord(CheckedModel):
+    """A rejected label: only a better label of its image counts, whatever the segments hold."""
+
+    key: str
+    clarity: Score
+    quality: Score
+
+
+class Snapshot(CheckedModel):
     """The content of a snapshot's file."""
 
     format: int = Field(FORMAT, ge=FORMAT, le=FORMAT)
@@ -66,13 +77,16 @@ class Snapshot(_Checked):
     labels: Number
     segments: tuple[SegmentRecord, ...]
     shards: tuple[CounterRecord, ...]
+    rejected: tuple[RejectionRecord, ...] = ()
 
 
-class Current(_Checked):
+class Current(CheckedModel):
     """The content of `current.json`: what a restarted shard of a running job restores."""
 
     generation: Number
     snapshot: Annotated[str, Field(pattern=r"^step_\d{8,}\.json$")] | None
+    rejected: tuple[RejectionRecord, ...] = ()
+    """Labels rejected in review, which leave the pool beside those that the snapshot rejects."""
 
 
 # --- Files of a pool ---
@@ -98,10 +112,12 @@ def write(
     labels: int,
     segments_by_shard: Iterable[Iterable[Segment]],
     counters: Iterable[PoolCounters],
+    rejections: Mapping[str, Scores] | None = None,
 ) -> None:
     """Write the snapshot of a step, which makes it visible.
 
-    All of its segments must be written before. `segments_by_shard` and `counters` have one item a shard.
+    All of its segments must be written before. `segments_by_shard` and `counters` have one item a shard. Segments may
+    hold labels of `rejections`.
 
     Raises `StorageError`.
     """
@@ -123,8 +139,12 @@ def write(
         labels=labels,
         segments=tuple(records),
         shards=tuple(_make_counter_record(shard) for shard in counters),
+        rejected=make_rejection_records(rejections or {}),
     )
-    pool.child(format_name(step)).write(snapshot.model_dump_json(indent=1).encode())
+
+    # A pool without rejected labels stays readable for versions that know none.
+    without = None if snapshot.rejected else {"rejected"}
+    pool.child(format_name(step)).write(snapshot.model_dump_json(indent=1, exclude=without).encode())
 
 
 def read(place: Location) -> Snapshot:
@@ -132,7 +152,7 @@ def read(place: Location) -> Snapshot:
 
     Raises `StorageError`.
     """
-    return _read_model(place, Snapshot, "snapshot of a label pool")
+    return read_model(place, Snapshot, "snapshot of a label pool")
 
 
 def write_current(pool: Location, current: Current) -> None:
@@ -148,7 +168,34 @@ def read_current(pool: Location) -> Current:
 
     Raises `StorageError`.
     """
-    return _read_model(pool.child(CURRENT_FILE), Current, "label pool's state")
+    return read_model(pool.child(CURRENT_FILE), Current, "label pool's state")
+
+
+def make_rejection_records(rejections: Mapping[str, Scores]) -> tuple[RejectionRecord, ...]:
+    """Return rejections as a file's records, sorted by key."""
+    records = []
+    for key, scores in sorted(rejections.items()):
+        records.append(RejectionRecord(key=key, **scores._asdict()))
+    return tuple(records)
+
+
+def parse_rejections(records: Iterable[RejectionRecord]) -> Rejections:
+    """Return the rejections of a file's records."""
+    return {record.key: Scores(record.clarity, record.quality) for record in records}
+
+
+def read_model(place: Location, model: type[Any], kind: str) -> Any:
+    """Read a JSON file into a pydantic model.
+
+    Raises `StorageError` for the first mistake.
+    """
+    try:
+        return model.model_validate_json(place.read())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        reason = f"{key}: {first['msg']}" if key else first["msg"]
+        raise StorageError(f"{place.uri} is no {kind}: {reason}") from None
 
 
 # --- Content of a snapshot ---
@@ -171,6 +218,12 @@ def read_index(pool: Location, snapshot: Snapshot, records: Iterable[SegmentReco
         for name, heads in zip(names, threads.map(read_one, names), strict=True):
             for row, head in enumerate(heads):
                 index[head.key] = (head, SegmentRow(name, row))
+
+    # Segments are never changed: they may still hold labels that were rejected, or older ones of the same images.
+    rejections = parse_rejections(snapshot.rejected)
+    for key in rejections:
+        if key in index and is_rejected(index[key][0], rejections):
+            del index[key]
     return index
 
 
@@ -253,20 +306,6 @@ def sweep(pool: Location, keep: set[str], in_use: Iterable[str]) -> None:
         folder, _, base = file.rpartition("/")
         if folder == SEGMENTS_FOLDER and base.partition(".")[0] not in needed:
             pool.child(file).delete()
-
-
-def _read_model(place: Location, model: type[Any], kind: str) -> Any:
-    """Read a JSON file into a pydantic model.
-
-    Raises `StorageError` for the first mistake.
-    """
-    try:
-        return model.model_validate_json(place.read())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        reason = f"{key}: {first['msg']}" if key else first["msg"]
-        raise StorageError(f"{place.uri} is no {kind}: {reason}") from None
 
 
 def _make_counter_record(counters: PoolCounters) -> CounterRecord:

@@ -24,6 +24,7 @@ from corun_ray.service.models.tracking import Tracker
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolError
 from corun_ray.service.pool.keeper import start_pool
+from corun_ray.service.pool.review import read_decisions
 from corun_ray.service.pool.shard import PoolShard
 from corun_ray.service.report.page import REPORT_FILE
 from corun_ray.service.runs.held_out import ValidationLog
@@ -80,6 +81,9 @@ def run_training(
         if model_uri is not None:
             console.say(f"\n{job.kind} {job.name}: has ended before ({model_uri}, {earlier[0].uri})")
             return model_uri
+
+        # A review that cannot be read is found here, not by the workers.
+        read_decisions(earlier[0].child(POOL_FOLDER))
 
     # 3. Connect to Ray and MLflow, and show the job's facts.
     cluster = connect(job.cluster)

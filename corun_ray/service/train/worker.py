@@ -162,7 +162,12 @@ class Worker:
         """
         if not self.plan.shards:
             return None
-        generation = None if self.keeper is None else self.keeper.restore(snapshot)
+        generation = None
+        if self.keeper is not None:
+            generation = self.keeper.restore(snapshot)
+            if self.keeper.num_rejected:
+                text = f"labels rejected in review left the pool: {self.keeper.num_rejected}"
+                self.plan.board.post_note.remote(text)
         return PoolClient(self.plan.shards, broadcast_from_rank_zero(generation))
 
     def _build_coherence(self) -> TimedCoherence | None:

@@ -13,7 +13,8 @@ from corun_ray.core.training.labels import Label, LocalPool, Scores
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolClient, PoolError
 from corun_ray.service.pool.keeper import PoolKeeper, collect_counters, order_nodes, start_pool
-from corun_ray.service.pool.shard import assign_shard
+from corun_ray.service.pool.review import Review
+from corun_ray.service.pool.shard import assign_shard, make_head
 from corun_ray.service.storage import locate
 from tests.service.labels import assert_equal, label, photo_label
 
@@ -28,6 +29,11 @@ class Pool:
         self.shards = start_pool(shards, self.folder, memory_mib)
         self.keeper = PoolKeeper(self.shards, self.folder)
         self.generation = self.keeper.restore(snapshot)
+        self.client = PoolClient(self.shards, self.generation)
+
+    def restart(self, step):
+        """Another start of the workers, from the snapshot of a step."""
+        self.generation = self.keeper.restore(snapshots.format_name(step))
         self.client = PoolClient(self.shards, self.generation)
 
     def offer(self, *labels):
@@ -172,6 +178,36 @@ def test_a_restored_pool_stands_where_it_stood_and_late_offers_do_not_change_it(
     again.offer([label("a", 0.9, 0.9, 8)])
     assert again.prefetch(["a"]).result()[0].step == 8
     assert collect_counters(pool.shards)["offers"] == 3, "the counters resume from the snapshot"
+
+
+def test_rejected_labels_leave_a_restored_pool_for_good(local_ray, tmp_path):
+    pool, bad = Pool(tmp_path), [label(key, step=1) for key in ("a", "b", "c")]
+    pool.offer(*bad, label("fine", step=2))
+    pool.save(3)
+    review = Review(pool.folder)
+    for one in bad:
+        review.decide(make_head(one), "reject")
+    review.decide(make_head(bad[2]), "undecided")
+
+    # A start of the workers applies the review, and so does a shard that dies before the next snapshot.
+    pool.restart(3)
+    assert pool.keeper.num_rejected == 2 and pool.steps("a", "b", "c", "fine") == [None, None, 1, 2]
+    pool.kill(assign_shard("a", 2))
+    pool.offer(label("a", step=5), label("b", 0.9, 0.4, 5))
+    wait_until(lambda: pool.steps("a", "b", "c", "fine") == [None, None, 1, 2])
+
+    # Another start from the old snapshot leads to the same. Only a better label comes in.
+    pool.restart(3)
+    pool.offer(label("a", 0.6, 0.5, 5), label("b", 0.9, 0.4, 5))
+    assert pool.keeper.num_rejected == 2 and pool.steps("a", "b", "c", "fine") == [5, None, 1, 2]
+    pool.save(6)
+    assert {key: one.step for key, one in pool.content(6).items()} == {"a": 5, "c": 1, "fine": 2}
+
+    # The new snapshot remembers the rejections itself, for another number of shards, too.
+    review.decide(make_head(bad[1]), "undecided")
+    pool = Pool(tmp_path, shards=1, snapshot=snapshots.format_name(6))
+    pool.offer(label("b", step=7))
+    assert pool.keeper.num_rejected == 0 and pool.steps("a", "b", "c", "fine") == [5, None, 1, 2]
 
 
 def test_a_stale_keeper_can_neither_save_nor_sweep(local_ray, tmp_path):

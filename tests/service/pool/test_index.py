@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from corun_ray.core.training.labels import Scores, supersedes
-from corun_ray.service.pool.index import MAX_SMALL_SEGMENTS, Head, PoolIndex, SegmentRow
+from corun_ray.service.pool.index import (
+    MAX_SMALL_SEGMENTS,
+    Head,
+    PoolIndex,
+    Segment,
+    SegmentRow,
+    is_rejected,
+    merge_rejections,
+)
 
 SIZE = 100
 
@@ -159,3 +167,28 @@ def test_counters_add_up(number):
     offer(index, head("a", step=number))
     total = index.get_counters() + index.get_counters()
     assert (total.labels, total.offers, total.wins_by_step) == (2, 2, {number: 2})
+
+
+def test_a_rejected_label_leaves_and_only_a_better_one_takes_its_place():
+    index, storage = PoolIndex(), {}
+    offer(index, head("bad", 0.5, 1), head("good", 0.5, 1), head("replaced", 0.5, 1))
+    names = save(index, storage)
+    rows = [(one, SegmentRow(names[0], row)) for row, one in enumerate(storage[names[0]])]
+
+    rejections = {"bad": Scores(0.5, 0.5), "replaced": Scores(0.4, 0.5), "never had": Scores(0.2, 0.2)}
+    segments = [Segment(names[0], 1, len(rows))]
+    assert index.restore(segments, rows, rejections=rejections) == 1
+    assert [found is not None for found in index.read(["bad", "good", "replaced"])] == [False, True, True]
+
+    # The same again, one that is better in one score and worse in the other, and one that is better.
+    assert offer(index, head("bad", 0.5, 1), head("bad", 0.9, 2, quality=0.4)) == [False, False]
+    assert offer(index, head("never had", 0.1, 2), head("bad", 0.5, 3, quality=0.6)) == [False, True]
+    assert index.read(["bad"])[0].head.step == 3 and index.get_counters().labels == 3
+    assert offer(index, head("bad", 0.5, 4)) == [False], "no worse than the rejected one, and still refused"
+
+
+def test_of_two_rejected_labels_of_an_image_both_must_be_surpassed():
+    merged = merge_rejections({"a": Scores(0.8, 0.2), "b": Scores(0.1, 0.1)}, {"a": Scores(0.3, 0.6)})
+    assert merged == {"a": Scores(0.8, 0.6), "b": Scores(0.1, 0.1)}
+    assert is_rejected(head("a", 0.8, quality=0.5), merged) and not is_rejected(head("a", 0.9, quality=0.6), merged)
+    assert not is_rejected(head("c", 0.0), merged)

@@ -3,6 +3,7 @@ from collections import Counter
 
 import pytest
 
+from corun_ray.core.training.labels import Scores
 from corun_ray.service.pool import segments, snapshots
 from corun_ray.service.pool.index import PoolCounters, Segment
 from corun_ray.service.storage import StorageError, locate
@@ -35,6 +36,23 @@ def test_the_later_segment_is_right(pool):
     names = [[one.name for one in snapshots.select_segments(content, n, 2)] for n in range(2)]
     assert names == [["a", "b"], ["a", "c"]]
     assert [one.name for one in snapshots.select_segments(content, 0, 3)] == ["a", "c", "b"]
+
+
+def test_rejected_labels_are_not_read_though_segments_hold_them(pool):
+    """Neither the rejected label nor an older one of its image counts, a better one does."""
+    old = write_segment(pool, "a", 1, label("x", 0.4, 0.4), label("y", 0.4, 0.4), label("z"))
+    new = write_segment(pool, "b", 2, label("y", 0.7, 0.7, step=4))
+    rejections = {"x": Scores(0.5, 0.5), "y": Scores(0.5, 0.5), "never": Scores(0.1, 0.1)}
+    snapshots.write(pool, 6, 2, [[old, new]], [PoolCounters()], rejections)
+    content = snapshots.read(pool.child("step_00000006.json"))
+    assert snapshots.parse_rejections(content.rejected) == rejections
+    assert {key: head.step for key, (head, _) in snapshots.read_index(pool, content).items()} == {"y": 4, "z": 0}
+    assert {one.key for one in snapshots.read_labels(pool, content)} == {"y", "z"}
+
+
+def test_without_rejected_labels_a_snapshot_is_as_in_earlier_versions(pool):
+    snapshots.write(pool, 0, 0, [[]], [PoolCounters()])
+    assert b"rejected" not in pool.child(snapshots.format_name(0)).read()
 
 
 def test_an_empty_pool_is_a_snapshot_too(pool):
