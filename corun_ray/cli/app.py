@@ -31,6 +31,7 @@ examples:
   corun-ray run JOB.yaml --resume     resume its last run
   corun-ray submit JOB.yaml           run it on a cluster by Ray's Jobs API
   corun-ray pool ls runs/RUN          look into the label pool of a run
+  corun-ray pool review runs/RUN      keep or reject its labels by eye
   corun-ray evaluate PHOTOS           measure photographs, baselines and models
   corun-ray dehaze PHOTOS OUT --model corun-small
 

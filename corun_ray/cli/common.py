@@ -18,6 +18,7 @@ from corun_ray.service.errors import JobFailed
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 """Exit codes."""
 
+MAX_PORT = 65535
 DEFAULT_TRACKING = "sqlite:///runs/mlflow.db"
 SOURCE_HELP = "corun-small (shipped), models:/NAME@ALIAS, runs:/…, a checkpoint folder or a .pth"
 WRITE_JSON = "also write every figure to a file"
@@ -60,6 +61,14 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def parse_port(text: str) -> int:
+    """Convert a word to the number of a port; 0 stands for a free one."""
+    value = parse_whole_number(text)
+    if not 0 <= value <= MAX_PORT:
+        raise ValueError(f"expected a port from 0 to {MAX_PORT}, got {text}")
+    return value
 
 
 def multiple_of(divisor: int) -> Callable[[str], int]:

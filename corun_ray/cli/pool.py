@@ -2,6 +2,8 @@
 
 import difflib
 import json
+import os
+import sys
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from corun_ray.cli.command import App
-from corun_ray.cli.common import DONE, FAILED
+from corun_ray.cli.common import DONE, FAILED, parse_port
 from corun_ray.core.choices import Combine
 
 if TYPE_CHECKING:
@@ -39,7 +41,14 @@ examples:
   corun-ray pool ls runs/demo-colabator-20260101-120000
   corun-ray pool show runs/demo-colabator-20260101-120000 photo_3.png
   corun-ray pool export s3://my-bucket/runs/corun-20260101-120000 labels --trust
+  corun-ray pool review runs/demo-colabator-20260101-120000
   corun-ray pool diff RUN/pool/step_00000500.json RUN/pool/step_00001000.json"""
+
+REVIEW_EXAMPLES = """\
+examples:
+  corun-ray pool review runs/demo-colabator-20260101-120000
+  corun-ray pool review s3://my-bucket/runs/corun-20260101-120000 --hazy photos/hazy
+  corun-ray pool review RUN --port 8000 --no-open   on another machine, seen by ssh -L 8000:127.0.0.1:8000"""
 
 app = App()
 pool = App(help=HELP, epilog=EXAMPLES)
@@ -58,13 +67,15 @@ def list_labels(
         str | None, typer.Option("--json", metavar="FILE", help="also write the numbers to a file")
     ] = None,
 ) -> int:
-    """Count labels; show their scores, age and size."""
+    """Count labels; show their scores, age and size, and how many a review has rejected."""
+    from corun_ray.service.pool.review import find_rejections, read_decisions
     from corun_ray.service.pool.source import find_saved_pool
     from corun_ray.service.pool.summary import describe_summary, summarise
     from corun_ray.service.storage import locate
 
     source = find_saved_pool(where)
-    summary = summarise(source, source.read_index())
+    rejections = find_rejections(read_decisions(source.pool))
+    summary = summarise(source, source.read_index(), rejections)
 
     print("\n".join(describe_summary(summary)))
     if json_file:
@@ -125,9 +136,11 @@ def export_labels(
 ) -> int:
     """Write all labels as PNG files.
 
-    Every label becomes DIR/KEY with .png as its suffix, 8 bit; DIR/labels.csv lists them.
+    Every label becomes DIR/KEY with .png as its suffix, 8 bit; DIR/labels.csv lists them. Labels rejected in review are
+    left out.
     """
     from corun_ray.service.pool import export
+    from corun_ray.service.pool.review import find_rejections, read_decisions
     from corun_ray.service.pool.source import find_saved_pool
     from corun_ray.service.pool.summary import make_printable
     from corun_ray.service.storage import StorageError
@@ -136,6 +149,7 @@ def export_labels(
     if "://" in folder:
         raise StorageError(f"{folder}: export fills a local folder; copy it to the bucket afterwards")
     source = find_saved_pool(where)
+    rejections = find_rejections(read_decisions(source.pool))
 
     with Console() as console:
         console.header("pool export", {"snapshot": source.uri, "output": folder})
@@ -154,11 +168,71 @@ def export_labels(
             transmission,
             combine,
             lambda number, total: console.progress(number, total, "label"),
+            rejections,
         )
-        console.footer(f"done: {len(done.files)} labels written, {len(done.refused)} skipped", {})
+        rejected = f", {done.rejected} rejected in review left out" if done.rejected else ""
+        console.footer(f"done: {len(done.files)} labels written, {len(done.refused)} skipped{rejected}", {})
         for key, reason in done.refused.items():
             console.say(f"  skipped: {make_printable(key)}: {make_printable(reason)}")
     return FAILED if done.refused else DONE
+
+
+@pool.command("review", epilog=REVIEW_EXAMPLES)
+def review_labels(
+    where: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder or URI, or another SOURCE of its pool")],
+    hazy: Annotated[
+        str | None,
+        typer.Option("--hazy", metavar="ROOT", help="folder or URI of the hazy images (default: the run's data.hazy)"),
+    ] = None,
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", parser=parse_port, help="port of the page; 0: a free one")
+    ] = 0,
+    no_open: Annotated[bool, typer.Option("--no-open", help="open no browser")] = False,
+) -> int:
+    """Keep or reject labels by eye.
+
+    Serves a page at this machine's loopback address until Ctrl-C: hazy image, label, trust map and scores, worst
+    labels first. Keys: K keeps, R rejects, U takes back, arrows move.
+
+    Decisions are saved at once, in RUN/pool/review. When the run is resumed (corun-ray run JOB.yaml --resume), rejected
+    labels leave the pool. Their images learn from the teacher's prediction until a candidate comes that is better than
+    the rejected label: no score lower, one at least higher.
+
+    A run that is still training may be reviewed, as of its last checkpoint. Its decisions count from the next start of
+    its workers; a better label that has come by then stays.
+    """
+    from corun_ray.service.pool.review_app import LabelImages, ReviewApp, describe_run_state, listen, serve
+    from corun_ray.service.pool.source import find_saved_pool
+    from corun_ray.service.telemetry.console import Console
+
+    # The run's job says where hazy images lie and how scores become trust.
+    job, unknown = _read_job(find_saved_pool(where))
+    combine, root = (job.coherence.combine, job.data.hazy) if job else (DEFAULT_COMBINE, None)
+    app = ReviewApp(where, LabelImages(combine, hazy or root, unknown))
+    door = listen(port)
+
+    address = f"http://{door.getsockname()[0]}:{door.getsockname()[1]}/"
+    counts = app.count_choices()
+    facts = {
+        "snapshot": app.pool.uri,
+        "labels": f"{counts.total()}, of which {counts['keep']} kept and {counts['reject']} rejected so far",
+        "saved to": app.review.place.parent().uri,
+        "page": address,
+    }
+    with Console() as console:
+        console.header("pool review", facts)
+        state = describe_run_state(app.pool)
+        if state:
+            console.say(f"  {state}")
+        console.say("  Ctrl-C ends it.")
+
+        if not no_open:
+            _open_browser(address)
+        serve(app.build(), door)
+
+        counts = app.count_choices()
+        console.footer(f"done: {counts['keep']} labels kept, {counts['reject']} rejected", {})
+    return DONE
 
 
 @pool.command("diff")
@@ -185,6 +259,15 @@ def compare_snapshots(
     lines = format_change_lines(found) if all_changes else describe_changes(earlier, later, found, len(after))
     print("\n".join(lines))
     return DONE
+
+
+def _open_browser(address: str) -> None:
+    """Open a page in the browser of a graphical session."""
+    import webbrowser
+
+    # Elsewhere, a browser of text would take the terminal.
+    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform == "darwin":
+        webbrowser.open(address)
 
 
 def _read_job(source: "SavedPool") -> "tuple[ColabatorJob | None, str]":

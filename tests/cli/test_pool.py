@@ -13,6 +13,11 @@ import pytest
 from corun_ray.cli import app as cli
 from corun_ray.config.loading import dump_job
 from corun_ray.core.data.images import encode_png
+from corun_ray.core.training.labels import Scores
+from corun_ray.service.pool import snapshots
+from corun_ray.service.pool.index import PoolCounters
+from corun_ray.service.pool.review import Review
+from corun_ray.service.pool.source import find_saved_pool
 from corun_ray.service.storage import locate
 from tests import ROOT
 from tests.service.jobs import small_job
@@ -119,6 +124,41 @@ def test_export_says_what_it_leaves_out(run, pool_command):
     assert code == 2 and err == "out: not empty; export fills a new folder\n"
     code, out, err = pool_command("export", run, "s3://bucket/out")
     assert (code, out) == (2, "") and "export fills a local folder" in err
+
+
+def test_rejected_labels_are_counted_and_not_exported(run, pool_command):
+    found = find_saved_pool(str(run))
+    Review(found.pool).decide(found.read_index()["b.png"][0], "reject")
+    code, out, err = pool_command("ls", run, "--json", run / "numbers.json")
+    assert (code, err) == (0, "") and "  rejected  1 leave at the next resume\n" in out
+    assert json.loads((run / "numbers.json").read_bytes())["rejected_in_review"] == 1
+    code, out, err = pool_command("export", run, "out")
+    assert (code, err) == (0, "") and "done: 1 labels written, 0 skipped, 1 rejected in review left out" in out
+    assert sorted(os.listdir("out")) == ["labels.csv", "town"]
+
+    # A snapshot of after the resume.
+    pool = locate(str(run / "pool"))
+    snapshots.write(pool, 30, 0, [[]], [PoolCounters()], {"b.png": Scores(0.25, 0.75)})
+    assert "  rejected  1 have left, 1 images have no better label yet\n" in pool_command("ls", run / "pool")[1]
+
+
+def test_what_cannot_be_reviewed_is_one_line(run, pool_command, tmp_path):
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "run.json").write_text("{}")
+    locate(str(tmp_path / "begun" / "pool")).child("current.json").write(b"{}")
+    damaged = run / "pool" / "review" / "x.json"
+    for args, reason in {
+        ("nowhere",): "nowhere: no label pool there; expected a snapshot",
+        (tmp_path / "pretrain",): "pretrain: a run without a label pool; only colabator jobs make one",
+        (tmp_path / "begun",): "begun/pool: no snapshot there (step_00000500.json); a run saves one",
+        (run, "--port", "70000"): "--port: expected a port from 0 to 65535, got 70000",
+        (run,): "x.json is no review of a label pool: ",
+    }.items():
+        if args == (run,):
+            damaged.parent.mkdir()
+            damaged.write_text("{}")
+        code, out, err = pool_command("review", *args)
+        assert (code, out) == (2, "") and reason in err and len(err.splitlines()) == 1, args
 
 
 def test_diff(run, pool_command):

@@ -19,9 +19,10 @@ from corun_ray.core.data.augment import resize
 from corun_ray.core.data.images import BadImage, ImageU8, decode_image, encode_png
 from corun_ray.core.inference.pictures import apply_colour_map, draw_grid
 from corun_ray.core.scoring.coherence import BlockScores, Coherence
-from corun_ray.core.training.labels import Label, decode, encode
+from corun_ray.core.training.labels import Label, Scores, decode, encode
 from corun_ray.service.data.packs import INDEX, open_pack
 from corun_ray.service.pool import snapshots
+from corun_ray.service.pool.index import is_rejected
 from corun_ray.service.pool.source import SavedPool
 from corun_ray.service.storage import Location, StorageError, locate
 
@@ -31,6 +32,7 @@ TRANSMISSION_SUFFIX = ".transmission"
 TRUST_SUFFIX = ".trust"
 LIST_FILE = "labels.csv"
 COLUMNS = ("key", "file", "clarity", "quality", "step", "height_px", "width_px")
+NO_REJECTIONS: Mapping[str, Scores] = {}
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -89,14 +91,14 @@ def draw_label(label: Label, hazy: ImageU8, combine: Combine) -> bytes:
 
     row = {
         "hazy": hazy,
-        "label": _decode_scene(label),
+        "label": decode_scene(label),
         "transmission": transmission,
         "trust map": apply_colour_map(compute_trust_map(label, combine)),
     }
     return encode_png(draw_grid([row], max(CELL_PX, *label.scene.shape[-2:])))
 
 
-def _decode_scene(label: Label) -> ImageU8:
+def decode_scene(label: Label) -> ImageU8:
     """Return the scene of a label as H W RGB.
 
     8 bits, whatever the label's encoding.
@@ -121,6 +123,8 @@ class Export:
 
     files: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    rejected: int = 0
+    """Number of labels that were left out since a person has rejected them."""
 
 
 def explain_unsafe_key(key: str) -> str | None:
@@ -184,11 +188,13 @@ def export_labels(
     with_transmission: bool = False,
     combine: Combine | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    rejections: Mapping[str, Scores] = NO_REJECTIONS,
 ) -> Export:
     """Write every label below `root`, and a list of them.
 
-    `root` must be empty or new. The list is `LIST_FILE`. Trust maps are written where `combine` is given, transmissions
-    of the labels that have one. Nothing is overwritten, and nothing is written outside of `root`.
+    `root` must be empty or new. The list is `LIST_FILE`. Labels of `rejections` are left out. Trust maps are written
+    where `combine` is given, transmissions of the labels that have one. Nothing is overwritten, and nothing is written
+    outside of `root`.
 
     Raises `StorageError`.
     """
@@ -206,7 +212,9 @@ def export_labels(
 
         # Plan all names before the first file: keys that need the same file are known from the index.
         index = source.read_index()
-        done = plan_files(index, suffixes)
+        chosen = [key for key, (head, _) in index.items() if not is_rejected(head, rejections)]
+        done = plan_files(chosen, suffixes)
+        done.rejected = len(index) - len(chosen)
 
         # Write label by label; the list names those that were written.
         with (root / LIST_FILE).open("x", encoding="utf-8", newline="") as file:
@@ -234,7 +242,7 @@ def _export_label(label: Label, root: Path, suffixes: Sequence[str], combine: Co
     if file is None:
         return
 
-    contents = {file: encode_png(_decode_scene(label))}
+    contents = {file: encode_png(decode_scene(label))}
     if TRANSMISSION_SUFFIX in suffixes and label.transmission is not None:
         contents[add_suffix(file, TRANSMISSION_SUFFIX)] = _encode_grey_png(decode(label.transmission)[0])
     if combine:

@@ -18,6 +18,7 @@ from corun_ray.service.pool.snapshots import Index, Snapshot
 from corun_ray.service.runs.record import (
     JOB_FILE,
     POOL_FOLDER,
+    RUN_FILE,
     list_checkpoint_steps,
     name_checkpoint,
     parse_checkpoint_step,
@@ -157,6 +158,8 @@ def find_saved_pool(source: str) -> SavedPool:
         return _open_snapshot(place, _find_newest_snapshot(place))
     if POOL_FOLDER in names:
         return _find_in_run(place)
+    if RUN_FILE in names:
+        raise StorageError(f"{place.uri}: a run without a label pool; only colabator jobs make one")
     raise StorageError(f"{place.uri}: no label pool there; expected {EXPECTED_SOURCES}")
 
 
@@ -195,7 +198,7 @@ def _open_snapshot(pool: Location, name: str) -> SavedPool:
 def _find_newest_snapshot(pool: Location) -> str:
     names = list_snapshots(pool)
     if not names:
-        raise StorageError(f"{pool.uri}: no snapshot there (step_00000500.json)")
+        raise StorageError(f"{pool.uri}: no snapshot there (step_00000500.json); a run saves one with each checkpoint")
     return names[-1]
 
 

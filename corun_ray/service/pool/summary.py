@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from corun_ray.core.training.labels import Scores
 from corun_ray.service.pool import snapshots
-from corun_ray.service.pool.index import Head
+from corun_ray.service.pool.index import Head, is_rejected
 from corun_ray.service.pool.snapshots import Index
 from corun_ray.service.pool.source import ImageKind, SavedPool, list_snapshots
 from corun_ray.service.telemetry.tables import format_table
@@ -78,6 +79,12 @@ class PoolSummary:
     """Labels in the segments; `labels` of them are still in use."""
     other_snapshots: list[str]
     images: list[ImageKind]
+    rejected: int
+    """Images whose label was rejected in review and has left the pool."""
+    rejected_waiting: int
+    """Those of them that have no better label yet."""
+    rejected_in_review: int
+    """Labels of the snapshot that were rejected in review and leave the pool when it is restored."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,10 @@ class Change:
 # --- One snapshot ---
 
 
-def summarise(source: SavedPool, index: Index) -> PoolSummary:
+def summarise(source: SavedPool, index: Index, rejections: Mapping[str, Scores]) -> PoolSummary:
     """Summarise a snapshot.
+
+    `rejections` are those of the pool's review.
 
     Raises `StorageError`.
     """
@@ -144,6 +153,9 @@ def summarise(source: SavedPool, index: Index) -> PoolSummary:
         segment_rows=sum(segment.rows for segment in content.segments),
         other_snapshots=other_snapshots,
         images=source.list_image_kinds(index),
+        rejected=len(content.rejected),
+        rejected_waiting=sum(record.key not in index for record in content.rejected),
+        rejected_in_review=sum(is_rejected(head, rejections) for head in heads),
     )
 
 
@@ -183,6 +195,15 @@ def _list_facts(summary: PoolSummary) -> dict[str, str]:
     facts = {"labels": f"{summary.labels}, as of step {summary.step}"}
     if summary.labels != summary.labels_noted:
         facts["labels"] += f" (but its file says {summary.labels_noted})"
+
+    # Without a review there is nothing to say about rejected labels.
+    rejected = []
+    if summary.rejected_in_review:
+        rejected.append(f"{summary.rejected_in_review} leave at the next resume")
+    if summary.rejected:
+        rejected.append(f"{summary.rejected} have left, {summary.rejected_waiting} images have no better label yet")
+    if rejected:
+        facts["rejected"] = "; ".join(rejected)
 
     # An empty pool has no scores.
     for name, spread in (("clarity", summary.clarity), ("quality", summary.quality)):

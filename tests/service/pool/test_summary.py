@@ -137,7 +137,7 @@ def mixed(tmp_path):
 
 
 def test_the_numbers_of_a_snapshot(mixed):
-    summary = summarise(mixed, mixed.read_index())
+    summary = summarise(mixed, mixed.read_index(), {})
     assert (summary.step, summary.labels, summary.labels_noted) == (50, 3, 3)
     assert summary.clarity.mean == 0.25 and summary.clarity.histogram == [0, 0, 3] + 7 * [0]
     assert summary.quality.least == summary.quality.most == 0.75 and summary.quality.histogram[7] == 3
@@ -156,7 +156,7 @@ def test_the_numbers_of_a_snapshot(mixed):
 
 
 def test_the_text_of_a_snapshot(mixed):
-    lines = describe_summary(summarise(mixed, mixed.read_index()))
+    lines = describe_summary(summarise(mixed, mixed.read_index(), {}))
     text = "\n".join(lines)
     assert "3, as of step 50\n" in text and "mean 0.250, 0.250 to 0.250" in text
     assert "24 x 16 px, uint8, with transmission (2 labels); 24 x 16 px, uint8, without transmission (1 labels)" in text
@@ -170,7 +170,7 @@ def test_the_text_of_a_snapshot(mixed):
 
 def test_an_empty_pool_has_a_text_too(mixed):
     source = find_saved_pool(f"{mixed.pool.uri}/step_00000010.json")
-    summary = summarise(source, source.read_index())
+    summary = summarise(source, source.read_index(), {})
     assert summary.clarity.mean is None and summary.ages_steps is None and summary.images == []
     assert "age       no labels" in "\n".join(describe_summary(summary))
 
@@ -179,7 +179,7 @@ def test_another_number_of_labels_than_noted_is_told(tmp_path):
     pool = locate(str(tmp_path))
     snapshots.write(pool, 1, 7, [[]], [PoolCounters()])
     source = find_saved_pool(str(tmp_path))
-    text = "\n".join(describe_summary(summarise(source, source.read_index())))
+    text = "\n".join(describe_summary(summarise(source, source.read_index(), {})))
     assert "0, as of step 1 (but its file says 7)" in text
 
 
@@ -187,7 +187,7 @@ def test_scores_outside_their_range_are_counted_at_its_ends(tmp_path):
     pool = locate(str(tmp_path))
     save_pool(pool, 1, [label("a", -1.0, 2.0), label("b", 0.0, 1.0)])
     source = find_saved_pool(str(tmp_path))
-    summary = summarise(source, source.read_index())
+    summary = summarise(source, source.read_index(), {})
     assert summary.clarity.histogram[0] == 2 and summary.quality.histogram[9] == 2
 
 
