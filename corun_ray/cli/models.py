@@ -24,6 +24,8 @@ examples:
   corun-ray evaluate demo/hazy --truth demo/hazy_truth \\
       --model models:/corun-demo@champion
   corun-ray evaluate SOTS/outdoor/hazy --truth SOTS/outdoor/gt --match '^([^_]+)'
+  corun-ray evaluate demo/hazy --truth demo/hazy_truth \\
+      --model corun-small --model theirs=results/theirs
   corun-ray evaluate s3://haze/rtts --metrics fade,brisque,nima,musiq \\
       --weights s3://haze/weights --model new=models:/corun@candidate \\
       --model old=models:/corun@champion --against old"""
@@ -132,7 +134,8 @@ def evaluate(
         typer.Option(
             "--model",
             metavar="[NAME=]SOURCE",
-            help="a model, as for dehaze, and what to call it; may be repeated",
+            help="a model, as for dehaze, or a folder or URI of another method's results, and what to call it; may be "
+            "repeated",
         ),
     ] = None,
     baselines: Annotated[
@@ -155,6 +158,14 @@ def evaluate(
     Measures baselines and models on a folder of images, on the Ray cluster of RAY_ADDRESS or here, and prints means
     with 95 % bootstrap intervals and how each compares with the first model, image by image. Every value goes into
     STORAGE/evaluate-DATE/metrics.csv and .parquet, a contact sheet beside them.
+
+    A folder of results holds an image for each image of INPUT, of its size and named like it but for the suffix.
+
+    psnr and ssim rate 8-bit RGB pictures, scaled to [0, 1]. psnr is of the error over all pixels and channels. ssim has
+    a Gaussian window of 11 px and sigma 1.5, only where it fits, and is the mean over the channels.
+
+    All means and differences of a metric are over the same images: those where every model has a finite value. The
+    others are named, for example one whose result equals its truth: its psnr is infinite.
 
     psnr, ssim and fade need no weights. Any other metric of pyiqa (brisque, niqe, nima, musiq, lpips, ...) takes its
     files from --weights, a folder or URI that `corun-ray weights` fills and checks.

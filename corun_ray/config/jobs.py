@@ -41,6 +41,7 @@ from corun_ray.config.types import (
     Workers,
 )
 from corun_ray.core.choices import REFERENCE, REFERENCE_MODEL
+from corun_ray.core.metrics.catalog import TRANSMISSION_METRICS, list_validation_metrics
 
 
 class ClusterSection(Section):
@@ -163,6 +164,34 @@ class TrainingJob(Job):
         if self.loss.transmission and self.data.mixup:
             raise Mismatch("loss.transmission", "not used together with data.mixup")
         return self
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> "TrainingJob":
+        sections, metrics = self.data.list_validation_sections(), self.train.validation_metrics
+        if metrics is not None and not sections:
+            raise Mismatch("train.validation_metrics", f"{', '.join(metrics)}, but there is no data.validation")
+
+        # A metric that needs a truth needs it of every set.
+        for metric in metrics or ():
+            for key, images in sections.items():
+                part = "transmission" if metric in TRANSMISSION_METRICS else "clear"
+                if list_validation_metrics()[metric].needs_truth and getattr(images, part) is None:
+                    raise Mismatch("train.validation_metrics", f"{metric} needs {key}.{part}, which is missing")
+
+        best = self.train.best
+        if best is not None and best not in self.measured_metrics:
+            gives = ", ".join(self.measured_metrics) or "nothing: there is no data.validation"
+            raise Mismatch("train.best", f"{best} is not measured (validation gives {gives})")
+        return self
+
+    @property
+    def measured_metrics(self) -> list[str]:
+        """Names of all metrics that validation gives, such as `val/fade`."""
+        measured = []
+        for key, images in self.data.list_validation_sections().items():
+            prefix = self.data.name_validation_set(key)
+            measured += [f"{prefix}/{metric}" for metric in self.train.choose_metrics(images)]
+        return measured
 
 
 class PretrainJob(TrainingJob):

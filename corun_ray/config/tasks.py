@@ -31,7 +31,7 @@ from corun_ray.config.types import (
     Workers,
     check_distinct,
 )
-from corun_ray.core.metrics.catalog import OWN_METRICS, list_metrics
+from corun_ray.core.metrics.catalog import OWN_METRICS, choose_mode, list_metrics
 
 Baseline = Literal["hazy", "untrained", "dark_channel"]
 PATH = re.compile(r"/|(/[A-Za-z0-9._-]+)+")
@@ -100,7 +100,10 @@ Search = Annotated[dict[str, _Choice], BeforeValidator(_flatten_search), AfterVa
 class TuneSection(Section):
     search: Search = Field(description="key: [values] or key: {low, high, log}, for any key of a colabator job")
     metric: Text = Field("val/fade", description="validation metric that compares trials")
-    mode: Literal["min", "max"] = Field("min", description="min: a lower metric is better; max: a higher one")
+    mode: Literal["min", "max"] = Field(
+        default_factory=lambda earlier: choose_mode(earlier["metric"]),
+        description="min: a lower metric is better; max: a higher one; default: as the metric is",
+    )
     samples: OneOrMore = Field(1, description="draws from the ranges, each with every combination of the lists")
     trials_at_once: OptionalCount = Field(None, ge=1, description="trials at a time; null: as many as fit the cluster")
     scheduler: Literal["asha", "all"] = Field("asha", description="asha: end trials that fall behind; all: end none")
@@ -134,7 +137,10 @@ def _check_distinct_if_any(items: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class EvaluateSection(TruthSection):
-    models: dict[Name, Text] = Field({}, description="models by name; empty: only the baselines are measured")
+    models: dict[Name, Text] = Field(
+        {},
+        description="models by name, or folders of another method's results, paired by stem; empty: only the baselines",
+    )
     baselines: Annotated[tuple[Baseline, ...], AfterValidator(_check_distinct_if_any)] = Field(
         get_args(Baseline),
         description="hazy: the unchanged input; untrained: CORUN's closed form; dark_channel: the dark channel prior",
@@ -142,7 +148,8 @@ class EvaluateSection(TruthSection):
     metrics: Annotated[tuple[Annotated[str, AfterValidator(_check_metric)], ...], AfterValidator(check_distinct)] = (
         Field(
             default_factory=lambda earlier: tuple(OWN_METRICS) if earlier["clear"] else ("fade",),
-            description="psnr, ssim, fade or a metric of pyiqa (musiq, ...); without clear: those that need no truth",
+            description="psnr and ssim (RGB, range 1, Gaussian window of 11 px, sigma 1.5), fade or a metric of pyiqa "
+            "(musiq, ...); without clear: those that need no truth",
         )
     )
     weights: OptionalText = Field(None, description="folder or URI of pyiqa's weights (see corun-ray weights)")

@@ -47,7 +47,12 @@ from corun_ray.core.choices import (
     NetworkStart,
     ResizeKind,
 )
-from corun_ray.core.metrics.catalog import list_no_reference_metrics
+from corun_ray.core.metrics.catalog import (
+    OWN_METRICS,
+    TRANSMISSION_METRICS,
+    list_no_reference_metrics,
+    list_validation_metrics,
+)
 
 ARCHITECTURE_PACKAGES = ("spandrel", "spandrel_extra_arches")
 CLASS_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -354,6 +359,11 @@ class TrainingDataSection(Section):
         sections = {} if self.validation is None else {"data.validation": self.validation}
         return sections | {f"data.validation_sets.{name}": one for name, one in self.validation_sets.items()}
 
+    @staticmethod
+    def name_validation_set(key: str) -> str:
+        """Return how the metrics of a set begin: `val`, or `val/NAME` of `data.validation_sets.NAME`."""
+        return "/".join(["val", *key.split(".")[2:]])
+
     @field_validator("paired")
     @classmethod
     def _check_source(cls, paired: PairedSection | None, info: ValidationInfo) -> PairedSection | None:
@@ -386,20 +396,61 @@ class HazeSection(Section):
     )
 
 
+def _check_validation_metric(name: str) -> str:
+    known = [*list_validation_metrics()]
+    if name not in known:
+        ours = ", ".join([*OWN_METRICS, *TRANSMISSION_METRICS])
+        raise ValueError(f'"{name}" is neither of {ours} nor a metric of pyiqa for images{_suggest(name, known)}')
+    return name
+
+
+ValidationMetrics = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_validation_metric)], ...], AfterValidator(check_distinct)
+]
+
+
 class TrainSection(Section):
     steps: Steps = 30_000
     batch_per_worker: Batch = 2
     accumulate: OneOrMore = Field(1, description="batches of each worker per step; their gradients are averaged")
     log_every: OneOrMore = Field(50, description="steps between lines of metrics")
-    checkpoint_every: OneOrMore = Field(500, description="steps between checkpoints")
+    checkpoint_every: OneOrMore = Field(
+        500, description="steps between checkpoints; with best, also one after each validation"
+    )
     validate_every: OneOrMore = Field(500, description="steps between validations")
-    keep_checkpoints: OneOrMore = Field(2, description="number of checkpoints kept")
+    keep_checkpoints: OneOrMore = Field(
+        2, description="number of checkpoints kept, the last ones; with best, the best ones beside the last"
+    )
     validation_images: OneOrMore = Field(8, description="number of images in the picture grid of a validation")
+    validation_metrics: ValidationMetrics | None = Field(
+        None,
+        description="fade, psnr, ssim, transmission_rank or metrics of pyiqa (brisque, ...); null: fade, and what each "
+        "set has the truth for",
+    )
+    validation_weights: OptionalText = Field(
+        None, description="folder or URI of the weights of these metrics (see corun-ray weights)"
+    )
+    best: OptionalText = Field(
+        None,
+        description="metric of validation, such as val/psnr, whose best checkpoint is kept and published beside the "
+        "last; null: none",
+    )
 
     @property
     def images_per_worker(self) -> int:
         """Images of each kind (synthetic, real) that one worker sees per optimizer step."""
         return self.batch_per_worker * self.accumulate
+
+    def choose_metrics(self, images: ValidationSection) -> tuple[str, ...]:
+        """Return the metrics by which a validation set is measured."""
+        if self.validation_metrics is not None:
+            return self.validation_metrics
+        metrics = ["fade"]
+        if images.clear is not None:
+            metrics += ["psnr", "ssim"]
+        if images.transmission is not None:
+            metrics.append("transmission_rank")
+        return tuple(metrics)
 
 
 class ProgressiveStep(Section):

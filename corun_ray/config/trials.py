@@ -42,7 +42,7 @@ def build_pretraining_job(trial: ColabatorJob, steps: int) -> PretrainJob:
     """
     # Sections that both kinds share, then sections from which pre-training takes some keys.
     kept = trial.model_dump(include={"seed", "storage", "haze", "network", "cluster", "tracking"})
-    train = trial.train.model_dump(exclude={"steps"}) | {"steps": steps}
+    train = trial.train.model_dump(exclude={"steps", "best"}) | {"steps": steps}
     optim = trial.optim.model_dump(include={"ema", "precision", "compile", "clip_norm"}) | {"schedule_steps": steps}
     own = {
         "kind": "pretrain",
@@ -88,9 +88,8 @@ def find_search_mistakes(job: TuneJob) -> dict[Loc, str]:
             found["tune", "search", path] = "a section, not a value"
 
     # A metric that validation does not give.
-    measured = _list_measured_metrics(job)
-    if job.tune.metric not in measured:
-        gives = ", ".join(measured) or "nothing: there is no data.validation"
+    if job.tune.metric not in job.measured_metrics:
+        gives = ", ".join(job.measured_metrics) or "nothing: there is no data.validation"
         found["tune", "metric"] = f"{job.tune.metric} is not measured (validation gives {gives})"
     if found:
         return found
@@ -115,23 +114,6 @@ def _place_in_search(loc: Loc, searched: Iterable[str]) -> Loc:
         if loc[: len(parts)] == parts:
             return "tune", "search", path
     return loc
-
-
-def _list_measured_metrics(job: TuneJob) -> list[str]:
-    """Return the metrics that validation gives; see `service.train.validation`."""
-    # The validation set without a name comes first.
-    sections = {}
-    if job.data.validation is not None:
-        sections["val"] = job.data.validation
-    for name, section in job.data.validation_sets.items():
-        sections[f"val/{name}"] = section
-
-    # PSNR and SSIM need the truth.
-    measured = []
-    for prefix, section in sections.items():
-        metrics = ["fade"] if section.clear is None else ["fade", "psnr", "ssim"]
-        measured += [f"{prefix}/{metric}" for metric in metrics]
-    return measured
 
 
 def _list_ends(choice: Choice) -> tuple[Any, ...]:

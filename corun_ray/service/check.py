@@ -7,7 +7,7 @@ from corun_ray.config.jobs import ColabatorJob, DehazeJob, EvaluateJob, Job, Ser
 from corun_ray.config.trials import choose_example_job
 from corun_ray.core.choices import QUALITY_NAMES, SHIPPED_MODELS
 from corun_ray.core.errors import UserError
-from corun_ray.core.metrics.catalog import OWN_METRICS
+from corun_ray.core.metrics.catalog import OWN_METRICS, TRANSMISSION_METRICS
 from corun_ray.service.cluster.gpus import count_driver_gpus
 from corun_ray.service.data.manifest import (
     Manifest,
@@ -18,9 +18,9 @@ from corun_ray.service.data.manifest import (
     refuse_misfits,
     refuse_other_sizes,
 )
+from corun_ray.service.data.results import REGISTRY_SCHEMES, find_results, holds_results
 from corun_ray.service.storage import locate
 
-REGISTRY_SCHEMES = ("models:/", "runs:/")
 SUBJECT_CHARACTERS = 9
 """Width of the first column of the notes."""
 
@@ -86,6 +86,8 @@ def _check_data(job: Job) -> Notes:
         pairs = pair_validation_images(job.evaluate, "evaluate")
         refuse_misfits(job.evaluate, pairs, "evaluate")
         yield "data", f"{len(pairs)} images to measure on"
+        for name, results in find_results(job.evaluate, [hazy for hazy, _ in pairs]).items():
+            yield "results", f"{name}: {len(results.images)} images in {results.root}"
     elif isinstance(job, DehazeJob):
         images_to_dehaze = list_images(job.dehaze.input, "dehaze.input")
         yield "data", f"{len(images_to_dehaze)} images to dehaze"
@@ -116,6 +118,8 @@ def _check_models(job: Job, earlier: Sequence[Job]) -> Notes:
             yield "model", f"{source}, looked up when the job starts"
         elif source in SHIPPED_MODELS:
             yield "model", f"{source}, which comes with this package"
+        elif isinstance(job, EvaluateJob) and holds_results(source):
+            continue  # Told with the data.
         elif locate(source).exists():
             yield "model", source
         else:
@@ -162,7 +166,10 @@ def _may_need_weights(job: Job) -> bool:
         coherence = job.coherence
         if coherence.clarity == "daclip" or coherence.quality not in QUALITY_NAMES:
             return True
-    return isinstance(job, TrainingJob) and job.loss.weights is not None
+    if not isinstance(job, TrainingJob):
+        return False
+    validation_metrics = set(job.train.validation_metrics or ())
+    return job.loss.weights is not None or not validation_metrics <= OWN_METRICS.keys() | TRANSMISSION_METRICS.keys()
 
 
 def _check_storage(job: Job) -> Notes:

@@ -135,6 +135,11 @@ class Location:
         info = self._attempt("look at", lambda: self.filesystem.get_file_info(self.path))
         return info.type != fs.FileType.NotFound
 
+    def is_folder(self) -> bool:
+        """Return whether there is a folder here."""
+        info = self._attempt("look at", lambda: self.filesystem.get_file_info(self.path))
+        return info.type == fs.FileType.Directory
+
     def list_files(self) -> list[str]:
         """List the relative paths of all files below, sorted.
 

@@ -8,7 +8,7 @@ import importlib.util
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 CONFIGS_FILE = "default_model_configs.py"
 
@@ -61,6 +61,15 @@ def list_validation_metrics() -> dict[str, IqaFacts]:
     Returns name → facts.
     """
     return TRANSMISSION_METRICS | list_metrics()
+
+
+def choose_mode(metric: str) -> Literal["min", "max"]:
+    """Tell which value of a validation's metric is the best; `metric` is a name such as `val/psnr`.
+
+    `min` for a name that is no metric.
+    """
+    facts = list_validation_metrics().get(metric.rpartition("/")[2])
+    return "min" if facts is None or facts.lower_better else "max"
 
 
 @cache

@@ -367,6 +367,8 @@ class ValidationSet:
     """Hazy image → its true transmission (empty without `transmission_root`), by relative path."""
     crop_truth: bool = False
     """Whether a truth may have a border, which it loses, see `fit_truth`."""
+    metrics: tuple[str, ...] = ()
+    """The metrics by which the job measures the set."""
 
 
 def list_validation_sets(job: TrainingJob) -> list[ValidationSet]:
@@ -376,21 +378,20 @@ def list_validation_sets(job: TrainingJob) -> list[ValidationSet]:
     """
     sets = []
     for key, section in job.data.list_validation_sections().items():
-        # The metrics of the set `data.validation_sets.NAME` begin with `val/NAME`.
-        prefix = "/".join(["val", *key.split(".")[2:]])
         pairs = pair_validation_images(section, key)
         transmissions = {}
         if section.transmission is not None:
             transmissions = _pair_transmissions([image for image, _ in pairs], section, key)
         sets.append(
             ValidationSet(
-                prefix=prefix,
+                prefix=job.data.name_validation_set(key),
                 hazy_root=section.hazy,
                 clear_root=section.clear,
                 pairs=pairs,
                 transmission_root=section.transmission,
                 transmissions=transmissions,
                 crop_truth=section.crop_truth,
+                metrics=job.train.choose_metrics(section),
             )
         )
 
@@ -421,6 +422,16 @@ def _pair_transmissions(hazy: list[str], section: ValidationSection, key: str) -
     maps = filter_by_suffix(locate(section.transmission).list_files(), DEPTH_SUFFIXES)
     pairing = pair_by_stem(hazy, maps, "transmission map")
     _refuse_unpaired(pairing.unpaired, len(hazy), section.hazy, f"{key}.transmission", "no true transmission")
+    return pairing.pairs
+
+
+def pair_results(hazy_root: str, hazy: Sequence[str], results: list[str], key: str) -> dict[str, str]:
+    """Pair hazy images with the results that a method has made of them, by relative path.
+
+    Raises `ManifestError`, naming the job file's `key` and the first images without a result.
+    """
+    pairing = pair_by_stem(list(hazy), results, "result")
+    _refuse_unpaired(pairing.unpaired, len(hazy), hazy_root, key, "no result")
     return pairing.pairs
 
 

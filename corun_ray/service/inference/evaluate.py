@@ -22,13 +22,14 @@ from corun_ray.config.tasks import EvaluateSection
 from corun_ray.core.data.images import BadImage, decode_image, encode_png
 from corun_ray.core.inference import dark_channel
 from corun_ray.core.inference.memory import fit_in_memory
-from corun_ray.core.inference.pictures import PictureRow, draw_grid
+from corun_ray.core.inference.pictures import BACKGROUND, PictureRow, draw_grid
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.metrics.measure import Unmeasured, load_measure
 from corun_ray.core.networks.corun import restore_by_closed_form
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.manifest import load_image, load_truth, pair_validation_images, refuse_misfits
+from corun_ray.service.data.results import ResultImages, find_results
 from corun_ray.service.inference.measurements import (
     Comparisons,
     Intervals,
@@ -60,15 +61,23 @@ METRICS_FILE = "metrics.csv"
 SHEET_FILE = "contact_sheet.png"
 
 
+class UnusableImage(ValueError):
+    """An image file that cannot be used; the message is the reason on one line."""
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(reason)
+        self.uri = uri
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The result of measuring a folder of images."""
 
     measurements: Measurements
     bad_files: dict[str, str]
-    """URI → reason, of skipped images."""
+    """URI → reason, of hazy images and truths that cannot be used."""
     unmeasured: list[str]
-    """`IMAGE MODEL METRIC: reason`, of missing values."""
+    """`IMAGE MODEL METRIC: reason`, of missing values; `IMAGE MODEL: reason` where a result cannot be used."""
     contact_sheet: bytes
     """PNG."""
 
@@ -101,11 +110,17 @@ class Account:
 
 
 class ImageEvaluator(RestorerActor):
-    """A Ray Data actor that restores images with every model and measures the results."""
+    """A Ray Data actor that restores images with every model, loads other methods' results, and measures all."""
 
-    def __init__(self, models: Mapping[str, "ray.ObjectRef[Model]"], threads: int, section: EvaluateSection) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, "ray.ObjectRef[Model]"],
+        threads: int,
+        section: EvaluateSection,
+        results: Mapping[str, ResultImages],
+    ) -> None:
         super().__init__(models, threads)
-        self.section = section
+        self.section, self.results = section, results
         source = open_weights(section.weights)
         self.measures = {name: load_measure(name, source, self.device) for name in section.metrics}
 
@@ -113,45 +128,77 @@ class ImageEvaluator(RestorerActor):
         """Measure one image.
 
         `batch` holds the image's `key`, the key of its `truth` (empty without one), and whether it is `shown`.
-        Returns `key`, an `error` (empty where all went well), `values` (models x metrics, NaN where missing), the
-        reasons of missing values in `unmeasured`, and for a shown image a `strip`: all pictures side by side, as PNG.
+        Returns `key`, an `error` (empty where all went well) of the file `bad_file`, `values` (models x metrics, NaN
+        where missing), the reasons of missing values in `unmeasured`, and for a shown image a `strip`: all pictures
+        side by side, as PNG.
         """
         key, truth_key = batch["key"][0], batch["truth"][0]
         values = np.full((len(self.section.names), len(self.measures)), np.nan)
         unmeasured: list[str] = []
-        error, strip = "", b""
+        bad_file, error, strip = "", "", b""
 
         # Errors of the image are returned, so that the other images continue. A `StorageError` ends the job.
         try:
-            image = load_image(self.section.hazy, key)
-            truth = self._load_truth(truth_key, image.shape)
-            pictures = self._restore(to_tensor(image).to(self.device))
+            hazy = self._load(self.section.hazy, key)
+            truth = self._load_truth(truth_key, hazy)
+            pictures, missing = self._restore(key, hazy)
             values, unmeasured = self._measure(key, pictures, truth)
+            unmeasured += missing
             if batch["shown"][0]:
-                images = [to_image(picture) for picture in pictures.values()]
-                strip = encode_png(np.concatenate(images, axis=1))
-        except (BadImage, MissingFile, ValueError) as reason:
-            error = str(reason)
+                strip = self._draw_strip(pictures, hazy)
+        except UnusableImage as reason:
+            bad_file, error = reason.uri, str(reason)
+        except ValueError as reason:
+            bad_file, error = posixpath.join(self.section.hazy, key), str(reason)
 
         # Ray Data takes columns: arrays of one row.
         row = {"values": values[None]}
-        cells = {"key": key, "error": error, "unmeasured": "\n".join(unmeasured), "strip": strip}
+        cells = {"key": key, "bad_file": bad_file, "error": error, "unmeasured": "\n".join(unmeasured), "strip": strip}
         for name, cell in cells.items():
             row[name] = np.array([cell], dtype=object)
         return row
 
-    def _load_truth(self, key: str, shape: tuple[int, ...]) -> Tensor | None:
-        """Load the truth of an image of this shape as 1 3 H W in [0, 1].
+    def _load_truth(self, key: str, hazy: Tensor) -> Tensor | None:
+        """Load the truth of a hazy image as 1 3 H W in [0, 1].
 
         None where the job has no truth.
+
+        Raises `UnusableImage`, also for a truth that does not fit the hazy image.
         """
-        if self.section.clear is None:
+        root = self.section.clear
+        if root is None:
             return None
-        truth = load_truth(self.section.clear, key, shape, crop_truth=self.section.crop_truth)
+        height_px, width_px = hazy.shape[-2:]
+        try:
+            truth = load_truth(root, key, (height_px, width_px, 3), crop_truth=self.section.crop_truth)
+        except (BadImage, MissingFile) as reason:
+            raise UnusableImage(posixpath.join(root, key), str(reason)) from None
         return to_tensor(truth).to(self.device)
 
-    def _restore(self, hazy: Tensor) -> dict[str, Tensor]:
-        """Return the picture of each baseline and model.
+    def _load(self, root: str, key: str) -> Tensor:
+        """Load an image as 1 3 H W in [0, 1].
+
+        Raises `UnusableImage`, which names the file.
+        """
+        try:
+            return to_tensor(load_image(root, key)).to(self.device)
+        except (BadImage, MissingFile) as reason:
+            raise UnusableImage(posixpath.join(root, key), str(reason)) from None
+
+    def _load_result(self, results: ResultImages, key: str, hazy: Tensor) -> Tensor:
+        """Load what another method has made of the hazy image `key`, as 1 3 H W in [0, 1].
+
+        Raises `UnusableImage`, also for another size than the hazy image's.
+        """
+        result = self._load(results.root, results.images[key])
+        if result.shape != hazy.shape:
+            found, expected = (f"{image.shape[3]} x {image.shape[2]} px" for image in (result, hazy))
+            uri = posixpath.join(results.root, results.images[key])
+            raise UnusableImage(uri, f"of another size than the hazy image ({found}, not {expected})")
+        return result
+
+    def _restore(self, key: str, hazy: Tensor) -> tuple[dict[str, Tensor], list[str]]:
+        """Return the picture of each baseline and model, and the reasons of missing results.
 
         Pictures are 1 3 H W in [0, 1], with the levels of 8 bits, as the files that users get.
         """
@@ -165,29 +212,45 @@ class ImageEvaluator(RestorerActor):
             scenes["dark_channel"] = torch.from_numpy(scene).permute(2, 0, 1)[None].to(self.device)
 
         # The networks, each within this actor's memory limit.
-        for name in self.section.models:
+        for name in self.networks:
             network = fit_in_memory(self.networks[name], hazy, self.memory_mib)
             scenes[name] = restore(network, hazy).scene
 
+        # The results of other methods. One that cannot be used takes nothing from the others.
+        missing = []
+        for name, results in self.results.items():
+            try:
+                scenes[name] = self._load_result(results, key, hazy)
+            except UnusableImage as reason:
+                missing.append(f"{key} {name}: {reason.uri}: {reason}")
+
         # Order the pictures as the job does, and round them to 8 bits.
-        return {name: (scenes[name] * 255).round() / 255 for name in self.section.names}
+        pictures = {name: (scenes[name] * 255).round() / 255 for name in self.section.names if name in scenes}
+        return pictures, missing
 
     def _measure(self, key: str, pictures: Mapping[str, Tensor], truth: Tensor | None) -> tuple[np.ndarray, list[str]]:
         """Return all values, and the reasons of missing values.
 
         The values are models x metrics.
         """
-        values = np.full((len(pictures), len(self.measures)), np.nan)
+        values = np.full((len(self.section.names), len(self.measures)), np.nan)
         unmeasured = []
 
         # A metric without a value for a picture leaves NaN and its reason.
-        for row, (model, picture) in enumerate(pictures.items()):
+        for model, picture in pictures.items():
+            row = self.section.names.index(model)
             for column, (metric, measure) in enumerate(self.measures.items()):
                 try:
                     values[row, column] = measure(picture, truth)
                 except Unmeasured as reason:
                     unmeasured.append(f"{key} {model} {metric}: {reason}")
         return values, unmeasured
+
+    def _draw_strip(self, pictures: Mapping[str, Tensor], hazy: Tensor) -> bytes:
+        """Draw the pictures of an image side by side, as PNG; a missing one is blank."""
+        blank = np.full((*hazy.shape[2:], 3), BACKGROUND, np.uint8)
+        cells = [to_image(pictures[name]) if name in pictures else blank for name in self.section.names]
+        return encode_png(np.concatenate(cells, axis=1))
 
 
 # --- All images, from the driver ---
@@ -197,12 +260,14 @@ def evaluate(
     section: EvaluateSection,
     pairs: list[tuple[str, str | None]],
     models: dict[str, Model],
+    results: Mapping[str, ResultImages],
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Measure every baseline and network on every image.
+    """Measure every baseline, network and result on every image.
 
-    `pairs` are hazy images and their truths, from `pair_validation_images`. Skipped images and missing values are
-    named in the result. `progress` is called with the number of images done and the number of all.
+    `pairs` are hazy images and their truths, from `pair_validation_images`; `results` are those of `find_results`.
+    Skipped images and missing values are named in the result. `progress` is called with the number of images done and
+    the number of all.
 
     Raises `StorageError`, also where no image can be used.
     """
@@ -216,9 +281,9 @@ def evaluate(
     bad_files: dict[str, str] = {}
     unmeasured: list[str] = []
     strips: dict[str, bytes] = {}
-    for done, row in enumerate(_measure_items(section, items, models), 1):
+    for done, row in enumerate(_measure_items(section, items, models, results), 1):
         if row["error"]:
-            bad_files[posixpath.join(section.hazy, row["key"])] = row["error"]
+            bad_files[row["bad_file"]] = row["error"]
         else:
             values[row["key"]] = row["values"]
         unmeasured += row["unmeasured"].splitlines()
@@ -239,7 +304,10 @@ def evaluate(
 
 
 def _measure_items(
-    section: EvaluateSection, items: list[dict[str, Any]], models: dict[str, Model]
+    section: EvaluateSection,
+    items: list[dict[str, Any]],
+    models: dict[str, Model],
+    results: Mapping[str, ResultImages],
 ) -> Iterator[dict[str, Any]]:
     """Start the actors; return their results one by one.
 
@@ -252,7 +320,7 @@ def _measure_items(
     # The dataset must have no name here: see `iterate_rows`.
     return iterate_rows(
         ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS)).map_batches(
-            ImageEvaluator, batch_size=1, fn_constructor_args=(references, threads, section), **slots
+            ImageEvaluator, batch_size=1, fn_constructor_args=(references, threads, section, results), **slots
         )
     )
 
@@ -261,7 +329,6 @@ def _draw_contact_sheet(section: EvaluateSection, truths: dict[str, str | None],
     """Draw a row of pictures for each shown image.
 
     A row has the picture of every model, then the truth.
-
 
     Returns a PNG. Raises `StorageError`.
     """
@@ -283,9 +350,8 @@ def _draw_contact_sheet(section: EvaluateSection, truths: dict[str, str | None],
 def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     """Measure the job's models; write tables and a report.
 
-
-    Raises the errors of `pair_validation_images`, `refuse_misfits` and `fetch_model` before Ray starts, then
-    `ClusterError`, `TrackingError` and the errors of `evaluate`.
+    Raises the errors of `pair_validation_images`, `refuse_misfits`, `find_results` and `fetch_model` before Ray starts,
+    then `ClusterError`, `TrackingError` and the errors of `evaluate`.
     """
     started = time.monotonic()
     section = job.evaluate
@@ -293,24 +359,31 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     # Find images and models before Ray starts: a mistake is reported at once.
     pairs = pair_validation_images(section, "evaluate")
     refuse_misfits(section, pairs, "evaluate")
-    models = {name: fetch_model(source, get_tracking_uri(job)) for name, source in section.models.items()}
+    results = find_results(section, [hazy for hazy, _ in pairs])
+    models = {}
+    for name, source in section.models.items():
+        if name not in results:
+            models[name] = fetch_model(source, get_tracking_uri(job))
 
     place = connect(job.cluster)
     run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = locate(job.storage).child(run_id)
     tracker = Tracker(job, run_id)
-    console.header(f"evaluate {job.name}", _describe_job(section, place, run))
+    console.header(f"evaluate {job.name}", _describe_job(section, results, place, run))
 
     # Measure, then store the results in the run's folder and in MLflow.
     succeeded = False
     try:
-        evaluation = evaluate(section, pairs, models, lambda done, total: console.progress(done, total, "image"))
+        evaluation = evaluate(
+            section, pairs, models, results, lambda done, total: console.progress(done, total, "image")
+        )
         account = _give_account(job.evaluate.reference, evaluation)
         for name, content in _make_files(job, run, evaluation, account).items():
             run.child(name).write(content)
             tracker.log_file(name, content)
         for model, row in account.intervals.items():
-            tracker.log_metrics(0, {f"{model}/{metric}": interval.mean for metric, interval in row.items()})
+            means = {f"{model}/{metric}": interval.mean for metric, interval in row.items() if interval.count}
+            tracker.log_metrics(0, means)
         succeeded = True
     finally:
         tracker.finish(succeeded)
@@ -318,18 +391,23 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     # Show the results.
     for line in account.to_lines():
         console.say(f"  {line}")
-    results = {"table": run.child(METRICS_FILE).uri, "report": run.child(REPORT_FILE).uri}
-    console.footer("done", {**results, "took": format_duration(time.monotonic() - started)})
+    files = {"table": run.child(METRICS_FILE).uri, "report": run.child(REPORT_FILE).uri}
+    console.footer("done", {**files, "took": format_duration(time.monotonic() - started)})
     return evaluation
 
 
-def _describe_job(section: EvaluateSection, place: str, run: Location) -> dict[str, str]:
+def _describe_job(
+    section: EvaluateSection, results: Mapping[str, ResultImages], place: str, run: Location
+) -> dict[str, str]:
     """Return the facts of the job's header."""
     truth = f" against {section.clear}" if section.clear else ", without a truth"
-    models = ", ".join(f"{name} ({source})" for name, source in section.models.items())
+    models = []
+    for name, source in section.models.items():
+        kind = "results in " if name in results else ""
+        models.append(f"{name} ({kind}{source})")
     return {
         "images": section.hazy + truth,
-        "models": models or "none",
+        "models": ", ".join(models) or "none",
         "metrics": ", ".join(section.metrics),
         "on": place,
         "run": run.uri,
@@ -346,7 +424,8 @@ def _give_account(reference: str | None, evaluation: Evaluation) -> Account:
     comparisons = {} if reference is None else measurements.compare_with(reference)
 
     # Name all skipped images, but only the first missing values: these may be thousands.
-    missing = [f"skipped: {uri}: {reason}" for uri, reason in evaluation.bad_files.items()]
+    missing = measurements.describe_left_out()
+    missing += [f"skipped: {uri}: {reason}" for uri, reason in evaluation.bad_files.items()]
     for line in evaluation.unmeasured[:MAX_NAMED_UNMEASURED]:
         missing.append(f"no value: {line}")
     more = len(evaluation.unmeasured) - MAX_NAMED_UNMEASURED

@@ -11,7 +11,9 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from corun_ray.core.metrics.catalog import list_metrics
-from corun_ray.service.report.statistics import Comparison, Interval, compare, estimate_interval
+from corun_ray.service.report.statistics import Comparison, Interval, compare, describe_gap, estimate_interval
+
+MAX_NAMED_LEFT_OUT = 5
 
 Intervals = Mapping[str, Mapping[str, Interval]]
 """Model → metric → mean and interval."""
@@ -33,15 +35,51 @@ class Measurements:
         """Return one model's values of one metric, one for each image."""
         return self.values[:, self.models.index(model), self.metrics.index(metric)]
 
+    def find_common(self, metric: str) -> NDArray[np.bool_]:
+        """Find the images that have a finite value of a metric under every model: `images`, bool.
+
+        Means and comparisons are over these, so that all models are rated by the same images.
+        """
+        is_finite = np.isfinite(self.values[:, :, self.metrics.index(metric)])
+        return np.asarray(is_finite.all(axis=1))
+
+    def describe_left_out(self) -> list[str]:
+        """Describe for each metric the images that its means and comparisons leave out, one metric a line."""
+        lines = []
+        for metric in self.metrics:
+            left_out = np.flatnonzero(~self.find_common(metric))
+            if not len(left_out):
+                continue
+
+            # Name the first images, each with the models that have no finite value.
+            named = [self._describe_gaps(image, metric) for image in left_out[:MAX_NAMED_LEFT_OUT]]
+            more = len(left_out) - len(named)
+            if more:
+                named.append(f"{more} more")
+            counts = f"{len(left_out)} of {len(self.images)} images left out of every mean"
+            lines.append(f"{metric}: {counts}: {', '.join(named)}")
+        return lines
+
+    def _describe_gaps(self, image: int, metric: str) -> str:
+        """Describe an image without a finite value under some models: `a.png (hazy: infinite, other: no value)`."""
+        gaps = []
+        for model, value in zip(self.models, self.values[image, :, self.metrics.index(metric)], strict=True):
+            if not np.isfinite(value):
+                gaps.append(f"{model}: {describe_gap(value)}")
+        return f"{self.images[image]} ({', '.join(gaps)})"
+
     def estimate_intervals(self) -> dict[str, dict[str, Interval]]:
-        """Return mean and interval of every model and metric."""
+        """Return mean and interval of every model and metric, over the images that all models have in common."""
         intervals: dict[str, dict[str, Interval]] = {}
         for model in self.models:
-            intervals[model] = {metric: estimate_interval(self.select(model, metric)) for metric in self.metrics}
+            intervals[model] = {}
+            for metric in self.metrics:
+                values = self.select(model, metric)[self.find_common(metric)]
+                intervals[model][metric] = estimate_interval(values)
         return intervals
 
     def compare_with(self, reference: str) -> dict[str, dict[str, Comparison]]:
-        """Compare every model with the model or baseline `reference`."""
+        """Compare every model with the model or baseline `reference`, over the images of `find_common`."""
         comparisons: dict[str, dict[str, Comparison]] = {}
         for model in self.models:
             if model == reference:
@@ -49,8 +87,9 @@ class Measurements:
             comparisons[model] = {}
             for metric in self.metrics:
                 lower_better = list_metrics()[metric].lower_better
+                common = self.find_common(metric)
                 values, reference_values = self.select(model, metric), self.select(reference, metric)
-                comparisons[model][metric] = compare(values, reference_values, lower_better)
+                comparisons[model][metric] = compare(values[common], reference_values[common], lower_better)
         return comparisons
 
     def to_table(self) -> pa.Table:

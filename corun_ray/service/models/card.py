@@ -68,11 +68,17 @@ numbers above hold for the images named in the job file, and for other images on
 
 
 def describe_model(
-    job: TrainingJob, spec: NetworkSpec, data_digest: str, run: Location, log: ValidationLog
+    job: TrainingJob,
+    spec: NetworkSpec,
+    data_digest: str,
+    run: Location,
+    log: ValidationLog,
+    best_step: int | None = None,
 ) -> ModelDescription:
     """Return the tags and files of a job's model.
 
-    `data_digest` is that of the job's manifest, `run` the run's folder, `log` the run's validation values.
+    `data_digest` is that of the job's manifest, `run` the run's folder, `log` the run's validation values up to the
+    model's step. `best_step` is the step of a model that is the best and not the last.
     """
     intervals = _estimate_intervals(log)
 
@@ -85,9 +91,9 @@ def describe_model(
         "corun_ray.data": data_digest,
         "corun_ray.code": read_code_version(),
         "corun_ray.network": json.dumps({"type": spec.type, **spec.args}),
-        "corun_ray.steps": str(job.train.steps),
+        "corun_ray.steps": str(best_step or job.train.steps),
         VALIDATION_SETS_TAG: " ".join(set_digests),
-        SUMMARY_TAG: _summarise(job, spec),
+        SUMMARY_TAG: _summarise(job, spec, best_step),
     }
     for name, interval in intervals.items():
         tags[name] = f"{interval.mean:.6g}"
@@ -151,12 +157,15 @@ def _make_title(spec: NetworkSpec) -> str:
     return spec.type
 
 
-def _summarise(job: TrainingJob, spec: NetworkSpec) -> str:
+def _summarise(job: TrainingJob, spec: NetworkSpec, best_step: int | None) -> str:
     """Tell in one sentence how the model was trained."""
     synthetic = "on synthetic haze" if job.data.paired is None else "on pairs of degraded and clean images"
     method = "by Colabator on real haze" if isinstance(job, ColabatorJob) else synthetic
     start = f", from {job.network.init}" if job.network.init else ""
-    return f"{_make_title(spec)}, trained {method} by the job {job.name} in {job.train.steps} steps{start}."
+    steps = f"{job.train.steps} steps"
+    if best_step is not None:
+        steps = f"{best_step} of {steps}, the best by {job.train.best}"
+    return f"{_make_title(spec)}, trained {method} by the job {job.name} in {steps}{start}."
 
 
 def _tabulate(intervals: Mapping[str, Interval]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from corun_ray.core.metrics.catalog import list_validation_metrics
+from corun_ray.core.metrics.catalog import choose_mode, list_validation_metrics
 from corun_ray.core.training.checkpoints import NETWORK_FILE
 from corun_ray.service.errors import get_first_line
 from corun_ray.service.models import flavor
@@ -28,8 +28,8 @@ OUR_TAGS = ("corun_ray.", "val/")
 SUMMARY_TAG = "corun_ray.summary"
 VALIDATION_SETS_TAG = "corun_ray.held_out"
 """The tag that tells on which images a version was measured: `SET=DIGEST` for each set, separated by spaces."""
-CANDIDATE, CHAMPION = "candidate", "champion"
-"""Aliases of a registered model: the newest version, and the version in use."""
+CANDIDATE, CHAMPION, BEST = "candidate", "champion", "best"
+"""Aliases of a registered model: the last training's result, the version in use, and the best by `train.best`."""
 MAX_NAMED_VERSIONS = 10
 NOT_FOUND_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """MLflow's error codes for a version or an alias that does not exist."""
@@ -79,8 +79,8 @@ class VersionScores:
 # --- Logging and registering a model ---
 
 
-def log_model(uri: str, checkpoint: Path, code: UserCode, description: ModelDescription) -> str:
-    """Log a checkpoint's network with the active MLflow run.
+def log_model(uri: str, checkpoint: Path, code: UserCode, description: ModelDescription, name: str = "model") -> str:
+    """Log a checkpoint's network with the active MLflow run, as `name`.
 
     Returns the model's URI.
     `uri` is the MLflow server; `code` is that of the network's class where it is a user's own.
@@ -92,7 +92,7 @@ def log_model(uri: str, checkpoint: Path, code: UserCode, description: ModelDesc
     with contextlib.redirect_stderr(io.StringIO()):
         info = Model.log(
             artifact_path=None,
-            name="model",
+            name=name,
             flavor=flavor,
             tags=dict(description.tags),
             checkpoint=checkpoint,
@@ -102,11 +102,12 @@ def log_model(uri: str, checkpoint: Path, code: UserCode, description: ModelDesc
     return info.model_uri
 
 
-def register_model(uri: str, model_uri: str, name: str) -> str:
+def register_model(uri: str, model_uri: str, name: str, is_candidate: bool = True) -> str:
     """Register a logged model as a new version of `name`.
 
     Returns the version's URI.
-    The version gets the model's tags and the alias `candidate`. The first version of a name also becomes `champion`.
+    The version gets the model's tags and, if `is_candidate`, the alias `candidate`. The first version of a name also
+    becomes `champion`.
     """
     mlflow = connect_to_mlflow(uri)
     client = mlflow.MlflowClient()
@@ -119,7 +120,8 @@ def register_model(uri: str, model_uri: str, name: str) -> str:
         version = str(mlflow.register_model(model_uri, name, tags=tags).version)
     client.update_model_version(name, version, description=tags.get(SUMMARY_TAG, ""))
 
-    client.set_registered_model_alias(name, CANDIDATE, version)
+    if is_candidate:
+        client.set_registered_model_alias(name, CANDIDATE, version)
     if version == "1":
         client.set_registered_model_alias(name, CHAMPION, version)
     return f"models:/{name}/{version}"
@@ -147,20 +149,34 @@ class Registry:
             raise TrackingError(f"{name}: no version or alias {version_or_alias} in {self.uri}{known}")
         return version
 
+    def find_alias(self, name: str, alias: str) -> ModelVersion | None:
+        """Return the version that has an alias, None without one.
+
+        Raises `TrackingError`.
+        """
+        return self._find(name, alias)
+
     def find_champion(self, name: str) -> ModelVersion | None:
         """Return the version in use, None without one.
 
         Raises `TrackingError`.
         """
-        return self._find(name, CHAMPION)
+        return self.find_alias(name, CHAMPION)
+
+    def set_alias(self, version: ModelVersion, alias: str) -> None:
+        """Give a version an alias, which any other version loses.
+
+        Raises `TrackingError`.
+        """
+        with self._translate_errors(f"{version.name}: cannot set the alias {alias}"):
+            self._client.set_registered_model_alias(version.name, alias, version.number)
 
     def set_champion(self, version: ModelVersion) -> None:
         """Make a version the champion of its name.
 
         Raises `TrackingError`.
         """
-        with self._translate_errors(f"{version.name}: cannot set the alias {CHAMPION}"):
-            self._client.set_registered_model_alias(version.name, CHAMPION, version.number)
+        self.set_alias(version, CHAMPION)
 
     def read_validation(self, version: ModelVersion) -> ValidationLog:
         """Return the validation values of every image.
@@ -277,10 +293,12 @@ def decide(new: VersionScores, old: VersionScores, metric: str) -> Decision:
     if new.set_digests.get(prefix) != old.set_digests.get(prefix):
         return Decision(False, f"{new.label} and {old.label} were measured on different images ({prefix})")
 
+    # Both need a finite value of the same image.
+    new_values, old_values = _select_common(new, old, metric)
+    if not len(new_values):
+        return Decision(False, f"{new.label} and {old.label} have no image in common with a finite {metric}")
+
     # The sign-flip test over the common images decides; the mean alone could be noise.
-    images = sorted(new.values[metric].keys() & old.values[metric].keys())
-    new_values = _select_values(new, metric, images)
-    old_values = _select_values(old, metric, images)
     comparison = compare(new_values, old_values, list_validation_metrics()[name].lower_better)
 
     reason = (
@@ -291,9 +309,51 @@ def decide(new: VersionScores, old: VersionScores, metric: str) -> Decision:
     return Decision(comparison.verdict == "better", reason)
 
 
-def _select_values(scores: VersionScores, metric: str, images: list[str]) -> NDArray[np.float64]:
-    """Return one metric's values of `images`, in their order."""
-    return np.array([scores.values[metric][image] for image in images])
+def promote_best(registry: Registry, version: ModelVersion, metric: str) -> Decision:
+    """Give a version the alias `best` unless the version that has it is as good.
+
+    The means of a metric such as `val/psnr` decide, over the images that both have. A version that was not measured by
+    the metric on the same images cannot stay the best by it.
+
+    Raises `TrackingError`.
+    """
+    old_version = registry.find_alias(version.name, BEST)
+    if old_version is None or old_version.number == version.number:
+        decision = Decision(True, "there was none before" if old_version is None else "it had it before")
+    else:
+        decision = compare_means(_read_scores(registry, version), _read_scores(registry, old_version), metric)
+
+    if decision.moves:
+        registry.set_alias(version, BEST)
+    return decision
+
+
+def compare_means(new: VersionScores, old: VersionScores, metric: str) -> Decision:
+    """Decide by the mean of a metric whether `new` replaces the best version `old`."""
+    if metric not in old.values:
+        return Decision(True, f"{old.label}, the best before, was not measured by {metric}")
+
+    prefix = metric.rpartition("/")[0]
+    new_values, old_values = _select_common(new, old, metric)
+    if new.set_digests.get(prefix) != old.set_digests.get(prefix) or not len(new_values):
+        return Decision(True, f"{old.label}, the best before, was measured on other images ({prefix})")
+
+    gain = float(new_values.mean() - old_values.mean())
+    if choose_mode(metric) == "min":
+        gain = -gain
+    reason = f"{metric} {new_values.mean():.4f} against {old_values.mean():.4f} of {old.label}"
+    return Decision(gain > 0, reason)
+
+
+def _select_common(
+    new: VersionScores, old: VersionScores, metric: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return one metric's values of both versions, over the images with a finite value of both, in one order."""
+    images = sorted(new.values[metric].keys() & old.values[metric].keys())
+    new_values = np.array([new.values[metric][image] for image in images])
+    old_values = np.array([old.values[metric][image] for image in images])
+    common = np.isfinite(new_values) & np.isfinite(old_values)
+    return new_values[common], old_values[common]
 
 
 def _read_scores(registry: Registry, version: ModelVersion) -> VersionScores:

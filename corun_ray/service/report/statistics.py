@@ -44,6 +44,11 @@ class Comparison:
     """Of the first: `better`, `worse` or `no difference shown`."""
 
 
+def describe_gap(value: float) -> str:
+    """Describe a value that has no part in a mean: the PSNR of equal images is infinite."""
+    return "infinite" if np.isinf(value) else "no value"
+
+
 def estimate_interval(values: NDArray[np.float64]) -> Interval:
     """Estimate the mean and interval of the finite values, one an image."""
     from scipy import stats

@@ -5,7 +5,9 @@
 
 import csv
 import io
+import math
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,6 +79,35 @@ class ValidationLog:
             if at == step:
                 found.setdefault((prefix, metric), {})[image] = value
         return found
+
+    def until(self, step: int) -> "ValidationLog":
+        """Return the validations up to `step` steps."""
+        return ValidationLog({key: value for key, value in self.values.items() if key[0] <= step})
+
+    def compare_steps(self, name: str) -> dict[int, float]:
+        """Return the mean of a metric such as `val/psnr` at each step, over the same images at all steps.
+
+        Left out are steps that measured other images than the last one, and steps without any finite value; then
+        images without a finite value at one of the other steps.
+        """
+        prefix, _, metric = name.rpartition("/")
+        by_step: dict[int, dict[str, float]] = {}
+        for (step, one_prefix, image, one_metric), value in sorted(self.values.items()):
+            if (one_prefix, one_metric) == (prefix, metric):
+                by_step.setdefault(step, {})[image] = value
+        if not by_step:
+            return {}
+
+        # Steps that can be compared, and the images that have a finite value at all of them.
+        images = by_step[max(by_step)].keys()
+        steps = []
+        for step, values in by_step.items():
+            if values.keys() == images and any(map(math.isfinite, values.values())):
+                steps.append(step)
+        common = [image for image in images if all(math.isfinite(by_step[step][image]) for step in steps)]
+        if not common:
+            return {}
+        return {step: statistics.fmean([by_step[step][image] for image in common]) for step in steps}
 
     def to_csv(self) -> bytes:
         """Write the values as CSV, one a row."""

@@ -6,10 +6,12 @@ on the way leaves the last good one.
 """
 
 import contextlib
+import math
 import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,18 +57,21 @@ class Checkpointer:
         rank: int,
         board: ActorProxy[BoardState],
         log: Log,
+        best: str | None = None,
     ) -> None:
+        """Prepare to save `state`; `best` is the metric by which Ray Train chooses the checkpoints to keep."""
         self._run, self._state, self._spec, self._seed = run, state, spec, seed
-        self._rank, self._board, self._log = rank, board, log
+        self._rank, self._board, self._log, self._best = rank, board, log, best
         self._last_step = -1
         self._is_idle = threading.Event()
         """Set while no upload is under way."""
         self._is_idle.set()
 
-    def save(self, client: PoolClient | None, keeper: PoolKeeper | None) -> None:
+    def save(self, client: PoolClient | None, keeper: PoolKeeper | None, scores: Mapping[str, float]) -> None:
         """Save the run as of now, once a step, in the background.
 
-        The snapshot holds every label that any rank has offered so far. Waits for the save before this one.
+        `scores` are the finite means of a validation after this step, if there was one. The snapshot holds every label
+        that any rank has offered so far. Waits for the save before this one.
 
         Raises `PoolError`.
         """
@@ -85,7 +90,10 @@ class Checkpointer:
         pool = None if keeper is None else FrozenPool(keeper, keeper.freeze())
 
         # 3. Report the step. Ray Train waits for the report of every rank; only rank 0 has a checkpoint to add.
-        metrics = {"step": step, "num_images_seen": self._state.num_images_seen}
+        # Every score goes into Ray Train's list, so that a resumed run may choose by another. NaN ranks last.
+        metrics = {"step": step, "num_images_seen": self._state.num_images_seen, **scores}
+        if self._best is not None:
+            metrics.setdefault(self._best, math.nan)
         if self._rank != 0:
             ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return

@@ -18,7 +18,7 @@ from corun_ray.service.data.manifest import Manifest, build_manifest, list_valid
 from corun_ray.service.data.stream import plan_phases
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.models.card import describe_model
-from corun_ray.service.models.registry import log_model, register_model
+from corun_ray.service.models.registry import BEST, Registry, log_model, promote_best, register_model
 from corun_ray.service.models.sources import Model, load_starting_model
 from corun_ray.service.models.tracking import Tracker
 from corun_ray.service.pool import snapshots
@@ -35,10 +35,12 @@ from corun_ray.service.runs.record import (
     find_run_to_resume,
     list_checkpoint_steps,
     locate_new_run,
+    name_checkpoint,
     write_record,
 )
 from corun_ray.service.storage import Location, StorageError, locate
 from corun_ray.service.telemetry.console import Console, format_duration
+from corun_ray.service.train.best import BestCheckpoint, find_best_checkpoint
 from corun_ray.service.train.board import BoardState, start_board
 from corun_ray.service.train.coherence import check_scoring
 from corun_ray.service.train.follower import Follower, Listener
@@ -47,6 +49,7 @@ from corun_ray.service.train.plan import WorkerPlan
 from corun_ray.service.train.recovery import find_last_step
 from corun_ray.service.train.report import build_training_report
 from corun_ray.service.train.session import Session
+from corun_ray.service.train.validation import load_measures
 
 BAD_FILES = "bad_files.tsv"
 NAMED_BAD_FILES = 10
@@ -122,8 +125,9 @@ def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
     manifest = build_manifest(job)
     _refuse_too_many_bad_files(job, manifest, manifest.skipped)
 
-    # Validation sets and scorers are only tried here; each worker loads its own.
+    # Validation sets, their metrics and scorers are only tried here; each worker loads its own.
     refuse_other_sizes(job, manifest, list_validation_sets(job))
+    load_measures(job)
     check_scoring(job)
 
     return manifest, load_starting_model(job, folder)
@@ -182,10 +186,10 @@ def _train(
         snapshots.sweep(session.run.child(POOL_FOLDER), kept, ())
 
     # Publish, and only then mark the run as finished.
-    model_uri = _publish_outcome(session, facts, result, follower.validation)
+    model_uri, best = _publish_outcome(session, facts, result, follower.validation)
     finished = session.record.model_copy(update={"state": "finished", "model": model_uri})
     write_record(session.run, finished)
-    return model_uri, follower.summarise()
+    return model_uri, follower.summarise() | best
 
 
 def _start_actors(session: Session) -> WorkerPlan:
@@ -210,14 +214,17 @@ def _start_actors(session: Session) -> WorkerPlan:
     )
 
 
-def _publish_outcome(session: Session, facts: Mapping[str, str], result: Result, log: ValidationLog) -> str:
-    """Write the report, log and register the model; return its URI.
+def _publish_outcome(
+    session: Session, facts: Mapping[str, str], result: Result, log: ValidationLog
+) -> tuple[str, dict[str, str]]:
+    """Write the report, log and register the model; return its URI, and the footer's line on the best checkpoint.
 
     The model is registered only if the job gives a name.
 
     Raises `StorageError`, and `JobFailed` for a training without a checkpoint.
     """
     job, tracker = session.job, session.tracker
+    best = find_best_checkpoint(job.train.best, session.run, log)
     if result.checkpoint is None:
         raise JobFailed("training ended without a checkpoint")
     checkpoint = Location(result.checkpoint.path, locate(job.storage).filesystem, result.checkpoint.path)
@@ -226,16 +233,49 @@ def _publish_outcome(session: Session, facts: Mapping[str, str], result: Result,
         folder = checkpoint.download(Path(name))
 
         # The report needs the network for the pictures of its stages.
-        report = build_training_report(job, session.run, folder, facts, tracker.read_curves(), log)
+        report = build_training_report(job, session.run, folder, facts, tracker.read_curves(), log, best)
         session.save_file(REPORT_FILE, report)
 
         # The model is the last checkpoint's teacher, with its card and tags.
         description = describe_model(job, session.model.spec, session.record.data, session.run, log)
         model_uri = log_model(tracker.uri, folder, session.model.code, description)
 
+    if job.tracking.register is not None:
+        model_uri = register_model(tracker.uri, model_uri, job.tracking.register)
+    return model_uri, {} if best is None else {"best": _publish_best(session, best, model_uri, log)}
+
+
+def _publish_best(session: Session, best: BestCheckpoint, last_model: str, log: ValidationLog) -> str:
+    """Log and register the model of the best checkpoint; return the footer's line.
+
+    `last_model` is the model of the last checkpoint, which may be the best. The alias `best` of the registered model
+    moves where no version is better.
+
+    Raises `StorageError`.
+    """
+    job, tracker = session.job, session.tracker
+    tracker.set_tags({"corun_ray.best": best.describe()})
+
+    # The model of the best checkpoint, described by the validations up to its step.
+    model_uri = last_model
+    if best.step < job.train.steps:
+        with tempfile.TemporaryDirectory() as name:
+            folder = session.run.child(name_checkpoint(best.step)).download(Path(name))
+            description = describe_model(
+                job, session.model.spec, session.record.data, session.run, log.until(best.step), best.step
+            )
+            model_uri = log_model(tracker.uri, folder, session.model.code, description, f"best_{best.step}")
+        if job.tracking.register is not None:
+            model_uri = register_model(tracker.uri, model_uri, job.tracking.register, is_candidate=False)
+
+    text = f"{best.describe()}: {model_uri}"
     if job.tracking.register is None:
-        return model_uri
-    return register_model(tracker.uri, model_uri, job.tracking.register)
+        return text
+    registry = Registry(tracker.uri)
+    version = registry.find_version(job.tracking.register, model_uri.rpartition("/")[2])
+    decision = promote_best(registry, version, best.metric)
+    outcome = f"has the alias {BEST}" if decision.moves else f"the alias {BEST} stays"
+    return f"{text}, {outcome} ({decision.reason})"
 
 
 def _describe_rest(run: Location) -> str:

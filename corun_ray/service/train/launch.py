@@ -14,6 +14,8 @@ from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from corun_ray.config.jobs import ClusterSection
+from corun_ray.config.training import TrainSection
+from corun_ray.core.metrics.catalog import choose_mode
 from corun_ray.service.errors import JobFailed, find_root_cause
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console
@@ -78,8 +80,19 @@ def _make_trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
             storage_path=storage.path,
             storage_filesystem=storage.filesystem,
             failure_config=FailureConfig(max_failures=job.cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
+            checkpoint_config=make_checkpoint_config(job.train),
         ),
+    )
+
+
+def make_checkpoint_config(train: TrainSection) -> CheckpointConfig:
+    """Return which checkpoints Ray Train keeps: the last ones, or the best by `train.best` beside the last."""
+    if train.best is None:
+        return CheckpointConfig(num_to_keep=train.keep_checkpoints)
+    return CheckpointConfig(
+        num_to_keep=train.keep_checkpoints,
+        checkpoint_score_attribute=train.best,
+        checkpoint_score_order=choose_mode(train.best),
     )
 
 

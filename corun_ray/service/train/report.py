@@ -20,7 +20,7 @@ from corun_ray.core.training.checkpoints import load_network
 from corun_ray.service.models.card import read_code_version
 from corun_ray.service.report.charts import Points, draw_line_chart
 from corun_ray.service.report.page import Charts, Listing, PageSection, PictureItem, Slider, Table, render
-from corun_ray.service.report.statistics import estimate_interval
+from corun_ray.service.report.statistics import describe_gap, estimate_interval
 from corun_ray.service.runs.held_out import (
     Example,
     ValidationLog,
@@ -29,8 +29,11 @@ from corun_ray.service.runs.held_out import (
     select_always_pictured,
 )
 from corun_ray.service.storage import Location
+from corun_ray.service.train.best import BestCheckpoint
 
 MAX_SLIDERS = 6
+MAX_NAMED_GAPS = 5
+"""Images without a finite value that the page names for each metric."""
 MAX_SLIDER_STEPS = 6
 MAX_STAGE_IMAGES = 2
 EXTREME_CELL_PX, STAGE_CELL_PX, STAGE_IMAGE_PX = 320, 300, 400
@@ -58,11 +61,12 @@ def build_training_report(
     facts: Mapping[str, str],
     curves: Mapping[str, Points],
     log: ValidationLog,
+    best: BestCheckpoint | None = None,
 ) -> bytes:
     """Build the HTML page of a run.
 
     `run` is the run's folder, `checkpoint` a local copy of its last checkpoint. `facts` are those of the console's
-    header, `curves` the run's metrics over the steps, `log` its validations.
+    header, `curves` the run's metrics over the steps, `log` its validations, `best` its best checkpoint.
 
     Raises `StorageError`.
     """
@@ -75,8 +79,10 @@ def build_training_report(
     stages = _picture_stages(run, checkpoint, chosen, log.last_step)
 
     result_note = "Validation images after the last step, with 95 % bootstrap intervals."
+    if best is not None:
+        result_note += f" The best checkpoint: {best.describe()}."
     sections = [
-        PageSection("Result", result_note, _tabulate_result(log)),
+        PageSection("Result", result_note, [*_tabulate_result(log), *_list_left_out(log)]),
         PageSection("Before and after", "Drag over a picture, or the bar below it.", sliders),
         PageSection("Best and worst", "By each metric, after the last step.", _picture_extremes(run, log, pictured)),
         PageSection("Curves", "Every logged value.", curve_charts),
@@ -103,6 +109,22 @@ def _tabulate_result(log: ValidationLog) -> list[Table]:
         better = "less" if list_validation_metrics()[metric].lower_better else "more"
         rows.append([f"{prefix}/{metric}", f"{found.mean:.4f}", found.span, str(found.count), better])
     return [Table(["metric", "mean", "interval", "images", "better is"], rows)]
+
+
+def _list_left_out(log: ValidationLog) -> list[Listing]:
+    """List the images that have no part in a mean of the last validation."""
+    if log.last_step is None:
+        return []
+
+    lines = []
+    for (prefix, metric), images in log.at(log.last_step).items():
+        gaps = [f"{image} ({describe_gap(value)})" for image, value in images.items() if not math.isfinite(value)]
+        if not gaps:
+            continue
+        more = len(gaps) - MAX_NAMED_GAPS
+        named = gaps[:MAX_NAMED_GAPS] + ([f"{more} more"] if more > 0 else [])
+        lines.append(f"{prefix}/{metric}: {len(gaps)} of {len(images)} images left out: {', '.join(named)}")
+    return [Listing("\n".join(lines))] if lines else []
 
 
 def _make_sliders(run: Location, pictured: Mapping[str, Sequence[int]], images: Sequence[str]) -> list[Slider]:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ from corun_ray.core.data.images import BadImage, ImageU8, decode_image, encode_p
 from corun_ray.core.data.samples import make_real_views
 from corun_ray.core.inference.pictures import PictureRow, apply_colour_map, draw_grid, encode_thumbnail
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
-from corun_ray.core.metrics.fade import fade
-from corun_ray.core.metrics.measure import psnr, rank_correlation, ssim
+from corun_ray.core.metrics.catalog import TRANSMISSION_METRICS
+from corun_ray.core.metrics.measure import Measure, Unmeasured, load_measure, rank_correlation
 from corun_ray.core.scoring.coherence import BlockScores
 from corun_ray.core.training.labels import Label, decode
 from corun_ray.core.training.steps import Colabator
+from corun_ray.core.weights import WeightsError
 from corun_ray.service.data.manifest import (
     Manifest,
     ValidationSet,
@@ -29,13 +30,48 @@ from corun_ray.service.data.manifest import (
     load_truth,
 )
 from corun_ray.service.data.sample_maker import SampleMaker
-from corun_ray.service.runs.held_out import MeasuredImage, PicturePair
+from corun_ray.service.runs.held_out import VALIDATION_FILE, MeasuredImage, PicturePair
 from corun_ray.service.storage import MissingFile
+from corun_ray.service.weights.needed import open_weights
 
 PICTURE_PX = 640
 """Longer side of the pictures that a run keeps."""
 
 HIGHEST, LOWEST = 1, -1
+
+
+def load_measures(job: TrainingJob, device: torch.device | str = "cpu") -> dict[str, Measure]:
+    """Load the metrics of a job's validation sets that rate images, by name.
+
+    Raises `WeightsError`, naming the key of the job file.
+    """
+    # Each metric once, in the order of the first set that has it.
+    names: dict[str, None] = {}
+    for section in job.data.list_validation_sections().values():
+        names |= dict.fromkeys(job.train.choose_metrics(section))
+
+    source = open_weights(job.train.validation_weights)
+    measures = {}
+    for name in names:
+        if name in TRANSMISSION_METRICS:
+            continue
+        try:
+            measures[name] = load_measure(name, source, device)
+        except WeightsError as error:
+            raise WeightsError(f"train.validation_metrics: {name}: {error}") from None
+    return measures
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """One rank's part in a validation; the metrics are those of all ranks."""
+
+    metrics: dict[str, float]
+    """Means over the images of all ranks: `val/fade`, `val/psnr`, ...; those of a named set are `val/NAME/...`."""
+    measured: list[MeasuredImage]
+    """This rank's images."""
+    notes: list[str]
+    """Lines about images that a mean leaves out."""
 
 
 class Validator:
@@ -44,6 +80,7 @@ class Validator:
     def __init__(self, job: TrainingJob, manifest: Manifest, rank: int, num_workers: int, device: torch.device) -> None:
         self.job, self.manifest, self.device = job, manifest, device
         self.num_workers = num_workers
+        self.measures = load_measures(job, device)
         sets = list_validation_sets(job)
 
         # Each rank measures every n-th image of each set.
@@ -57,15 +94,15 @@ class Validator:
         for one in sets:
             self.pictured.append({key for key, _ in one.pairs[:num_pictured]})
 
-    def measure(self, network: nn.Module) -> tuple[dict[str, float], list[MeasuredImage]]:
-        """Measure this rank's images; return metrics and images.
+    def measure(self, network: nn.Module) -> ValidationResult:
+        """Measure this rank's images of every set; every rank calls this at once.
 
-        Metrics are means over the images of all ranks: `val/fade`, `val/psnr` and `val/ssim` where the set has clear
-        images, and `val/transmission_rank` where it has transmissions. Those of a named set are `val/NAME/...`. Every
-        rank calls this at once.
+        A mean is over the images with a finite value. The PSNR of equal images is infinite, and a metric may have no
+        value for an image.
         """
         metrics: dict[str, float] = {}
         measured: list[MeasuredImage] = []
+        notes: list[str] = []
         for one, pictured in zip(self.sets, self.pictured, strict=True):
             # Measure this rank's images, and keep pictures of some.
             gallery = self._measure_set(network, one, pictured)
@@ -73,9 +110,12 @@ class Validator:
             measured += images
 
             # Average over the images of all ranks.
-            for name, mean in self._average(one, images).items():
+            for name, (mean, num_finite, num_images) in self._average(one, images).items():
                 metrics[f"{one.prefix}/{name}"] = mean
-        return metrics, measured
+                if num_finite < num_images:
+                    without = f"{num_images - num_finite} of {num_images} images without a finite value"
+                    notes.append(f"{one.prefix}/{name}: {without}, left out of the mean (see {VALIDATION_FILE})")
+        return ValidationResult(metrics, measured, notes)
 
     def draw_picture(self, network: nn.Module, colabator: Colabator | None) -> bytes:
         """Draw a PNG grid of the network's restorations.
@@ -105,7 +145,7 @@ class Validator:
             hazy = load_image(validation_set.hazy_root, hazy_key)
             scene, transmission = restore(network, to_tensor(hazy).to(self.device))
             values = self._measure_scene(validation_set, scene, hazy_key, clear_key)
-            if hazy_key in validation_set.transmissions:
+            if "transmission_rank" in validation_set.metrics:
                 values["transmission_rank"] = self._measure_transmission(validation_set, transmission, hazy_key)
             measured = MeasuredImage(validation_set.prefix, hazy_key, values)
             gallery.add(measured, lambda: (hazy, to_image(scene)))  # noqa: B023  # It is called at once.
@@ -116,9 +156,11 @@ class Validator:
     ) -> dict[str, float]:
         """Measure a restored image `1 3 H W`, also against a clear image.
 
+        A metric that has no value for the image gives NaN.
+
         Raises `BadImage` for a clear image that does not fit.
         """
-        values = {"fade": fade(scene).item()}
+        clear = None
         if clear_key is not None:
             height_px, width_px = scene.shape[-2:]
             try:
@@ -126,8 +168,14 @@ class Validator:
             except BadImage as error:
                 raise BadImage(f"the truth {clear_key} of {hazy_key}: {error}") from None
             clear = to_tensor(truth).to(self.device)
-            values["psnr"] = psnr(scene, clear).item()
-            values["ssim"] = ssim(scene, clear).item()
+
+        values = {}
+        for name in validation_set.metrics:
+            if name in self.measures:
+                try:
+                    values[name] = self.measures[name](scene, clear)
+                except Unmeasured:
+                    values[name] = math.nan
         return values
 
     def _measure_transmission(self, validation_set: ValidationSet, transmission: Tensor | None, hazy_key: str) -> float:
@@ -140,22 +188,40 @@ class Validator:
             raise BadImage(f"the true transmission of {hazy_key} has {found}, the image {expected}")
         return rank_correlation(transmission[0, 0].cpu(), torch.from_numpy(truth))
 
-    def _average(self, validation_set: ValidationSet, measured: list[MeasuredImage]) -> dict[str, float]:
-        """Return the mean of each metric over the images of all ranks."""
-        names = ["fade"] if validation_set.clear_root is None else ["fade", "psnr", "ssim"]
-        if validation_set.transmissions:
-            names.append("transmission_rank")
+    def _average(
+        self, validation_set: ValidationSet, measured: list[MeasuredImage]
+    ) -> dict[str, tuple[float, int, int]]:
+        """Average each metric over the images of all ranks that have a finite value.
 
-        # One row an image, with a 1 as the last column, whose sum is the number of images. The row of zeros stands
-        # for a rank that has no image of the set.
-        rows = [[0.0] * (len(names) + 1)]
+        Returns metric → mean, number of images with a finite value, and number of all. Where no image has a finite
+        value, the mean is infinite if all values are, else NaN.
+        """
+        names = validation_set.metrics
+
+        # One row an image. The row of zeros, which counts as no image, stands for a rank without images of the set.
+        rows = [[0.0] * len(names)]
         for image in measured:
-            rows.append([*(image.values[name] for name in names), 1.0])
+            rows.append([image.values[name] for name in names])
+        values = torch.tensor(rows, dtype=torch.float64)
+        finite = values.isfinite()
 
-        sums = torch.tensor(rows, dtype=torch.float64).sum(0).to(self.device)
+        # Sums over all ranks: finite values, all values, and how many there are of each.
+        sums = torch.stack(
+            [
+                values.where(finite, 0.0).sum(0),
+                values.sum(0),
+                finite[1:].sum(0).double(),
+                torch.full((len(names),), len(measured), dtype=torch.float64),
+            ]
+        ).to(self.device)
         if self.num_workers > 1:
             dist.all_reduce(sums)
-        return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
+
+        means = {}
+        for name, (finite_sum, whole_sum, num_finite, num_images) in zip(names, sums.T.tolist(), strict=True):
+            mean = finite_sum / num_finite if num_finite else whole_sum
+            means[name] = (mean, int(num_finite), int(num_images))
+        return means
 
     # --- Rows of the grid ---
 

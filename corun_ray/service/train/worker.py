@@ -1,5 +1,6 @@
 """One training worker: the loop over the stream, and the work that is due every so many steps."""
 
+import math
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +77,8 @@ class Worker:
         self.keeper = PoolKeeper(plan.shards, locate(plan.pool_uri)) if plan.shards and self.rank == 0 else None
         self.pool = self._restore_pool(self._restore_state())
         run, spec = locate(plan.run_uri), self.model.spec
-        self.checkpointer = Checkpointer(run, self.state, spec, self.job.seed, self.rank, plan.board, log)
+        best = self.job.train.best
+        self.checkpointer = Checkpointer(run, self.state, spec, self.job.seed, self.rank, plan.board, log, best)
         if self.rank == 0:
             self.checkpointer.discard_later()
 
@@ -114,14 +116,16 @@ class Worker:
                     return
 
             # Measure the teacher on the validation sets.
+            scores: dict[str, float] = {}
             if self._is_due(job.train.validate_every):
                 with self.telemetry.pause("validation"):
-                    self._validate()
+                    scores = self._validate()
 
-            # Save, in time before nodes are taken away.
-            if self._is_due(job.train.checkpoint_every) or self.preemption.is_due(state.step):
+            # Save, in time before nodes are taken away. The best checkpoint can be any that was measured.
+            may_be_best = job.train.best in scores
+            if may_be_best or self._is_due(job.train.checkpoint_every) or self.preemption.is_due(state.step):
                 with self.telemetry.pause("checkpoint"):
-                    self.checkpointer.save(self.pool, self.keeper)
+                    self.checkpointer.save(self.pool, self.keeper, scores)
 
         self.log.info("worker finished", step=state.step)
 
@@ -221,18 +225,20 @@ class Worker:
         # All ranks must stop at the same step, so all decide on the same number.
         return broadcast_from_rank_zero(num_bad_files)
 
-    def _validate(self) -> None:
-        """Measure the teacher, and post values and pictures."""
+    def _validate(self) -> dict[str, float]:
+        """Measure the teacher, and post values and pictures; return the finite means, alike on every rank."""
         board, step = self.plan.board, self.state.step
 
         # Every rank measures its share of the images; the metrics are means over all.
-        metrics, measured = self.validator.measure(self.state.teacher)
-        if measured:
-            board.post_measured.remote(step, measured)
-        if self.rank != 0:
-            return
+        result = self.validator.measure(self.state.teacher)
+        if result.measured:
+            board.post_measured.remote(step, result.measured)
 
-        if metrics:
-            board.post_metrics.remote(step, metrics)
-        picture = self.validator.draw_picture(self.state.teacher, self.learner.colabator)
-        board.post_picture.remote(step, "restorations", picture)
+        if self.rank == 0:
+            if result.metrics:
+                board.post_metrics.remote(step, result.metrics)
+            for note in result.notes:
+                board.post_note.remote(f"step {step}: {note}")
+            picture = self.validator.draw_picture(self.state.teacher, self.learner.colabator)
+            board.post_picture.remote(step, "restorations", picture)
+        return {name: mean for name, mean in result.metrics.items() if math.isfinite(mean)}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from corun_ray.config.jobs import ColabatorJob, EvaluateJob, Job, TrainingJob
 from corun_ray.core.choices import QUALITY_NAMES
+from corun_ray.core.metrics.catalog import TRANSMISSION_METRICS
 from corun_ray.core.metrics.measure import load_measure
 from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.scoring.quality import load_quality
@@ -63,6 +64,14 @@ def find_needed_files(job: Job) -> NeededFiles:
     # The features of the perceptual loss.
     if isinstance(job, TrainingJob) and job.loss.perceptual == "vgg19":
         add(job.loss.weights, [VGG_FILE], "loss.perceptual vgg19")
+
+    # The metrics of a validation during training.
+    if isinstance(job, TrainingJob):
+        weights = job.train.validation_weights
+        for metric in job.train.validation_metrics or ():
+            if metric not in TRANSMISSION_METRICS:
+                files = _record_files(weights, functools.partial(load_measure, metric))
+                add(weights, files, f"train.validation_metrics {metric}")
 
     # The metrics of an evaluation.
     if isinstance(job, EvaluateJob):
