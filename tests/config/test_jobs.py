@@ -139,6 +139,47 @@ def test_progressive_phases_rise_and_lie_within_the_run() -> None:
     assert ok.train.progressive[0].patch_px == 64
 
 
+@pytest.mark.parametrize(
+    ("train", "sets", "said"),
+    [
+        ({"best": "val/psnr"}, {}, "train.best: val/psnr is not measured (validation gives val/fade)"),
+        ({"best": "psnr"}, {"clear": "c"}, "train.best: psnr is not measured (validation gives val/fade, val/psnr, "),
+        ({"validation_metrics": ("psnr",)}, {}, "train.validation_metrics: psnr needs data.validation.clear, which is"),
+        (
+            {"validation_metrics": ("transmission_rank",)},
+            {"clear": "c"},
+            "train.validation_metrics: transmission_rank needs data.validation.transmission",
+        ),
+        (
+            {"validation_metrics": ("brisqu",)},
+            {},
+            'train.validation_metrics.0: "brisqu" is neither of psnr, ssim, fade, transmission_rank nor a metric of '
+            "pyiqa for images (did you mean brisque?)",
+        ),
+    ],
+)
+def test_a_validation_that_cannot_be_measured_so_is_refused(train: dict, sets: dict, said: str) -> None:
+    job = PRETRAIN | {"data": {"clear": "clear", "validation": {"hazy": "hazy"} | sets}}
+    assert mistake("train", train, job).startswith(said)
+
+
+def test_metrics_without_a_validation_set_are_refused() -> None:
+    said = "train.validation_metrics: fade, but there is no data.validation"
+    assert mistake("train", {"validation_metrics": ("fade",)}, PRETRAIN) == said
+    said = "train.best: val/fade is not measured (validation gives nothing: there is no data.validation)"
+    assert mistake("train", {"best": "val/fade"}, PRETRAIN) == said
+
+
+def test_validation_gives_the_metrics_of_the_job_or_what_each_set_has_the_truth_for() -> None:
+    sets = {"validation": {"hazy": "h"}, "validation_sets": {"fog": {"hazy": "h", "clear": "c", "transmission": "t"}}}
+    job = PretrainJob.model_validate(PRETRAIN | {"data": {"clear": "clear"} | sets})
+    fog = [f"val/fog/{name}" for name in ("fade", "psnr", "ssim", "transmission_rank")]
+    assert job.measured_metrics == ["val/fade", *fog]
+    chosen = {"validation_metrics": ("nima", "brisque"), "best": "val/fog/nima"}
+    job = PretrainJob.model_validate(PRETRAIN | {"data": {"clear": "clear"} | sets, "train": chosen})
+    assert job.measured_metrics == ["val/nima", "val/brisque", "val/fog/nima", "val/fog/brisque"]
+
+
 def test_other_networks_have_arguments_instead_of_stages() -> None:
     job = PretrainJob.model_validate(PRETRAIN | {"network": {"type": "mine.net:Net", "args": {"depth": 3}}})
     assert (job.network.stages, job.network.width, job.network.args) == (None, None, {"depth": 3})

@@ -112,6 +112,14 @@ def test_a_metric_that_no_validation_has_is_told(tmp_path: Path, setting: str, g
     assert mistakes(tmp_path, search("{network.stages: [2]}", ", metric: val/psnr"), setting) == [line]
 
 
+@pytest.mark.parametrize(
+    ("tune", "mode"), [("", "min"), (", metric: val/psnr", "max"), (", metric: val/psnr, mode: min", "min")]
+)
+def test_the_direction_of_a_search_is_its_metrics(tmp_path: Path, tune: str, mode: str) -> None:
+    job = tune_job(tmp_path, search("{network.stages: [2]}", tune), "data.validation={hazy: h, clear: c}")
+    assert job.tune.mode == mode
+
+
 def test_a_range_must_be_one(tmp_path: Path) -> None:
     for text, part in [("{low: 2, high: 1}", "low 2 is not less than high 1"), ("{low: 1}", "missing")]:
         (line,) = mistakes(tmp_path, search(f"{{optim.lr: {text}}}"))

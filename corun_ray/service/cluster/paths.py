@@ -22,6 +22,7 @@ FOLDER_KEYS = (
     "data.validation_sets.*.transmission",
     "coherence.weights",
     "loss.weights",
+    "train.validation_weights",
     "evaluate.hazy",
     "evaluate.clear",
     "evaluate.weights",

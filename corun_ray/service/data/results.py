@@ -35,7 +35,8 @@ def find_results(section: EvaluateSection, hazy: Sequence[str]) -> dict[str, Res
         key = f"evaluate.models.{name}"
         images = _list_result_images(source, hazy, key)
         if images:
-            found[name] = ResultImages(source, pair_results(section.hazy, hazy, images, key))
+            # Workers do not run in the driver's folder.
+            found[name] = ResultImages(locate(source).uri, pair_results(section.hazy, hazy, images, key))
     return found
 
 

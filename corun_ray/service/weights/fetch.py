@@ -17,7 +17,7 @@ from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.weights.folder import INDEX, Content, compute_content, read_index, write_index
 
-PUBLISHED = ("daclip", "musiq", "vgg19")
+PUBLISHED = ("daclip", "musiq", "vgg19", "brisque", "nima")
 """What the published recipe needs."""
 DACLIP_HUB = "weblzw/daclip-uir-ViT-B-32-irsde"
 MAX_REASON_LENGTH = 200

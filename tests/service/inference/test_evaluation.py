@@ -53,6 +53,14 @@ def photographs(dataset, tmp_path_factory):
         write_image(folder / part / "small.png", np.full((20, 24, 3), 90, np.uint8))
     write_image(folder / "hazy_truth" / "broken.png", np.full((20, 24, 3), 90, np.uint8))
     (folder / "hazy" / "broken.png").write_text("no picture")
+    write_image(folder / "hazy" / "cut.png", np.full((20, 24, 3), 90, np.uint8))
+    (folder / "hazy_truth" / "cut.png").write_bytes((dataset / "hazy_truth" / "photo_0.png").read_bytes()[:500])
+
+    # Another method's results: the first equals its truth, the second is no image, the third of another size.
+    theirs = shutil.copytree(folder / "hazy", folder / "theirs")
+    shutil.copy(folder / "hazy_truth" / "photo_0.png", theirs)
+    (theirs / "photo_1.png").write_text("no picture")
+    write_image(theirs / "photo_2.png", np.full((20, 24, 3), 90, np.uint8))
     return folder
 
 
@@ -63,7 +71,8 @@ def evaluated(local_ray, photographs, networks, tmp_path_factory):
     section = {
         "hazy": str(photographs / "hazy"),
         "clear": str(photographs / "hazy_truth"),
-        "models": {name: str(folder / f"{name}.pth") for name in ("first", "second")},
+        "models": {name: str(folder / f"{name}.pth") for name in ("first", "second")}
+        | {"theirs": str(photographs / "theirs")},
         "metrics": ("psnr", "ssim", "fade", "gmsd", "vif"),
     }
     job = build_job({"kind": "evaluate", "name": "e", "storage": str(storage), "evaluate": section})
@@ -74,13 +83,19 @@ def evaluated(local_ray, photographs, networks, tmp_path_factory):
     return run
 
 
+NOT_COMPARED = ("photo_0.png", "photo_1.png", "photo_2.png")
+"""Images whose results have no finite PSNR."""
+WITHOUT_FADE = ("photo_1.png", "photo_2.png", "small.png")
+"""Images without FADE in some row."""
+
+
 def rows_of(run):
     return list(csv.DictReader(io.StringIO((run / "metrics.csv").read_text())))
 
 
 def test_every_value_is_that_of_the_picture_a_user_gets(evaluated, photographs, networks):
     rows = {(row["image"], row["model"]): row for row in rows_of(evaluated)}
-    assert len(rows) == 7 * 5
+    assert len(rows) == 7 * 6
     for image in sorted(path.name for path in (photographs / "hazy").glob("photo_*")):
         hazy, truth = (decode_image((photographs / part / image).read_bytes()) for part in ("hazy", "hazy_truth"))
         outputs = {
@@ -104,19 +119,20 @@ def test_the_tables_agree_and_parquet_has_the_same_rows(evaluated):
     summary = {
         (r["model"], r["metric"]): r for r in csv.DictReader(io.StringIO((evaluated / "summary.csv").read_text()))
     }
-    psnr = [float(r["psnr"]) for r in rows if r["model"] == "first"]
+    psnr = [float(r["psnr"]) for r in rows if r["model"] == "first" and r["image"] not in NOT_COMPARED]
     first = summary["first", "psnr"]
     assert float(first["mean"]) == pytest.approx(np.mean(psnr))
-    assert float(first["low"]) < float(first["mean"]) < float(first["high"]) and first["images"] == "7"
+    assert float(first["low"]) < float(first["mean"]) < float(first["high"]) and first["images"] == "4"
+    assert {r["images"] for (_, metric), r in summary.items() if metric == "psnr"} == {"4"}
     compared = list(csv.DictReader(io.StringIO((evaluated / "comparison.csv").read_text())))
-    assert {row["model"] for row in compared} == {"hazy", "untrained", "dark_channel", "second"}
+    assert {row["model"] for row in compared} == {"hazy", "untrained", "dark_channel", "second", "theirs"}
     (hazy,) = [row for row in compared if (row["model"], row["metric"]) == ("hazy", "fade")]
     differences = [
         float(a["fade"]) - float(b["fade"])
         for a in rows
         if a["model"] == "hazy"
         for b in rows
-        if (b["model"], b["image"]) == ("first", a["image"]) and a["fade"] and b["fade"]
+        if (b["model"], b["image"]) == ("first", a["image"]) and a["image"] not in WITHOUT_FADE
     ]
     assert hazy["against"] == "first" and float(hazy["difference"]) == pytest.approx(np.mean(differences))
 
@@ -127,6 +143,26 @@ def test_what_has_no_value_is_empty_and_told(evaluated):
     (small,) = [row for row in rows_of(evaluated) if (row["image"], row["model"]) == ("small.png", "hazy")]
     assert small["vif"] == ""
     assert "means over 7 images" in output and "vif ↑" in output
+
+
+def test_other_methods_results_stand_beside_the_models(evaluated, photographs):
+    rows = {row["image"]: row for row in rows_of(evaluated) if row["model"] == "theirs"}
+    assert rows["photo_0.png"]["psnr"] == "inf" and float(rows["photo_0.png"]["ssim"]) == pytest.approx(1)
+    assert rows["photo_1.png"]["psnr"] == rows["photo_2.png"]["fade"] == ""
+    hazy = {row["image"]: row for row in rows_of(evaluated) if row["model"] == "hazy"}
+    assert rows["photo_3.png"]["psnr"] == hazy["photo_3.png"]["psnr"]
+    output = (evaluated.parent / "output").read_text()
+    left_out = "photo_0.png (theirs: infinite), photo_1.png (theirs: no value), photo_2.png (theirs: no value)"
+    assert f"psnr: 3 of 7 images left out of every mean: {left_out}" in output
+    theirs = photographs / "theirs"
+    assert f"no value: photo_1.png theirs: {theirs}/photo_1.png: not an image" in output
+    assert "photo_2.png: of another size than the hazy image (24 x 20 px, not 80 x 68 px)" in output
+
+
+def test_a_damaged_truth_is_told_under_its_own_name(evaluated, photographs):
+    output = (evaluated.parent / "output").read_text()
+    assert f"skipped: {photographs}/hazy_truth/cut.png: truncated" in output
+    assert f"{photographs}/hazy/cut.png" not in output
 
 
 def test_a_missing_folder_is_told_before_anything_is_started(tmp_path, capsys):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from corun_ray.service.models.registry import VersionScores, decide
+from corun_ray.service.models.registry import VersionScores, compare_means, decide
 
 IMAGES = [f"{i}.png" for i in range(12)]
 HELD_OUT = {"val": "abc"}
@@ -49,3 +49,29 @@ def test_a_version_without_the_metric_is_named():
         record("version 22", 0.0, metric="val/psnr"), record("version 1", 0.0, metric="val/psnr"), "val/ssim"
     )
     assert not decision.moves and "it has val/psnr" in decision.reason
+
+
+def test_an_image_without_a_finite_value_leaves_both_versions():
+    new, old = record("version 22", 0.2, metric="val/psnr"), record("version 1", 0.0, metric="val/psnr")
+    new.values["val/psnr"]["0.png"], old.values["val/psnr"]["1.png"] = np.inf, np.nan
+    decision = decide(new, old, "val/psnr")
+    assert decision.moves and "of 10 images" in decision.reason
+    assert "inf" not in decision.reason and "nan" not in decision.reason
+
+
+@pytest.mark.parametrize(("metric", "shift"), [("val/psnr", 0.02), ("val/brisque", -0.02)])
+def test_the_best_version_is_the_one_with_the_better_mean(metric, shift):
+    old = record("version 1", 0.0, metric=metric, noise=0)
+    assert compare_means(record("version 2", shift, metric=metric, noise=0), old, metric).moves
+    assert not compare_means(record("version 2", -shift, metric=metric, noise=0), old, metric).moves
+    assert not compare_means(record("version 2", 0.0, metric=metric, noise=0), old, metric).moves
+
+
+def test_a_version_that_cannot_be_compared_does_not_stay_the_best():
+    new = record("version 2", -1.0, metric="val/psnr")
+    for old, told in (
+        (record("version 1", 0.0), "version 1, the best before, was not measured by val/psnr"),
+        (record("version 1", 0.0, {"val": "other"}, "val/psnr"), "was measured on other images (val)"),
+    ):
+        decision = compare_means(new, old, "val/psnr")
+        assert decision.moves and told in decision.reason

@@ -17,10 +17,15 @@ from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.training.labels import LocalPool
 from corun_ray.core.training.losses import COLABATOR_WEIGHTS, Losses
 from corun_ray.core.training.steps import Colabator
+from corun_ray.core.weights import WeightsError
+from corun_ray.service.check import check_job
 from corun_ray.service.data.manifest import ManifestError, build_manifest, load_image
+from corun_ray.service.train.driver import prepare
 from corun_ray.service.train.validation import Validator
+from corun_ray.service.weights.needed import find_needed_files
 from tests.conftest import write_image
 from tests.naming import make_sots_indoor
+from tests.service.iqa_weights import BRISQUE_FILE, write_brisque_weights
 from tests.service.jobs import small_job
 
 CELL_PX = 192
@@ -51,7 +56,8 @@ def sections(dataset):
 def test_each_set_is_measured_under_its_name(dataset, tmp_path, sections):
     sets = {name: sections[name] for name in ("far", "same")}
     job = small_job("pretrain", dataset, tmp_path, data={"validation": sections["truth"], "validation_sets": sets})
-    metrics, measured = validator(job).measure(Unchanged(True))
+    result = validator(job).measure(Unchanged(True))
+    metrics = result.metrics
     assert set(metrics) == {
         "val/fade",
         "val/psnr",
@@ -64,8 +70,45 @@ def test_each_set_is_measured_under_its_name(dataset, tmp_path, sections):
         for i in range(6)
     ]
     assert metrics["val/psnr"] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert result.notes == [
+        "val/same/psnr: 8 of 8 images without a finite value, left out of the mean (see validation.csv)"
+    ]
     assert math.isinf(metrics["val/same/psnr"]) and metrics["val/same/ssim"] == pytest.approx(1)
     assert metrics["val/far/fade"] == metrics["val/same/fade"] != metrics["val/fade"]
+
+
+def test_the_metrics_of_the_job_are_measured(dataset, tmp_path, sections):
+    """BRISQUE by its authors' parameters, and a mean over the images that have a finite value."""
+    mixed = tmp_path / "mixed"
+    shutil.copytree(dataset / "hazy_truth", mixed)
+    write_image(mixed / "photo_0.png", load_image(sections["truth"]["hazy"], "photo_0.png"))
+    train = {
+        "validation_metrics": ["brisque", "psnr"],
+        "validation_weights": str(write_brisque_weights(tmp_path / "weights")),
+    }
+    data = {"validation": sections["truth"] | {"clear": str(mixed)}}
+    result = validator(small_job("pretrain", dataset, tmp_path, data=data, train=train)).measure(Unchanged(True))
+    assert result.metrics.keys() == {"val/brisque", "val/psnr"}
+    values = [one.values for one in result.measured]
+    assert math.isinf(values[0]["psnr"])
+    assert result.metrics["val/psnr"] == pytest.approx(np.mean([one["psnr"] for one in values[1:]]))
+    assert result.metrics["val/brisque"] == pytest.approx(np.mean([one["brisque"] for one in values]))
+    (note,) = result.notes
+    assert note.startswith("val/psnr: 1 of 6 images without a finite value")
+
+
+def test_weights_of_a_metric_that_are_missing_are_told_before_any_worker_starts(dataset, tmp_path, sections):
+    weights = write_brisque_weights(tmp_path / "weights")
+    data = {"validation": sections["far"]}
+    for folder, expected in ((None, "names no weights folder"), (weights, "NIMA.* is not in .*weights.json")):
+        train = {"validation_metrics": ["brisque", "nima"], "validation_weights": folder and str(folder)}
+        job = small_job("pretrain", dataset, tmp_path, data=data, train=train)
+        with pytest.raises(WeightsError, match=f"train.validation_metrics: .*{expected}"):
+            prepare(job, tmp_path)
+    needed = find_needed_files(job)[str(weights)]
+    assert needed[BRISQUE_FILE] == "train.validation_metrics brisque" and len(needed) == 2
+    _, (mistake,) = check_job(job, [])
+    assert mistake.startswith("weights: NIMA") and "(for train.validation_metrics nima): missing" in mistake
 
 
 class Guess(nn.Module):
@@ -83,7 +126,8 @@ def test_a_transmission_is_held_against_its_truth(dataset, tmp_path, sections):
         write_image(tmp_path / "light" / f"photo_{i}.png", (256 * (grey + noise)).clip(0, 65535).astype(np.uint16))
     with_light = sections["truth"] | {"transmission": str(tmp_path / "light")}
     job = small_job("pretrain", dataset, tmp_path, data={"validation": with_light}, train={"validation_images": 2})
-    metrics, measured = validator(job).measure(Guess())
+    result = validator(job).measure(Guess())
+    metrics, measured = result.metrics, result.measured
     ranks = [one.values["transmission_rank"] for one in measured]
     assert abs(ranks[0]) < 0.3 and min(ranks[1:]) > 0.99
     assert metrics["val/transmission_rank"] == pytest.approx(np.mean(ranks))
@@ -103,14 +147,16 @@ def test_images_without_a_true_transmission_are_named(dataset, tmp_path, section
 
 
 def test_a_job_without_held_out_images_measures_nothing(dataset, tmp_path):
-    assert validator(small_job("pretrain", dataset, tmp_path)).measure(Unchanged(True)) == ({}, [])
+    result = validator(small_job("pretrain", dataset, tmp_path)).measure(Unchanged(True))
+    assert (result.metrics, result.measured, result.notes) == ({}, [], [])
 
 
 def test_every_image_has_its_values_and_some_have_pictures(dataset, tmp_path, sections):
     job = small_job(
         "pretrain", dataset, tmp_path, data={"validation": sections["truth"]}, train={"validation_images": 2}
     )
-    metrics, measured = validator(job).measure(Unchanged(True))
+    result = validator(job).measure(Unchanged(True))
+    metrics, measured = result.metrics, result.measured
     assert [one.image for one in measured] == [f"photo_{i}.png" for i in range(6)]
     for name in ("fade", "psnr", "ssim"):
         assert np.mean([one.values[name] for one in measured]) == pytest.approx(metrics[f"val/{name}"])
