@@ -436,7 +436,7 @@ def _give_account(reference: str | None, evaluation: Evaluation) -> Account:
         intervals=intervals,
         comparisons=comparisons,
         means=format_intervals(intervals),
-        means_note=f"means over {len(measurements.images)} images, with 95 % bootstrap intervals",
+        means_note=f"means over {measurements.describe_images()}, with 95 % bootstrap intervals",
         differences=format_comparisons(comparisons),
         differences_note=f"difference from {reference}, image by image (p: sign-flip test)",
         missing=missing,

@@ -43,6 +43,16 @@ class Measurements:
         is_finite = np.isfinite(self.values[:, :, self.metrics.index(metric)])
         return np.asarray(is_finite.all(axis=1))
 
+    def describe_images(self) -> str:
+        """Describe how many images the means are over: `8 images (psnr 6)`."""
+        fewer = []
+        for metric in self.metrics:
+            count = int(self.find_common(metric).sum())
+            if count < len(self.images):
+                fewer.append(f"{metric} {count}")
+        text = f"{len(self.images)} images"
+        return f"{text} ({', '.join(fewer)})" if fewer else text
+
     def describe_left_out(self) -> list[str]:
         """Describe for each metric the images that its means and comparisons leave out, one metric a line."""
         lines = []

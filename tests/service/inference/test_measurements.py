@@ -35,6 +35,7 @@ def test_what_is_left_out_is_told_with_its_reason(measured):
     assert measured.describe_left_out() == [
         "psnr: 2 of 8 images left out of every mean: 2.png (hazy: infinite), 5.png (ours: no value)"
     ]
+    assert measured.describe_images() == "8 images (psnr 6)"
     measured.values[:, 2, 1] = np.nan
     (_, fade) = measured.describe_left_out()
     assert fade.startswith("fade: 8 of 8 images left out") and fade.endswith("4.png (theirs: no value), 3 more")

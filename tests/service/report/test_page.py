@@ -1,5 +1,6 @@
 """The report: a page that stands alone, holds what a run came to, and works in a real browser, also on a phone."""
 
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from corun_ray.service.report.charts import draw_line_chart
 from corun_ray.service.report.page import Listing, PageSection, Table, render
 from corun_ray.service.runs.held_out import EXAMPLES, HAZY_PICTURE, MeasuredImage, ValidationLog, name_picture
 from corun_ray.service.storage import locate
+from corun_ray.service.train.best import BestCheckpoint
 from corun_ray.service.train.report import build_training_report
 from tests.conftest import photograph
 from tests.service.jobs import small_job
@@ -80,6 +82,20 @@ def test_a_run_without_held_out_images_has_a_report_too(dataset, tmp_path):
         job, run, tmp_path, {"data": "8 clear"}, {"loss/total": [(1, 1.0)]}, ValidationLog()
     ).decode()
     assert re.findall(r"<h2[^>]*>([^<]+)</h2>", text) == ["Curves", "Job", "Environment"]
+
+
+def test_the_best_checkpoint_and_images_without_a_value_are_told(dataset, tmp_path):
+    network = CORUN(2, 4)
+    save_network(tmp_path / "network.pth", network, network)
+    (tmp_path / SPEC_FILE).write_text(NetworkSpec("corun", {"stages": 2, "width": 4}).to_json())
+    log = ValidationLog()
+    for image, psnr in zip(IMAGES, (20.0, math.inf, math.nan), strict=True):
+        log.add(4, [MeasuredImage("val", image, {"psnr": psnr})])
+    job, run = small_job("pretrain", dataset, tmp_path), locate(str(tmp_path / "run"))
+    best = BestCheckpoint("val/psnr", 2, 21.5)
+    text = build_training_report(job, run, tmp_path, {"data": "8 clear"}, {}, log, best).decode()
+    assert "The best checkpoint: step 2, val/psnr 21.5000." in text and "<td>20.0000</td>" in text
+    assert "val/psnr: 2 of 3 images left out: b.png (infinite), c.png (no value)" in text
 
 
 def test_charts_are_plain_svg_of_the_pages_width():

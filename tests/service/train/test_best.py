@@ -11,7 +11,6 @@ from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.best import find_best_checkpoint
 from corun_ray.service.train.driver import run_training
-from tests.service.iqa_weights import write_brisque_weights
 from tests.service.jobs import small_job
 
 
@@ -55,7 +54,7 @@ def test_a_run_without_the_key_has_no_best(tmp_path):
     assert find_best_checkpoint(None, locate(str(tmp_path)), make_log("psnr", {"a": 1.0})) is None
 
 
-def job_of(dataset, folder, weights, steps):
+def job_of(dataset, folder, tracking, steps):
     """A training that leaves the network as it was in the first step, and spoils it by its rate in the others."""
     return small_job(
         "pretrain",
@@ -69,18 +68,18 @@ def job_of(dataset, folder, weights, steps):
             "validate_every": 1,
             "keep_checkpoints": 1,
             "validation_images": 1,
-            "validation_metrics": ["psnr", "brisque"],
-            "validation_weights": str(weights),
+            "validation_metrics": ["psnr", "fade"],
             "best": "val/psnr",
         },
-        tracking={"uri": f"sqlite:///{folder}/mlflow.db", "register": "watched-best"},
+        tracking={"uri": tracking, "register": "watched-best"},
     )
 
 
-def test_the_best_checkpoint_is_kept_registered_and_found_again_by_a_resumed_run(local_ray, dataset, tmp_path, capsys):
-    weights = write_brisque_weights(tmp_path / "weights")
+def test_the_best_checkpoint_is_kept_registered_and_found_again_by_a_resumed_run(
+    local_ray, mlflow_server, dataset, tmp_path, capsys
+):
     for steps, resume in ((3, False), (5, True)):
-        job = job_of(dataset, tmp_path, weights, steps)
+        job = job_of(dataset, tmp_path, mlflow_server, steps)
         run_training(job, Console(), tmp_path, resume)
         output = capsys.readouterr().out
 
