@@ -47,6 +47,10 @@ BOTH = {
     "optim.cycles": (),
     "train.accumulate": 1,
     "cluster.workers": 4,
+    # Validation: every 5,000 steps of pre-training, and at the end of Colabator.
+    "train.validate_every": 5_000,
+    "train.validation_metrics": ("brisque", "nima"),
+    "train.best": None,
 }
 
 PRETRAINING = BOTH | {
@@ -62,7 +66,6 @@ PRETRAINING = BOTH | {
     "train.steps": 30_000,
     "train.batch_per_worker": 2,
     "train.progressive": (),
-    "train.validate_every": 5_000,
 }
 
 COLABATOR = BOTH | {
@@ -91,7 +94,7 @@ COLABATOR = BOTH | {
 
 OURS = {
     # Where things are, and what they are called.
-    *("name", "seed", "storage", "loss.weights", "coherence.weights"),
+    *("name", "seed", "storage", "loss.weights", "coherence.weights", "train.validation_weights"),
     *("tracking.uri", "tracking.experiment", "tracking.register"),
     *("data.validation.match", "data.validation.match_clear", "data.validation.crop_truth"),
     # How the work is laid out, and what is shown of it.
@@ -100,8 +103,6 @@ OURS = {
     *("network.checkpoint_activations", "coherence.chunk_images", "coherence.share_blocks"),
     *("pool.shards", "pool.memory_mib"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.validation_images"),
-    # Colabator: as published it validates at its end; a look on the way costs time only.
-    "train.validate_every",
 }
 """Keys that change nothing of what a model learns."""
 

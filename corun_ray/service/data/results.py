@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from corun_ray.config.tasks import EvaluateSection
 from corun_ray.core.choices import SHIPPED_MODELS
-from corun_ray.service.data.manifest import IMAGE_SUFFIXES, ManifestError, filter_by_suffix, pair_results, strip_suffix
+from corun_ray.service.data.manifest import IMAGE_SUFFIXES, ManifestError, filter_by_suffix, pair_results
+from corun_ray.service.data.pairing import strip_suffix
 from corun_ray.service.storage import locate
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")

@@ -216,8 +216,7 @@ def test_a_photograph_that_cannot_be_used_is_not_pictured_and_fails_nothing(data
 def test_a_truth_with_a_border_is_measured_and_pictured_without_it(dataset, tmp_path):
     named = make_sots_indoor(tmp_path / "sots")
     job = small_job("pretrain", dataset, tmp_path, data={"validation": named.keys}, train={"validation_images": 1})
-    _, measured = validator(job).measure(Unchanged(False))
-    for image in measured:
+    for image in validator(job).measure(Unchanged(False)).measured:
         hazy = load_image(named.keys["hazy"], image.image)
         truth = load_image(named.keys["clear"], named.pairs[image.image])[2:-3, 2:-3]
         assert image.values["psnr"] == pytest.approx(psnr(to_tensor(hazy), to_tensor(truth)).item())
