@@ -262,6 +262,8 @@ LAZY = {
         "timing": ("torch",),
         "weights": ("torch", "safetensors"),
         "scoring.daclip": ("open_clip",),
+        "metrics.detection": ("pycocotools",),
+        "metrics.detector": ("torchvision",),
         "metrics.pyiqa": ("pyiqa", "timm", "clip", "packaging"),
         "networks.spandrel": ("spandrel",),
         "data.images": ("h5py",),

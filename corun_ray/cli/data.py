@@ -41,7 +41,8 @@ def fetch_weights(
         list[str] | None,
         typer.Argument(
             metavar="WHAT ...",
-            help="daclip, vgg19, or a no-reference metric of pyiqa (default: daclip musiq vgg19 brisque nima)",
+            help="daclip, vgg19, a no-reference metric of pyiqa or a detector of torchvision "
+            "(default: daclip musiq vgg19 brisque nima)",
         ),
     ] = None,
 ) -> int:

@@ -28,7 +28,9 @@ examples:
       --model corun-small --model theirs=results/theirs
   corun-ray evaluate s3://haze/rtts --metrics fade,brisque,nima,musiq \\
       --weights s3://haze/weights --model new=models:/corun@candidate \\
-      --model old=models:/corun@champion --against old"""
+      --model old=models:/corun@champion --against old
+  corun-ray evaluate rtts/images --boxes rtts/annotations --weights weights \\
+      --detector fasterrcnn_resnet50_fpn --model corun-small"""
 
 PROMOTE_EXAMPLES = """\
 examples:
@@ -148,7 +150,31 @@ def evaluate(
         typer.Option("--against", metavar="NAME", help="what the others are compared with (default: first model)"),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option("--weights", metavar="DIR", help="folder or URI of pyiqa's weights")
+        str | None,
+        typer.Option("--weights", metavar="DIR", help="folder or URI of weights: pyiqa's and the detector's"),
+    ] = None,
+    # Boxes that a detector is to find.
+    detector: Annotated[
+        str | None,
+        typer.Option("--detector", metavar="NAME", help="detector of torchvision, such as fasterrcnn_resnet50_fpn"),
+    ] = None,
+    boxes: Annotated[
+        str | None,
+        typer.Option("--boxes", metavar="PATH", help="true boxes: folder of VOC's .xml, or COCO's .json"),
+    ] = None,
+    box_classes: Annotated[
+        str | None,
+        typer.Option("--box-classes", metavar="a,b", help="classes of the boxes to measure (default: all)"),
+    ] = None,
+    detector_file: Annotated[
+        str | None,
+        typer.Option(
+            "--detector-file", metavar="FILE", help="your own state dict in --weights (default: torchvision's)"
+        ),
+    ] = None,
+    detector_classes: Annotated[
+        str | None,
+        typer.Option("--detector-classes", metavar="a,b", help="its classes, numbered from 1 (default: COCO's)"),
     ] = None,
     storage: Annotated[str, typer.Option("--storage", metavar="DIR", help="folder or URI for the tables")] = "runs",
     tracking: Tracking = DEFAULT_TRACKING,
@@ -169,6 +195,9 @@ def evaluate(
 
     psnr, ssim and fade need no weights. Any other metric of pyiqa (brisque, niqe, nima, musiq, lpips, ...) takes its
     files from --weights, a folder or URI that `corun-ray weights` fills and checks.
+
+    With --detector and --boxes, a detector looks for boxes in every picture: average precision of each model, with
+    intervals, and its difference from the first model.
     """
     # The keys of a job file's section.
     section: dict[str, Any] = {"hazy": images, "clear": truth, "models": name_models(models or [])}
@@ -180,6 +209,11 @@ def evaluate(
         "baselines": split_names(baselines),
         "against": against,
         "weights": weights,
+        "detector": detector,
+        "boxes": boxes,
+        "box_classes": split_names(box_classes),
+        "detector_file": detector_file,
+        "detector_classes": split_names(detector_classes),
     }
     section |= {key: value for key, value in optional.items() if value is not None}
     return run_described({"kind": "evaluate", "name": "evaluate", "storage": storage, "evaluate": section}, tracking)

@@ -31,11 +31,14 @@ from corun_ray.config.types import (
     Workers,
     check_distinct,
 )
+from corun_ray.core.choices import DetectorName
 from corun_ray.core.metrics.catalog import OWN_METRICS, choose_mode, list_metrics
 
 Baseline = Literal["hazy", "untrained", "dark_channel"]
 PATH = re.compile(r"/|(/[A-Za-z0-9._-]+)+")
 """A path of HTTP: `/` or `/dehazing`."""
+CLASS_NAME = re.compile(r"[\w.-]+( [\w.-]+)*", re.ASCII)
+"""A class of objects: `car` or `traffic light`."""
 
 
 # --- Search ---
@@ -136,6 +139,17 @@ def _check_distinct_if_any(items: tuple[str, ...]) -> tuple[str, ...]:
     return check_distinct(items) if items else items
 
 
+def _check_class_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    # They become names of MLflow's metrics.
+    for name in names:
+        if not CLASS_NAME.fullmatch(name):
+            raise ValueError(f'"{name}" is not a name of letters, digits, blanks and . _ -')
+    return check_distinct(names)
+
+
+ClassNames = Annotated[tuple[Text, ...], AfterValidator(_check_class_names)] | None
+
+
 class EvaluateSection(TruthSection):
     models: dict[Name, Text] = Field(
         {},
@@ -152,7 +166,22 @@ class EvaluateSection(TruthSection):
             "(musiq, ...); without clear: those that need no truth",
         )
     )
-    weights: OptionalText = Field(None, description="folder or URI of pyiqa's weights (see corun-ray weights)")
+    weights: OptionalText = Field(
+        None, description="folder or URI of the weights of pyiqa and of the detector (see corun-ray weights)"
+    )
+    detector: DetectorName | None = Field(
+        None, description="detector of torchvision that looks for boxes in every picture; null: none"
+    )
+    detector_file: OptionalText = Field(
+        None, description="its state dict within weights; null: torchvision's own file, trained on COCO"
+    )
+    detector_classes: ClassNames = Field(
+        None, description="classes of detector_file in the order of their numbers 1, 2, ...; null: COCO's"
+    )
+    boxes: OptionalText = Field(
+        None, description="true boxes for the detector: folder or URI of VOC's .xml, paired by stem, or COCO's .json"
+    )
+    box_classes: ClassNames = Field(None, description="classes of the boxes to measure; null: all that there are")
     against: Name | None = Field(
         None, description="model or baseline that the others are compared with; null: the first model"
     )
@@ -174,6 +203,22 @@ class EvaluateSection(TruthSection):
             raise Mismatch("evaluate.models", "missing (models by name, or evaluate.baselines)")
         if self.against is not None and self.against not in self.names:
             raise Mismatch("evaluate.against", f'"{self.against}" is not measured ({", ".join(self.names)})')
+        return self
+
+    @model_validator(mode="after")
+    def _check_detector(self) -> "EvaluateSection":
+        if self.detector is None:
+            for key in ("detector_file", "detector_classes", "boxes", "box_classes"):
+                if getattr(self, key) is not None:
+                    raise Mismatch(f"evaluate.{key}", "only used together with evaluate.detector")
+            return self
+
+        if self.boxes is None:
+            raise Mismatch("evaluate.boxes", "missing (a detector needs true boxes: VOC's folder or COCO's .json)")
+        if self.weights is None:
+            raise Mismatch("evaluate.weights", f"missing (detector {self.detector} needs its weights)")
+        if self.detector_classes is not None and self.detector_file is None:
+            raise Mismatch("evaluate.detector_file", "missing (torchvision's own file has COCO's classes)")
         return self
 
     @property

@@ -45,6 +45,23 @@ NetworkStart = Literal["closed_form", "published"]
 REFERENCE_MODEL = "corun-small"
 """The one whose restorations candidates are compared with by `coherence.clarity: reference`."""
 
+# --- Detectors ---
+
+DetectorName = Literal[
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "fcos_resnet50_fpn",
+    "retinanet_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
+    "ssd300_vgg16",
+    "ssdlite320_mobilenet_v3_large",
+]
+"""torchvision's detectors of boxes alone."""
+
+DETECTOR_NAMES: tuple[DetectorName, ...] = get_args(DetectorName)
+
 # --- Storage and input ---
 
 Encoding = Literal["uint8", "float16", "float32"]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from corun_ray.config.jobs import ColabatorJob, DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
+from corun_ray.config.tasks import EvaluateSection
 from corun_ray.config.trials import choose_example_job
 from corun_ray.core.choices import QUALITY_NAMES, SHIPPED_MODELS
 from corun_ray.core.errors import UserError
@@ -88,9 +89,22 @@ def _check_data(job: Job) -> Notes:
         yield "data", f"{len(pairs)} images to measure on"
         for name, results in find_results(job.evaluate, [hazy for hazy, _ in pairs]).items():
             yield "results", f"{name}: {len(results.images)} images in {results.root}"
+        if job.evaluate.detector is not None:
+            yield "boxes", _describe_boxes(job.evaluate, [key for key, _ in pairs])
     elif isinstance(job, DehazeJob):
         images_to_dehaze = list_images(job.dehaze.input, "dehaze.input")
         yield "data", f"{len(images_to_dehaze)} images to dehaze"
+
+
+def _describe_boxes(section: EvaluateSection, images: Sequence[str]) -> str:
+    """Return the boxes that a detector is to find, as text; raises `AnnotationError`."""
+    # torchvision takes seconds to import.
+    from corun_ray.core.metrics.detector import list_detector_classes
+    from corun_ray.service.data.annotations import read_truth
+
+    assert section.detector is not None
+    classes = list_detector_classes(section.detector, section.detector_classes)
+    return read_truth(section, images, classes).describe()
 
 
 def _describe_clear_images(manifest: Manifest) -> str:
@@ -161,7 +175,7 @@ def _may_need_weights(job: Job) -> bool:
     To find out which ones takes seconds of imports.
     """
     if isinstance(job, EvaluateJob):
-        return not set(job.evaluate.metrics) <= OWN_METRICS.keys()
+        return job.evaluate.detector is not None or not set(job.evaluate.metrics) <= OWN_METRICS.keys()
     if isinstance(job, ColabatorJob):
         coherence = job.coherence
         if coherence.clarity == "daclip" or coherence.quality not in QUALITY_NAMES:

@@ -121,6 +121,17 @@ def test_one_mistake_is_one_line(tmp_path: Path, section: str, line: str) -> Non
         ("name: n\ndata: {hazy: b, cleer: a}", [
             "kind: missing (pretrain, colabator, tune, evaluate, dehaze, serve)",
             "data.cleer: unknown key (did you mean data.clear?)"]),
+        (EVALUATE.replace("hazy: hazy", "hazy: a, boxes: b"), [
+            "evaluate.boxes: only used together with evaluate.detector"]),
+        (EVALUATE.replace("hazy: hazy", "hazy: a, weights: w, detector: ssd300_vgg16"), [
+            "evaluate.boxes: missing (a detector needs true boxes: VOC's folder or COCO's .json)"]),
+        (EVALUATE.replace("hazy: hazy", "hazy: a, boxes: b, detector: ssd300_vgg16"), [
+            "evaluate.weights: missing (detector ssd300_vgg16 needs its weights)"]),
+        (EVALUATE.replace("hazy: hazy", "hazy: a, weights: w, boxes: b, detector: ssd300_vgg16, "
+                          "detector_classes: [car]"), [
+            "evaluate.detector_file: missing (torchvision's own file has COCO's classes)"]),
+        (EVALUATE.replace("hazy: hazy", "hazy: a, box_classes: ['a/b']"), [
+            'evaluate.box_classes: "a/b" is not a name of letters, digits, blanks and . _ -']),
         ("kind: evaluate\nname: e\nevaluate: {hazy: a, metrics: [psnr, ssim]}", [
             "evaluate.metrics: psnr and ssim cannot be measured without evaluate.clear"]),
         ("kind: evaluate\nname: e\nevaluate: {hazy: a, metrics: [fad], models: {a.b: 3, c: ''}}", [

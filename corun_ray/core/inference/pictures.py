@@ -1,6 +1,7 @@
 """Pictures for people: labelled grids of images, transmissions and maps."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -23,6 +24,10 @@ FONT_SCALE = 0.45
 THUMBNAIL_QUALITY = 85
 ERROR_GAIN = 4
 """Factor of shown re-hazing errors, which are small: a quarter of the range has the brightest colour."""
+
+BOX_FONT_SCALE = 0.4
+TRUE_BOX_COLOUR = (60, 200, 90)
+FOUND_BOX_COLOUR = (255, 140, 30)
 
 PictureRow = dict[str, ImageU8 | None]
 """Column name → picture; None leaves the cell empty."""
@@ -67,6 +72,48 @@ def draw_grid(rows: Sequence[Mapping[str, ImageU8 | None]], cell_px: int = 192, 
         for line, top in zip(lines, tops, strict=True):
             _paste(canvas, line[column], left, top, cell_px)
     return canvas
+
+
+class DrawnBox(NamedTuple):
+    """A box to draw into a picture, with a text above it."""
+
+    corners: tuple[float, ...]
+    """Left, top, right, bottom in pixels of the picture."""
+    text: str
+    is_true: bool
+    """Whether the box is a true one, drawn in green without its text, or one that was found."""
+
+
+def draw_boxes(picture: ImageU8, boxes: Sequence[DrawnBox], longer_px: int) -> ImageU8:
+    """Draw boxes into a resized copy of a picture.
+
+    Its longer side has `longer_px`. Later boxes lie on earlier ones.
+    """
+    canvas = np.ascontiguousarray(_resize_longer_side(picture, longer_px))
+    scale_x = canvas.shape[1] / picture.shape[1]
+    scale_y = canvas.shape[0] / picture.shape[0]
+    for box in boxes:
+        left, top, right, bottom = box.corners
+        start = round(left * scale_x), round(top * scale_y)
+        end = round(right * scale_x) - 1, round(bottom * scale_y) - 1
+        if box.is_true:
+            cv2.rectangle(canvas, start, end, TRUE_BOX_COLOUR, 2)
+            continue
+        cv2.rectangle(canvas, start, end, FOUND_BOX_COLOUR, 1)
+        _write_tag(canvas, box.text, start)
+    return canvas
+
+
+def _write_tag(canvas: ImageU8, text: str, corner: tuple[int, int]) -> None:
+    """Write a text on a filled ground, above a box's upper left corner.
+
+    At the picture's upper edge the text is within the box.
+    """
+    (width, height), below = cv2.getTextSize(text, FONT, BOX_FONT_SCALE, 1)
+    left = max(0, min(corner[0], canvas.shape[1] - width))
+    top = max(0, corner[1] - height - below)
+    cv2.rectangle(canvas, (left, top), (left + width, top + height + below), FOUND_BOX_COLOUR, cv2.FILLED)
+    cv2.putText(canvas, text, (left, top + height), FONT, BOX_FONT_SCALE, INK, 1, cv2.LINE_AA)
 
 
 def encode_thumbnail(picture: ImageU8, longest_px: int) -> bytes:

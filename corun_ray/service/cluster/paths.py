@@ -26,6 +26,7 @@ FOLDER_KEYS = (
     "evaluate.hazy",
     "evaluate.clear",
     "evaluate.weights",
+    "evaluate.boxes",
     "dehaze.input",
     "dehaze.output",
 )

@@ -28,8 +28,10 @@ from corun_ray.core.metrics.measure import Unmeasured, load_measure
 from corun_ray.core.networks.corun import restore_by_closed_form
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
+from corun_ray.service.data.annotations import Truth
 from corun_ray.service.data.manifest import load_image, load_truth, pair_validation_images, refuse_misfits
 from corun_ray.service.data.results import ResultImages, find_results
+from corun_ray.service.inference.detection import DetectionResult, PictureDetector, assess_detections, plan_detection
 from corun_ray.service.inference.measurements import (
     Comparisons,
     Intervals,
@@ -80,6 +82,8 @@ class Evaluation:
     """`IMAGE MODEL METRIC: reason`, of missing values; `IMAGE MODEL: reason` where a result cannot be used."""
     contact_sheet: bytes
     """PNG."""
+    detection: DetectionResult | None = None
+    """What a detector found; None without one."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,12 @@ class ImageEvaluator(RestorerActor):
         threads: int,
         section: EvaluateSection,
         results: Mapping[str, ResultImages],
+        classes: Mapping[str, int] | None,
     ) -> None:
+        """Load models, metrics and, where there are `classes` of boxes, the detector."""
         super().__init__(models, threads)
         self.section, self.results = section, results
+        self.detect = None if classes is None else PictureDetector(section, classes, self.device)
         source = open_weights(section.weights)
         self.measures = {name: load_measure(name, source, self.device) for name in section.metrics}
 
@@ -129,13 +136,13 @@ class ImageEvaluator(RestorerActor):
 
         `batch` holds the image's `key`, the key of its `truth` (empty without one), and whether it is `shown`.
         Returns `key`, an `error` (empty where all went well) of the file `bad_file`, `values` (models x metrics, NaN
-        where missing), the reasons of missing values in `unmeasured`, and for a shown image a `strip`: all pictures
-        side by side, as PNG.
+        where missing), the reasons of missing values in `unmeasured`, for a shown image a `strip`: all pictures side by
+        side, as PNG, and with a detector its `findings` (empty where a picture is missing).
         """
         key, truth_key = batch["key"][0], batch["truth"][0]
         values = np.full((len(self.section.names), len(self.measures)), np.nan)
         unmeasured: list[str] = []
-        bad_file, error, strip = "", "", b""
+        bad_file, error, strip, findings = "", "", b"", ""
 
         # Errors of the image are returned, so that the other images continue. A `StorageError` ends the job.
         try:
@@ -144,6 +151,10 @@ class ImageEvaluator(RestorerActor):
             pictures, missing = self._restore(key, hazy)
             values, unmeasured = self._measure(key, pictures, truth)
             unmeasured += missing
+            if self.detect is not None and missing:
+                unmeasured.append(f"{key} {self.section.detector}: left out in every row, since a picture is missing")
+            elif self.detect is not None:
+                findings = self.detect(pictures)
             if batch["shown"][0]:
                 strip = self._draw_strip(pictures, hazy)
         except UnusableImage as reason:
@@ -153,7 +164,14 @@ class ImageEvaluator(RestorerActor):
 
         # Ray Data takes columns: arrays of one row.
         row = {"values": values[None]}
-        cells = {"key": key, "bad_file": bad_file, "error": error, "unmeasured": "\n".join(unmeasured), "strip": strip}
+        cells = {
+            "key": key,
+            "bad_file": bad_file,
+            "error": error,
+            "unmeasured": "\n".join(unmeasured),
+            "strip": strip,
+            "findings": findings,
+        }
         for name, cell in cells.items():
             row[name] = np.array([cell], dtype=object)
         return row
@@ -262,14 +280,15 @@ def evaluate(
     models: dict[str, Model],
     results: Mapping[str, ResultImages],
     progress: Callable[[int, int], None] | None = None,
+    boxes: Truth | None = None,
 ) -> Evaluation:
     """Measure every baseline, network and result on every image.
 
     `pairs` are hazy images and their truths, from `pair_validation_images`; `results` are those of `find_results`.
     Skipped images and missing values are named in the result. `progress` is called with the number of images done and
-    the number of all.
+    the number of all. `boxes`, from `plan_detection`, are those that the section's detector is to find.
 
-    Raises `StorageError`, also where no image can be used.
+    Raises `StorageError`, also where no image can be used, and the errors of `assess_detections`.
     """
     # Choose the images to show: evenly spaced, so that they are from all of the folder.
     spacing = max(1, len(pairs) // MAX_SHEET_ROWS)
@@ -281,7 +300,9 @@ def evaluate(
     bad_files: dict[str, str] = {}
     unmeasured: list[str] = []
     strips: dict[str, bytes] = {}
-    for done, row in enumerate(_measure_items(section, items, models, results), 1):
+    findings: dict[str, str] = {}
+    classes = None if boxes is None else boxes.classes
+    for done, row in enumerate(_measure_items(section, items, models, results, classes), 1):
         if row["error"]:
             bad_files[row["bad_file"]] = row["error"]
         else:
@@ -289,6 +310,8 @@ def evaluate(
         unmeasured += row["unmeasured"].splitlines()
         if row["strip"]:
             strips[row["key"]] = row["strip"]
+        if row["findings"]:
+            findings[row["key"]] = row["findings"]
         if progress:
             progress(done, len(pairs))
 
@@ -300,7 +323,8 @@ def evaluate(
     cube = np.stack([values[key] for key in images])
     measurements = Measurements(images, list(section.names), list(section.metrics), cube)
     sheet = _draw_contact_sheet(section, dict(pairs), strips)
-    return Evaluation(measurements, bad_files, sorted(unmeasured), sheet)
+    detection = None if boxes is None else assess_detections(section, boxes, findings, strips)
+    return Evaluation(measurements, bad_files, sorted(unmeasured), sheet, detection)
 
 
 def _measure_items(
@@ -308,8 +332,11 @@ def _measure_items(
     items: list[dict[str, Any]],
     models: dict[str, Model],
     results: Mapping[str, ResultImages],
+    classes: dict[str, int] | None,
 ) -> Iterator[dict[str, Any]]:
     """Start the actors; return their results one by one.
+
+    `classes` are those that a detector is to find; None: there is no detector.
 
     Raises `StorageError`.
     """
@@ -320,7 +347,7 @@ def _measure_items(
     # The dataset must have no name here: see `iterate_rows`.
     return iterate_rows(
         ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS)).map_batches(
-            ImageEvaluator, batch_size=1, fn_constructor_args=(references, threads, section, results), **slots
+            ImageEvaluator, batch_size=1, fn_constructor_args=(references, threads, section, results, classes), **slots
         )
     )
 
@@ -350,8 +377,8 @@ def _draw_contact_sheet(section: EvaluateSection, truths: dict[str, str | None],
 def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     """Measure the job's models; write tables and a report.
 
-    Raises the errors of `pair_validation_images`, `refuse_misfits`, `find_results` and `fetch_model` before Ray starts,
-    then `ClusterError`, `TrackingError` and the errors of `evaluate`.
+    Raises the errors of `pair_validation_images`, `refuse_misfits`, `find_results`, `fetch_model` and `plan_detection`
+    before Ray starts, then `ClusterError`, `TrackingError` and the errors of `evaluate`.
     """
     started = time.monotonic()
     section = job.evaluate
@@ -359,11 +386,13 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     # Find images and models before Ray starts: a mistake is reported at once.
     pairs = pair_validation_images(section, "evaluate")
     refuse_misfits(section, pairs, "evaluate")
-    results = find_results(section, [hazy for hazy, _ in pairs])
+    keys = [hazy for hazy, _ in pairs]
+    results = find_results(section, keys)
     models = {}
     for name, source in section.models.items():
         if name not in results:
             models[name] = fetch_model(source, get_tracking_uri(job))
+    boxes = plan_detection(section, keys)
 
     place = connect(job.cluster)
     run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -375,7 +404,7 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     succeeded = False
     try:
         evaluation = evaluate(
-            section, pairs, models, results, lambda done, total: console.progress(done, total, "image")
+            section, pairs, models, results, lambda done, total: console.progress(done, total, "image"), boxes
         )
         account = _give_account(job.evaluate.reference, evaluation)
         for name, content in _make_files(job, run, evaluation, account).items():
@@ -384,6 +413,8 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
         for model, row in account.intervals.items():
             means = {f"{model}/{metric}": interval.mean for metric, interval in row.items() if interval.count}
             tracker.log_metrics(0, means)
+        if evaluation.detection is not None:
+            tracker.log_metrics(0, evaluation.detection.to_metrics())
         succeeded = True
     finally:
         tracker.finish(succeeded)
@@ -391,6 +422,9 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     # Show the results.
     for line in account.to_lines():
         console.say(f"  {line}")
+    if evaluation.detection is not None:
+        for line in evaluation.detection.to_lines():
+            console.say(f"  {line}".rstrip())
     files = {"table": run.child(METRICS_FILE).uri, "report": run.child(REPORT_FILE).uri}
     console.footer("done", {**files, "took": format_duration(time.monotonic() - started)})
     return evaluation
@@ -405,10 +439,12 @@ def _describe_job(
     for name, source in section.models.items():
         kind = "results in " if name in results else ""
         models.append(f"{name} ({kind}{source})")
+    detector = {} if section.detector is None else {"detector": f"{section.detector}, boxes of {section.boxes}"}
     return {
         "images": section.hazy + truth,
         "models": ", ".join(models) or "none",
         "metrics": ", ".join(section.metrics),
+        **detector,
         "on": place,
         "run": run.uri,
     }
@@ -457,6 +493,11 @@ def _make_files(job: EvaluateJob, run: Location, evaluation: Evaluation, account
     if reference is not None and account.comparisons:
         files["comparison.csv"] = encode_csv(build_comparison_table(account.comparisons, reference))
 
+    detection_sections = []
+    if evaluation.detection is not None:
+        files |= evaluation.detection.to_files()
+        detection_sections.append(evaluation.detection.to_section())
+
     # The page omits sections without items.
     differences = [Table([""] * 6, account.differences)] if account.differences else []
     missing = [Listing("\n".join(account.missing))] if account.missing else []
@@ -464,6 +505,7 @@ def _make_files(job: EvaluateJob, run: Location, evaluation: Evaluation, account
     sections = [
         PageSection("Result", account.means_note, [Table(account.means[0], account.means[1:])]),
         PageSection("Differences", account.differences_note, differences),
+        *detection_sections,
         PageSection("Pictures", "Some of the images.", [pictures]),
         PageSection("Missing", "Images and values not in the tables.", missing),
         PageSection("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),

@@ -135,7 +135,7 @@ def format_intervals(intervals: Intervals) -> list[list[str]]:
 
     rows = [heading]
     for model, row in intervals.items():
-        rows.append([model, *map(_format_interval, row.values())])
+        rows.append([model, *map(format_interval, row.values())])
     return rows
 
 
@@ -147,13 +147,13 @@ def format_comparisons(comparisons: Comparisons) -> list[list[str]]:
     rows = []
     for model, row in comparisons.items():
         for metric, comparison in row.items():
-            difference = _format_interval(comparison.difference, signed=True)
+            difference = format_interval(comparison.difference, signed=True)
             better = f"better on {comparison.better} of {comparison.difference.count}"
             rows.append([model, metric, difference, better, f"p {comparison.p_value:.4f}", comparison.verdict])
     return rows
 
 
-def _format_interval(interval: Interval, signed: bool = False) -> str:
+def format_interval(interval: Interval, signed: bool = False) -> str:
     """Return `MEAN [LOW, HIGH]`.
 
     Without an interval, return the mean alone; without images, `-`.

@@ -11,7 +11,9 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
+from corun_ray.core.choices import DETECTOR_NAMES
 from corun_ray.core.metrics.catalog import list_no_reference_metrics
+from corun_ray.core.metrics.detector import get_detector_url
 from corun_ray.core.metrics.pyiqa import build_metric, get_file_name
 from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.weights import WeightsError
@@ -29,7 +31,7 @@ Progress = Callable[[str], None]
 def fetch(folder: Path, what: Sequence[str], progress: Progress = print) -> None:
     """Fetch the named weights into `folder`.
 
-    Names are `vgg19`, `daclip` and the no-reference metrics of pyiqa.
+    Names are `vgg19`, `daclip`, the no-reference metrics of pyiqa and the detectors of torchvision.
 
     Each file is added to the index as it arrives. Files that are there as the index says are kept. `progress` is
     called with one line for each file.
@@ -37,9 +39,10 @@ def fetch(folder: Path, what: Sequence[str], progress: Progress = print) -> None
     Raises `WeightsError` for an unknown name, a host that cannot be reached, and a file with a wrong checksum.
     """
     # Refuse unknown names before anything is fetched.
-    unknown = sorted(set(what) - {"vgg19", "daclip", *list_no_reference_metrics()})
+    unknown = sorted(set(what) - {"vgg19", "daclip", *list_no_reference_metrics(), *DETECTOR_NAMES})
     if unknown:
-        raise WeightsError(f"{', '.join(unknown)}: expected vgg19, daclip or a no-reference metric of pyiqa")
+        expected = "vgg19, daclip, a no-reference metric of pyiqa or a detector of torchvision"
+        raise WeightsError(f"{', '.join(unknown)}: expected {expected}")
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +55,8 @@ def fetch(folder: Path, what: Sequence[str], progress: Progress = print) -> None
             _fetch_file(_get_vgg19_url(), folder, progress)
         elif name == "daclip":
             _fetch_file(_get_daclip_url(), folder, progress)
+        elif name in DETECTOR_NAMES:
+            _fetch_file(get_detector_url(name), folder, progress)
         else:
             _fetch_metric(name, folder, progress)
 

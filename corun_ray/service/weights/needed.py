@@ -1,4 +1,4 @@
-"""The weight files that a job needs: those of its scorers, losses and metrics."""
+"""The weight files that a job needs: those of its scorers, losses, metrics and detector."""
 
 import contextlib
 import functools
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from corun_ray.config.jobs import ColabatorJob, EvaluateJob, Job, TrainingJob
 from corun_ray.core.choices import QUALITY_NAMES
 from corun_ray.core.metrics.catalog import TRANSMISSION_METRICS
+from corun_ray.core.metrics.detector import get_detector_file
 from corun_ray.core.metrics.measure import load_measure
 from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.scoring.quality import load_quality
@@ -73,12 +74,15 @@ def find_needed_files(job: Job) -> NeededFiles:
                 files = _record_files(weights, functools.partial(load_measure, metric))
                 add(weights, files, f"train.validation_metrics {metric}")
 
-    # The metrics of an evaluation.
+    # The metrics and the detector of an evaluation.
     if isinstance(job, EvaluateJob):
         weights = job.evaluate.weights
         for metric in job.evaluate.metrics:
             files = _record_files(weights, functools.partial(load_measure, metric))
             add(weights, files, f"evaluate.metrics {metric}")
+        if job.evaluate.detector is not None:
+            file = job.evaluate.detector_file or get_detector_file(job.evaluate.detector)
+            add(weights, [file], f"evaluate.detector {job.evaluate.detector}")
 
     return needed
 
