@@ -34,7 +34,7 @@ from corun_ray.service.report.statistics import CONFIDENCE, Interval
 from corun_ray.service.telemetry.tables import format_table
 from corun_ray.service.weights.needed import open_weights
 
-DRAWS = 1000
+DRAWS = 500
 """Draws of the bootstrap, and of the test: precision over all images is computed anew for each."""
 SHEET_CELL_PX = 400
 SHOWN_SCORE = 0.3
