@@ -300,16 +300,20 @@ class DetectionResult:
                     metrics[f"{model}/{name}"] = float(value)
         return metrics
 
-    def to_section(self) -> PageSection:
-        """Return the section of the report's page."""
+    def to_sections(self) -> list[PageSection]:
+        """Return the sections of the report's page; those without items are for the page to omit."""
         values = self.format_values()
         items: list[Table | PictureItem | Listing] = [Table(values[0], values[1:])]
-        if self.differences:
-            items.append(Table([self.differences_note, *[""] * 4], self.format_differences()))
         items.append(PictureItem([(f"green: true boxes; score {SHOWN_SCORE} and more", self.contact_sheet)], True))
         if self.list_missing():
             items.append(Listing("\n".join(self.list_missing())))
-        return PageSection("Detection", self.note, items)
+
+        rows = self.format_differences()
+        differences = [Table([""] * len(rows[0]), rows)] if rows else []
+        return [
+            PageSection("Detection", self.note, items),
+            PageSection("Differences of detection", self.differences_note, differences),
+        ]
 
     def to_files(self) -> dict[str, bytes]:
         """Return the files of the run by name: tables, the sheet, and boxes in COCO's formats."""

@@ -493,10 +493,10 @@ def _make_files(job: EvaluateJob, run: Location, evaluation: Evaluation, account
     if reference is not None and account.comparisons:
         files["comparison.csv"] = encode_csv(build_comparison_table(account.comparisons, reference))
 
-    detection_sections = []
+    detection_sections: list[PageSection] = []
     if evaluation.detection is not None:
         files |= evaluation.detection.to_files()
-        detection_sections.append(evaluation.detection.to_section())
+        detection_sections = evaluation.detection.to_sections()
 
     # The page omits sections without items.
     differences = [Table([""] * 6, account.differences)] if account.differences else []
