@@ -18,7 +18,8 @@ import numpy as np
 from corun_ray.config.tasks import EvaluateSection
 from corun_ray.core.errors import UserError
 from corun_ray.core.metrics.detection import Boxes
-from corun_ray.service.data.manifest import NAMED_IMAGES, filter_by_suffix, strip_suffix
+from corun_ray.service.data.manifest import filter_by_suffix
+from corun_ray.service.data.pairing import NAMED_FILES, get_stem
 from corun_ray.service.storage import locate
 
 XML_SUFFIXES = frozenset({".xml"})
@@ -128,7 +129,7 @@ def read_truth(section: EvaluateSection, images: Sequence[str], classes: Mapping
         raise AnnotationError(f"evaluate.boxes: no box to find in {uri} (of {_join(names)}, all difficult)")
 
     used = {label: number for label, number in classes.items() if number in counting}
-    stems = {strip_suffix(image) for image in images}
+    stems = {get_stem(image) for image in images}
     unused = sorted(annotation.place for stem, annotation in by_stem.items() if stem not in stems)
     return Truth(dict(sorted(used.items(), key=lambda item: item[1])), boxes, image_ids, sizes_px, unused)
 
@@ -138,10 +139,10 @@ def _pair(images: Sequence[str], by_stem: Mapping[str, Annotation], section: Eva
 
     Raises `AnnotationError`, naming the first images without one.
     """
-    missing = [image for image in images if strip_suffix(image) not in by_stem]
+    missing = [image for image in images if get_stem(image) not in by_stem]
     if missing:
-        named = ", ".join(posixpath.join(section.hazy, image) for image in missing[:NAMED_IMAGES])
-        more = ", ..." if len(missing) > NAMED_IMAGES else ""
+        named = ", ".join(posixpath.join(section.hazy, image) for image in missing[:NAMED_FILES])
+        more = ", ..." if len(missing) > NAMED_FILES else ""
         raise AnnotationError(
             f"evaluate.boxes: {len(missing)} of {len(images)} images have no annotation in {section.boxes} "
             f"({named}{more})"
@@ -151,7 +152,7 @@ def _pair(images: Sequence[str], by_stem: Mapping[str, Annotation], section: Eva
     found: dict[str, Annotation] = {}
     by_place: dict[str, str] = {}
     for image in images:
-        annotation = by_stem[strip_suffix(image)]
+        annotation = by_stem[get_stem(image)]
         if annotation.place in by_place:
             raise AnnotationError(f"evaluate.boxes: {by_place[annotation.place]} and {image} have one annotation")
         by_place[annotation.place] = image
@@ -224,8 +225,8 @@ def _read_voc(uri: str, images: Sequence[str]) -> dict[str, Annotation]:
     files = filter_by_suffix(folder.list_files(), XML_SUFFIXES)
     if not files:
         raise AnnotationError(f"evaluate.boxes: no .xml below {uri} (VOC's folder of XML files, or COCO's .json)")
-    stems = {strip_suffix(image) for image in images}
-    if stems.isdisjoint(map(strip_suffix, files)):
+    stems = {get_stem(image) for image in images}
+    if stems.isdisjoint(map(get_stem, files)):
         raise AnnotationError(
             f"evaluate.boxes: none of the {len(files)} annotations below {uri} is named like an image "
             f"(the first are {files[0]} and {images[0]})"
@@ -234,13 +235,13 @@ def _read_voc(uri: str, images: Sequence[str]) -> dict[str, Annotation]:
     def read(numbered: tuple[int, str]) -> Annotation:
         number, file = numbered
         place = folder.child(file)
-        if strip_suffix(file) not in stems:
+        if get_stem(file) not in stems:
             return Annotation(place.uri, [], None, number)
         return _parse_voc(place.read(), place.uri, number)
 
     with ThreadPoolExecutor(READERS) as readers:
         annotations = list(readers.map(read, enumerate(files, 1)))
-    return dict(zip(map(strip_suffix, files), annotations, strict=True))
+    return dict(zip(map(get_stem, files), annotations, strict=True))
 
 
 def _parse_voc(content: bytes, place: str, number: int) -> Annotation:
@@ -345,9 +346,7 @@ def _parse_coco(content: Mapping[str, Any], uri: str) -> dict[str, Annotation]:
     annotations: dict[str, Annotation] = {}
     for entry in content["images"]:
         image_id, name = entry["id"], str(entry["file_name"])
-        if strip_suffix(name) in annotations:
-            raise AnnotationError(f"{uri}: two images are called {strip_suffix(name)}")
-        annotations[strip_suffix(name)] = Annotation(
-            f"{uri}: {name}", boxes[image_id], sizes_px[image_id], int(image_id)
-        )
+        if get_stem(name) in annotations:
+            raise AnnotationError(f"{uri}: two images are called {get_stem(name)}")
+        annotations[get_stem(name)] = Annotation(f"{uri}: {name}", boxes[image_id], sizes_px[image_id], int(image_id))
     return annotations

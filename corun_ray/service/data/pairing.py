@@ -20,6 +20,14 @@ def strip_suffix(path: str) -> str:
     return posixpath.splitext(path)[0]
 
 
+def get_stem(path: str) -> str:
+    """Return a path without its last suffix, in Unicode's NFC.
+
+    Files of one stem belong together. Some file systems store é as e and an accent.
+    """
+    return unicodedata.normalize("NFC", strip_suffix(path))
+
+
 @dataclass(frozen=True)
 class Pairing:
     """Images with their partners (depth maps, clean images), and the reasons for the files left over."""
@@ -60,12 +68,11 @@ def find_key(path: str, pattern: re.Pattern[str] | None) -> str | None:
 
     `path` is relative to the data root. Without a pattern, the key is the path without suffix. With one, it is the
     folder and the pattern's group, found in the name without suffix; a pattern that has a `/` in it sees folders and
-    name, and its group alone is the key. Letters with accents are compared in NFC: some file systems store é as e and
-    an accent.
+    name, and its group alone is the key.
 
     Returns None where the pattern does not match, or its group is empty.
     """
-    stem = unicodedata.normalize("NFC", strip_suffix(path))
+    stem = get_stem(path)
     if pattern is None:
         return stem
 
