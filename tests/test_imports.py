@@ -266,7 +266,7 @@ LAZY = {
         "metrics.detector": ("torchvision",),
         "metrics.pyiqa": ("pyiqa", "timm", "clip", "packaging"),
         "networks.spandrel": ("spandrel",),
-        "data.images": ("h5py",),
+        "data.images": ("h5py", "scipy"),
     }.items()
 }
 

@@ -7,7 +7,8 @@ begun by a marker; coded pixels follow the segments that begin a scan.
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -25,6 +26,18 @@ _PNG_CHUNK_BYTES = 12
 
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 """Reader of a .npy header by the file's version; version 3 is for names of fields, which depth never has."""
+
+_HDF5_START = b"\x89HDF\r\n\x1a\n"
+_MAT_HEADER_BYTES = 512
+"""Bytes of MATLAB's own header, which a .mat file of version 7.3 has before its HDF5 content."""
+_MAT_KEY = "depth"
+_MATLAB_CLASS = "MATLAB_class"
+"""The attribute of everything that MATLAB writes into an HDF5 file."""
+_MAT_CLASSES = {"double", "single", "logical", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
+_MAT_NUMBERS = frozenset(_MAT_CLASSES | {"float64", "float32", "float16", "bool"})
+"""Kinds of arrays of real numbers: MATLAB's classes, and numpy's types where MATLAB did not write the file."""
+_MAX_NAMED_ARRAYS = 6
+"""Arrays of a .mat file that a message names."""
 
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END_MARKER = 0xD9
@@ -136,32 +149,48 @@ def _has_png_end(data: bytes) -> bool:
 def decode_depth(data: bytes, suffix: str) -> NDArray:
     """Decode a depth map to `H W`.
 
-    Values are real numbers in the file's own unit; the array may be a view of `data`. `suffix` is the file's: `.npy`
-    (`H W` or `1 H W`, any real dtype) or `.png` (8 or 16 bit, grey).
+    Values are real numbers in the file's own unit; the array may be a view of `data`. `suffix` is the file's: `.npy` or
+    `.mat` (`H W`, `1 H W` or `H W 1`, any real dtype) or `.png` (8 or 16 bit, grey).
 
     Raises `BadImage` if the file cannot be read or has another shape; `DepthMap.from_pixels` checks the values.
     """
     match suffix.lower():
         case ".npy":
-            depth = _decode_npy(data)
+            depth = _drop_single_channel(_decode_npy(data))
         case ".png":
             depth = _decode_depth_png(data)
         case ".mat":
-            raise BadImage(".mat: MATLAB depth maps are not read; convert to .npy")
+            depth = _drop_single_channel(_decode_mat(data))
         case _:
-            raise BadImage(f"depth map is '{suffix}', expected .npy or .png")
+            raise BadImage(f"depth map is '{suffix}', expected .npy, .png or .mat")
 
     if depth.size == 0:
         raise BadImage("depth map is empty")
     return depth
 
 
+def _drop_single_channel(depth: NDArray) -> NDArray:
+    """Return `H W` of `H W`, `1 H W` or `H W 1`.
+
+    Raises `BadImage` for another shape, and for anything but real numbers.
+    """
+    if depth.dtype.kind not in "fiub":
+        raise BadImage(f"depth map is of {depth.dtype}, expected real numbers")
+    if depth.ndim == 3 and depth.shape[0] == 1:
+        return depth[0]
+    if depth.ndim == 3 and depth.shape[2] == 1:
+        return depth[..., 0]
+    if depth.ndim != 2:
+        raise BadImage(f"depth map has shape {depth.shape}, expected H W, 1 H W or H W 1")
+    return depth
+
+
 def _decode_npy(data: bytes) -> NDArray:
-    """Decode a .npy file of real numbers to `H W`.
+    """Decode a .npy file of any shape.
 
     Returns a view of `data`.
 
-    Raises `BadImage` for anything else.
+    Raises `BadImage` for a damaged file.
     """
     # Unlike numpy's `read_array`, `frombuffer` makes no copy.
     try:
@@ -169,19 +198,11 @@ def _decode_npy(data: bytes) -> NDArray:
         read_header = _NPY_HEADERS[np.lib.format.read_magic(file)]
         shape, is_fortran, dtype = read_header(file)
         values = np.frombuffer(data, dtype, math.prod(shape), file.tell())
-        depth = values.reshape(shape, order="F" if is_fortran else "C")
+        return values.reshape(shape, order="F" if is_fortran else "C")
     except Exception as error:
         # A damaged header can raise any error of Python's parser.
         reason = " ".join(str(error).split())[:MAX_REASON_CHARS]
         raise BadImage(f"not a readable .npy file: {reason}") from error
-
-    if depth.dtype.kind not in "fiub":
-        raise BadImage(f"depth map is of {depth.dtype}, expected real numbers")
-    if depth.ndim == 3 and depth.shape[0] == 1:
-        depth = depth[0]
-    if depth.ndim != 2:
-        raise BadImage(f"depth map has shape {depth.shape}, expected H W or 1 H W")
-    return depth
 
 
 def _decode_depth_png(data: bytes) -> NDArray:
@@ -197,6 +218,107 @@ def _decode_depth_png(data: bytes) -> NDArray:
     if (depth[..., :3] != depth[..., :1]).any():
         raise BadImage("depth PNG is in colour, expected grey")
     return depth[..., 0]
+
+
+# --- MATLAB files ---
+
+
+class _MatArray(NamedTuple):
+    """What a .mat file tells of one of its arrays: MATLAB's class, and the shape as MATLAB has it."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {' x '.join(map(str, self.shape))}".strip()
+
+    @property
+    def is_map(self) -> bool:
+        """Whether this is an array of real numbers with two sides; MATLAB's scalars and vectors have fewer."""
+        num_sides = sum(side > 1 for side in self.shape)
+        return self.kind in _MAT_NUMBERS and len(self.shape) <= 3 and num_sides == 2
+
+
+def _decode_mat(data: bytes) -> NDArray:
+    """Decode the depth map of a MATLAB file.
+
+    The map is the array `depth`, or else the only two-dimensional one of real numbers. Files of version 7.3 are HDF5,
+    older ones have a format of their own.
+
+    Raises `BadImage` for a damaged file, and for one without such an array.
+    """
+    is_hdf5 = _HDF5_START in (data[: len(_HDF5_START)], data[_MAT_HEADER_BYTES:][: len(_HDF5_START)])
+    try:
+        return _read_hdf5_array(data) if is_hdf5 else _read_older_mat_array(data)
+    except BadImage:
+        raise
+    except Exception as error:
+        # A damaged file can raise any error of the two libraries.
+        reason = " ".join(str(error).split())[:MAX_REASON_CHARS]
+        raise BadImage(f"not a readable .mat file: {reason}") from error
+
+
+def _read_hdf5_array(data: bytes) -> NDArray:
+    """Read the depth map of a MATLAB file of version 7.3.
+
+    MATLAB stores columns first, HDF5 counts rows first: an array that MATLAB wrote is turned back. Its attribute
+    `MATLAB_class` tells; without one, another program wrote the array, which stays as it is.
+    """
+    import h5py
+
+    with h5py.File(io.BytesIO(data), "r") as file:
+        arrays = {name: _describe_hdf5_item(item) for name, item in file.items()}
+        dataset = file[_choose_mat_array(arrays)]
+        values = dataset[()]
+        is_by_matlab = _MATLAB_CLASS in dataset.attrs
+
+    return np.ascontiguousarray(values.T) if is_by_matlab else values
+
+
+def _describe_hdf5_item(item: Any) -> _MatArray:
+    """Describe an array of an HDF5 file as MATLAB has it."""
+    # Structs and cells may be groups, without type and shape.
+    shape = getattr(item, "shape", None) or ()
+    dtype = getattr(item, "dtype", None)
+    kind = item.attrs.get(_MATLAB_CLASS)
+    if kind is None:
+        return _MatArray("group" if dtype is None else str(dtype), shape)
+
+    # Complex numbers are pairs of fields.
+    name = kind.decode() if isinstance(kind, bytes) else str(kind)
+    return _MatArray(f"complex {name}" if dtype is not None and dtype.names else name, shape[::-1])
+
+
+def _read_older_mat_array(data: bytes) -> NDArray:
+    """Read the depth map of a MATLAB file of version 7 or older."""
+    import scipy.io
+
+    arrays = {name: _MatArray(kind, shape) for name, shape, kind in scipy.io.whosmat(io.BytesIO(data))}
+    name = _choose_mat_array(arrays)
+    return scipy.io.loadmat(io.BytesIO(data), variable_names=[name])[name]
+
+
+def _choose_mat_array(arrays: Mapping[str, _MatArray]) -> str:
+    """Return the name of the depth map among a file's arrays.
+
+    Raises `BadImage`, naming the arrays, where there is none or more than one.
+    """
+    # The array `depth` is meant, whatever else the file holds.
+    if _MAT_KEY in arrays:
+        if arrays[_MAT_KEY].kind not in _MAT_NUMBERS:
+            raise BadImage(f"array '{_MAT_KEY}' is {arrays[_MAT_KEY]}, expected real numbers")
+        return _MAT_KEY
+
+    maps = [name for name, array in arrays.items() if array.is_map]
+    if len(maps) == 1:
+        return maps[0]
+
+    # Tell what is there instead.
+    found = [f"{name} ({array})" for name, array in list(arrays.items())[:_MAX_NAMED_ARRAYS]]
+    if len(arrays) > _MAX_NAMED_ARRAYS:
+        found.append(f"{len(arrays) - _MAX_NAMED_ARRAYS} more")
+    listing = " ".join(", ".join(found).split()) or "nothing"
+    raise BadImage(f".mat file holds {listing}; expected an array '{_MAT_KEY}', or just one of H W real numbers")
 
 
 # --- Headers of JPEG files ---

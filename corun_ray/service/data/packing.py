@@ -308,12 +308,12 @@ def _read_row(plan: PackPlan, source: PackEntry) -> dict[str, str | bytes] | str
 def _read_depth(plan: PackPlan, key: str) -> dict[str, str | bytes]:
     """Read a depth map as columns of a row.
 
-    PNG becomes .npy of the same values, which decodes faster, unless the plan keeps it.
+    PNG and .mat become .npy of the same values, which decodes faster; PNG stays where the plan keeps it.
     """
     assert plan.depth is not None
     content = locate(plan.depth).child(key).read()
     suffix = posixpath.splitext(key)[1].lower()
-    if suffix != ".png" or plan.keep_png:
+    if suffix == ".npy" or (suffix == ".png" and plan.keep_png):
         return {"depth_key": key, "depth": content}
 
     try:

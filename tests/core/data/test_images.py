@@ -1,10 +1,13 @@
+import functools
 import io
 import struct
 import zlib
 
 import cv2
+import h5py
 import numpy as np
 import pytest
+import scipy.io
 
 from corun_ray.core.data.augment import resize
 from corun_ray.core.data.images import BadImage, decode_depth, decode_image, encode_png
@@ -147,10 +150,43 @@ def test_a_side_under_eight_px_is_refused():
         decode_image(encode_png(photograph(7, 20)))
 
 
+def matlab73(arrays) -> bytes:
+    """A file of version 7.3 as MATLAB writes it: its own header, then HDF5 with the columns of each array first."""
+    content = plain_hdf5({name: np.asarray(array).T for name, array in arrays.items()}, userblock_size=512)
+    header = b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124) + b"\x00\x02IM"
+    return header + content[len(header) :]
+
+
+def plain_hdf5(arrays, userblock_size: int = 0) -> bytes:
+    """An HDF5 file; with MATLAB's attributes where it leaves room for MATLAB's header."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", userblock_size=userblock_size) as file:
+        for name, array in arrays.items():
+            is_text = array.dtype.kind == "U"
+            # MATLAB has two sides or more, text as numbers, and pairs of fields for complex numbers.
+            array = (
+                np.frombuffer(str(array).encode("utf-16-le"), np.uint16)[:, None] if is_text else np.atleast_2d(array)
+            )
+            if array.dtype.kind == "c":
+                array = array.view([("real", "f8"), ("imag", "f8")])
+            item = file.create_dataset(name, data=array)
+            if userblock_size:
+                kinds = {"f8": "double", "f4": "single", "V16": "double"}
+                kind = "char" if is_text else kinds.get(array.dtype.str[1:], array.dtype.name)
+                item.attrs["MATLAB_class"] = np.bytes_(kind)
+    return buffer.getvalue()
+
+
+def older_mat(arrays, version: str) -> bytes:
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, arrays, format=version, do_compression=version == "5")
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "uint8", "uint16", "int32", ">f4"])
 def test_npy_depth_of_any_real_dtype(dtype):
     depth = np.arange(12).reshape(3, 4).astype(dtype)
-    for stored in (depth, depth[None], np.asfortranarray(depth)):
+    for stored in (depth, depth[None], depth[..., None], np.asfortranarray(depth)):
         decoded = decode_depth(npy(stored), ".NPY")
         np.testing.assert_array_equal(decoded, np.arange(12).reshape(3, 4))
 
@@ -189,10 +225,63 @@ def test_a_pickled_or_truncated_or_foreign_npy_is_refused():
 def test_other_unusable_depth_files_are_refused():
     with pytest.raises(BadImage, match="colour"):
         decode_depth(encode_png(photograph()), ".png")
-    with pytest.raises(BadImage, match="MATLAB depth maps are not read; convert to .npy"):
-        decode_depth(b"MATLAB 7.3 MAT-file", ".mat")
-    with pytest.raises(BadImage, match="'.txt', expected .npy or .png"):
+    with pytest.raises(BadImage, match="'.txt', expected .npy, .png or .mat"):
         decode_depth(b"1 2 3", ".txt")
+
+
+DEPTH = np.arange(1.0, 13).reshape(3, 4)
+MAT_VERSIONS = [matlab73, functools.partial(older_mat, version="5"), functools.partial(older_mat, version="4")]
+
+
+@pytest.mark.parametrize("write", MAT_VERSIONS, ids=["7.3", "5", "4"])
+def test_mat_depth_has_the_rows_that_matlab_had(write):
+    others = {"name": "view 3", "scale": np.float64(0.5), "rows": np.arange(7.0)[None]}
+    for arrays in ({"depth": DEPTH}, {"Z": DEPTH}, {"depth": DEPTH, "again": DEPTH + 1}, {"Z": DEPTH, **others}):
+        np.testing.assert_array_equal(decode_depth(write(arrays), ".mat"), DEPTH)
+
+
+@pytest.mark.parametrize("write", MAT_VERSIONS[:2], ids=["7.3", "5"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "uint8", "uint16"])
+def test_mat_depth_of_any_type_and_with_a_third_side_of_one(write, dtype):
+    for stored in (DEPTH, DEPTH[..., None]):
+        decoded = decode_depth(write({"depth": stored.astype(dtype)}), ".MAT")
+        assert decoded.dtype == dtype
+        np.testing.assert_array_equal(decoded, DEPTH)
+
+
+def test_an_hdf5_file_that_matlab_did_not_write_stays_as_it_is():
+    np.testing.assert_array_equal(decode_depth(plain_hdf5({"depth": DEPTH}), ".mat"), DEPTH)
+
+
+@pytest.mark.parametrize("write", MAT_VERSIONS[:2], ids=["7.3", "5"])
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        (
+            {"a": DEPTH, "b": DEPTH.astype("uint8")},
+            r"holds a \(double 3 x 4\), b \(uint8 3 x 4\); expected an array 'dep",
+        ),
+        ({"Depth": np.zeros((2, 3, 4))}, r"holds Depth \(double 2 x 3 x 4\); expected an array 'depth', or just one"),
+        ({"scale": np.float64(2)}, r"holds scale \(double 1 x 1\)"),
+        ({chr(97 + n): np.float64(n) for n in range(9)}, r"f \(double 1 x 1\), 3 more; expected"),
+        ({"depth": "near"}, "array 'depth' is char.*, expected real numbers"),
+        ({"depth": DEPTH * 1j}, "complex.*, expected real numbers"),
+        ({"depth": np.zeros((2, 3, 4))}, "shape .2, 3, 4., expected H W, 1 H W or H W 1"),
+        ({}, "holds nothing; expected"),
+    ],
+)
+def test_a_mat_file_without_a_depth_map_tells_what_it_holds(write, arrays, reason):
+    with pytest.raises(BadImage, match=reason) as refused:
+        decode_depth(write(arrays), ".mat")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_damaged_mat_file_is_refused():
+    for whole in (matlab73({"depth": DEPTH}), older_mat({"depth": DEPTH}, "5")):
+        for data in (whole[: len(whole) // 2], whole[:129], whole[:130] + bytes(range(256)), b"", b"text"):
+            with pytest.raises(BadImage, match="not a readable .mat file") as refused:
+                decode_depth(data, ".mat")
+            assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

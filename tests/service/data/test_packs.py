@@ -7,6 +7,7 @@ import boto3
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import scipy.io
 
 from corun_ray.core.data.images import decode_depth
 from corun_ray.service.check import check_job
@@ -89,6 +90,18 @@ def test_shards_are_ordinary_parquet_of_the_size_asked_for(large):
         ours = decode_depth(row["depth"], ".npy")
         assert row["depth_key"].endswith(".npy") and ours.dtype == depth.dtype == np.uint16
         assert np.array_equal(ours, depth)
+
+
+def test_depth_of_matlab_gives_the_same_samples_from_folder_and_pack(dataset, tmp_path):
+    for path in (dataset / "depth").iterdir():
+        depth = np.load(path)[..., None]
+        (tmp_path / "depth").mkdir(exist_ok=True)
+        scipy.io.savemat(tmp_path / "depth" / f"{path.stem}.mat", {"depth": depth})
+    packed(dataset / "clear", tmp_path / "pack", tmp_path / "depth")
+    assert all(key.endswith(".npy") for key in opened(tmp_path / "pack").depths)
+    plain = samples_of(small_job("pretrain", dataset, tmp_path))
+    for data in ({"depth": str(tmp_path / "depth")}, dict.fromkeys(("clear", "depth"), str(tmp_path / "pack"))):
+        assert_same(samples_of(small_job("pretrain", dataset, tmp_path, data=data)), plain)
 
 
 def test_depth_in_png_may_stay(large):
