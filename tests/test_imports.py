@@ -266,6 +266,7 @@ LAZY = {
         "metrics.detector": ("torchvision",),
         "metrics.pyiqa": ("pyiqa", "timm", "clip", "packaging"),
         "networks.spandrel": ("spandrel",),
+        "inference.depth": ("transformers",),
         "data.images": ("h5py", "scipy"),
     }.items()
 }

@@ -41,7 +41,7 @@ def fetch_weights(
         list[str] | None,
         typer.Argument(
             metavar="WHAT ...",
-            help="daclip, vgg19, a no-reference metric of pyiqa or a detector of torchvision "
+            help="daclip, vgg19, depth, a no-reference metric of pyiqa or a detector of torchvision "
             "(default: daclip musiq vgg19 brisque nima)",
         ),
     ] = None,

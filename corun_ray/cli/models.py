@@ -1,4 +1,4 @@
-"""`corun-ray dehaze | evaluate | promote | pull | serve`: uses of trained models."""
+"""`corun-ray dehaze | evaluate | depth | promote | pull | serve`: uses of trained models."""
 
 import re
 from collections.abc import Sequence
@@ -31,6 +31,13 @@ examples:
       --model old=models:/corun@champion --against old
   corun-ray evaluate rtts/images --boxes rtts/annotations --weights weights \\
       --detector fasterrcnn_resnet50_fpn --model corun-small"""
+
+DEPTH_EXAMPLES = """\
+examples:
+  corun-ray weights fetch weights depth
+  corun-ray depth clear depth --weights weights
+  corun-ray depth s3://haze/clear s3://haze/depth --weights s3://haze/weights --resume
+  corun-ray depth clear depth --weights weights --model zoedepth-nyu-kitti --format png"""
 
 PROMOTE_EXAMPLES = """\
 examples:
@@ -217,6 +224,49 @@ def evaluate(
     }
     section |= {key: value for key, value in optional.items() if value is not None}
     return run_described({"kind": "evaluate", "name": "evaluate", "storage": storage, "evaluate": section}, tracking)
+
+
+@app.command(epilog=DEPTH_EXAMPLES)
+def depth(
+    images: Annotated[str, typer.Argument(metavar="CLEAR", help="folder or URI of clear photographs")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="folder or URI to write the depth maps to")],
+    weights: Annotated[
+        str, typer.Option("--weights", metavar="DIR", help="folder or URI of weights, which holds the model")
+    ],
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="folder below DIR: a depth estimator of transformers")
+    ] = "depth-anything-v2-small",
+    file_format: Annotated[
+        Literal["npy", "png"], typer.Option("--format", help="npy: float16; png: 16-bit grey")
+    ] = "npy",
+    depth_kind: Annotated[
+        Literal["inverse", "metres"] | None,
+        typer.Option("--depth-kind", help="what the model predicts (default: as its type tells)"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="skip photographs whose maps are in OUT already")] = False,
+) -> int:
+    """Estimate the depth of clear photographs, for training.
+
+    Writes a depth map for every photograph below CLEAR into OUT, on the Ray cluster of RAY_ADDRESS or here, of the
+    same name, folder and size. A job then trains on data.clear: CLEAR and data.depth: OUT.
+
+    Most models, Depth Anything V2 too, give inverse depth without a unit: larger is nearer, scaled to [0, 1] in each
+    photograph. Some give metres: larger is farther; a PNG has them in steps of 1/256, up to 256. The last lines and
+    OUT/depth.json tell which data.depth_kind the maps have. OUT/contact_sheet.jpg shows some of them, yellow is near.
+
+    DIR/NAME has the files config.json, preprocessor_config.json and model.safetensors as Hugging Face hosts them, and
+    an index (`corun-ray weights`). Files that cannot be used are skipped and named at the end.
+    """
+    # The keys of a job file's section.
+    section = {
+        "input": images,
+        "output": output,
+        "weights": weights,
+        "model": model,
+        "format": file_format,
+        "depth_kind": depth_kind,
+    }
+    return run_described({"kind": "depth", "name": "photographs", "depth": section}, DEFAULT_TRACKING, resume)
 
 
 @app.command(epilog=PROMOTE_EXAMPLES)

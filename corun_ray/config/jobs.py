@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from corun_ray.config.credentials import REFUSED, holds_credentials, mask_credentials
-from corun_ray.config.tasks import DehazeSection, EvaluateSection, ServeSection, TuneSection
+from corun_ray.config.tasks import DehazeSection, DepthSection, EvaluateSection, ServeSection, TuneSection
 from corun_ray.config.training import (
     CoherenceSection,
     ColabatorDataSection,
@@ -106,7 +106,7 @@ def _find_texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 class Job(Strict):
-    kind: str = Field(description="pretrain, colabator, tune, evaluate, dehaze or serve")
+    kind: str = Field(description="pretrain, colabator, tune, evaluate, dehaze, depth or serve")
     name: Name = Field(description="lower-case letters, digits and . _ -, starting with a letter or digit")
     seed: Whole = Field(0, ge=0, le=2**32 - 1, description="seed of all random numbers")
     storage: Text = Field("runs", description="folder or URI of checkpoints, label pool and reports")
@@ -259,6 +259,11 @@ class DehazeJob(Job):
     dehaze: DehazeSection = _define_section("the images to dehaze, and the model")
 
 
+class DepthJob(Job):
+    kind: Literal["depth"]
+    depth: DepthSection = _define_section("the photographs whose depth is estimated, and the model")
+
+
 class ServeJob(Job):
     kind: Literal["serve"]
     serve: ServeSection = _define_section("the served model, its address and its limits")
@@ -280,5 +285,6 @@ KINDS: dict[str, type[Job]] = {
     "tune": TuneJob,
     "evaluate": EvaluateJob,
     "dehaze": DehazeJob,
+    "depth": DepthJob,
     "serve": ServeJob,
 }

@@ -34,12 +34,13 @@ ORDER = (
     "tune",
     "evaluate",
     "dehaze",
+    "depth",
     "serve",
     "cluster",
     "tracking",
 )
 """Order in which a job's keys are listed and written; a kind has some of the sections."""
-REFERENCE_KINDS = ("tune", "colabator", "pretrain", "evaluate", "dehaze", "serve")
+REFERENCE_KINDS = ("tune", "colabator", "pretrain", "evaluate", "dehaze", "depth", "serve")
 """Kinds by precedence: the reference takes a key's description and order from the first kind that has the key."""
 
 

@@ -1,4 +1,4 @@
-"""Define the sections `tune`, `evaluate`, `serve` and `dehaze` of a job file."""
+"""Define the sections `tune`, `evaluate`, `serve`, `dehaze` and `depth` of a job file."""
 
 import difflib
 import math
@@ -31,7 +31,7 @@ from corun_ray.config.types import (
     Workers,
     check_distinct,
 )
-from corun_ray.core.choices import DetectorName
+from corun_ray.core.choices import DepthKind, DetectorName
 from corun_ray.core.metrics.catalog import OWN_METRICS, choose_mode, list_metrics
 
 Baseline = Literal["hazy", "untrained", "dark_channel"]
@@ -286,3 +286,17 @@ class DehazeSection(Section):
         ge=64,
         description="memory for one image; larger ones are processed in parts; null: 2816, or 3/4 of the GPU's memory",
     )
+
+
+# --- Depth ---
+
+
+class DepthSection(Section):
+    input: Text = Field(description="folder or URI of clear photographs")
+    output: Text = Field(description="folder or URI of their depth maps, which have the photographs' names and folders")
+    weights: Text = Field(description="folder or URI of weights, which holds the model (see corun-ray weights)")
+    model: Text = Field(
+        "depth-anything-v2-small", description="folder below weights: a depth estimator of transformers"
+    )
+    depth_kind: DepthKind | None = Field(None, description="what the model predicts; null: as its type tells")
+    format: Literal["npy", "png"] = Field("npy", description="npy: float16; png: 16-bit grey")

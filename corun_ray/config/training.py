@@ -334,8 +334,12 @@ class TrainingDataSection(Section):
     clear: OptionalText = Field(
         None, description="folder, pack (see corun-ray pack) or URI of clear images, to which haze is added"
     )
-    depth: OptionalText = Field(None, description="folder, pack or URI of their depth maps; null: procedural depth")
-    depth_kind: DepthKind = Field("inverse", description="inverse: larger is nearer; metres: 0 means no measurement")
+    depth: OptionalText = Field(
+        None, description="folder, pack or URI of their depth maps (.npy, .png, .mat); null: procedural depth"
+    )
+    depth_kind: DepthKind = Field(
+        "inverse", description="inverse: larger is nearer; metres: larger is farther, 0 means no reading"
+    )
     camera: CameraKind = Field(
         "published", description="darkening, noise and JPEG of synthetic hazy images: published, mild or none"
     )

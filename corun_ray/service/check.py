@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 
-from corun_ray.config.jobs import ColabatorJob, DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
+from corun_ray.config.jobs import ColabatorJob, DehazeJob, DepthJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
 from corun_ray.config.tasks import EvaluateSection
 from corun_ray.config.trials import choose_example_job
 from corun_ray.core.choices import QUALITY_NAMES, SHIPPED_MODELS
@@ -94,6 +94,9 @@ def _check_data(job: Job) -> Notes:
     elif isinstance(job, DehazeJob):
         images_to_dehaze = list_images(job.dehaze.input, "dehaze.input")
         yield "data", f"{len(images_to_dehaze)} images to dehaze"
+    elif isinstance(job, DepthJob):
+        photographs = list_images(job.depth.input, "depth.input")
+        yield "data", f"{len(photographs)} photographs whose depth is estimated"
 
 
 def _describe_boxes(section: EvaluateSection, images: Sequence[str]) -> str:
@@ -180,6 +183,8 @@ def _may_need_weights(job: Job) -> bool:
         coherence = job.coherence
         if coherence.clarity == "daclip" or coherence.quality not in QUALITY_NAMES:
             return True
+    if isinstance(job, DepthJob):
+        return True
     if not isinstance(job, TrainingJob):
         return False
     validation_metrics = set(job.train.validation_metrics or ())
@@ -201,7 +206,7 @@ def _check_machines(job: Job) -> Notes:
     """
     cluster = os.environ.get("RAY_ADDRESS")
     where = cluster or "a local Ray"
-    if isinstance(job, EvaluateJob | DehazeJob):
+    if isinstance(job, EvaluateJob | DehazeJob | DepthJob):
         yield "machines", f"every GPU, else every CPU, of {where}"
         return
 

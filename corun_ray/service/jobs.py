@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from corun_ray.config.jobs import DehazeJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
+from corun_ray.config.jobs import DehazeJob, DepthJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
 from corun_ray.config.trials import choose_example_job
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.cluster.paths import make_paths_absolute
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.inference.dehaze import run_dehazing
+from corun_ray.service.inference.depth import run_depth_estimation
 from corun_ray.service.inference.evaluate import run_evaluation
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
@@ -22,7 +23,8 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
     The first job that fails ends the pipeline. With `resume`, each job resumes where its last run stopped, and work
     that is done is skipped.
 
-    Raises the errors of `run_training`, `run_search`, `run_evaluation`, `run_dehazing` and `run_serving`.
+    Raises the errors of `run_training`, `run_search`, `run_evaluation`, `run_dehazing`, `run_depth_estimation` and
+    `run_serving`.
     """
     jobs = [make_paths_absolute(job) for job in jobs]
 
@@ -68,6 +70,8 @@ def _run_job(job: Job, console: Console, folder: Path, resume: bool) -> None:
         run_evaluation(job, console)
     elif isinstance(job, DehazeJob):
         run_dehazing(job, console, resume)
+    elif isinstance(job, DepthJob):
+        run_depth_estimation(job, console, resume)
     elif isinstance(job, ServeJob):
         from corun_ray.service.serve.deployment import run_serving
 

@@ -29,6 +29,9 @@ FOLDER_KEYS = (
     "evaluate.boxes",
     "dehaze.input",
     "dehaze.output",
+    "depth.input",
+    "depth.output",
+    "depth.weights",
 )
 """Keys of a job file that name folders or URIs; `*` stands for every key at its place."""
 

@@ -210,7 +210,7 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Deha
     for uri, reason in result.bad_files.items():
         log.warning("image left out", image=uri, reason=reason)
     log.info("dehazing ended", written=result.written, left_out=len(result.bad_files))
-    _name_bad_files(section, result.bad_files, console)
+    name_bad_files(section.output, result.bad_files, console)
 
     # Tell the outcome.
     took_s = time.monotonic() - started
@@ -232,11 +232,10 @@ def _select_unwritten(section: DehazeSection, keys: list[str]) -> list[str]:
     return [key for key in keys if get_output_name(key, section.format) not in existing]
 
 
-def _name_bad_files(section: DehazeSection, bad_files: dict[str, str], console: Console) -> None:
+def name_bad_files(output: str, bad_files: dict[str, str], console: Console) -> None:
     """Name the first skipped images on the console.
 
-    Where there are more, a file in the output lists all.
-
+    Where there are more, a file in the folder or URI `output` lists all.
 
     Raises `StorageError`.
     """
@@ -245,7 +244,7 @@ def _name_bad_files(section: DehazeSection, bad_files: dict[str, str], console: 
 
     if len(bad_files) > MAX_NAMED_BAD_FILES:
         listing = "".join(f"{uri}\t{reason}\n" for uri, reason in sorted(bad_files.items()))
-        target = locate(section.output).child(BAD_FILES_LIST)
+        target = locate(output).child(BAD_FILES_LIST)
         target.write(listing.encode())
         console.say(f"  skipped: {len(bad_files) - MAX_NAMED_BAD_FILES} more, all in {target.uri}")
 

@@ -12,15 +12,17 @@ from urllib.parse import unquote, urlparse
 import torch
 
 from corun_ray.core.choices import DETECTOR_NAMES
+from corun_ray.core.inference.depth import MODEL_FILES
 from corun_ray.core.metrics.catalog import list_no_reference_metrics
 from corun_ray.core.metrics.detector import get_detector_url
 from corun_ray.core.metrics.pyiqa import build_metric, get_file_name
 from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.weights import WeightsError
-from corun_ray.service.weights.folder import INDEX, Content, compute_content, read_index, write_index
+from corun_ray.service.weights.folder import DEPTH_MODEL, INDEX, Content, compute_content, read_index, write_index
 
 PUBLISHED = ("daclip", "musiq", "vgg19", "brisque", "nima")
 """What the published recipe needs."""
+DEPTH_HUB = "depth-anything/Depth-Anything-V2-Small-hf"
 DACLIP_HUB = "weblzw/daclip-uir-ViT-B-32-irsde"
 MAX_REASON_LENGTH = 200
 """Characters of a downloader's error that a message repeats."""
@@ -31,7 +33,7 @@ Progress = Callable[[str], None]
 def fetch(folder: Path, what: Sequence[str], progress: Progress = print) -> None:
     """Fetch the named weights into `folder`.
 
-    Names are `vgg19`, `daclip`, the no-reference metrics of pyiqa and the detectors of torchvision.
+    Names are `vgg19`, `daclip`, `depth`, the no-reference metrics of pyiqa and the detectors of torchvision.
 
     Each file is added to the index as it arrives. Files that are there as the index says are kept. `progress` is
     called with one line for each file.
@@ -39,9 +41,9 @@ def fetch(folder: Path, what: Sequence[str], progress: Progress = print) -> None
     Raises `WeightsError` for an unknown name, a host that cannot be reached, and a file with a wrong checksum.
     """
     # Refuse unknown names before anything is fetched.
-    unknown = sorted(set(what) - {"vgg19", "daclip", *list_no_reference_metrics(), *DETECTOR_NAMES})
+    unknown = sorted(set(what) - {"vgg19", "daclip", "depth", *list_no_reference_metrics(), *DETECTOR_NAMES})
     if unknown:
-        expected = "vgg19, daclip, a no-reference metric of pyiqa or a detector of torchvision"
+        expected = "vgg19, daclip, depth, a no-reference metric of pyiqa or a detector of torchvision"
         raise WeightsError(f"{', '.join(unknown)}: expected {expected}")
 
     try:
@@ -54,7 +56,9 @@ def fetch(folder: Path, what: Sequence[str], progress: Progress = print) -> None
         if name == "vgg19":
             _fetch_file(_get_vgg19_url(), folder, progress)
         elif name == "daclip":
-            _fetch_file(_get_daclip_url(), folder, progress)
+            _fetch_file(_get_hub_url(DACLIP_HUB, DACLIP_FILE), folder, progress)
+        elif name == "depth":
+            _fetch_depth_model(folder / DEPTH_MODEL, progress)
         elif name in DETECTOR_NAMES:
             _fetch_file(get_detector_url(name), folder, progress)
         else:
@@ -88,6 +92,13 @@ def _fetch_metric(name: str, folder: Path, progress: Progress) -> None:
         # Outside of `build_metric`, which replaces the libraries' downloaders while it runs.
         _fetch_file(url, folder, progress)
         fetched.add(url)
+
+
+def _fetch_depth_model(folder: Path, progress: Progress) -> None:
+    """Fetch the depth estimator into a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    for name in MODEL_FILES:
+        _fetch_file(_get_hub_url(DEPTH_HUB, name), folder, progress)
 
 
 def _fetch_file(url: str, folder: Path, progress: Progress) -> None:
@@ -179,8 +190,8 @@ def _get_vgg19_url() -> str:
     return VGG19_Weights.IMAGENET1K_V1.url
 
 
-def _get_daclip_url() -> str:
-    """Return Hugging Face's URL of DA-CLIP."""
+def _get_hub_url(repository: str, name: str) -> str:
+    """Return Hugging Face's URL of a file."""
     from huggingface_hub import hf_hub_url
 
-    return hf_hub_url(DACLIP_HUB, DACLIP_FILE)
+    return hf_hub_url(repository, name)

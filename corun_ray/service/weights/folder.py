@@ -1,6 +1,7 @@
 """Weights folders: files under the libraries' own names, checked against `weights.json`, downloaded once per node.
 
-A folder or URI holds the files flat, and the index `{"files": {name: {"size": bytes, "sha256": hex}}}`.
+A folder or URI holds the files flat, and the index `{"files": {name: {"size": bytes, "sha256": hex}}}`. A model of
+several files is such a folder by itself, below another.
 """
 
 import hashlib
@@ -22,7 +23,9 @@ from corun_ray.core.weights import WeightsError, WeightsSource
 from corun_ray.service.storage import Location, StorageError, locate
 
 INDEX = "weights.json"
-SUFFIXES = (".pt", ".pth", ".safetensors", ".mat", ".npz", ".npy", ".bin", ".ckpt")
+DEPTH_MODEL = "depth-anything-v2-small"
+"""Folder of the depth estimator that can be fetched."""
+SUFFIXES = (".pt", ".pth", ".safetensors", ".mat", ".npz", ".npy", ".bin", ".ckpt", ".json")
 CACHE_VARIABLE = "CORUN_WEIGHTS_CACHE"
 DEFAULT_CACHE = Path("~/.cache/corun_ray/weights")
 CHUNK_BYTES = 8 * 2**20
@@ -47,6 +50,18 @@ class Content:
 
 
 # --- Using files ---
+
+
+def locate_model(uri: str, name: str) -> str:
+    """Return the folder of a model below a weights folder.
+
+    Raises `WeightsError` where there is none.
+    """
+    with _translate_errors():
+        place = locate(uri).child(name)
+        if not place.exists():
+            raise WeightsError(f"{uri} has no model {name}; `corun-ray weights fetch DIR depth` gets {DEPTH_MODEL}")
+        return place.uri
 
 
 @dataclass(frozen=True)
@@ -376,6 +391,6 @@ def _list_sizes(folder: Location) -> dict[str, int]:
     """
     sizes = {}
     for info in folder.filesystem.get_file_info(fs.FileSelector(folder.path)):
-        if info.type == fs.FileType.File and info.base_name.endswith(SUFFIXES):
+        if info.type == fs.FileType.File and info.base_name.endswith(SUFFIXES) and info.base_name != INDEX:
             sizes[info.base_name] = info.size
     return dict(sorted(sizes.items()))

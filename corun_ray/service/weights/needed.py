@@ -4,8 +4,9 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 
-from corun_ray.config.jobs import ColabatorJob, EvaluateJob, Job, TrainingJob
+from corun_ray.config.jobs import ColabatorJob, DepthJob, EvaluateJob, Job, TrainingJob
 from corun_ray.core.choices import QUALITY_NAMES
+from corun_ray.core.inference.depth import find_model_files
 from corun_ray.core.metrics.catalog import TRANSMISSION_METRICS
 from corun_ray.core.metrics.detector import get_detector_file
 from corun_ray.core.metrics.measure import load_measure
@@ -13,7 +14,7 @@ from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.scoring.quality import load_quality
 from corun_ray.core.training.losses import VGG_FILE
 from corun_ray.core.weights import WeightsError, WeightsSource, refuse_weights
-from corun_ray.service.weights.folder import RecordingSource, WeightsFolder, describe_lacking
+from corun_ray.service.weights.folder import RecordingSource, WeightsFolder, describe_lacking, locate_model
 
 NeededFiles = dict[str | None, dict[str, str]]
 """Folder or URI of weights (None: the job names none) → file → the key of the job file that needs it."""
@@ -83,6 +84,11 @@ def find_needed_files(job: Job) -> NeededFiles:
         if job.evaluate.detector is not None:
             file = job.evaluate.detector_file or get_detector_file(job.evaluate.detector)
             add(weights, [file], f"evaluate.detector {job.evaluate.detector}")
+
+    # The model of a depth job, a folder of weights by itself.
+    if isinstance(job, DepthJob):
+        folder = locate_model(job.depth.weights, job.depth.model)
+        add(folder, _record_files(folder, find_model_files), f"depth.model {job.depth.model}")
 
     return needed
 
