@@ -16,6 +16,7 @@ TUNE = (
 )
 EVALUATE = "kind: evaluate\nname: e\nevaluate: {hazy: hazy}\n"
 DEHAZE = "kind: dehaze\nname: d\ndehaze: {input: a, output: b, model: m}\n"
+DEPTH = "kind: depth\nname: m\ndepth: {input: a, output: b, weights: w}\n"
 SERVE = "kind: serve\nname: s\nserve: {model: m}\n"
 PIPELINE = f"{PRETRAIN}---\n{COLABATOR}---\n{EVALUATE}"
 

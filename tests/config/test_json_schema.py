@@ -13,7 +13,7 @@ from corun_ray.config.json_schema import build_schema, format_schema
 from corun_ray.config.loading import dump_job
 from corun_ray.config.yaml_reader import Loader
 from tests import ROOT
-from tests.jobtexts import COLABATOR, DEHAZE, EVALUATE, PRETRAIN, TUNE, load
+from tests.jobtexts import COLABATOR, DEHAZE, DEPTH, EVALUATE, PRETRAIN, TUNE, load
 
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 MODELINE = "# yaml-language-server: $schema=schema.json"
@@ -44,7 +44,7 @@ def test_the_file_beside_the_jobs_is_what_the_command_prints() -> None:
     assert (JOBS[0].parent / "schema.json").read_text() == format_schema(), "write it again: corun-ray schema"
 
 
-@pytest.mark.parametrize("text", [PRETRAIN, COLABATOR, TUNE, EVALUATE, DEHAZE])
+@pytest.mark.parametrize("text", [PRETRAIN, COLABATOR, TUNE, EVALUATE, DEHAZE, DEPTH])
 def test_a_resolved_job_follows_it(tmp_path: Path, text: str) -> None:
     assert wrong(text) == []
     (job,) = load(tmp_path, text)

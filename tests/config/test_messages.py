@@ -7,7 +7,7 @@ import pytest
 from corun_ray.config.jobs import KINDS, TrainingJob
 from corun_ray.config.loading import JobFileError
 from corun_ray.config.reference import find_section, list_keys
-from tests.jobtexts import COLABATOR, DEHAZE, EVALUATE, PIPELINE, PRETRAIN, SERVE, TUNE, load, mistakes
+from tests.jobtexts import COLABATOR, DEHAZE, DEPTH, EVALUATE, PIPELINE, PRETRAIN, SERVE, TUNE, load, mistakes
 
 
 def test_five_mistakes_are_five_lines(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_one_mistake_is_one_line(tmp_path: Path, section: str, line: str) -> Non
             'train.steps: "x" is not a whole number',
             "polish: unknown key"]),
         ("name: n\ndata: {hazy: b, cleer: a}", [
-            "kind: missing (pretrain, colabator, tune, evaluate, dehaze, serve)",
+            "kind: missing (pretrain, colabator, tune, evaluate, dehaze, depth, serve)",
             "data.cleer: unknown key (did you mean data.clear?)"]),
         (EVALUATE.replace("hazy: hazy", "hazy: a, boxes: b"), [
             "evaluate.boxes: only used together with evaluate.detector"]),
@@ -150,7 +150,7 @@ def test_mistakes_by_kind(tmp_path: Path, text: str, lines: list[str]) -> None:
 def test_a_wrong_value_is_told_of_its_key(tmp_path: Path, kind: str, value: str) -> None:
     """Any value at any key is either accepted or refused in one line that names the key."""
     texts = {"pretrain": PRETRAIN, "colabator": COLABATOR, "tune": TUNE}
-    text = (texts | {"evaluate": EVALUATE, "dehaze": DEHAZE, "serve": SERVE})[kind]
+    text = (texts | {"evaluate": EVALUATE, "dehaze": DEHAZE, "depth": DEPTH, "serve": SERVE})[kind]
     told = 0
     for path, field in list_keys(KINDS[kind]).items():
         if find_section(field) or path == "kind":

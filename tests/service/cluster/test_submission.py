@@ -7,7 +7,7 @@ import pytest
 from corun_ray.config.loading import JobFileError
 from corun_ray.service.cluster.submission import prepare_submission
 from tests import ROOT
-from tests.jobtexts import COLABATOR, DEHAZE, EVALUATE, TUNE
+from tests.jobtexts import COLABATOR, DEHAZE, DEPTH, EVALUATE, TUNE
 
 JOBS = ROOT / "jobs"
 ABSOLUTE = (
@@ -66,6 +66,7 @@ def test_a_pipeline_is_called_like_its_file(tmp_path: Path) -> None:
             ["storage", "evaluate.hazy", "evaluate.models.new"],
         ),
         (DEHAZE, ["storage", "dehaze.input", "dehaze.output", "dehaze.model"]),
+        (DEPTH, ["storage", "depth.input", "depth.output", "depth.weights"]),
     ],
 )
 def test_relative_places_are_refused_key_by_key(tmp_path: Path, text: str, keys: list[str]) -> None:

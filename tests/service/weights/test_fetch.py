@@ -9,11 +9,12 @@ import torch
 from huggingface_hub import constants
 from torchvision.models import VGG19_Weights
 
+from corun_ray.core.inference.depth import MODEL_FILES
 from corun_ray.core.metrics.pyiqa import keep_pyiqa_offline
 from corun_ray.core.weights import WeightsError, read_weights
 from corun_ray.service.weights import fetch
 from corun_ray.service.weights.fetch import DACLIP_FILE
-from corun_ray.service.weights.folder import WeightsFolder, read_index
+from corun_ray.service.weights.folder import WeightsFolder, locate_model, read_index
 from tests.service.weights.test_folder import Server, server  # noqa: F401  (a fixture)
 
 VGG = b"the tensors of VGG-19"
@@ -81,6 +82,19 @@ def test_a_folder_is_filled_indexed_and_resumed(internet, tmp_path):
     assert lines[3].endswith("already there") and not lines[4].endswith("already there")
 
 
+def test_a_depth_estimator_has_a_folder_of_its_own(internet, tmp_path):
+    files = {name: name.encode() for name in MODEL_FILES}
+    internet.files |= {f"/{fetch.DEPTH_HUB}/resolve/main/{name}": data for name, data in files.items()}
+    fetch.fetch(tmp_path, ["depth"], print)
+    folder = locate_model(str(tmp_path), "depth-anything-v2-small")
+    assert {name: WeightsFolder(folder)(name).read_bytes() for name in MODEL_FILES} == files
+    internet.sent_bytes.clear()
+    fetch.fetch(tmp_path, ["depth"], print)
+    assert internet.sent_bytes == {}
+    with pytest.raises(WeightsError, match="has no model dpt; `corun-ray weights fetch DIR depth` gets depth-any"):
+        locate_model(str(tmp_path), "dpt")
+
+
 def test_what_came_before_a_failure_is_kept(internet, tmp_path):
     del internet.files[DACLIP_PATH]
     with pytest.raises(WeightsError, match=r"daclip_ViT-B-32.pt: cannot be had from 127.0.0.1:\d+ \(.*404"):
@@ -127,7 +141,7 @@ def test_without_a_network_the_host_is_named(internet, tmp_path, monkeypatch, wh
 
 
 def test_names_that_nobody_knows_are_refused_before_anything_is_fetched(internet, tmp_path):
-    with pytest.raises(WeightsError, match="musik, psnr: expected vgg19, daclip, a no-reference metric of pyiqa or a "):
+    with pytest.raises(WeightsError, match="musik, psnr: expected vgg19, daclip, depth, a no-reference metric of pyiqa "):
         fetch.fetch(tmp_path / "new", ["vgg19", "musik", "psnr"], print)
     assert not (tmp_path / "new").exists()
 
