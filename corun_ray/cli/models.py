@@ -36,8 +36,8 @@ DEPTH_EXAMPLES = """\
 examples:
   corun-ray weights fetch weights depth
   corun-ray depth clear depth --weights weights
-  corun-ray depth s3://haze/clear s3://haze/depth --weights s3://haze/weights --resume
-  corun-ray depth clear depth --weights weights --model zoedepth-nyu-kitti --format png"""
+  corun-ray depth s3://haze/clear s3://haze/depth --weights s3://haze/weights
+  corun-ray depth clear depth --weights weights --model glpn-kitti --resume"""
 
 PROMOTE_EXAMPLES = """\
 examples:
@@ -248,7 +248,8 @@ def depth(
     """Estimate the depth of clear photographs, for training.
 
     Writes a depth map for every photograph below CLEAR into OUT, on the Ray cluster of RAY_ADDRESS or here, of the
-    same name, folder and size. A job then trains on data.clear: CLEAR and data.depth: OUT.
+    same name, folder and shape, and no larger than the model sees. A job then trains on data.clear: CLEAR and
+    data.depth: OUT.
 
     Most models, Depth Anything V2 too, give inverse depth without a unit: larger is nearer, scaled to [0, 1] in each
     photograph. Some give metres: larger is farther; a PNG has them in steps of 1/256, up to 256. The last lines and

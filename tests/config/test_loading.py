@@ -63,7 +63,7 @@ def test_set_replaces_adds_and_takes_yaml(tmp_path: Path) -> None:
         ("train.steps=many", 'train.steps: "many" is not a whole number'),
         ("data.clear=${NONE}", "data.clear: environment variable NONE is not set"),
         ("evaluate.hazy=a", "evaluate: not used by a colabator job"),
-        ("kind=polish", 'kind: "polish" is not one of pretrain, colabator, tune, evaluate, dehaze, serve'),
+        ("kind=polish", 'kind: "polish" is not one of pretrain, colabator, tune, evaluate, dehaze, depth, serve'),
     ],
 )  # fmt: skip
 def test_bad_settings_are_one_line(tmp_path: Path, setting: str, line: str) -> None:

@@ -19,7 +19,7 @@ optim: {learning_rate: 1e-4}
 train: {steps: many}
 """
     assert mistakes(tmp_path, text) == [
-        'kind: "pretrian" is not one of pretrain, colabator, tune, evaluate, dehaze, serve (did you mean pretrain?)',
+        'kind: "pretrian" is not one of pretrain, colabator, tune, evaluate, dehaze, depth, serve (did you mean pretrain?)',
         "data.clear: missing (folder, pack or URI of clear images; or give data.paired)",
         "network.stages: 1 is too few (at least 2)",
         "optim.learning_rate: unknown key (did you mean optim.lr?)",
@@ -114,7 +114,7 @@ def test_one_mistake_is_one_line(tmp_path: Path, section: str, line: str) -> Non
             "name: missing (lower-case letters, digits and . _ -, starting with a letter or digit)",
             "evaluate.hazy: missing (folder or URI of hazy images)"]),
         ("kind: polish\nname: Tune\npolish: {}\ntrain: {steps: x}", [
-            'kind: "polish" is not one of pretrain, colabator, tune, evaluate, dehaze, serve',
+            'kind: "polish" is not one of pretrain, colabator, tune, evaluate, dehaze, depth, serve',
             'name: "Tune" is not a name (lower-case letters, digits and . _ -, starting with a letter or digit)',
             'train.steps: "x" is not a whole number',
             "polish: unknown key"]),

