@@ -19,7 +19,8 @@ optim: {learning_rate: 1e-4}
 train: {steps: many}
 """
     assert mistakes(tmp_path, text) == [
-        'kind: "pretrian" is not one of pretrain, colabator, tune, evaluate, dehaze, depth, serve (did you mean pretrain?)',
+        'kind: "pretrian" is not one of pretrain, colabator, tune, evaluate, dehaze, depth, serve '
+        "(did you mean pretrain?)",
         "data.clear: missing (folder, pack or URI of clear images; or give data.paired)",
         "network.stages: 1 is too few (at least 2)",
         "optim.learning_rate: unknown key (did you mean optim.lr?)",
