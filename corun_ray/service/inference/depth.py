@@ -27,7 +27,8 @@ from corun_ray.core.inference.depth import DepthModel, find_model_files
 from corun_ray.core.inference.pictures import apply_colour_map, draw_grid
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
-from corun_ray.service.data.manifest import ManifestError, list_images, load_image, strip_suffix
+from corun_ray.service.data.manifest import ManifestError, list_images, load_image
+from corun_ray.service.data.pairing import strip_suffix
 from corun_ray.service.inference.dehaze import name_bad_files
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 from corun_ray.service.telemetry.console import Console, format_duration

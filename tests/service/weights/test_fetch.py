@@ -141,7 +141,9 @@ def test_without_a_network_the_host_is_named(internet, tmp_path, monkeypatch, wh
 
 
 def test_names_that_nobody_knows_are_refused_before_anything_is_fetched(internet, tmp_path):
-    with pytest.raises(WeightsError, match="musik, psnr: expected vgg19, daclip, depth, a no-reference metric of pyiqa "):
+    with pytest.raises(
+        WeightsError, match="musik, psnr: expected vgg19, daclip, depth, a no-reference metric of pyiqa "
+    ):
         fetch.fetch(tmp_path / "new", ["vgg19", "musik", "psnr"], print)
     assert not (tmp_path / "new").exists()
 
