@@ -23,7 +23,8 @@ examples:
   corun-ray evaluate photos           haze density of photographs as they are
   corun-ray evaluate demo/hazy --truth demo/hazy_truth \\
       --model models:/corun-demo@champion
-  corun-ray evaluate SOTS/outdoor/hazy --truth SOTS/outdoor/gt --match '^([^_]+)'
+  corun-ray evaluate SOTS/outdoor/hazy --truth SOTS/outdoor/gt \\
+      --match '^([^_]+)'
   corun-ray evaluate demo/hazy --truth demo/hazy_truth \\
       --model corun-small --model theirs=results/theirs
   corun-ray evaluate s3://haze/rtts --metrics fade,brisque,nima,musiq \\

@@ -47,8 +47,10 @@ examples:
 REVIEW_EXAMPLES = """\
 examples:
   corun-ray pool review runs/demo-colabator-20260101-120000
-  corun-ray pool review s3://my-bucket/runs/corun-20260101-120000 --hazy photos/hazy
-  corun-ray pool review RUN --port 8000 --no-open   on another machine, seen by ssh -L 8000:127.0.0.1:8000"""
+  corun-ray pool review s3://my-bucket/runs/corun-20260101-120000 \\
+      --hazy photos/hazy
+  corun-ray pool review RUN --port 8000 --no-open   on another machine, seen by
+                                      ssh -L 8000:127.0.0.1:8000 MACHINE"""
 
 app = App()
 pool = App(help=HELP, epilog=EXAMPLES)

@@ -47,7 +47,7 @@ def test_values_of_other_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
         ("evalute x", "corun-ray: no command 'evalute'; did you mean evaluate?"),
         ("jobs lst", "corun-ray jobs: no command 'lst'; did you mean ls?"),
         ("qqqq", "corun-ray: no command 'qqqq'; --help lists them"),
-        ("pool", "corun-ray pool: expected a command: ls, show, export, diff"),
+        ("pool", "corun-ray pool: expected a command: ls, show, export, review, diff"),
         ("--resume run x", "corun-ray: no option --resume; --help lists them"),
         ("run x.yaml --resum", "corun-ray run: no option --resum; did you mean --resume?"),
         ("run x.yaml -r", "corun-ray run: no option -r; --help lists them"),
