@@ -78,6 +78,10 @@ def dehaze(
             help="also write NAME.stages.png: every stage's scene, transmission and re-hazed image (CORUN only)",
         ),
     ] = False,
+    self_ensemble: Annotated[
+        bool,
+        typer.Option("--self-ensemble", help="mean over eight flips and turns of each image: 8 times as long"),
+    ] = False,
     memory_mib: Annotated[
         int | None,
         typer.Option(
@@ -106,6 +110,7 @@ def dehaze(
         "format": file_format,
         "transmission": transmission,
         "stages": stages,
+        "self_ensemble": self_ensemble,
         "memory_mib": memory_mib,
     }
     return run_described({"kind": "dehaze", "name": "images", "dehaze": section}, tracking, resume)
@@ -152,6 +157,9 @@ def evaluate(
         str | None,
         typer.Option("--baselines", metavar="a,b", help="hazy, untrained, dark_channel (default: all); '' for none"),
     ] = None,
+    self_ensemble: Annotated[
+        bool, typer.Option("--self-ensemble", help="models restore by the mean over eight flips and turns")
+    ] = False,
     # What it is compared with, and where the results go.
     against: Annotated[
         str | None,
@@ -209,7 +217,7 @@ def evaluate(
     """
     # The keys of a job file's section.
     section: dict[str, Any] = {"hazy": images, "clear": truth, "models": name_models(models or [])}
-    section |= {"match": match, "match_clear": match_clear, "crop_truth": crop_truth}
+    section |= {"match": match, "match_clear": match_clear, "crop_truth": crop_truth, "self_ensemble": self_ensemble}
 
     # The defaults of what is not given are those of a job file.
     optional = {

@@ -182,6 +182,7 @@ class EvaluateSection(TruthSection):
         None, description="true boxes for the detector: folder or URI of VOC's .xml, paired by stem, or COCO's .json"
     )
     box_classes: ClassNames = Field(None, description="classes of the boxes to measure; null: all that there are")
+    self_ensemble: bool = Field(False, description="models restore by the mean over eight flips and turns")
     against: Name | None = Field(
         None, description="model or baseline that the others are compared with; null: the first model"
     )
@@ -281,12 +282,18 @@ class DehazeSection(Section):
     format: Literal["keep", "png", "jpg", "tif", "webp"] = Field("keep", description="file format; keep: as the input")
     transmission: bool = Field(False, description="also write NAME.transmission.png, 16-bit grey; 65535 is clear air")
     stages: bool = Field(False, description="also write NAME.stages.png, the result of every stage; corun only")
+    self_ensemble: bool = Field(False, description="mean over eight flips and turns of the image; 8 times as long")
     memory_mib: OptionalCount = Field(
         None,
         ge=64,
         description="memory for one image; larger ones are processed in parts; null: 2816, or 3/4 of the GPU's memory",
     )
 
+    @model_validator(mode="after")
+    def _check_stages(self) -> "DehazeSection":
+        if self.stages and self.self_ensemble:
+            raise Mismatch("dehaze.stages", "not with self_ensemble: stages are those of one restoration, not of eight")
+        return self
 
 # --- Depth ---
 

@@ -140,6 +140,8 @@ def test_one_mistake_is_one_line(tmp_path: Path, section: str, line: str) -> Non
             "evaluate.models.c: empty",
             'evaluate.metrics: "fad" is neither of psnr, ssim, fade nor a metric of pyiqa for images '
                 "(did you mean fade?)"]),
+        ("kind: dehaze\nname: d\ndehaze: {input: a, output: b, model: m, stages: true, self_ensemble: true}", [
+            "dehaze.stages: not with self_ensemble: stages are those of one restoration, not of eight"]),
     ],
 )  # fmt: skip
 def test_mistakes_by_kind(tmp_path: Path, text: str, lines: list[str]) -> None:

@@ -176,7 +176,7 @@ def _apply_in_bands(step: Callable[..., Tensor], *images: Tensor, weight: Tensor
     Bands are used where images are large and no gradient is needed. A step works on each pixel by itself, so the bands
     give the same result. Its temporaries, several as large as its input, are then no larger than a band.
     """
-    if torch.is_grad_enabled() or images[0].shape[-2] <= BAND_ROWS:
+    if torch.is_grad_enabled() or torch.compiler.is_exporting() or images[0].shape[-2] <= BAND_ROWS:
         return step(*images, weight)
 
     bands_by_image = [image.split(BAND_ROWS, -2) for image in images]

@@ -261,7 +261,7 @@ class FeedForward(nn.Module):
         weight = cast(nn.Conv2d, shrink).weight[:, :, 0, 0].mT
         rows = _to_pixels(residual).flatten(0, 1).to(hidden.dtype)
         out = torch.addmm(rows, _to_pixels(hidden).flatten(0, 1), weight)
-        return _to_planes(out.view(len(x), -1, weight.shape[1]), x)
+        return _to_planes(out.view(x.shape[0], -1, weight.shape[1]), x)
 
 
 class Resample(nn.Module):

@@ -37,6 +37,9 @@ STAGE_CELL_PX = 320
 MAX_NAMED_BAD_FILES = 20
 """More skipped images go into a file of the output folder."""
 BAD_FILES_LIST = "left_out.tsv"
+SELF_ENSEMBLE_FILE = "self_ensemble.txt"
+"""Its presence in the output says that the images there were restored with `self_ensemble`."""
+SELF_ENSEMBLE_TEXT = "The images of this folder are means over the restorations of eight flips and turns.\n"
 PROBE_PX = 32
 """The side of the image that tries whether a network gives a transmission."""
 MAX_BLOCKS = 1000
@@ -103,11 +106,11 @@ class ImageDehazer(RestorerActor):
 
         Where the job asks for stages, also write a picture of them.
         """
-        network = fit_in_memory(self.networks["model"], hazy, self.memory_mib)
         if not self.section.stages:
-            return restore(network, hazy)
+            return self.restore("model", hazy, self.section.self_ensemble)
 
         # Draw one row for each stage, below the hazy image.
+        network = fit_in_memory(self.networks["model"], hazy, self.memory_mib)
         restorations = restore_stages(network, hazy)
         rows = build_stage_rows(restorations, hazy)
         picture = draw_grid(list(rows.values()), STAGE_CELL_PX, list(rows))
@@ -141,7 +144,8 @@ def dehaze(
     """Dehaze every image below `input` into `output`.
 
     Unusable images are skipped and named in the result. `progress` is called with the number of images done and the
-    number of all. With `resume`, images that exist in the output are not dehazed again. `job_name` labels the metrics.
+    number of all. With `resume`, images that exist in the output are not dehazed again, if they were made with the same
+    `self_ensemble`. `job_name` labels the metrics.
 
     Raises `StorageError`, `ManifestError`, and `ModelSourceError` for a network that cannot give stages or a
     transmission that the job asks for.
@@ -153,6 +157,7 @@ def dehaze(
 
     # Skip the images of an earlier call.
     wanted = _select_unwritten(section, keys) if resume else keys
+    _mark_self_ensemble(section)
     result = DehazeResult(already_written=len(keys) - len(wanted))
     if not wanted:
         return result
@@ -225,11 +230,33 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Deha
 def _select_unwritten(section: DehazeSection, keys: list[str]) -> list[str]:
     """Return the keys without a restored image.
 
-    Raises `StorageError`.
+    Raises `StorageError`, also where the existing images were made with another `self_ensemble`.
     """
     output = locate(section.output)
     existing = set(output.list_files()) if output.exists() else set()
-    return [key for key in keys if get_output_name(key, section.format) not in existing]
+    unwritten = [key for key in keys if get_output_name(key, section.format) not in existing]
+
+    # Images that were made otherwise are not what this job asks for, and a folder of both kinds is no result.
+    made_by_ensemble = SELF_ENSEMBLE_FILE in existing
+    if len(unwritten) < len(keys) and made_by_ensemble != section.self_ensemble:
+        made = "with" if made_by_ensemble else "without"
+        raise StorageError(
+            f"cannot resume in {section.output}: its images were made {made} self_ensemble; "
+            "another output, or no --resume, was expected"
+        )
+    return unwritten
+
+
+def _mark_self_ensemble(section: DehazeSection) -> None:
+    """Mark the output as made with `self_ensemble`, or take an earlier mark away.
+
+    Raises `StorageError`.
+    """
+    mark = locate(section.output).child(SELF_ENSEMBLE_FILE)
+    if section.self_ensemble:
+        mark.write(SELF_ENSEMBLE_TEXT.encode())
+    else:
+        mark.delete()
 
 
 def name_bad_files(output: str, bad_files: dict[str, str], console: Console) -> None:

@@ -21,9 +21,8 @@ from corun_ray.config.loading import dump_job
 from corun_ray.config.tasks import EvaluateSection
 from corun_ray.core.data.images import BadImage, decode_image, encode_png
 from corun_ray.core.inference import dark_channel
-from corun_ray.core.inference.memory import fit_in_memory
 from corun_ray.core.inference.pictures import BACKGROUND, PictureRow, draw_grid
-from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.inference.restore import to_image, to_tensor
 from corun_ray.core.metrics.measure import Unmeasured, load_measure
 from corun_ray.core.networks.corun import restore_by_closed_form
 from corun_ray.service.cluster.connect import connect
@@ -231,8 +230,7 @@ class ImageEvaluator(RestorerActor):
 
         # The networks, each within this actor's memory limit.
         for name in self.networks:
-            network = fit_in_memory(self.networks[name], hazy, self.memory_mib)
-            scenes[name] = restore(network, hazy).scene
+            scenes[name] = self.restore(name, hazy, self.section.self_ensemble).scene
 
         # The results of other methods. One that cannot be used takes nothing from the others.
         missing = []

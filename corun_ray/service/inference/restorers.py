@@ -4,8 +4,12 @@ from collections.abc import Mapping
 
 import ray
 import torch
+from torch import Tensor
 
-from corun_ray.core.inference.memory import MIB
+from corun_ray.core.inference.memory import MIB, fit_in_memory
+from corun_ray.core.inference.restore import restore
+from corun_ray.core.inference.self_ensemble import restore_by_self_ensemble
+from corun_ray.core.networks.corun import Restoration
 from corun_ray.service.models.sources import Model
 
 CPU_MEMORY_MIB = 2816
@@ -39,3 +43,18 @@ class RestorerActor:
         for name, reference in models.items():
             model = ray.get(reference)
             self.networks[name] = model.build().to(self.device).eval()
+
+    def restore(self, name: str, hazy: Tensor, self_ensemble: bool = False) -> Restoration:
+        """Restore an image 1 3 H W by a network of this actor.
+
+        The network works within the memory limit. With `self_ensemble`, the result is the mean over eight views.
+        Raises `ValueError` for small images, and `TooLarge`.
+        """
+
+        def restore_view(view: Tensor) -> Restoration:
+            """Restore the image as it is, or one of its turned views."""
+            return restore(fit_in_memory(self.networks[name], view, self.memory_mib), view)
+
+        if self_ensemble:
+            return restore_by_self_ensemble(restore_view, hazy)
+        return restore_view(hazy)

@@ -14,9 +14,10 @@ from corun_ray.config.loading import build_job
 from corun_ray.config.tasks import DehazeSection
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.inference.self_ensemble import restore_by_self_ensemble
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.spec import NetworkSpec
-from corun_ray.service.inference.dehaze import dehaze
+from corun_ray.service.inference.dehaze import SELF_ENSEMBLE_FILE, dehaze
 from corun_ray.service.inference.photos import Photo, write_photo
 from corun_ray.service.jobs import run_jobs
 from corun_ray.service.models.sources import Model, ModelSourceError
@@ -132,6 +133,31 @@ def test_resuming_passes_over_what_is_done_in_the_format_asked_for(restored, mod
     assert below(tmp_path).keys() - kept.keys() == {"photo_1.jpg"}
     assert all(path.stat().st_mtime == 1 for path in kept.values()), "what is there stays as it is"
     assert run(photographs, tmp_path, model, resume=True).already_written == 2
+
+
+def test_self_ensemble_is_not_mixed_with_images_made_without_it(restored, model, photographs, tmp_path):
+    shutil.copytree(restored, tmp_path / "plain")
+    with pytest.raises(StorageError, match="its images were made without self_ensemble"):
+        run(photographs, tmp_path / "plain", model, resume=True, self_ensemble=True)
+    assert below(tmp_path / "plain").keys() == below(restored).keys()
+
+    # The mean of the eight views, and a mark beside the images.
+    target = tmp_path / "mean"
+    assert run(photographs, target, model, self_ensemble=True).written == 2
+    assert below(target).keys() == {"photo_0.png", "photo_1.png", SELF_ENSEMBLE_FILE}
+    hazy = to_tensor(decode_image((photographs / "photo_0.png").read_bytes()))
+    network = model.build().eval()
+    scene = to_image(restore_by_self_ensemble(lambda view: restore(network, view), hazy).scene)
+    written = decode_image((target / "photo_0.png").read_bytes()).astype(int)
+    assert np.abs(written - scene).max() <= 1
+    assert np.abs(written - expected(model, photographs / "photo_0.png")).max() > 1
+
+    # The finished folder is done for the same job only; a new plain run takes the mark away.
+    assert run(photographs, target, model, resume=True, self_ensemble=True).already_written == 2
+    with pytest.raises(StorageError, match="its images were made with self_ensemble; another output"):
+        run(photographs, target, model, resume=True)
+    run(photographs, target, model)
+    assert below(target).keys() == below(restored).keys()
 
 
 def test_a_job_of_this_kind_tells_what_it_did(job_run):

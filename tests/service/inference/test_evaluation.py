@@ -8,20 +8,25 @@ import shutil
 import numpy as np
 import pyarrow.parquet
 import pytest
+import ray
 import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from corun_ray.config.loading import build_job
+from corun_ray.config.tasks import EvaluateSection
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference import dark_channel
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.inference.self_ensemble import restore_by_self_ensemble
 from corun_ray.core.metrics.fade import fade
 from corun_ray.core.metrics.measure import ssim
 from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.core.training.checkpoints import save_network
-from corun_ray.service.inference.evaluate import run_evaluation
+from corun_ray.service.inference.evaluate import ImageEvaluator, run_evaluation
 from corun_ray.service.jobs import run_jobs
+from corun_ray.service.models.sources import Model
 from corun_ray.service.storage import StorageError
 from corun_ray.service.telemetry.console import Console
 from tests.conftest import write_image
@@ -109,6 +114,17 @@ def test_every_value_is_that_of_the_picture_a_user_gets(evaluated, photographs, 
             assert float(row["psnr"]) == pytest.approx(peak_signal_noise_ratio(truth, output), abs=2e-3)
             assert float(row["ssim"]) == pytest.approx(ssim(to_tensor(output), to_tensor(truth)).item(), abs=1e-4)
             assert float(row["fade"]) == pytest.approx(fade(to_tensor(output)).item(), rel=1e-3)
+
+
+def test_self_ensemble_is_measured_of_models_alone(local_ray, photographs, networks):
+    model = Model(NetworkSpec("corun", {"stages": 2, "width": 4}), networks[1].state_dict(), {})
+    section = EvaluateSection(hazy="h", models={"first": "x"}, baselines=("hazy",), self_ensemble=True)
+    hazy = to_tensor(decode_image((photographs / "hazy" / "photo_0.png").read_bytes()))
+    pictures = ImageEvaluator({"first": ray.put(model)}, 1, section)._restore(hazy)
+
+    mean = restore_by_self_ensemble(lambda view: restore(networks[1], view), hazy).scene
+    assert torch.equal(pictures["hazy"], hazy)
+    torch.testing.assert_close(pictures["first"], mean, rtol=0, atol=0.6 / 255)
 
 
 def test_the_tables_agree_and_parquet_has_the_same_rows(evaluated):
