@@ -9,6 +9,7 @@ import typer
 
 from corun_ray.cli.command import App, parse_whole_number
 from corun_ray.cli.common import DEFAULT_TRACKING, DONE, FAILED, SOURCE_HELP, Tracking, using_ray
+from corun_ray.core.choices import PulledFormat
 from corun_ray.core.errors import UserError
 
 DEHAZE_EXAMPLES = """\
@@ -315,16 +316,23 @@ def pull(
         bool,
         typer.Option("--half", help="write the weights as float16: half the size, rounded at the fourth digit"),
     ] = False,
+    file_format: Annotated[
+        PulledFormat,
+        typer.Option("--format", help="onnx: a graph for programs without torch, with free sizes"),
+    ] = "safetensors",
     tracking: Tracking = DEFAULT_TRACKING,
 ) -> int:
     """Write a model as plain files.
 
     Writes model.safetensors (weights), config.json (the network), and, of a registered model, README.md (its card)
     with pictures, job.yaml and validation.csv. DIR can be used as --model and as network.init.
+
+    With --format onnx, writes model.onnx and model.json (its inputs and outputs) in their place. The file takes batches
+    of images of any size. It is compared with torch where onnxruntime is installed. An export takes about a minute.
     """
     from corun_ray.service.models import sources
 
-    for path in sources.pull_model(source, folder, tracking, half):
+    for path in sources.pull_model(source, folder, tracking, half, file_format):
         print(path)
     return DONE
 

@@ -39,6 +39,9 @@ Combine = Literal["addition", "multiplication"]
 SHIPPED_MODELS: dict[str, dict[str, int]] = {"corun-small": {"stages": 2, "width": 8}}
 """Models that come with this package: the name, which is also the model source, and the size of CORUN."""
 
+PulledFormat = Literal["safetensors", "onnx"]
+"""Files that a model is written as: plain weights with their description, or a graph for other programs."""
+
 NetworkStart = Literal["closed_form", "published"]
 """Fresh weights of CORUN: those that restore by the closed form alone, or random ones as published."""
 

@@ -72,7 +72,8 @@ def _pad(network: nn.Module, hazy: Tensor) -> Tensor:
     rows, columns = compute_padded_size(network, height, width)
     if (rows, columns) == (height, width):
         return hazy
-    return hazy[..., _reflect(height, rows, hazy.device)[:, None], _reflect(width, columns, hazy.device)]
+    padded = hazy.index_select(-2, _reflect(height, rows, hazy.device))
+    return padded.index_select(-1, _reflect(width, columns, hazy.device))
 
 
 def _reflect(side: int, padded_side: int, device: torch.device) -> Tensor:
@@ -80,8 +81,11 @@ def _reflect(side: int, padded_side: int, device: torch.device) -> Tensor:
 
     Indices go to and fro where the padding is longer than the side.
     """
-    position = torch.arange(padded_side, device=device) % (2 * side - 2)
-    return torch.minimum(position, 2 * side - 2 - position)
+    position = torch.arange(padded_side, device=device)
+    # The period is a tensor, since ONNX has no remainder of a number that is not known yet.
+    period = torch.full_like(position, 2 * side - 2)
+    position = torch.remainder(position, period)
+    return torch.minimum(position, period - position)
 
 
 def _crop(restoration: Restoration, hazy: Tensor) -> Restoration:

@@ -174,7 +174,8 @@ def _apply_in_bands(step: Callable[..., Tensor], *images: Tensor, weight: Tensor
     """Apply a closed-form step to bands of rows.
 
     Bands are used where images are large and no gradient is needed. A step works on each pixel by itself, so the bands
-    give the same result. Its temporaries, several as large as its input, are then no larger than a band.
+    give the same result. Its temporaries, several as large as its input, are then no larger than a band. A network that
+    is exported has no bands: their number would depend on the size of the image.
     """
     if torch.is_grad_enabled() or torch.compiler.is_exporting() or images[0].shape[-2] <= BAND_ROWS:
         return step(*images, weight)

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from corun_ray.core.errors import UserError, format_error
@@ -91,15 +92,17 @@ def compute_padded_size(network: nn.Module, height: int, width: int) -> tuple[in
     multiple_px = getattr(network, "size_multiple_px", PAD_MULTIPLE_PX)
     min_px = getattr(network, "size_min_px", 0)
 
-    height = _round_up(max(height, min_px), multiple_px)
-    width = _round_up(max(width, min_px), multiple_px)
+    # torch's maximum keeps the sides free where a network is exported with sizes that are not known yet.
+    height = _round_up(torch.sym_max(height, min_px), multiple_px)
+    width = _round_up(torch.sym_max(width, min_px), multiple_px)
 
     if getattr(network, "size_square", False):
-        side = max(height, width)
+        side = torch.sym_max(height, width)
         return side, side
     return height, width
 
 
 def _round_up(side_px: int, multiple_px: int) -> int:
     """Return the smallest multiple that is not below `side_px`."""
-    return -(-side_px // multiple_px) * multiple_px
+    # No negative number is divided: ONNX would round its quotient up, not down.
+    return (side_px + multiple_px - 1) // multiple_px * multiple_px

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.config.jobs import TrainingJob
-from corun_ray.core.choices import SHIPPED_MODELS
+from corun_ray.core.choices import SHIPPED_MODELS, PulledFormat
 from corun_ray.core.errors import UserError
 from corun_ray.core.networks.build import build_network, probe_network
 from corun_ray.core.networks.corun import CORUN, start_as_published
@@ -29,6 +29,7 @@ from corun_ray.core.training.checkpoints import (
     save_model,
 )
 from corun_ray.service.models.flavor import ABOUT_FOLDER, CODE_FOLDER
+from corun_ray.service.models.onnx_files import OnnxError, check_packages, save_onnx
 from corun_ray.service.models.registry import download_model
 from corun_ray.service.models.tracking import TrackingError, get_tracking_uri
 from corun_ray.service.models.user_code import UserCode, collect_code, install_code, write_code
@@ -224,12 +225,18 @@ def _check_corun_size(job: TrainingJob, found: NetworkSpec) -> None:
 # --- A model as plain files ---
 
 
-def pull_model(source: str, folder: Path, tracking: str, half: bool = False) -> list[Path]:
+def pull_model(
+    source: str, folder: Path, tracking: str, half: bool = False, file_format: PulledFormat = "safetensors"
+) -> list[Path]:
     """Write a source's model as plain files; return them.
 
-    `folder` must be new or empty. With `half`, the weights are rounded to float16.
-    The code of a user's own class is written too. Raises `ModelSourceError`.
+    `folder` must be new or empty. With `half`, the weights are rounded to float16; ONNX has float32 alone.
+    The code of a user's own class is written too, but for ONNX, which needs none. Raises `ModelSourceError`.
     """
+    if file_format == "onnx":
+        check_packages()
+        if half:
+            raise ModelSourceError("--half: not with --format onnx, whose weights are float32")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelSourceError(f"{folder}: exists and is not empty (a new or empty folder was expected)")
 
@@ -238,9 +245,13 @@ def pull_model(source: str, folder: Path, tracking: str, half: bool = False) -> 
         loaded, code = load_source(source, path)
         if half:
             _round_to_half(loaded.network, source)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(folder, loaded)
-        write_code(code, folder)
+
+        # Write beside first: an export that fails leaves nothing behind either.
+        with tempfile.TemporaryDirectory() as name:
+            finished = Path(name) / "model"
+            finished.mkdir()
+            _save_files(finished, source, loaded, code, file_format)
+            shutil.copytree(finished, folder, dirs_exist_ok=True)
 
         # A registered model has its description two levels above the checkpoint.
         about = path.parent.parent / ABOUT_FOLDER
@@ -248,6 +259,22 @@ def pull_model(source: str, folder: Path, tracking: str, half: bool = False) -> 
             shutil.copytree(about, folder, dirs_exist_ok=True)
 
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _save_files(folder: Path, source: str, loaded: LoadedNetwork, code: UserCode, file_format: PulledFormat) -> None:
+    """Write a loaded model's files into a folder.
+
+    Raises `ModelSourceError` for a network that has no ONNX.
+    """
+    if file_format == "safetensors":
+        save_model(folder, loaded)
+        write_code(code, folder)
+        return
+
+    try:
+        save_onnx(folder, loaded.network, loaded.spec)
+    except OnnxError as error:
+        raise ModelSourceError(f"{source}: {error}") from None
 
 
 def _round_to_half(network: nn.Module, source: str) -> None:
