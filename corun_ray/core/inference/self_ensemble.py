@@ -33,7 +33,7 @@ def restore_by_self_ensemble(restore_view: Callable[[Tensor], Restoration], hazy
             transmission_sum = _add(transmission_sum, _turn_back(transmission, turns, mirrored))
 
     assert scene_sum is not None
-    return Restoration(scene_sum / VIEWS, None if transmission_sum is None else transmission_sum / VIEWS)
+    return Restoration(scene_sum.div_(VIEWS), None if transmission_sum is None else transmission_sum.div_(VIEWS))
 
 
 def _list_views() -> Iterator[tuple[int, bool]]:

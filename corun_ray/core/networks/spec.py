@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -92,14 +92,18 @@ def compute_padded_size(network: nn.Module, height: int, width: int) -> tuple[in
     multiple_px = getattr(network, "size_multiple_px", PAD_MULTIPLE_PX)
     min_px = getattr(network, "size_min_px", 0)
 
-    # torch's maximum keeps the sides free where a network is exported with sizes that are not known yet.
-    height = _round_up(torch.sym_max(height, min_px), multiple_px)
-    width = _round_up(torch.sym_max(width, min_px), multiple_px)
+    height = _round_up(_take_larger(height, min_px), multiple_px)
+    width = _round_up(_take_larger(width, min_px), multiple_px)
 
     if getattr(network, "size_square", False):
-        side = torch.sym_max(height, width)
+        side = _take_larger(height, width)
         return side, side
     return height, width
+
+
+def _take_larger(first_px: int, second_px: int) -> int:
+    """Return the larger side; torch's maximum stays free where a network is exported with sizes not known yet."""
+    return cast(int, torch.sym_max(first_px, second_px))
 
 
 def _round_up(side_px: int, multiple_px: int) -> int:

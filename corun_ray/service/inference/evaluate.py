@@ -437,11 +437,13 @@ def _describe_job(
     for name, source in section.models.items():
         kind = "results in " if name in results else ""
         models.append(f"{name} ({kind}{source})")
+    ensemble = {"restored": "by self-ensemble"} if section.self_ensemble else {}
     detector = {} if section.detector is None else {"detector": f"{section.detector}, boxes of {section.boxes}"}
     return {
         "images": section.hazy + truth,
         "models": ", ".join(models) or "none",
         "metrics": ", ".join(section.metrics),
+        **ensemble,
         **detector,
         "on": place,
         "run": run.uri,

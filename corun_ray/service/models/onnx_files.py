@@ -196,7 +196,7 @@ def _describe(
 ) -> dict[str, Any]:
     """Return what a program must know to use the file, as plain JSON values."""
     multiple_px, _ = compute_padded_size(network, 1, 1)
-    images = {"type": "float32", "range": [0, 1]}
+    images: dict[str, Any] = {"type": "float32", "range": [0, 1]}
     outputs = {"scene": images | {"shape": ["batch", 3, "height", "width"], "colours": "RGB"}}
     if len(model.graph.output) > 1:
         outputs["transmission"] = images | {"shape": ["batch", 1, "height", "width"], "clear_air": 1}

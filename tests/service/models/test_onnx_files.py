@@ -28,7 +28,7 @@ from tests.conftest import photograph, write_image
 TOLERANCE = 1e-5
 """Sums of float32 in another order: some hundred products of numbers up to 1, each rounded at 6e-8."""
 SHAPES = ((1, 3, 16, 16), (1, 3, 61, 100), (2, 3, 48, 32))
-NAFNET = NetworkSpec("NAFNet", {"width": 4, "middle_blk_num": 1, "enc_blk_nums": [1], "dec_blk_nums": [1]})
+NAFNET = NetworkSpec("NAFNet", {"width": 4, "middle_blk_num": 1, "enc_blk_nums": [], "dec_blk_nums": []})
 
 
 def fill(network: nn.Module) -> nn.Module:
