@@ -295,6 +295,7 @@ class DehazeSection(Section):
             raise Mismatch("dehaze.stages", "not with self_ensemble: stages are those of one restoration, not of eight")
         return self
 
+
 # --- Depth ---
 
 
