@@ -120,7 +120,7 @@ def test_self_ensemble_is_measured_of_models_alone(local_ray, photographs, netwo
     model = Model(NetworkSpec("corun", {"stages": 2, "width": 4}), networks[1].state_dict(), {})
     section = EvaluateSection(hazy="h", models={"first": "x"}, baselines=("hazy",), self_ensemble=True)
     hazy = to_tensor(decode_image((photographs / "hazy" / "photo_0.png").read_bytes()))
-    pictures = ImageEvaluator({"first": ray.put(model)}, 1, section)._restore(hazy)
+    pictures, _ = ImageEvaluator({"first": ray.put(model)}, 1, section, {}, None)._restore("photo_0.png", hazy)
 
     mean = restore_by_self_ensemble(lambda view: restore(networks[1], view), hazy).scene
     assert torch.equal(pictures["hazy"], hazy)
