@@ -304,7 +304,7 @@ class DepthSection(Section):
     output: Text = Field(description="folder or URI of their depth maps, which have the photographs' names and folders")
     weights: Text = Field(description="folder or URI of weights, which holds the model (see corun-ray weights)")
     model: Text = Field(
-        "depth-anything-v2-small", description="folder below weights: a depth estimator of transformers"
+        "depth-anything-v2-small", description="depth estimator of transformers: its folder below weights"
     )
     depth_kind: DepthKind | None = Field(None, description="what the model predicts; null: as its type tells")
     format: Literal["npy", "png"] = Field("npy", description="npy: float16; png: 16-bit grey")

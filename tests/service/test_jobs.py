@@ -14,7 +14,7 @@ def test_every_folder_of_a_job_becomes_absolute_and_uris_stay(dataset, tmp_path,
     }
     job = small_job("colabator", dataset, tmp_path, data=data, coherence={"weights": "scorers"})
     absolute = make_paths_absolute(job)
-    assert absolute.data.paired.model_dump() == {"hazy": str(tmp_path / "rainy"), "clear": "file:///dry"}
+    assert (absolute.data.paired.hazy, absolute.data.paired.clear) == (str(tmp_path / "rainy"), "file:///dry")
     assert (absolute.data.hazy, absolute.data.validation.hazy) == (str(tmp_path / "photos"), str(tmp_path / "held"))
     far, near = absolute.data.validation_sets["far"], absolute.data.validation_sets["near"]
     assert (far.hazy, far.clear) == (str(tmp_path / "far/hazy"), str(tmp_path / "far/clear"))
