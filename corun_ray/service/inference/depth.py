@@ -102,17 +102,22 @@ def encode_depth(depth: NDArray[np.float32], kind: DepthKind, format: str) -> by
     """Encode a map of inverse depth in [0, 1] or of metres as a file.
 
     `npy` has the values as float16. `png` has 65535 levels of inverse depth, or metres in steps of 1/256 up to 256.
+
+    Raises `BadImage` where rounding leaves one value, which training would refuse.
     """
     if format == "npy":
         buffer = io.BytesIO()
         np.save(buffer, np.minimum(depth, np.finfo(np.float16).max).astype(np.float16))
-        return buffer.getvalue()
+        data = buffer.getvalue()
+    else:
+        # A level of 0 would say of metres that there is no reading.
+        most = np.iinfo(np.uint16).max
+        least, scale = (1, STEPS_PER_METRE) if kind == "metres" else (0, most)
+        levels = np.clip(np.round(depth * scale), least, most).astype(np.uint16)
+        data = cv2.imencode(".png", levels)[1].tobytes()
 
-    # A level of 0 would say of metres that there is no reading.
-    most = np.iinfo(np.uint16).max
-    least, scale = (1, STEPS_PER_METRE) if kind == "metres" else (0, most)
-    levels = np.clip(np.round(depth * scale), least, most).astype(np.uint16)
-    return cv2.imencode(".png", levels)[1].tobytes()
+    DepthMap.from_pixels(decode_depth(data, f".{format}"), kind)
+    return data
 
 
 def get_map_name(key: str, format: str) -> str:

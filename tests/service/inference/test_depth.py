@@ -11,7 +11,7 @@ import pytest
 
 from corun_ray.config.loading import build_job
 from corun_ray.config.tasks import DepthSection
-from corun_ray.core.data.images import decode_depth, decode_image
+from corun_ray.core.data.images import BadImage, decode_depth, decode_image
 from corun_ray.core.inference.depth import MODEL_FILES
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.check import check_job
@@ -208,6 +208,13 @@ def test_a_file_has_the_values_of_its_map(kind, format):
     assert found.dtype == {"npy": np.float16, "png": np.uint16}[format]
     scale = {("inverse", "png"): 65535, ("metres", "png"): 256}.get((kind, format), 1)
     np.testing.assert_allclose(found / scale, depth, rtol=1e-3, atol=1 / 256 if kind == "metres" else 1e-4)
+
+
+@pytest.mark.parametrize("format", ["npy", "png"])
+def test_a_map_of_one_value_after_rounding_is_refused(format):
+    nearly_flat = np.linspace(40, 40.001, 12, dtype=np.float32).reshape(3, 4)
+    with pytest.raises(BadImage, match="depth map is constant"):
+        encode_depth(nearly_flat, "metres", format)
 
 
 def test_the_farthest_metres_of_a_png_are_its_last_level_and_none_is_without_a_reading():
