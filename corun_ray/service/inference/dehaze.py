@@ -3,7 +3,6 @@
 import posixpath
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
@@ -24,6 +23,7 @@ from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.manifest import list_images
 from corun_ray.service.data.pairing import strip_suffix
+from corun_ray.service.inference.outcome import Outcome, name_bad_files
 from corun_ray.service.inference.photos import read_photo, write_photo
 from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, ModelSourceError, fetch_model
@@ -34,9 +34,6 @@ from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.telemetry.prometheus import DEHAZED, DEHAZED_PIXELS, MetricRecorder
 
 STAGE_CELL_PX = 320
-MAX_NAMED_BAD_FILES = 20
-"""More skipped images go into a file of the output folder."""
-BAD_FILES_LIST = "left_out.tsv"
 SELF_ENSEMBLE_FILE = "self_ensemble.txt"
 """Its presence in the output says that the images there were restored with `self_ensemble`."""
 SELF_ENSEMBLE_TEXT = "The images of this folder are means over the restorations of eight flips and turns.\n"
@@ -44,17 +41,6 @@ PROBE_PX = 32
 """The side of the image that tries whether a network gives a transmission."""
 MAX_BLOCKS = 1000
 """Blocks of the Ray Data input."""
-
-
-@dataclass
-class DehazeResult:
-    """The outcome of dehazing a folder."""
-
-    written: int = 0
-    already_written: int = 0
-    """Images that an earlier call wrote, with `resume`."""
-    bad_files: dict[str, str] = field(default_factory=dict)
-    """URI → reason, of skipped images."""
 
 
 # --- The work on one image, in a Ray Data actor ---
@@ -140,7 +126,7 @@ def dehaze(
     progress: Callable[[int, int], None] | None = None,
     resume: bool = False,
     job_name: str = "",
-) -> DehazeResult:
+) -> Outcome:
     """Dehaze every image below `input` into `output`.
 
     Unusable images are skipped and named in the result. `progress` is called with the number of images done and the
@@ -158,7 +144,7 @@ def dehaze(
     # Skip the images of an earlier call.
     wanted = _select_unwritten(section, keys) if resume else keys
     _mark_self_ensemble(section)
-    result = DehazeResult(already_written=len(keys) - len(wanted))
+    result = Outcome(already_written=len(keys) - len(wanted))
     if not wanted:
         return result
 
@@ -192,7 +178,7 @@ def _dehaze_images(section: DehazeSection, model: Model, keys: list[str]) -> Ite
     )
 
 
-def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> DehazeResult:
+def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Outcome:
     """Run a job of kind `dehaze` from the driver.
 
     Raises the errors of `dehaze` and `fetch_model`, and `ClusterError`.
@@ -257,23 +243,6 @@ def _mark_self_ensemble(section: DehazeSection) -> None:
         mark.write(SELF_ENSEMBLE_TEXT.encode())
     else:
         mark.delete()
-
-
-def name_bad_files(output: str, bad_files: dict[str, str], console: Console) -> None:
-    """Name the first skipped images on the console.
-
-    Where there are more, a file in the folder or URI `output` lists all.
-
-    Raises `StorageError`.
-    """
-    for uri, reason in list(bad_files.items())[:MAX_NAMED_BAD_FILES]:
-        console.say(f"  skipped: {uri}: {reason}")
-
-    if len(bad_files) > MAX_NAMED_BAD_FILES:
-        listing = "".join(f"{uri}\t{reason}\n" for uri, reason in sorted(bad_files.items()))
-        target = locate(output).child(BAD_FILES_LIST)
-        target.write(listing.encode())
-        console.say(f"  skipped: {len(bad_files) - MAX_NAMED_BAD_FILES} more, all in {target.uri}")
 
 
 # --- Checks before any image is dehazed ---

@@ -8,7 +8,6 @@ import json
 import posixpath
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
@@ -29,7 +28,7 @@ from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.manifest import ManifestError, list_images, load_image
 from corun_ray.service.data.pairing import strip_suffix
-from corun_ray.service.inference.dehaze import name_bad_files
+from corun_ray.service.inference.outcome import Outcome, name_bad_files
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 from corun_ray.service.telemetry.console import Console, format_duration
 from corun_ray.service.telemetry.logs import Log
@@ -46,17 +45,6 @@ MAX_BLOCKS = 1000
 """Blocks of the Ray Data input."""
 STEPS_PER_METRE = 256
 """Of metres in a PNG, whose 16 bits then reach to 256 m."""
-
-
-@dataclass
-class DepthResult:
-    """The outcome of estimating the depth of a folder."""
-
-    written: int = 0
-    already_written: int = 0
-    """Maps that an earlier call wrote, with `resume`."""
-    bad_files: dict[str, str] = field(default_factory=dict)
-    """URI → reason, of skipped photographs."""
 
 
 # --- The work on one photograph, in a Ray Data actor ---
@@ -128,7 +116,7 @@ def get_map_name(key: str, format: str) -> str:
 # --- All photographs, from the driver ---
 
 
-def run_depth_estimation(job: DepthJob, console: Console, resume: bool = False) -> DepthResult:
+def run_depth_estimation(job: DepthJob, console: Console, resume: bool = False) -> Outcome:
     """Run a job of kind `depth` from the driver.
 
     With `resume`, maps that exist in the output are not estimated again.
@@ -198,7 +186,7 @@ def estimate_depth(
     model: DepthModel,
     progress: Callable[[int, int], None],
     resume: bool = False,
-) -> DepthResult:
+) -> Outcome:
     """Write the depth maps of the photographs `keys` below `input`.
 
     Unusable photographs are skipped and named in the result. `progress` is called with the number of photographs done
@@ -209,7 +197,7 @@ def estimate_depth(
     # Skip the maps of an earlier call.
     existing = set(locate(section.output).list_files()) if resume else set()
     wanted = [key for key in keys if get_map_name(key, section.format) not in existing]
-    result = DepthResult(already_written=len(keys) - len(wanted))
+    result = Outcome(already_written=len(keys) - len(wanted))
     if not wanted:
         return result
 
