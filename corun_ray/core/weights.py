@@ -4,18 +4,38 @@ Pretrained weights come as `.safetensors`, `.pt` or `.pth`. Checkpoints are writ
 tensors and a record of plain values: the format holds no pickle.
 """
 
+import argparse
+import codecs
 import json
 import os
+import pathlib
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from corun_ray.core.errors import UserError, format_error
 
 RECORD_KEY = "corun_ray"
 """The file's only metadata entry: the record, as a JSON object."""
+
+HEAD_BYTES = 512
+"""The bytes from which a file that is no weights file is recognised."""
+
+MAX_ANSWER_CHARS = 120
+
+LFS_START = b"version https://git-lfs"
+"""The first bytes of the small text file that stands for a large file in a Git repository."""
+
+OBJECT_PATTERN = re.compile(r"GLOBAL (?:\S+\.)?(\w+)")
+"""Where torch's error names the class of an object that is not plain data."""
+
+NOT_PLAIN = "save its state dict alone (model.state_dict()) with torch.save, or as .safetensors"
+"""The advice for a file that holds objects beside tensors and plain values."""
 
 WeightsSource = Callable[[str], Path]
 """File name → its checked path on this machine; raises `WeightsError` where the file cannot be had."""
@@ -40,10 +60,11 @@ def read_weights(path: Path) -> Any:
     """Read tensors and plain values of a weights file.
 
     The file is `.safetensors`, `.pt` or `.pth`. Tensors lie on the CPU and are memory-mapped where the format allows
-    it.
+    it. NumPy scalars and arrays, paths and namespaces of arguments are plain values too.
 
     Raises `WeightsError` for a file that holds anything else; such a file is never run.
     """
+    _refuse_other_files(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -52,11 +73,72 @@ def read_weights(path: Path) -> Any:
 
         import torch
 
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        # torch warns of TorchScript programs, which are then refused.
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_list_plain_types()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:
+        raise WeightsError(f"{path}: {_explain(error)}") from None
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Refuse what is often saved in the place of weights: a page, a pointer, an answer of a server, nothing.
+
+    Raises `WeightsError`.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
-    except Exception as error:
-        raise WeightsError(f"{path}: not a file of plain tensors ({format_error(error)})") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({format_error(error)})") from None
+
+    again = "not weights; the file must be downloaded again"
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if not head:
+        raise WeightsError(f"{path}: an empty file, {again}")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise WeightsError(f"{path}: a web page (HTML) that was saved under this name, {again}")
+    if start.startswith(LFS_START):
+        raise WeightsError(f"{path}: a Git LFS pointer, not weights; `git lfs pull` fetches the file itself")
+    if start.startswith((b"<?xml", b"<error", b'{"')) and path.suffix != ".json":
+        answer = " ".join(head.decode("utf-8", "replace").split())[:MAX_ANSWER_CHARS]
+        raise WeightsError(f"{path}: a server's answer that was saved under this name ({answer}), {again}")
+
+
+def _list_plain_types() -> list[Any]:
+    """List the classes beside tensors that are data, under every name that files give them."""
+    scalar, reconstruct = np._core.multiarray.scalar, np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    types: list[Any] = [np.ndarray, np.dtype, codecs.encode, argparse.Namespace, pathlib.PosixPath]
+    for name in np.dtypes.__all__:
+        types.append(getattr(np.dtypes, name))
+
+    # NumPy 1 had other names for both functions.
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
+        types += [(scalar, f"{module}.scalar"), (reconstruct, f"{module}._reconstruct")]
+    types.append((pathlib.PurePosixPath, "pathlib.WindowsPath"))
+    return types
+
+
+def _explain(error: Exception) -> str:
+    """Say in one line why a file is not one of plain tensors.
+
+    torch's own text is long, and advises to run what the file holds.
+    """
+    text = str(error)
+    if "TorchScript" in text:
+        return f"a TorchScript program, not weights; {NOT_PLAIN}"
+
+    found = OBJECT_PATTERN.search(text)
+    if found is not None:
+        return f"holds objects of the class {found[1]}, which are code; {NOT_PLAIN}"
+    if "not in a subdirectory" in text:
+        return "a zip archive, but not one of torch.save; unpack it first"
+    if "zip archive" in text or "central directory" in text:
+        return "not whole: the end of the file is missing; the file must be downloaded or copied again"
+    if "weights_only" in text or isinstance(error, EOFError):
+        return "not a file of plain tensors (of torch.save or .safetensors), or not a whole one"
+    return f"not a file of plain tensors ({format_error(error)})"
 
 
 def _is_zip(path: Path) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.networks.corun import Restoration, as_restoration
+from corun_ray.core.networks.finite import refuse_not_finite
 from corun_ray.core.networks.spec import compute_padded_size
 
 MIN_SIDE_PX = 16
@@ -20,7 +21,7 @@ def restore(network: nn.Module, hazy: Tensor) -> Restoration:
 
     `hazy` is B 3 H W in [0, 1]. The image is padded by reflection, and the result is cropped.
 
-    Raises `ValueError` for images with a side below 16 px.
+    Raises `ValueError` for images with a side below 16 px, and `NotFinite` for a result that is not finite.
     """
     return _crop(as_restoration(network(_pad(network, hazy))), hazy)
 
@@ -31,7 +32,7 @@ def restore_stages(network: nn.Module, hazy: Tensor) -> list[Restoration]:
 
     The last stage's result is that of `restore`.
 
-    Raises `ValueError` for small images, and for a network without stages (without a method `unfold`).
+    Raises as `restore` does, and `ValueError` for a network without stages (without a method `unfold`).
     """
     unfold = getattr(network, "unfold", None)
     if unfold is None:
@@ -91,13 +92,18 @@ def _reflect(side: int, padded_side: int, device: torch.device) -> Tensor:
 def _crop(restoration: Restoration, hazy: Tensor) -> Restoration:
     """Crop a restoration to the size of `hazy`.
 
-    Returns float32; the scene is clamped.
+    Returns float32; the scene is clamped. Raises `NotFinite`.
     """
     height, width = hazy.shape[-2:]
     scene, transmission = restoration
+
+    # Before clamping, which makes a plausible number of infinity.
+    scene = scene[..., :height, :width].float()
+    refuse_not_finite(scene, "the restored image")
     if transmission is not None:
         transmission = transmission[..., :height, :width].float()
-    return Restoration(scene[..., :height, :width].float().clamp(0, 1), transmission)
+        refuse_not_finite(transmission, "the transmission")
+    return Restoration(scene.clamp(0, 1), transmission)
 
 
 def to_tensor(image: np.ndarray) -> Tensor:

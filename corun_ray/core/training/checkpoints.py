@@ -8,16 +8,19 @@ A run resumes from another file, in which there is no pickle: `training.safetens
 optimizer. So the folder holds the weights twice: the price of resuming without reading the published file.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from corun_ray.core.errors import UserError
 from corun_ray.core.networks.build import build_network
+from corun_ray.core.networks.finite import find_bad_weight
 from corun_ray.core.networks.spandrel import recognise
 from corun_ray.core.networks.spec import CORUN_TYPE, NetworkError, NetworkSpec
 from corun_ray.core.training.state import TrainState
@@ -32,11 +35,24 @@ EARLIER_TRAINING_FILE = "training.pt"
 # A plain model folder, with the names that other tools expect.
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
-WRAPPINGS = ("params_ema", "params-ema", "params", "model_state_dict", "state_dict", "model", "net")
+WRAPPINGS = (
+    "params_ema",
+    "params-ema",
+    "ema_state_dict",
+    "model_ema",
+    "params",
+    "model_state_dict",
+    "state_dict",
+    "model",
+    "net",
+)
 """Where other authors put the state dict, the moving average first: it is the better one."""
 
-PARALLEL_PREFIX = "module."
-"""What data-parallel training puts before every name."""
+COMPILED_PART = "_orig_mod"
+"""The part that torch.compile adds to the names of what it compiles."""
+
+COUNTERS = ("total_ops", "total_params")
+"""The last parts of the names under which a profiler leaves its counts among the weights."""
 
 RECORD_TYPES = {"step": int, "num_images_seen": int, "param_groups": list, "extra": dict}
 """The entries of a training file's record, and their types."""
@@ -74,18 +90,16 @@ def load_network(path: Path) -> LoadedNetwork:
             spec, file = read_spec(path), _find_network_file(path)
             params = _read_params(file)
         else:
-            file, params = path, _read_params(path)
-            corun = _recognise_corun(params)
-            if corun is not None:
-                spec = corun
-            else:
-                spec, params = recognise(params)
+            file = path
+            spec, params = _recognise(_read_params(path))
         network = build_network(spec)
     except NetworkError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
+    params = _strip_to_fit(params, network.state_dict())
     _check_fit(params, network.state_dict(), f"{file}: does not fit {type(network).__name__}")
     network.load_state_dict(params)
+    _refuse_bad_weights(network.state_dict(), network, file)
     return LoadedNetwork(network.eval(), spec)
 
 
@@ -97,11 +111,14 @@ def load_params(path: Path, network: nn.Module) -> dict[str, Tensor]:
     Raises `CheckpointError` unless they fit `network`.
     """
     file = _find_network_file(path) if path.is_dir() else path
-    params, expected = _read_params(file), network.state_dict()
+    expected = network.state_dict()
+    params = _strip_to_fit(_read_params(file), expected)
     _check_fit(params, expected, f"{file}: does not fit {type(network).__name__}")
 
     # A file may hold its weights in half precision.
-    return {name: tensor.to(expected[name].dtype) for name, tensor in params.items()}
+    converted = {name: tensor.to(expected[name].dtype) for name, tensor in params.items()}
+    _refuse_bad_weights(converted, network, file)
+    return converted
 
 
 def read_spec(folder: Path) -> NetworkSpec:
@@ -151,8 +168,10 @@ def save_run(folder: Path, state: TrainState, spec: NetworkSpec, extra: dict[str
     """Save a checkpoint folder: a model, and the training state.
 
     `extra` holds plain JSON values only (the id of the pool's snapshot, the seed). Raises `TypeError` or `ValueError`
-    where it does not.
+    where it does not, and `Diverged`, before anything is written, for weights that are not finite.
     """
+    state.refuse_bad_weights()
+
     # The model: networks in the published format, and their description.
     save_network(folder / NETWORK_FILE, state.student, state.teacher)
     (folder / SPEC_FILE).write_text(spec.to_json())
@@ -181,6 +200,10 @@ def load_run(folder: Path, state: TrainState, spec: NetworkSpec) -> dict[str, An
 
     expected = state.list_expected_tensors(tensors.keys())
     _check_fit(tensors, expected, f"{file}: does not fit this run", same_dtypes=True)
+
+    for part, network in (("student", state.student), ("teacher", state.teacher)):
+        weights = {name: tensors[f"{part}.{name}"] for name in network.state_dict()}
+        _refuse_bad_weights(weights, network, file)
 
     groups = state.collect_values()["param_groups"]
     if not _is_like(record["param_groups"], groups):
@@ -237,27 +260,71 @@ def _read_file(path: Path, reader: Callable[[Path], T]) -> T:
 def _read_params(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a file, plain or wrapped.
 
-    The prefix of data-parallel training is removed.
+    What stands beside the tensors (numbers, texts, a profiler's counts) is left out.
     """
     content: Any = _read_file(path, read_weights)
 
-    # Unwrap: take the first wrapping that holds a dict, else the content itself.
+    # Unwrap: take the first wrapping that holds a dict, as deep as there are some.
+    while isinstance(content, dict):
+        inner = next((content[name] for name in WRAPPINGS if isinstance(content.get(name), dict)), None)
+        if inner is None:
+            break
+        content = inner
+
+    params = {}
     if isinstance(content, dict):
-        for wrapping in WRAPPINGS:
-            if isinstance(content.get(wrapping), dict):
-                content = content[wrapping]
-                break
-
-    # A state dict has names and tensors alone.
-    if not isinstance(content, dict) or not content:
+        for name, value in content.items():
+            if isinstance(name, str) and _is_weight(name, value):
+                parts = [part for part in name.split(".") if part != COMPILED_PART]
+                params[".".join(parts)] = value if isinstance(value, Tensor) else torch.from_numpy(value)
+    if not params:
         raise CheckpointError(f"{path}: no state dict in it (plain, or under {', '.join(WRAPPINGS)})")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: no state dict in it ({name} is {type(value).__name__}, not a tensor)")
+    return params
 
-    if all(name.startswith(PARALLEL_PREFIX) for name in content):
-        content = {name.removeprefix(PARALLEL_PREFIX): value for name, value in content.items()}
-    return content
+
+def _is_weight(name: str, value: object) -> bool:
+    """Tell whether an entry of a state dict is a weight: a tensor or a NumPy array, and no counter."""
+    return isinstance(value, Tensor | np.ndarray) and name.rpartition(".")[2] not in COUNTERS
+
+
+def _list_unprefixed(params: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """List a state dict under its own names, and without the parts that all names begin with, one part less each.
+
+    Wrappers of a network (data-parallel training, a trainer's class) put a part before every name.
+    """
+    versions = [params]
+    while True:
+        last = versions[-1]
+        heads = {name.partition(".")[0] for name in last}
+        if len(heads) > 1 or any("." not in name for name in last):
+            return versions
+        versions.append({name.partition(".")[2]: tensor for name, tensor in last.items()})
+
+
+def _strip_to_fit(params: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under the names that a network expects, or as they are where no version has these names."""
+    for version in _list_unprefixed(params):
+        if version.keys() == expected.keys():
+            return version
+    return params
+
+
+def _recognise(params: dict[str, Tensor]) -> tuple[NetworkSpec, dict[str, Tensor]]:
+    """Find the network of a state dict, and the tensors under the names that it gives them.
+
+    Raises `NetworkError` where it is neither CORUN nor a network of spandrel.
+    """
+    versions = _list_unprefixed(params)
+    for version in versions:
+        spec = _recognise_corun(version)
+        if spec is not None:
+            return spec, version
+
+    # Names that all begin alike may be a network's own, so the longest names are tried first.
+    for version in versions[:-1]:
+        with contextlib.suppress(NetworkError):
+            return recognise(version)
+    return recognise(versions[-1])
 
 
 def _recognise_corun(params: dict[str, Tensor]) -> NetworkSpec | None:
@@ -306,6 +373,18 @@ def _is_like(value: Any, example: Any) -> bool:
     if isinstance(example, float):
         return type(value) in (int, float)
     return type(value) is type(example)
+
+
+def _refuse_bad_weights(weights: Mapping[str, Tensor], network: nn.Module, file: Path) -> None:
+    """Refuse weights of a network that are not finite: its training has diverged.
+
+    Raises `CheckpointError`.
+    """
+    bad_weight = find_bad_weight(weights, network)
+    if bad_weight is not None:
+        raise CheckpointError(
+            f"{file}: {bad_weight}, not finite: its training has diverged; take an earlier checkpoint"
+        )
 
 
 def _check_fit(params: dict[str, Tensor], expected: dict[str, Tensor], what: str, same_dtypes: bool = False) -> None:

@@ -7,13 +7,15 @@ published recipe (arXiv 2406.07966) is one cycle without warm-up.
 import copy
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from corun_ray.core.networks.finite import find_bad_weight
 from corun_ray.core.timing import span
+from corun_ray.core.training.divergence import Diverged, measure_gradient
 
 BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 0.0
@@ -44,6 +46,8 @@ class TrainState:
     step: int = 0
     num_images_seen: int = 0
     """The position in the run's sample stream."""
+    _losses: list[dict[str, Tensor]] = field(default_factory=list)
+    """The losses whose gradients the next update takes."""
 
     @classmethod
     def start(cls, network: nn.Module, device: torch.device | str = "cpu") -> "TrainState":
@@ -61,7 +65,7 @@ class TrainState:
     # --- Training ---
 
     def backward(self, losses: dict[str, Tensor], share: float = 1.0) -> None:
-        """Add `share` of the losses' gradient for the next update.
+        """Add `share` of the losses' gradient for the next update, which checks them.
 
         Raises `ValueError` where there is no loss.
         """
@@ -69,6 +73,7 @@ class TrainState:
             raise ValueError("nothing to learn from: every loss has weight 0 or lacks the network it needs")
         with span("backward"):
             (share * sum(losses.values())).backward()  # type: ignore[union-attr]
+        self._losses.append(losses)
 
     def update(self, lr: float, ema: float, batch_images: int, clip_norm: float = 0.0) -> None:
         """Update the student by AdamW, and the teacher by EMA.
@@ -76,9 +81,13 @@ class TrainState:
         `lr` is the learning rate, `ema` the decay of the moving average. `batch_images` is the number of images by
         which the stream's position moves on. A gradient whose norm is above `clip_norm` is scaled down to that norm; 0
         leaves gradients alone. The closed-form steps divide by small numbers, so single gradients can be very large.
+
+        Raises `Diverged` for losses or gradients that are not finite; the state then stays as it was.
         """
+        losses, self._losses = self._losses, []
+        norm = measure_gradient(losses, self.student, self.step)
         if clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.student.parameters(), clip_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.student.parameters(), clip_norm, norm)
 
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -93,6 +102,16 @@ class TrainState:
         self.num_images_seen += batch_images
 
     # --- Saving and restoring ---
+
+    def refuse_bad_weights(self) -> None:
+        """Check the weights of both networks, before they are saved.
+
+        Raises `Diverged`.
+        """
+        for part, network in self._get_networks().items():
+            bad_weight = find_bad_weight(network.state_dict(), network)
+            if bad_weight is not None:
+                raise Diverged(f"step {self.step}: the weight {part}.{bad_weight}, not finite")
 
     def collect_tensors(self) -> dict[str, Tensor]:
         """Collect every tensor of the state, without copies.

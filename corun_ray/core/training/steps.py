@@ -4,7 +4,6 @@ Source: Fang et al., NeurIPS 2024, arXiv 2406.07966, sections 3.2 and 3.3. The r
 is the same for both, and is in `state`.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from corun_ray.core.choices import Encoding
 from corun_ray.core.networks.corun import Restoration, as_restoration
 from corun_ray.core.scoring.coherence import BlockScores, Coherence
 from corun_ray.core.timing import span
+from corun_ray.core.training.divergence import Diverged, refuse_bad_score
 from corun_ray.core.training.labels import Label, LabelPool, Scores, decode, encode, supersedes
 from corun_ray.core.training.losses import Losses
 
@@ -124,7 +124,7 @@ class Colabator:
             pending = self.pool.prefetch(real.keys)
 
         # Candidates and their global scores.
-        candidates, scores = self._make_candidates(real.weak, step)
+        candidates, scores = self._make_candidates(real, step)
 
         # A candidate wins if the image has no label yet, or if neither score is lower than the stored label's.
         with span("pool"):
@@ -149,25 +149,30 @@ class Colabator:
                 chosen.append(label)
         return self._to_tensors(chosen, candidates.scene, wins)
 
-    def _make_candidates(self, weak: Tensor, step: int) -> tuple[Restoration, list[Scores]]:
+    def _make_candidates(self, real: RealBatch, step: int) -> tuple[Restoration, list[Scores]]:
         """Restore the weak views and score the results.
 
-        Raises `FloatingPointError` where a score is not finite.
+        Raises `Diverged` for a candidate that is not finite, and `ScoreNotFinite`.
         """
         # The candidates: J clamped to [0, 1], and T.
         with span("teacher"):
-            scene, transmission = as_restoration(self.teacher(weak))
+            scene, transmission = as_restoration(self.teacher(real.weak))
+            is_finite = scene.isfinite().flatten(1).all(1)
             scene = scene.float().clamp(0, 1)
 
-        # Global coherence. Both scores leave the device in one copy, so that a step waits for the device once.
+        # Global coherence. All numbers leave the device in one copy, so that a step waits for the device once.
         with span("global scores"):
-            rated = self.coherence.score_images(scene, weak)
-            scores = [Scores(*pair) for pair in torch.stack([rated.clarity, rated.quality], 1).tolist()]
+            rated = self.coherence.score_images(scene, real.weak)
+            rows = torch.stack([rated.clarity, rated.quality, is_finite.to(rated.clarity.dtype)], 1).tolist()
 
         # Stop at NaN and infinity: such a label would win the pool's first comparison and lose none after it.
-        for pair in scores:
-            if not math.isfinite(pair.clarity) or not math.isfinite(pair.quality):
-                raise FloatingPointError(f"step {step}: the teacher's scores are not finite; training has diverged")
+        scores = []
+        for key, (clarity, quality, finite) in zip(real.keys, rows, strict=True):
+            if not finite:
+                raise Diverged(f"step {step}: the teacher's restoration of {key} has nan or inf, not finite")
+            refuse_bad_score(clarity, "clarity", key, step)
+            refuse_bad_score(quality, "quality", key, step)
+            scores.append(Scores(clarity, quality))
         return Restoration(scene, transmission), scores
 
     def _make_labels(
@@ -180,7 +185,7 @@ class Colabator:
     ) -> dict[int, Label]:
         """Make labels of the winning candidates.
 
-        The keys of the result are the images' places in the batch.
+        The keys of the result are the images' places in the batch. Raises `ScoreNotFinite`.
         """
         # Local coherence, which the trust map follows from.
         scene, transmission = candidates
@@ -190,6 +195,10 @@ class Colabator:
         # Encode the images for storage, on the CPU.
         labels = {}
         for row, image in enumerate(winners):
+            block_clarity, block_quality = blocks.clarity[row].float().cpu(), blocks.quality[row].float().cpu()
+            refuse_bad_score(float(block_clarity.sum()), "clarity of a block", real.keys[image], step)
+            refuse_bad_score(float(block_quality.sum()), "quality of a block", real.keys[image], step)
+
             encoded_transmission = None
             if transmission is not None:
                 encoded_transmission = encode(transmission[image].float().cpu().numpy(), self.encoding)
@@ -200,8 +209,8 @@ class Colabator:
                 step=step,
                 scene=encode(scene[image].cpu().numpy(), self.encoding),
                 transmission=encoded_transmission,
-                block_clarity=blocks.clarity[row].float().cpu().numpy(),
-                block_quality=blocks.quality[row].float().cpu().numpy(),
+                block_clarity=block_clarity.numpy(),
+                block_quality=block_quality.numpy(),
             )
         return labels
 

@@ -4,7 +4,7 @@ import re
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -48,6 +48,9 @@ CHANGEABLE_KEYS = (
     "data.validation",
 )
 """Starts of the keys that a resumed run may change: hardware, storage and reporting, nothing that affects learning."""
+
+STEP_SIZE_KEYS = ("optim.lr", "optim.min_lr", "optim.cycles", "optim.clip_norm", "optim.precision")
+"""Starts of the keys that a resumed run may change and names: a training that has diverged needs smaller steps."""
 
 
 class ResumeError(UserError):
@@ -159,9 +162,16 @@ def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, digest: s
 
     Raises `ResumeError`.
     """
-    # Settings of learning must be the same.
+    # A run that has all its steps takes no more.
     before = _read_job(run, job)
-    reasons = _list_changed_keys(before, job)
+    has_more = record.state == "running" or before.train.steps != job.train.steps
+
+    # Settings of learning must be the same, but for the size of the steps to come.
+    changeable = CHANGEABLE_KEYS + STEP_SIZE_KEYS if has_more else CHANGEABLE_KEYS
+    reasons = []
+    for key, (old, new) in _compare_keys(before, job).items():
+        if not key.startswith(changeable):
+            reasons.append(f"{key}: {new} now, {old} in the run to resume")
 
     # Workers and the batch of each may change as long as their product, the global batch, stays.
     if not _has_same_batch(before, job):
@@ -172,13 +182,24 @@ def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, digest: s
     if record.data != digest:
         reasons.append("data: not the files that the run began with")
 
-    # The same images and random numbers must give the same samples. A run that has all its steps takes no more.
-    has_more = record.state == "running" or before.train.steps != job.train.steps
+    # The same images and random numbers must give the same samples.
     if record.samples != SAMPLES_VERSION and has_more:
         reasons.append("samples: made in another way by the version of corun_ray that the run began with")
 
     if reasons:
         raise ResumeError("\n".join([f"--resume: {run.uri} cannot be resumed as this job:", *reasons]))
+
+
+def list_step_size_changes(run: Location, job: TrainingJob) -> list[str]:
+    """Describe each changed key of a resumed run that affects the size of its steps: `optim.lr 0.01 -> 0.001`.
+
+    Raises `StorageError`, and `ResumeError` for a run whose job file is invalid now.
+    """
+    lines = []
+    for key, (old, new) in _compare_keys(_read_job(run, job), job).items():
+        if key.startswith(STEP_SIZE_KEYS):
+            lines.append(f"{key} {old} -> {new}")
+    return lines
 
 
 def _read_job(run: Location, job: TrainingJob) -> TrainingJob:
@@ -198,14 +219,14 @@ def _read_job(run: Location, job: TrainingJob) -> TrainingJob:
     return before
 
 
-def _list_changed_keys(before: TrainingJob, job: TrainingJob) -> list[str]:
-    """Describe each key whose value differs and may not change."""
+def _compare_keys(before: TrainingJob, job: TrainingJob) -> dict[str, tuple[Any, Any]]:
+    """Return the old and the new value of each key that differs, by key."""
     old, new = flatten(before.model_dump(mode="json")), flatten(job.model_dump(mode="json"))
-    lines = []
+    changed = {}
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(CHANGEABLE_KEYS):
-            lines.append(f"{key}: {new.get(key)} now, {old.get(key)} in the run to resume")
-    return lines
+        if old.get(key) != new.get(key):
+            changed[key] = old.get(key), new.get(key)
+    return changed
 
 
 def _has_same_batch(before: TrainingJob, job: TrainingJob) -> bool:

@@ -19,6 +19,7 @@ from ray import serve
 from corun_ray.core.data.images import BadImage
 from corun_ray.core.inference.memory import compute_batch_size, fit_in_memory
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.networks.finite import NotFinite
 from corun_ray.service.inference.photos import Pixels, read_photo, write_photo
 from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model
@@ -133,7 +134,8 @@ class Replica(RestorerActor):
     def _restore_group(self, images: list[Pixels]) -> Sequence[Restored | Refusal]:
         """Restore images of one size together.
 
-        An error refuses the whole group, but no other group of the batch.
+        An error refuses the whole group, but no other group of the batch. A restoration that is not finite refuses
+        its image alone.
         """
         started = time.monotonic()
         try:
@@ -143,6 +145,10 @@ class Replica(RestorerActor):
 
             # Every image keeps its own number of bits.
             pixels = [to_image(scene[n : n + 1], image.dtype.type) for n, image in enumerate(images)]
+        except NotFinite as error:
+            if len(images) > 1:
+                return [self._restore_group([image])[0] for image in images]
+            return [Refusal(500, f"the model failed on this image: {error}")]
         except ValueError as error:
             # The images are too small, or too large even in tiles.
             return [Refusal(422, str(error)) for _ in images]

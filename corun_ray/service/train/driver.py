@@ -34,6 +34,7 @@ from corun_ray.service.runs.record import (
     RunRecord,
     find_run_to_resume,
     list_checkpoint_steps,
+    list_step_size_changes,
     locate_new_run,
     name_checkpoint,
     write_record,
@@ -88,12 +89,16 @@ def run_training(
         # A review that cannot be read is found here, not by the workers.
         read_decisions(earlier[0].child(POOL_FOLDER))
 
+    changes = [] if earlier is None else list_step_size_changes(earlier[0], job)
+
     # 3. Connect to Ray and MLflow, and show the job's facts.
     cluster = connect(job.cluster)
     session = _open_session(job, manifest, model, earlier, parent)
     facts = _describe_session(session, cluster)
     if resume:
         facts["resume"] = "no earlier run: begins" if earlier is None else "resumes this run"
+    if changes:
+        facts["changed"] = ", ".join(changes)
     console.header(f"{job.kind} {job.name}", facts)
 
     # 4. Train. However training ends, MLflow's run is closed, and a failure says how to resume.

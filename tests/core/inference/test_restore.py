@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from corun_ray.core.inference.restore import restore, restore_stages, to_image, to_tensor
 from corun_ray.core.networks.corun import CORUN, Restoration
+from corun_ray.core.networks.finite import NotFinite
 from corun_ray.core.networks.spec import compute_padded_size
 
 
@@ -24,6 +25,37 @@ class Recorder(nn.Module):
 
 def photograph(height_px: int, width_px: int, batch: int = 1) -> Tensor:
     return torch.rand(batch, 3, height_px, width_px, generator=torch.Generator().manual_seed(0))
+
+
+class Broken(nn.Module):
+    """Answers with a scene and a transmission, one of which has a value that is not finite."""
+
+    def __init__(self, scene: float, transmission: float) -> None:
+        super().__init__()
+        self.values = scene, transmission
+
+    def forward(self, hazy: Tensor) -> Restoration:
+        scene, transmission = hazy.clone(), hazy[:, :1].clone()
+        scene[0, 0, 3, 5], transmission[0, 0, 3, 5] = self.values
+        return Restoration(scene, transmission)
+
+    def unfold(self, hazy: Tensor) -> list[Restoration]:
+        return [self.forward(hazy)]
+
+
+@pytest.mark.parametrize(
+    ("scene", "transmission", "expected"),
+    [
+        (float("nan"), 0.5, "the restored image is nan at"),
+        (float("inf"), 0.5, "the restored image is inf at"),
+        (0.5, float("nan"), "the transmission is nan at"),
+    ],
+)
+def test_a_restoration_that_is_not_finite_is_no_picture(scene: float, transmission: float, expected: str) -> None:
+    network = Broken(scene, transmission)
+    for make in (restore, restore_stages):
+        with pytest.raises(NotFinite, match=f"^{expected} .*, not finite$"):
+            make(network, photograph(16, 16))
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 31), (100, 60), (33, 16), (16, 47)])

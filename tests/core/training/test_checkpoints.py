@@ -1,11 +1,14 @@
 """Checkpoints: the published format in and out, what is refused, and runs that resume where they stopped."""
 
+import argparse
 import copy
+import math
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -19,6 +22,7 @@ from corun_ray.core.training.checkpoints import (
     MODEL_FILE,
     NETWORK_FILE,
     SPEC_FILE,
+    TRAINING_FILE,
     CheckpointError,
     LoadedNetwork,
     load_network,
@@ -29,7 +33,9 @@ from corun_ray.core.training.checkpoints import (
     save_network,
     save_run,
 )
+from corun_ray.core.training.divergence import Diverged
 from corun_ray.core.training.state import TrainState
+from corun_ray.core.weights import read_tensors, write_tensors
 from tests.core.golden import golden_shapes, golden_state_dict
 
 NAFNET = NetworkSpec("NAFNet", {"width": 8, "middle_blk_num": 1, "enc_blk_nums": [1], "dec_blk_nums": [1]})
@@ -215,16 +221,108 @@ def test_no_file_and_no_checkpoint(tmp_path: Path) -> None:
     whole = tmp_path / "whole.pth"
     save_network(whole, random_network(), random_network())
     content = whole.read_bytes()
-    for number, data in enumerate([b"", b"no checkpoint", bytes(range(256)) * 9, content[: len(content) // 2]]):
+    for number, data in enumerate([b"no checkpoint", bytes(range(256)) * 9]):
         path = tmp_path / f"{number}.pth"
         path.write_bytes(data)
         assert error_line(path).startswith("not a file of plain tensors (")
+    whole.write_bytes(content[: len(content) // 2])
+    assert error_line(whole).startswith("not whole: the end of the file is missing")
     (tmp_path / SPEC_FILE).write_text(corun_spec().to_json())
     with pytest.raises(CheckpointError, match=f"{NETWORK_FILE}: no such file"):
         load_network(tmp_path)
     (tmp_path / SPEC_FILE).write_text("{}")
     with pytest.raises(CheckpointError, match=f"{SPEC_FILE}: not a network's description"):
         load_network(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "net.", "a.b.module."])
+@pytest.mark.parametrize("spec", [corun_spec(), NAFNET, BRIGHTEN], ids=["corun", "spandrel", "own"])
+def test_parts_that_all_names_begin_with_are_left_out(tmp_path: Path, prefix: str, spec: NetworkSpec) -> None:
+    network = build_network(spec)
+    state = {prefix + name: tensor for name, tensor in network.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": np.int64(3), "best": np.float32(0.5)}, tmp_path / NETWORK_FILE)
+
+    params = load_params(tmp_path / NETWORK_FILE, build_network(spec))
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(params[name], tensor)
+
+    # A folder knows its network; a bare file only of those that can be recognised.
+    if spec != BRIGHTEN:
+        assert_equal_weights(load_network(tmp_path / NETWORK_FILE).network, network)
+    (tmp_path / SPEC_FILE).write_text(spec.to_json())
+    assert_equal_weights(load_network(tmp_path).network, network)
+
+
+class Wrapped(nn.Module):
+    """A user's own network, all of whose names begin alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Brighten()
+
+    def forward(self, hazy: Tensor) -> Tensor:
+        return self.net(hazy)
+
+
+def test_a_part_that_the_network_itself_has_stays(tmp_path: Path) -> None:
+    torch.save({"module." + name: tensor for name, tensor in Wrapped().state_dict().items()}, tmp_path / "a.pth")
+    assert list(load_params(tmp_path / "a.pth", Wrapped())) == ["net.gain"]
+
+
+def test_what_stands_beside_the_tensors_is_left_out(tmp_path: Path) -> None:
+    network = random_network()
+    state: dict[str, Any] = dict(network.state_dict())
+    state |= {"total_ops": torch.zeros(1), "total_params": torch.zeros(1), "first.total_ops": torch.zeros(1)}
+    state |= {"epoch": 3, "name": "corun", "best": np.float64(0.5), "when": None}
+    state["last.dehaze_prox.step_lambda"] = state["last.dehaze_prox.step_lambda"].numpy()
+    options = {"args": argparse.Namespace(lr=1e-4), "path": Path("runs"), "curve": np.zeros(3)}
+    torch.save({"model": {"state_dict": state}, **options}, tmp_path / "a.pth")
+    assert_equal_weights(load_network(tmp_path / "a.pth").network, network)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_wherever_they_are_loaded(tmp_path: Path, value: float) -> None:
+    name = "last.dehaze_prox.step_lambda"
+    state = TrainState.start(CORUN(2, 2))
+    run = tmp_path / "run"
+    run.mkdir()
+    save_run(run, state, corun_spec(2, 2), {})
+
+    # Published file, and the parameters of one.
+    weights = state.teacher.state_dict()
+    torch.save({"params": {**weights, name: torch.full_like(weights[name], value)}}, tmp_path / "a.pth")
+    expected = f"{name} is {value}, not finite: its training has diverged; take an earlier checkpoint"
+    assert error_line(tmp_path / "a.pth") == expected
+    with pytest.raises(CheckpointError, match="not finite"):
+        load_params(tmp_path / "a.pth", CORUN(2, 2))
+
+    # A run's folder, written by a version that did not look.
+    tensors, record = read_tensors(run / TRAINING_FILE)
+    tensors[f"teacher.{name}"] = torch.full_like(weights[name], value)
+    write_tensors(run / TRAINING_FILE, tensors, record)
+    with pytest.raises(CheckpointError, match="not finite"):
+        load_run(run, state, corun_spec(2, 2))
+
+    # None is written.
+    with torch.no_grad():
+        state.student.get_parameter(name).fill_(value)
+    before = (run / NETWORK_FILE).read_bytes()
+    with pytest.raises(Diverged, match=f"^step 0: the weight student.{name} is {value}, not finite$"):
+        save_run(run, state, corun_spec(2, 2), {})
+    assert (run / NETWORK_FILE).read_bytes() == before
+
+
+class Masked(Brighten):
+    """A user's own network with a mask, as attention has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+
+
+def test_an_infinite_buffer_may_be_a_mask(tmp_path: Path) -> None:
+    torch.save(Masked().state_dict(), tmp_path / "a.pth")
+    assert load_params(tmp_path / "a.pth", Masked())["mask"].tolist() == [0.0, -math.inf]
 
 
 class Intruder:
@@ -243,7 +341,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
     plain.write_bytes(pickle.dumps({"params_ema": Intruder(mark)}, protocol=2))
     torch.save({"params": weights, "params_ema": weights, "extra": Intruder(mark)}, zipped)
     for path in (plain, zipped):
-        assert error_line(path).startswith("not a file of plain tensors (")
+        assert error_line(path).startswith("holds objects of the class mkdir, which are code; save its state dict")
         assert not mark.exists()
     pickle.loads(plain.read_bytes())
     assert mark.exists()  # so the file was a real trap
@@ -275,7 +373,7 @@ def test_tensors_that_do_not_fit_are_one_line(tmp_path: Path, what: str) -> None
     [
         ([1, 2], "no state dict in it (plain, or under params_ema, "),
         ({}, "no state dict in it (plain, or under params_ema, "),
-        ({"params_ema": 3}, "no state dict in it (params_ema is int, not a tensor)"),
+        ({"params_ema": 3}, "no state dict in it (plain, or under params_ema, "),
         ({"params_ema": {"a": torch.ones(1)}}, "neither CORUN nor an architecture that spandrel recognises; "),
     ],
 )

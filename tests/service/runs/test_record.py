@@ -11,6 +11,7 @@ from corun_ray.service.runs.record import (
     ResumeError,
     RunRecord,
     find_last_run,
+    list_step_size_changes,
     locate_new_run,
     read_record,
     refuse_changes,
@@ -71,7 +72,7 @@ def test_where_and_on_what_it_runs_may_change(dataset, tmp_path, sections):
     ("sections", "line"),
     [
         ({"network": {"width": 8}}, "network.width: 8 now, 4 in the run to resume"),
-        ({"optim": {"lr": 0.5}}, "optim.lr: 0.5 now, 0.001 in the run to resume"),
+        ({"optim": {"ema": 0.9}}, "optim.ema: 0.9 now, 0.5 in the run to resume"),
         ({"pool": {"encoding": "float16"}}, "pool.encoding: float16 now, uint8 in the run to resume"),
         ({"cluster": {"workers": 2}}, "train.batch_per_worker: 1 on 2 workers now, 1 on 1 in the run to resume"),
         ({"train": {"batch_per_worker": 2}, "cluster": {"workers": (1, 2)}}, "train.batch_per_worker: 2 on 1 to 2"),
@@ -83,6 +84,22 @@ def test_what_it_learns_from_may_not(dataset, tmp_path, sections, line):
     with pytest.raises(ResumeError) as error:
         refuse_changes(variant(dataset, tmp_path / "b", **sections), run, RECORD, "digest")
     assert any(text.startswith(line) for text in str(error.value).splitlines()), str(error.value)
+
+
+def test_the_size_of_the_steps_may_change_and_is_named(dataset, tmp_path):
+    run = begun(variant(dataset, tmp_path / "a"), "test-colabator-20260101-000000")
+    assert list_step_size_changes(run, variant(dataset, tmp_path / "b")) == []
+
+    # What a training that has diverged needs.
+    smaller = variant(dataset, tmp_path / "b", optim={"lr": 1e-4, "min_lr": 1e-5, "clip_norm": 0.3})
+    refuse_changes(smaller, run, RECORD, "digest")
+    changes = list_step_size_changes(run, smaller)
+    assert changes[0] == "optim.clip_norm 0.0 -> 0.3" and changes[1] == "optim.lr 0.001 -> 0.0001"
+    assert all(change.startswith("optim.") for change in changes)
+
+    # A finished run has learned already.
+    with pytest.raises(ResumeError, match="optim.lr: 0.0001 now, 0.001 in the run to resume"):
+        refuse_changes(smaller, run, RECORD.model_copy(update={"state": "finished"}), "digest")
 
 
 def test_other_data_is_refused(job):
