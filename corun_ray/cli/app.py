@@ -57,7 +57,7 @@ def _run(argv: Sequence[str], output: Output) -> int:
     """Run a command line; return its exit code, and print its errors."""
     try:
         context = parse(argv)
-        output.expect(context.command_path.partition(" ")[2])
+        output.expect(context.command_path.partition(" ")[2], can_wait=not context.params.get("no_wait", False))
         return context.command.invoke(context) or DONE
 
     except typer.Exit as end:

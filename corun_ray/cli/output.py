@@ -83,12 +83,12 @@ class Output:
         # Until a command is known, there may be help to print.
         self._is_result = True
 
-    def expect(self, command: str) -> None:
-        """Say which command writes, by its words: `pool ls`."""
+    def expect(self, command: str, *, can_wait: bool = True) -> None:
+        """Say which command writes, by its words: `pool ls`; `can_wait` is False for one that follows nothing."""
         self._is_result = command.startswith(SHOWING)
         if self._file is None:
             return
-        if command.startswith(FOLLOWING):
+        if command.startswith(FOLLOWING) and can_wait:
             self._file.is_vital = True
         elif not self._is_result:
             self._file.warning = "the rest of it is dropped, and the work goes on"
