@@ -142,6 +142,11 @@ class Tracker:
         """Close another run whose process was killed."""
         self._mlflow.MlflowClient().set_terminated(run_id, "KILLED")
 
+    def hand_over(self) -> None:
+        """Leave the run to another process, which has it open."""
+        self._mlflow.end_run()
+        self._mlflow.MlflowClient().update_run(self.run_id, status="RUNNING")
+
     def finish(self, succeeded: bool) -> None:
         """Close the run."""
         self._mlflow.end_run(status="FINISHED" if succeeded else "FAILED")
