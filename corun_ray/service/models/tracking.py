@@ -5,6 +5,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,10 @@ class Tracker:
 
     def hand_over(self) -> None:
         """Leave the run to another process, which has it open."""
-        self._mlflow.end_run()
-        self._mlflow.MlflowClient().update_run(self.run_id, status="RUNNING")
+        # What MLflow says of a run that is no longer ours must not hide why this process ends.
+        with suppress(Exception):
+            self._mlflow.end_run()
+            self._mlflow.MlflowClient().update_run(self.run_id, status="RUNNING")
 
     def finish(self, succeeded: bool) -> None:
         """Close the run."""

@@ -28,6 +28,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from corun_ray.core.errors import UserError
 from corun_ray.service.errors import JobFailed
+from corun_ray.service.runs.record import RUN_FILE
 from corun_ray.service.storage import Location, MissingFile, StorageError
 
 DRIVERS_FOLDER = "drivers"
@@ -101,7 +102,12 @@ class Driver:
     @property
     def is_alive(self) -> bool:
         """Whether the driver must be taken for alive."""
-        return self.age_s < STALE_S and not (self.record is not None and self.record.is_gone())
+        if self.record is None or not self.record.is_here:
+            return self.age_s < STALE_S
+        if self.record.is_gone():
+            return False
+        # A process that is stopped (Ctrl-Z) renews nothing, and lives. What this process left behind does not.
+        return self.age_s < STALE_S or self.record.pid != os.getpid()
 
     def refuse(self, folder: Location) -> RunDriven:
         """Return the error for another driver that wants the folder."""
@@ -294,8 +300,11 @@ def refuse_taken(file: Location | None) -> None:
 
     Raises `RunTaken` and `StorageError`.
     """
-    if file is not None and not file.exists():
-        run = file.parent().parent()
+    if file is None or file.exists():
+        return
+    # A machine that does not see the run at all cannot tell.
+    run = file.parent().parent()
+    if run.child(RUN_FILE).exists():
         raise RunTaken(f"{run.uri} has been taken over by another driver: this process ends, and deletes nothing")
 
 

@@ -86,6 +86,8 @@ def test_a_driver_that_lost_its_run_says_so_and_writes_no_more(run):
     assert lost.wait(20)
     assert isinstance(told[0], RunTaken) and "taken over by process 71 of" in str(told[0]), str(told[0])
     assert not first.place.exists(), "it is not written again"
+    refuse_taken(first.place)
+    run.child("run.json").write(b"")
     with pytest.raises(RunTaken):
         refuse_taken(first.place)
     first.release()
@@ -112,6 +114,13 @@ def test_a_dead_process_of_this_machine_is_known_at_once(tmp_path):
     assert dead.is_gone() and not lease.describe_this_process().is_gone()
     assert dead.model_copy(update={"pid": os.getpid()}).is_gone(), "another process has its number now"
     assert not dead.model_copy(update={"machine": "other"}).is_gone()
+
+    # A process that was stopped renews nothing, and lives.
+    place = write_driver(
+        run, 1, age_s=3600, machine=lease.identify_machine(), pid=1, start_ticks=lease.read_start_ticks(1)
+    )
+    assert find_driver(run).is_alive
+    place.delete()
 
     run.child("drivers/000001.json").write(dead.model_dump_json().encode())
     Lease.take(run).release()
