@@ -234,8 +234,8 @@ def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, data: Dat
     if record.data != data.names and not has_same_files:
         reasons.append("data: not the files that the run began with")
     elif moved and record.files is not None and not has_same_files:
-        keys = ", ".join(moved)
-        reasons.append(f"{keys}: files of the same names, but not of the same sizes as those that the run began with")
+        places = ", ".join(moved)
+        reasons.append(f"data: other images of the same names than the run began with ({places} from another place)")
 
     # The same images and random numbers must give the same samples. A run that has all its steps takes no more.
     has_more = record.state == "running" or before.train.steps != job.train.steps

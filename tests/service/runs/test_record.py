@@ -142,7 +142,7 @@ def test_data_may_move_but_not_change(dataset, tmp_path):
 
     # Other images of the same names, elsewhere. A file that was mended where it was is welcome.
     with pytest.raises(
-        ResumeError, match="data.clear, data.depth, data.hazy: files of the same names, but not of the s"
+        ResumeError, match="data: other images of the same names than the run began with .data.clear, data.dep"
     ):
         refuse_changes(moved, run, record, DataDigest("digest", "other sizes"))
     refuse_changes(job, run, record, DataDigest("digest", "other sizes"))
