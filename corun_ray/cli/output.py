@@ -48,7 +48,7 @@ class LossyFile(io.RawIOBase):
         """Return whether the descriptor is a terminal."""
         return os.isatty(self._number)
 
-    def write(self, data) -> int:  # type: ignore[no-untyped-def, override]  # any buffer, as in io
+    def write(self, data) -> int:  # type: ignore[no-untyped-def]  # any buffer, as in io
         """Write some of the bytes, or drop them all; return how many."""
         if self.error is None:
             try:

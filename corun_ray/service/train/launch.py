@@ -96,7 +96,7 @@ def _make_trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
             storage_filesystem=storage.filesystem,
             failure_config=FailureConfig(max_failures=job.cluster.max_failures),
             checkpoint_config=make_checkpoint_config(job.train),
-            callbacks=[ControllerNotice(plan.board)],
+            callbacks=[ControllerNotice(plan.board)],  # type: ignore[list-item]  # the stubs know those of Tune
         ),
     )
 
