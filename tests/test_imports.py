@@ -30,7 +30,7 @@ SERVICE_TABLE = """
     cluster:
     runs:
     weights:
-    data:       telemetry
+    data:       runs telemetry
     pool:       data runs telemetry
     models:     data runs report
     check:      cluster data weights

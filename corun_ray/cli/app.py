@@ -3,7 +3,6 @@
 Heavy imports happen in the command that needs them, so that `--help` and mistakes answer at once.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from typer.main import get_command
 from corun_ray.cli import bench, data, models, pool, run, submit
 from corun_ray.cli.command import App, Group, describe_mistake
 from corun_ray.cli.common import DONE, FAILED, WRONG_REQUEST
+from corun_ray.cli.output import Output, protect_output
 from corun_ray.core.errors import UserError
 from corun_ray.service.errors import JobFailed
 
@@ -49,26 +49,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     `argv` are the words behind the program's name; by default those of this process.
     """
+    output = protect_output()
+    sys.exit(output.settle(_run(sys.argv[1:] if argv is None else argv, output)))
+
+
+def _run(argv: Sequence[str], output: Output) -> int:
+    """Run a command line; return its exit code, and print its errors."""
     try:
-        context = parse(sys.argv[1:] if argv is None else argv)
-        sys.exit(context.command.invoke(context))
+        context = parse(argv)
+        output.expect(context.command_path.partition(" ")[2], can_wait=not context.params.get("no_wait", False))
+        return context.command.invoke(context) or DONE
 
     except typer.Exit as end:
         # --help was shown.
-        sys.exit(end.exit_code)
-    except BrokenPipeError:
-        # The reader of our output (head, less) has seen enough; Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(DONE)
+        return end.exit_code
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
-        sys.exit(FAILED)
+        return FAILED
     except UserError as error:
         print(error, file=sys.stderr)
-        sys.exit(WRONG_REQUEST)
+        return WRONG_REQUEST
     except JobFailed as error:
         print(error, file=sys.stderr)
-        sys.exit(FAILED)
+        return FAILED
 
 
 def parse(argv: Sequence[str]) -> "Context":

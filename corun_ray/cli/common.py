@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from corun_ray.cli.command import parse_number, parse_whole_number
+from corun_ray.cli.output import LossyFile, wrap_stream
 from corun_ray.service.errors import JobFailed
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
@@ -129,5 +130,5 @@ def divert_stderr() -> Path:
     # C++ writes to file descriptor 2; Python's stderr gets the terminal under another number.
     with log.open("ab") as file:
         os.dup2(file.fileno(), 2)
-    sys.stderr = os.fdopen(terminal, "w", buffering=1)
+    sys.stderr = wrap_stream(LossyFile(terminal))
     return log

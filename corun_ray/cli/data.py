@@ -166,6 +166,8 @@ def _plan_and_pack(
     from corun_ray.service.cluster.connect import connect
     from corun_ray.service.data.packing import find_written_shards, plan_pack
     from corun_ray.service.data.packing import pack as write_pack
+    from corun_ray.service.runs.lease import Lease
+    from corun_ray.service.storage import locate
     from corun_ray.service.telemetry.console import Console, format_duration
 
     started_s = time.monotonic()
@@ -182,10 +184,11 @@ def _plan_and_pack(
             _name_skipped(plan.skipped, console)
             return
 
-        # Ray starts only now: a dry run needs none.
-        facts["on"] = connect()
-        console.header("pack", facts)
-        packed = write_pack(plan, there, lambda done, total: console.progress(done, total, "image"))
+        # Two at once would delete each other's shards. Ray starts only now: a dry run needs none.
+        with Lease.take(locate(plan.output)):
+            facts["on"] = connect()
+            console.header("pack", facts)
+            packed = write_pack(plan, there, lambda done, total: console.progress(done, total, "image"))
 
         # The images that are not in the pack are named before the sums.
         _name_skipped(packed.skipped, console)

@@ -38,16 +38,16 @@ SOURCE is a folder or URI:
 
 EXAMPLES = """\
 examples:
-  corun-ray pool ls runs/demo-colabator-20260101-120000
-  corun-ray pool show runs/demo-colabator-20260101-120000 photo_3.png
-  corun-ray pool export s3://my-bucket/runs/corun-20260101-120000 labels --trust
-  corun-ray pool review runs/demo-colabator-20260101-120000
+  corun-ray pool ls runs/demo-colabator-20260101-120000Z
+  corun-ray pool show runs/demo-colabator-20260101-120000Z photo_3.png
+  corun-ray pool export s3://bucket/runs/corun-20260101-120000Z labels --trust
+  corun-ray pool review runs/demo-colabator-20260101-120000Z
   corun-ray pool diff RUN/pool/step_00000500.json RUN/pool/step_00001000.json"""
 
 REVIEW_EXAMPLES = """\
 examples:
-  corun-ray pool review runs/demo-colabator-20260101-120000
-  corun-ray pool review s3://my-bucket/runs/corun-20260101-120000 \\
+  corun-ray pool review runs/demo-colabator-20260101-120000Z
+  corun-ray pool review s3://my-bucket/runs/corun-20260101-120000Z \\
       --hazy photos/hazy
   corun-ray pool review RUN --port 8000 --no-open   on another machine, seen by
                                       ssh -L 8000:127.0.0.1:8000 MACHINE"""

@@ -8,6 +8,7 @@ import typer
 
 from corun_ray.cli.command import App
 from corun_ray.cli.common import DONE, FAILED, WRONG_REQUEST, JobFile, Overrides
+from corun_ray.cli.output import OutputLost
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -223,6 +224,8 @@ def _follow_log(cluster: "JobsClient", submission_id: str, name: str) -> int:
             # Follow the job until it has stopped.
             print("stopping", flush=True)
             cluster.stop(submission_id)
+        except OutputLost as error:
+            raise OutputLost(f"{error}; the job goes on:\n{_list_next_commands(name)}") from None
 
 
 def _wants_to_stop(name: str) -> bool:

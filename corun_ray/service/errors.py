@@ -23,3 +23,10 @@ def get_first_line(error: Exception) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0][:MAX_LINE_CHARACTERS] if lines else type(error).__name__
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its text: `OSError: [Errno 28] No space left on device`."""
+    lines = str(error).strip().splitlines()
+    kind = type(error).__name__
+    return f"{kind}: {lines[0][:MAX_LINE_CHARACTERS]}" if lines else kind

@@ -12,6 +12,9 @@ from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.inference.dehaze import run_dehazing
 from corun_ray.service.inference.depth import run_depth_estimation
 from corun_ray.service.inference.evaluate import run_evaluation
+from corun_ray.service.runs.lease import refuse_driven
+from corun_ray.service.runs.record import find_last_run
+from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
 from corun_ray.service.weights.needed import describe_missing_weights, find_needed_files
@@ -31,6 +34,11 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
     # Report mistakes in the data or weights of any job before the first job starts, and before a cluster is needed.
     for job in jobs:
         _check_files(choose_example_job(job))
+
+    # What another driver is at needs no second one.
+    if resume:
+        for job in jobs:
+            _refuse_driven(job)
 
     # Connect once, with the needs of all jobs, where one trains. Jobs without training connect themselves once they
     # have their models: mistakes in these are found without Ray.
@@ -52,6 +60,22 @@ def _check_files(job: Job) -> None:
     missing = describe_missing_weights(find_needed_files(job))
     if missing:
         raise WeightsError("\n".join(f"{job.name}: {line}" for line in missing))
+
+
+def _refuse_driven(job: Job) -> None:
+    """Refuse to resume a job that another driver is at.
+
+    Raises `RunDriven` and `StorageError`.
+    """
+    place = None
+    if isinstance(job, TrainingJob):
+        place = find_last_run(job)
+    elif isinstance(job, DehazeJob):
+        place = locate(job.dehaze.output)
+    elif isinstance(job, DepthJob):
+        place = locate(job.depth.output)
+    if place is not None:
+        refuse_driven(place)
 
 
 def _run_job(job: Job, console: Console, folder: Path, resume: bool) -> None:

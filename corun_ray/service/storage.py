@@ -241,6 +241,41 @@ class Location:
 
         self._attempt("write", write)
 
+    def create(self, data: bytes) -> bool:
+        """Create a local file; return False where there is something already. One of many callers succeeds.
+
+        Raises `StorageError`.
+        """
+
+        def create() -> bool:
+            path = Path(self.path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with path.open("xb") as file:
+                    file.write(data)
+            except FileExistsError:
+                return False
+            return True
+
+        return self._attempt("write", create)
+
+    def create_folder(self) -> bool:
+        """Create a local folder; return False where there is something already. One of many callers succeeds.
+
+        Raises `StorageError`.
+        """
+
+        def create() -> bool:
+            path = Path(self.path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir()
+            except FileExistsError:
+                return False
+            return True
+
+        return self._attempt("write", create)
+
     def delete(self) -> None:
         """Delete the file, or the folder with everything below.
 

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import boto3
@@ -17,6 +17,7 @@ from tests.faulty_s3 import FaultyS3
 OUTAGE_S = 20.0
 DISK_MIB = 96
 FULL_TEXT = "No space left on device"
+WRONG_REQUEST = 2
 
 
 @dataclass
@@ -29,6 +30,9 @@ class Scene:
     store: FaultyS3
     disk: Path
     """A small disk of its own, where the run keeps its checkpoints if the fault is about that."""
+    job: Path
+    problems: list[str] = field(default_factory=list)
+    """What a fault that can see it by itself found wrong."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,19 @@ def disk_full(scene: Scene) -> None:
     balloon.unlink()
 
 
+def second_driver(scene: Scene) -> None:
+    """The same job started again with --resume while it runs, as in another terminal; it must be refused."""
+    second = Driver(scene.job, scene.rig.environment(), "--resume")
+    code = second.finish()
+    if code != WRONG_REQUEST or "is in use by process" not in second.output:
+        scene.problems.append(f"the second driver ended with {code}: {second.output[-300:]}")
+
+
+def reader_gone(scene: Scene) -> None:
+    """Nobody reads what the driver prints any more, as behind a closed terminal."""
+    scene.driver.stop_reading()
+
+
 FAULTS = {
     fault.name: fault
     for fault in (
@@ -103,6 +120,8 @@ FAULTS = {
         Fault("driver", driver),
         Fault("object store outage", store_outage, "bucket"),
         Fault("disk full", disk_full, "disk"),
+        Fault("second driver", second_driver, "bucket"),
+        Fault("reader gone", reader_gone),
     )
 }
 

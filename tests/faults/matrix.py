@@ -96,7 +96,7 @@ def run_under(
             outcome.struck_at_step = driver.step
             held = last_labels(locate(storage))
             outcome.labels_held = len(held)
-            fault.strike(Scene(rig, driver, rng, store, place / "disk"))
+            fault.strike(Scene(rig, driver, rng, store, place / "disk", job, outcome.problems))
             if not driver.is_running:
                 driver = _resumed(driver, job, rig, outcome)
         while driver.finish() != DONE and outcome.resumed < MAX_RESUMED:

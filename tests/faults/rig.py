@@ -93,11 +93,12 @@ class Driver:
         os.close(terminal)
         self.step = 0
         self.output = ""
+        self._is_deaf = False
         self._reader = threading.Thread(target=self._read, args=(master,), daemon=True)
         self._reader.start()
 
     def _read(self, master: int) -> None:
-        while True:
+        while not self._is_deaf:
             try:
                 data = os.read(master, 65536)
             except OSError:
@@ -130,6 +131,11 @@ class Driver:
     def is_running(self) -> bool:
         """Whether the process lives."""
         return self._process.poll() is None
+
+    def stop_reading(self) -> None:
+        """Closes the terminal after the next line; what the driver prints then is refused."""
+        self._is_deaf = True
+        self._reader.join(RUN_TIMEOUT_S)
 
     def kill(self) -> None:
         """kill -9 of the driver alone."""

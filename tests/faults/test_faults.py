@@ -40,3 +40,8 @@ def test_the_disk_of_the_checkpoints_is_full_for_a_while(theatre):
     except OSError as error:
         pytest.skip(str(error))
     assert "cannot write" in outcome.output and "No space left on device" in outcome.output
+
+
+def test_a_second_driver_is_refused_and_then_nobody_reads_the_first(theatre):
+    outcome = held_under(theatre, second_driver=7, reader_gone=14)
+    assert outcome.resumed == outcome.restarts == 0

@@ -10,6 +10,7 @@ from corun_ray.core.training.labels import supersedes
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.index import Head
 from corun_ray.service.runs.record import RUN_FILE
+from corun_ray.service.runs.record import read_record as read_run
 from corun_ray.service.storage import Location
 from corun_ray.service.train.recovery import STATE_FILE
 from tests.faults.rig import STEPS
@@ -53,6 +54,8 @@ def problems(code: int, storage: Location, held: dict[str, Head], steps: int = S
         yield f"exit code {code}"
         return
     place = run_folder(storage)
+    if read_run(place).model is None:
+        yield "the run's record names no model"
     checkpoints = _registered(place)
     with tempfile.TemporaryDirectory() as folder:
         last = place.child(checkpoints[-1]).download(Path(folder))

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,7 +96,7 @@ class JobsClient:
         return self._call_once_ready(
             lambda: self._client.submit_job(
                 entrypoint=submission.entrypoint,
-                submission_id=f"{submission.name}-{datetime.now():%Y%m%d-%H%M%S}",
+                submission_id=f"{submission.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}Z",
                 runtime_env=environment,
                 metadata={**submission.metadata, NAME_KEY: submission.name},
             )

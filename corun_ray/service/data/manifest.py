@@ -4,7 +4,7 @@ import hashlib
 import json
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,14 @@ from corun_ray.core.data.images import BadImage, ImageU8, decode_depth, decode_i
 from corun_ray.core.data.samples import fit_truth
 from corun_ray.core.errors import UserError
 from corun_ray.service.data.packs import Pack, is_pack, open_pack
-from corun_ray.service.data.pairing import NAMED_FILES, Pairing, find_key, pair_by_pattern, pair_by_stem
+from corun_ray.service.data.pairing import (
+    NAMED_FILES,
+    Pairing,
+    find_key,
+    pair_by_pattern,
+    pair_by_stem,
+    strip_suffix,
+)
 from corun_ray.service.storage import MissingFile, locate
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
@@ -47,6 +54,8 @@ class Manifest:
     """The degraded image of each image of `clear`; None: haze is synthesised."""
     packs: dict[str, Pack] = field(default_factory=dict)
     """The data roots that are packs, by their `Location.uri`, as they were when the manifest was built."""
+    files: str = ""
+    """SHA-256 over names and sizes of the images, and over the depth maps' names without suffix."""
 
     @property
     def num_images(self) -> int:
@@ -83,6 +92,12 @@ def build_manifest(job: TrainingJob) -> Manifest:
     Raises `StorageError`, and `ManifestError` where there is nothing to train on.
     """
     roots = _DataRoots()
+    manifest = _pair_files(job, roots)
+    return replace(manifest, files=_compute_files_digest(job, manifest, roots))
+
+
+def _pair_files(job: TrainingJob, roots: "_DataRoots") -> Manifest:
+    """List the files of a job's data roots, and pair them."""
     hazy: tuple[str, ...] = ()
     if isinstance(job, ColabatorJob):
         hazy = tuple(roots.list_images(job.data.hazy, "data.hazy"))
@@ -128,11 +143,37 @@ def _build_paired_manifest(paired: PairedSection, hazy: tuple[str, ...], roots: 
     return Manifest(tuple(pairing.pairs.values()), None, hazy, skipped, tuple(pairing.pairs), roots.packs)
 
 
+def _compute_files_digest(job: TrainingJob, manifest: Manifest, roots: "_DataRoots") -> str:
+    """Compute a digest of the files that is the same wherever they lie, in a pack too.
+
+    A pack holds the bytes of images as they were, and depth maps in another format.
+    """
+    data, content = job.data, []
+    clear_root = data.paired.clear if data.paired is not None else data.clear
+    groups = [(clear_root, manifest.clear)]
+    if isinstance(job, ColabatorJob):
+        groups.append((job.data.hazy, manifest.hazy))
+    if data.paired is not None:
+        groups.append((data.paired.hazy, manifest.paired_hazy or ()))
+
+    for root, keys in groups:
+        sizes = roots.list_sizes(root) if root is not None and keys else {}
+        content.append([(key, sizes[key]) for key in keys])
+    stems = None if manifest.depth is None else [strip_suffix(key) for key in manifest.depth]
+    return hashlib.sha256(json.dumps([content, stems]).encode()).hexdigest()
+
+
 class _DataRoots:
     """Lists the data roots of a job, folders and packs alike; opens each pack once."""
 
     def __init__(self) -> None:
         self.packs: dict[str, Pack] = {}
+        self._sizes: dict[str, dict[str, int]] = {}
+        """`Location.uri` of a root → size of each of its files, or of each image of its pack."""
+
+    def list_sizes(self, uri: str) -> dict[str, int]:
+        """List the sizes in bytes of the images of a root that was listed before."""
+        return self._sizes[locate(uri).uri]
 
     def list_images(self, uri: str, key: str) -> list[str]:
         """List the images of a data root.
@@ -160,8 +201,10 @@ class _DataRoots:
         if place.uri not in self.packs:
             infos = place.list_infos()
             if not is_pack(infos):
+                self._sizes[place.uri] = {key: info.size for key, info in infos.items()}
                 return list(infos)
-            self.packs[place.uri] = open_pack(place, infos)
+            pack = self.packs[place.uri] = open_pack(place, infos)
+            self._sizes[place.uri] = {key: found.num_bytes for key, found in pack.images.items()}
         return self.packs[place.uri]
 
 

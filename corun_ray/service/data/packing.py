@@ -33,6 +33,7 @@ from corun_ray.service.data.manifest import (
 )
 from corun_ray.service.data.packs import INDEX, INDEX_SCHEMA, SCHEMA, SHARD_FILE, SHARDS
 from corun_ray.service.data.pairing import pair_by_stem, strip_suffix
+from corun_ray.service.runs.lease import DRIVERS_FOLDER
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 
 FORMAT = 1
@@ -171,7 +172,7 @@ def find_written_shards(plan: PackPlan) -> set[int]:
     Raises `StorageError` where the output holds other files.
     """
     output = locate(plan.output)
-    files = output.list_infos() if output.exists() else {}
+    files = _list_files(output) if output.exists() else {}
 
     # Packing deletes old shards, so it must not share its folder.
     for file in files:
@@ -397,10 +398,16 @@ def write_index(plan: PackPlan) -> PackResult:
     for name in names:
         kept |= {_name_shard_file(name), _name_part_file(name)}
 
-    for file in output.list_infos().keys() - kept:
+    for file in _list_files(output).keys() - kept:
         output.child(file).delete()
 
     return PackResult(len(entries), len(shards), sum(shards.values()), skipped)
+
+
+def _list_files(output: Location) -> dict[str, FileInfo]:
+    """List the files of a pack, without that by which its writer shows that it lives."""
+    infos = output.list_infos()
+    return {file: info for file, info in infos.items() if not file.startswith(f"{DRIVERS_FOLDER}/")}
 
 
 def _name_shard_file(name: str) -> str:

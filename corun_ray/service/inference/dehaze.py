@@ -23,7 +23,7 @@ from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.manifest import list_images
 from corun_ray.service.data.pairing import strip_suffix
-from corun_ray.service.inference.outcome import Outcome, name_bad_files
+from corun_ray.service.inference.outcome import Outcome, hold_output, name_bad_files
 from corun_ray.service.inference.photos import read_photo, write_photo
 from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, ModelSourceError, fetch_model
@@ -195,7 +195,8 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Outc
     # Dehaze, with a line of progress on the console.
     log = Log("driver", {"job": job.name, "kind": job.kind})
     log.info("dehazing started", input=section.input, output=section.output)
-    result = dehaze(section, model, lambda done, total: console.progress(done, total, "image"), resume, job.name)
+    with hold_output(section.output, console, resume):
+        result = dehaze(section, model, lambda done, total: console.progress(done, total, "image"), resume, job.name)
 
     # Name the skipped images in the log and on the console.
     for uri, reason in result.bad_files.items():

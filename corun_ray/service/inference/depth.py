@@ -28,7 +28,7 @@ from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.manifest import ManifestError, list_images, load_image
 from corun_ray.service.data.pairing import strip_suffix
-from corun_ray.service.inference.outcome import Outcome, name_bad_files
+from corun_ray.service.inference.outcome import Outcome, hold_output, name_bad_files
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 from corun_ray.service.telemetry.console import Console, format_duration
 from corun_ray.service.telemetry.logs import Log
@@ -147,7 +147,8 @@ def run_depth_estimation(job: DepthJob, console: Console, resume: bool = False) 
     def show_progress(done: int, total: int) -> None:
         console.progress(done, total, "image")
 
-    result = estimate_depth(section, keys, model, show_progress, resume)
+    with hold_output(section.output, console, resume):
+        result = estimate_depth(section, keys, model, show_progress, resume)
 
     # Name the skipped photographs in the log and on the console.
     for uri, reason in result.bad_files.items():

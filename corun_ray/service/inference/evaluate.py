@@ -46,7 +46,7 @@ from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, fetch_model
 from corun_ray.service.models.tracking import Tracker, get_tracking_uri
 from corun_ray.service.report.page import REPORT_FILE, Listing, PageSection, PictureItem, Table, render
-from corun_ray.service.runs.record import JOB_FILE
+from corun_ray.service.runs.record import JOB_FILE, create_run_folder
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 from corun_ray.service.telemetry.console import Console, format_duration
 from corun_ray.service.telemetry.tables import format_table
@@ -393,9 +393,8 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     boxes = plan_detection(section, keys)
 
     place = connect(job.cluster)
-    run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = locate(job.storage).child(run_id)
-    tracker = Tracker(job, run_id)
+    run = create_run_folder(locate(job.storage), job.name)
+    tracker = Tracker(job, run.name)
     console.header(f"evaluate {job.name}", _describe_job(section, results, place, run))
 
     # Measure, then store the results in the run's folder and in MLflow.

@@ -5,6 +5,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,13 @@ class Tracker:
     def end_run(self, run_id: str) -> None:
         """Close another run whose process was killed."""
         self._mlflow.MlflowClient().set_terminated(run_id, "KILLED")
+
+    def hand_over(self) -> None:
+        """Leave the run to another process, which has it open."""
+        # What MLflow says of a run that is no longer ours must not hide why this process ends.
+        with suppress(Exception):
+            self._mlflow.end_run()
+            self._mlflow.MlflowClient().update_run(self.run_id, status="RUNNING")
 
     def finish(self, succeeded: bool) -> None:
         """Close the run."""

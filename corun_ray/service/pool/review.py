@@ -6,7 +6,6 @@ looked at: a newer label of the same image is undecided. Rejected labels leave t
 """
 
 import threading
-import time
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -88,7 +87,7 @@ class Review:
         Raises `StorageError`.
         """
         self._pool = pool
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}{FILE_SUFFIX}"
+        name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}Z-{uuid.uuid4().hex[:8]}{FILE_SUFFIX}"
         self.place = pool.child(REVIEW_FOLDER).child(name)
         """The file of this process; it appears with the first decision."""
         self._lock = threading.Lock()

@@ -1,10 +1,12 @@
 """A job's runs on storage: finding them, their record, and the checks before a run is resumed."""
 
+import itertools
 import re
+import secrets
 import tempfile
-import time
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -51,10 +53,25 @@ CHANGEABLE_KEYS = (
 
 STEP_SIZE_KEYS = ("optim.lr", "optim.min_lr", "optim.cycles", "optim.clip_norm", "optim.precision")
 """Starts of the keys that a resumed run may change and names: a training that has diverged needs smaller steps."""
+DATA_KEYS = ("data.clear", "data.depth", "data.hazy", "data.paired.hazy", "data.paired.clear")
+"""Where the files lie that a run learns from. They may move: what counts is which files they are."""
+RUN_NAME = re.compile(r"-(?P<time>\d{8}-\d{6})(?P<utc>Z?)(?P<rest>(-[0-9a-f]+)?)")
+"""What follows the job's name in the name of a run. Names without Z, of earlier versions, are in local time."""
+TIME_FORMAT = "%Y%m%d-%H%M%S"
 
 
 class ResumeError(UserError):
     """A run that cannot be resumed; the message has one line for each reason."""
+
+
+class DataDigest(NamedTuple):
+    """Which files a job learns from, wherever they lie."""
+
+    names: str
+    """Digest of the names and their pairs."""
+    files: str | None = None
+    """Digest of the images' names and sizes, and of the names of their depth maps without suffix: a pack holds depth
+    maps in another format."""
 
 
 class RunRecord(BaseModel):
@@ -67,6 +84,7 @@ class RunRecord(BaseModel):
     mlflow_run: str
     data: Annotated[str, Field(description="digest of the manifest")]
     samples: Annotated[int, Field(description="the way that samples are made; 1 where a run does not say")] = 1
+    files: Annotated[str | None, Field(description="digest of names and sizes; None where a run does not say")] = None
     model: str | None = None
 
 
@@ -100,9 +118,22 @@ def list_checkpoint_steps(run: Location) -> list[int]:
 # --- Run folders ---
 
 
-def locate_new_run(job: TrainingJob) -> Location:
-    """Return the folder for a run that begins now."""
-    return locate(job.storage).child(f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+def create_run_folder(storage: Location, name: str, now: datetime | None = None) -> Location:
+    """Create the folder of a run that begins now, which no other run has or will have.
+
+    Its name ends in the time in UTC. Raises `StorageError`.
+    """
+    stamp = f"{name}-{now or datetime.now(UTC):{TIME_FORMAT}}Z"
+
+    # An object store knows no folders that only one of two processes can create: chance keeps names apart.
+    if not storage.is_local:
+        return storage.child(f"{stamp}-{secrets.token_hex(3)}")
+
+    for number in itertools.count(1):
+        folder = storage.child(stamp if number == 1 else f"{stamp}-{number}")
+        if folder.create_folder():
+            return folder
+    raise AssertionError("unreachable")
 
 
 def find_last_run(job: TrainingJob) -> Location | None:
@@ -110,20 +141,35 @@ def find_last_run(job: TrainingJob) -> Location | None:
 
     Raises `StorageError`.
     """
-    pattern = re.compile(re.escape(job.name) + r"-\d{8}-\d{6}")
     storage = locate(job.storage)
+    begun = []
+    for name in storage.list_folders():
+        time = parse_begin(job.name, name)
+        if time is not None:
+            begun.append((time, name))
 
-    # Names end in the time of the start, so the latest run comes first.
-    for name in sorted(filter(pattern.fullmatch, storage.list_folders()), reverse=True):
+    for _, name in sorted(begun, reverse=True):
         if storage.child(name).child(RUN_FILE).exists():
             return storage.child(name)
     return None
 
 
-def find_run_to_resume(job: TrainingJob, digest: str) -> tuple[Location, RunRecord] | None:
+def parse_begin(job_name: str, run_name: str) -> datetime | None:
+    """Return when a run of a job began, as the name of its folder tells; None for the name of no such run."""
+    match = RUN_NAME.fullmatch(run_name.removeprefix(job_name))
+    if not run_name.startswith(job_name) or match is None:
+        return None
+    try:
+        time = datetime.strptime(match["time"], TIME_FORMAT)
+    except ValueError:
+        return None
+    return time.replace(tzinfo=UTC) if match["utc"] else time.astimezone(UTC)
+
+
+def find_run_to_resume(job: TrainingJob, data: DataDigest) -> tuple[Location, RunRecord] | None:
     """Find the run that `--resume` continues, with its record.
 
-    None without an earlier run. `digest` is that of the job's manifest.
+    None without an earlier run. `data` is that of the job's manifest.
 
     Raises `StorageError`, and `ResumeError` where job or data have changed.
     """
@@ -133,8 +179,21 @@ def find_run_to_resume(job: TrainingJob, digest: str) -> tuple[Location, RunReco
 
     # A resumed run must continue to learn from the same data by the same settings.
     record = read_record(run)
-    refuse_changes(job, run, record, digest)
+    refuse_changes(job, run, record, data)
     return run, record
+
+
+def describe_moved_data(job: TrainingJob, run: Location, record: RunRecord) -> str:
+    """Describe the data that a resumed run takes from another place now; empty where it takes all from where it did.
+
+    Raises `ResumeError` and `StorageError`.
+    """
+    moved = list_moved_data(_read_job(run, job), job)
+    if not moved:
+        return ""
+    places = "; ".join(f"{key} was {place}" for key, place in moved.items())
+    compared = "names and sizes" if record.files is not None else "names"
+    return f"taken from another place, where {compared} are the same: {places}"
 
 
 def read_record(run: Location) -> RunRecord:
@@ -157,7 +216,7 @@ def write_record(run: Location, record: RunRecord) -> None:
 # --- Changes between a run and its resumption ---
 
 
-def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, digest: str) -> None:
+def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, data: DataDigest) -> None:
     """Refuse to resume a run with other data or other settings of learning.
 
     Raises `ResumeError`.
@@ -170,7 +229,7 @@ def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, digest: s
     changeable = CHANGEABLE_KEYS + STEP_SIZE_KEYS if has_more else CHANGEABLE_KEYS
     reasons = []
     for key, (old, new) in _compare_keys(before, job).items():
-        if not key.startswith(changeable):
+        if not key.startswith(changeable) and key not in DATA_KEYS:
             reasons.append(f"{key}: {new} now, {old} in the run to resume")
 
     # Workers and the batch of each may change as long as their product, the global batch, stays.
@@ -178,9 +237,14 @@ def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, digest: s
         now, then = _describe_batch(job), _describe_batch(before)
         reasons.append(f"train.batch_per_worker: {now} workers now, {then} in the run to resume")
 
-    # The sample stream follows from the list of images.
-    if record.data != digest:
+    # The sample stream follows from the list of images. Elsewhere, files of these names could be other images.
+    moved = list_moved_data(before, job)
+    has_same_files = record.files is not None and record.files == data.files
+    if record.data != data.names and not has_same_files:
         reasons.append("data: not the files that the run began with")
+    elif moved and record.files is not None and not has_same_files:
+        places = ", ".join(moved)
+        reasons.append(f"data: other images of the same names than the run began with ({places} from another place)")
 
     # The same images and random numbers must give the same samples.
     if record.samples != SAMPLES_VERSION and has_more:
@@ -222,11 +286,17 @@ def _read_job(run: Location, job: TrainingJob) -> TrainingJob:
 def _compare_keys(before: TrainingJob, job: TrainingJob) -> dict[str, tuple[Any, Any]]:
     """Return the old and the new value of each key that differs, by key."""
     old, new = flatten(before.model_dump(mode="json")), flatten(job.model_dump(mode="json"))
-    changed = {}
+    changed: dict[str, tuple[Any, Any]] = {}
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             changed[key] = old.get(key), new.get(key)
     return changed
+
+
+def list_moved_data(before: TrainingJob, job: TrainingJob) -> dict[str, str]:
+    """List the data keys that name another place now, with the place of before."""
+    old, new = flatten(before.model_dump(mode="json")), flatten(job.model_dump(mode="json"))
+    return {key: str(old[key]) for key in DATA_KEYS if old.get(key) and new.get(key) and old[key] != new[key]}
 
 
 def _has_same_batch(before: TrainingJob, job: TrainingJob) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import ray
-from ray.actor import ActorProxy
+from ray.actor import ActorHandle, ActorProxy
 
 if TYPE_CHECKING:  # Importing it at run time would triple the start-up time of the board's process.
     from corun_ray.service.runs.held_out import MeasuredImage
@@ -54,6 +54,17 @@ class BoardState:
     def __init__(self) -> None:
         self._bad_files: dict[str, str] = {}
         self._events = Events()
+        self._controller: ActorHandle | None = None
+
+    @ray.method
+    def post_controller(self, controller: ActorHandle) -> None:
+        """Post the actor of Ray Train that has just started, and owns the workers."""
+        self._controller = controller
+
+    @ray.method
+    def get_controller(self) -> ActorHandle | None:
+        """Return the last controller; None before the first."""
+        return self._controller
 
     @ray.method
     def report_bad(self, bad_files: dict[str, str]) -> None:

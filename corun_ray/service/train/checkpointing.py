@@ -28,6 +28,7 @@ from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolClient, PoolError
 from corun_ray.service.pool.keeper import PoolKeeper
 from corun_ray.service.pool.shard import ShardSave
+from corun_ray.service.runs.lease import refuse_taken
 from corun_ray.service.runs.record import list_checkpoint_steps, name_checkpoint
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry.logs import Log
@@ -58,8 +59,13 @@ class Checkpointer:
         board: ActorProxy[BoardState],
         log: Log,
         best: str | None = None,
+        lease: Location | None = None,
     ) -> None:
-        """Prepare to save `state`; `best` is the metric by which Ray Train chooses the checkpoints to keep."""
+        """Prepare to save `state`; `best` is the metric by which Ray Train chooses the checkpoints to keep.
+
+        Without the file `lease`, if one is given, the run belongs to another driver, and nothing is written or deleted.
+        """
+        self._lease = lease
         self._run, self._state, self._spec, self._seed = run, state, spec, seed
         self._rank, self._board, self._log, self._best = rank, board, log, best
         self._last_step = -1
@@ -113,7 +119,10 @@ class Checkpointer:
         """Delete checkpoints of later steps than the state's.
 
         Their run crashed before Ray Train registered them.
+
+        Raises `RunTaken`.
         """
+        refuse_taken(self._lease)
         for step in list_checkpoint_steps(self._run):
             if step > self._state.step:
                 self._run.child(name_checkpoint(step)).delete()
@@ -130,6 +139,12 @@ class Checkpointer:
 
         Runs in a thread of Ray Train's, which calls again if an object store asks for a retry.
         """
+        try:
+            refuse_taken(self._lease)
+        except Exception:
+            self._is_idle.set()
+            raise
+
         try:
             return self._write_to_storage(step, checkpoint, name, pool)
         except Exception:

@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -28,14 +29,17 @@ from corun_ray.service.pool.review import read_decisions
 from corun_ray.service.pool.shard import PoolShard
 from corun_ray.service.report.page import REPORT_FILE
 from corun_ray.service.runs.held_out import ValidationLog
+from corun_ray.service.runs.lease import STALE_S, Lease, RunTaken, refuse_taken
 from corun_ray.service.runs.record import (
     JOB_FILE,
     POOL_FOLDER,
+    DataDigest,
     RunRecord,
+    create_run_folder,
+    describe_moved_data,
     find_run_to_resume,
     list_checkpoint_steps,
     list_step_size_changes,
-    locate_new_run,
     name_checkpoint,
     write_record,
 )
@@ -50,6 +54,7 @@ from corun_ray.service.train.plan import WorkerPlan
 from corun_ray.service.train.recovery import find_last_step
 from corun_ray.service.train.report import build_training_report
 from corun_ray.service.train.session import Session
+from corun_ray.service.train.stopping import TrainingStop
 from corun_ray.service.train.validation import load_measures
 
 BAD_FILES = "bad_files.tsv"
@@ -79,7 +84,7 @@ def run_training(
     manifest, model = prepare(job, folder)
 
     # 2. Find the run to resume, and stop if it has done all steps.
-    earlier = find_run_to_resume(job, manifest.compute_digest()) if resume else None
+    earlier = find_run_to_resume(job, DataDigest(manifest.compute_digest(), manifest.files)) if resume else None
     if earlier is not None:
         model_uri = _find_finished_model(job, *earlier)
         if model_uri is not None:
@@ -99,17 +104,27 @@ def run_training(
         facts["resume"] = "no earlier run: begins" if earlier is None else "resumes this run"
     if changes:
         facts["changed"] = ", ".join(changes)
+    if earlier is not None and (moved := describe_moved_data(job, *earlier)):
+        facts["data"] += f", {moved}"
     console.header(f"{job.kind} {job.name}", facts)
 
-    # 4. Train. However training ends, MLflow's run is closed, and a failure says how to resume.
-    succeeded = False
+    # 4. Train. However training ends, MLflow's run is closed, and a failure says how to resume. A run that another
+    # driver has taken over is left as it is.
+    succeeded = is_taken = False
     try:
         model_uri, summary = _train(session, facts, console, listen)
         succeeded = True
+    except RunTaken:
+        is_taken = True
+        raise
     except (JobFailed, PoolError, StorageError) as error:
         raise JobFailed(f"{error}\n{_describe_rest(session.run)}") from None
     finally:
-        session.tracker.finish(succeeded)
+        session.lease.release()
+        if is_taken:
+            session.tracker.hand_over()
+        else:
+            session.tracker.finish(succeeded)
 
     # 5. Show the result and the next command.
     results = {"model": model_uri, "run": session.run.uri, "report": session.run.child(REPORT_FILE).uri}
@@ -147,19 +162,34 @@ def _find_finished_model(job: TrainingJob, run: Location, record: RunRecord) -> 
 def _open_session(
     job: TrainingJob, manifest: Manifest, model: Model, earlier: tuple[Location, RunRecord] | None, parent: str | None
 ) -> Session:
-    """Open the earlier run, or a new one, in storage and in MLflow.
+    """Open the earlier run, or a new one, in storage and in MLflow, as its driver.
 
-    Raises `TrackingError`.
+    Raises `TrackingError`, and `RunDriven` where another driver has the run.
     """
     if earlier is None:
-        run, mlflow_run = locate_new_run(job), None
+        run, mlflow_run = create_run_folder(locate(job.storage), job.name), None
+        lease = Lease.begin(run)
     else:
         run, mlflow_run = earlier[0], earlier[1].mlflow_run
+        # A trial of a search begins again by itself, so it waits until the driver before it is known to be dead.
+        lease = Lease.take(run, patience_s=0 if parent is None else STALE_S)
 
-    tracker = Tracker(job, run.name, mlflow_run, parent)
-    digest = manifest.compute_digest()
-    record = RunRecord(state="running", mlflow_run=tracker.run_id, data=digest, samples=SAMPLES_VERSION)
-    return Session(job, manifest, model, run, tracker, record)
+    try:
+        tracker = Tracker(job, run.name, mlflow_run, parent)
+    except BaseException:
+        lease.release()
+        # Nothing has begun.
+        if earlier is None:
+            run.delete()
+        raise
+    record = RunRecord(
+        state="running",
+        mlflow_run=tracker.run_id,
+        data=manifest.compute_digest(),
+        files=manifest.files,
+        samples=SAMPLES_VERSION,
+    )
+    return Session(job, manifest, model, run, tracker, record, lease)
 
 
 def _train(
@@ -175,13 +205,23 @@ def _train(
 
     # Start the actors, then train while the follower passes the board's events on.
     plan = _start_actors(session)
+    stop = TrainingStop(plan.board)
+    session.lease.call_on_loss(stop.stop)
     try:
-        with Follower(session, plan.board, console, listen) as follower:
-            result = fit(plan, session.run, console)
+        with Follower(session, plan.board, console, listen, stop) as follower:
+            result = fit(plan, session.run, console, stop)
+    except JobFailed:
+        # Workers find out by themselves that another driver has the run, and fail.
+        with suppress(StorageError):
+            refuse_taken(session.lease.place)
+        raise
     finally:
         # Idle processes of Ray keep a handle to the cache, which would stay alive otherwise.
         if isinstance(plan.cache, ActorHandle):
             ray.kill(plan.cache)
+
+    # What follows writes to the run's folder and deletes there.
+    refuse_taken(session.lease.place)
 
     # Clean up: list the bad files, and delete snapshots of checkpoints that are gone. Ray Train deletes old
     # checkpoints after the workers' last sweep.
@@ -216,6 +256,7 @@ def _start_actors(session: Session) -> WorkerPlan:
         board=board,
         shards=tuple(shards),
         cache=start_cache(job.data.cache_mib, board),
+        lease_uri=session.lease.place.uri,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import ray
 from ray.actor import ActorProxy
 
-from corun_ray.service.errors import find_root_cause
+from corun_ray.service.errors import JobFailed, describe_error, find_root_cause
 from corun_ray.service.runs.held_out import (
     EXAMPLES,
     HAZY_PICTURE,
@@ -23,6 +23,7 @@ from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.telemetry.prometheus import Metric, MetricRecorder
 from corun_ray.service.train.board import Attempt, BoardState, Events
 from corun_ray.service.train.session import Session
+from corun_ray.service.train.stopping import TrainingStop
 
 POLL_S = 0.5
 FIRST_PATIENCE_S = 15.0
@@ -47,12 +48,19 @@ LabelItems = tuple[tuple[str, str], ...]
 class Follower:
     """A thread of the driver that passes the board's events on while the workers train.
 
-    Used as a context manager. A failure of the thread is raised at the end, unless the training itself has failed.
+    Used as a context manager. A failure of the thread ends the training by `stop`: what nobody follows leaves no
+    metrics and no errors.
     """
 
     def __init__(
-        self, session: Session, board: ActorProxy[BoardState], console: Console, listen: Listener | None = None
+        self,
+        session: Session,
+        board: ActorProxy[BoardState],
+        console: Console,
+        listen: Listener | None,
+        stop: TrainingStop,
     ) -> None:
+        self._stop = stop
         self._session, self._board = session, board
         self._num_steps = session.job.train.steps
 
@@ -74,7 +82,7 @@ class Follower:
 
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._failure: Exception | None = None
+        self._failure: JobFailed | None = None
 
     def __enter__(self) -> "Follower":
         job = self._session.job
@@ -118,8 +126,10 @@ class Follower:
                 self._pass_on(events)
                 self._report_stall(events.step)
             self._pass_on(ray.get(self._board.take_events.remote()))
-        except Exception as error:
-            self._failure = error
+        except BaseException as error:  # SystemExit, too, would end this thread alone, and without a word.
+            self._log.error("following failed")
+            self._failure = JobFailed(f"the training cannot be followed any more: {describe_error(error)}")
+            self._stop.stop(self._failure)
 
     def _pass_on(self, events: Events) -> None:
         """Pass all events of one poll on, each kind to its places."""

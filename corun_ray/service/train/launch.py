@@ -5,11 +5,15 @@ import os
 from dataclasses import dataclass, replace
 
 import psutil
+import ray
 import ray.util
+from ray.actor import ActorProxy
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
@@ -19,22 +23,32 @@ from corun_ray.core.metrics.catalog import choose_mode
 from corun_ray.service.errors import JobFailed, find_root_cause
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console
+from corun_ray.service.train.board import BoardState
 from corun_ray.service.train.plan import WorkerPlan
 from corun_ray.service.train.recovery import find_start_checkpoint
+from corun_ray.service.train.stopping import TrainingStop
 from corun_ray.service.train.worker import train_worker
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 """The environment variable that names gloo's network interface."""
 
 
-def fit(plan: WorkerPlan, run: Location, console: Console) -> Result:
+def fit(plan: WorkerPlan, run: Location, console: Console, stop: TrainingStop) -> Result:
     """Train from the run's last checkpoint to the last step.
 
     Ray Train restarts failed workers. If its controller fails, `fit` starts another. Each resumes from the last
-    checkpoint and may happen `cluster.max_failures` times.
+    checkpoint and may happen `cluster.max_failures` times. `stop` ends all of it.
 
     Raises `JobFailed` and `StorageError`.
     """
+    try:
+        return _fit_again_and_again(plan, run, console, stop)
+    finally:
+        stop.mark_ended()
+
+
+def _fit_again_and_again(plan: WorkerPlan, run: Location, console: Console, stop: TrainingStop) -> Result:
+    """Train as `fit` does, by as many controllers as it takes."""
     num_failures, allowed = 0, plan.job.cluster.max_failures
     while True:
         try:
@@ -42,6 +56,7 @@ def fit(plan: WorkerPlan, run: Location, console: Console) -> Result:
             resumed = replace(plan, start_from=find_start_checkpoint(run))
             return _make_trainer(resumed, run.name).fit()
         except (RayActorError, TrainingFailedError) as error:
+            stop.refuse_stopped()
             num_failures += 1
 
             # Failed workers have had their restarts already; only a failed controller is started again.
@@ -81,8 +96,20 @@ def _make_trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
             storage_filesystem=storage.filesystem,
             failure_config=FailureConfig(max_failures=job.cluster.max_failures),
             checkpoint_config=make_checkpoint_config(job.train),
+            callbacks=[ControllerNotice(plan.board)],  # type: ignore[list-item]  # the stubs know those of Tune
         ),
     )
+
+
+class ControllerNotice(ControllerCallback):
+    """Tells the board which actor is Ray Train's controller: `fit` does not, and only its end ends the workers."""
+
+    def __init__(self, board: ActorProxy[BoardState]) -> None:
+        self._board = board
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        """Post the actor that calls."""
+        self._board.post_controller.remote(ray.get_runtime_context().current_actor)
 
 
 def make_checkpoint_config(train: TrainSection) -> CheckpointConfig:

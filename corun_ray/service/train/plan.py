@@ -33,6 +33,8 @@ class WorkerPlan:
     """Cache of decoded images; None for a job without one."""
     start_from: str | None = None
     """Checkpoint to start from where Ray Train knows of none."""
+    lease_uri: str | None = None
+    """File that is there as long as this driver has its run; without it the workers must leave the folder as it is."""
 
     @property
     def labels(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ from corun_ray.config.jobs import TrainingJob
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.models.sources import Model
 from corun_ray.service.models.tracking import Tracker
+from corun_ray.service.runs.lease import Lease
 from corun_ray.service.runs.record import RunRecord
 from corun_ray.service.storage import Location
 from corun_ray.service.telemetry.prometheus import make_job_labels
@@ -24,6 +25,8 @@ class Session:
     tracker: Tracker
     """The run in MLflow."""
     record: RunRecord
+    lease: Lease
+    """What says that this process drives the run."""
 
     @property
     def labels(self) -> dict[str, str]:

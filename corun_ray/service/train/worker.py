@@ -78,7 +78,8 @@ class Worker:
         self.pool = self._restore_pool(self._restore_state())
         run, spec = locate(plan.run_uri), self.model.spec
         best = self.job.train.best
-        self.checkpointer = Checkpointer(run, self.state, spec, self.job.seed, self.rank, plan.board, log, best)
+        lease = None if plan.lease_uri is None else locate(plan.lease_uri)
+        self.checkpointer = Checkpointer(run, self.state, spec, self.job.seed, self.rank, plan.board, log, best, lease)
         if self.rank == 0:
             self.checkpointer.discard_later()
 

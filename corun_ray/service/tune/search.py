@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,20 @@ from corun_ray.service.models.sources import load_starting_model
 from corun_ray.service.models.tracking import Tracker
 from corun_ray.service.models.user_code import collect_code
 from corun_ray.service.report.page import REPORT_FILE
+from corun_ray.service.runs.lease import Lease, RunTaken
 from corun_ray.service.runs.record import (
     JOB_FILE,
+    DataDigest,
     ResumeError,
     RunRecord,
+    create_run_folder,
+    describe_moved_data,
     find_last_run,
     find_run_to_resume,
-    locate_new_run,
     read_record,
     write_record,
 )
-from corun_ray.service.storage import Location
+from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console, format_duration
 from corun_ray.service.train.driver import prepare
 from corun_ray.service.tune.report import VALIDATION_PREFIX, TrialResult, rank_trials, summarise_search
@@ -80,38 +84,56 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
     started = time.monotonic()
 
     # 1. Check everything that can be checked without a cluster.
-    digest = _check_trials(job, folder)
+    data = _check_trials(job, folder)
 
     # 2. Find the search to resume, and stop if it has ended.
-    earlier = find_run_to_resume(job, digest) if resume else None
+    earlier = find_run_to_resume(job, data) if resume else None
     if earlier is not None and earlier[1].model is not None:
         console.say(f"\ntune {job.name}: has ended before ({earlier[1].model}, {earlier[0].uri})")
         return earlier[1].model
 
-    # 3. Connect to Ray and MLflow, and show the job's facts.
+    # 3. Connect to Ray, and become the search's driver until its end.
     cluster = connect(job.whole_cluster)
-    trials_at_once = job.tune.trials_at_once or min(job.tune.num_trials, _count_fitting_trials(job.cluster))
-    run = locate_new_run(job) if earlier is None else earlier[0]
-    session = SearchSession(job, run, Tracker(job, run.name, earlier[1].mlflow_run if earlier else None), console)
-    facts = _describe_search(session, trials_at_once, cluster)
-    if resume:
-        facts["resume"] = "no earlier search: begins" if earlier is None else "resumes this search"
-    console.header(f"tune {job.name}", facts)
+    if earlier is None:
+        run = create_run_folder(locate(job.storage), job.name)
+        lease = Lease.begin(run)
+    else:
+        run = earlier[0]
+        lease = Lease.take(run)
+    lease.call_on_loss(partial(_end_process, console))
 
-    # 4. Search. However the search ends, MLflow's run is closed.
-    succeeded = False
-    try:
-        model = _search(session, digest, folder, trials_at_once)
-        succeeded = True
-    finally:
-        session.tracker.finish(succeeded)
+    with lease:
+        # 4. Connect to MLflow, and show the job's facts.
+        trials_at_once = job.tune.trials_at_once or min(job.tune.num_trials, _count_fitting_trials(job.cluster))
+        session = SearchSession(job, run, Tracker(job, run.name, earlier[1].mlflow_run if earlier else None), console)
+        facts = _describe_search(session, trials_at_once, cluster)
+        if resume:
+            facts["resume"] = "no earlier search: begins" if earlier is None else "resumes this search"
+        if earlier is not None and (moved := describe_moved_data(job, *earlier)):
+            facts["data"] = moved
+        console.header(f"tune {job.name}", facts)
+
+        # 5. Search. However the search ends, MLflow's run is closed.
+        succeeded = False
+        try:
+            model = _search(session, data, folder, trials_at_once)
+            succeeded = True
+        finally:
+            session.tracker.finish(succeeded)
 
     took = format_duration(time.monotonic() - started)
     console.footer("done", {"best": model, "run": run.uri, "report": run.child(REPORT_FILE).uri, "took": took})
     return model
 
 
-def _check_trials(job: TuneJob, folder: Path) -> str:
+def _end_process(console: Console, reason: RunTaken) -> None:
+    """End this process, and with it all trials, where another driver has taken the search over."""
+    console.say(str(reason))
+    # Tune and MLflow would write to their records on the way out; these belong to the other driver now.
+    os._exit(1)
+
+
+def _check_trials(job: TuneJob, folder: Path) -> DataDigest:
     """Check data, weights and every network before any trial starts.
 
     Returns the digest of the data. Raises the errors of `prepare`.
@@ -124,7 +146,7 @@ def _check_trials(job: TuneJob, folder: Path) -> str:
     networks = {trial.network.model_dump_json(): trial for trial in trials}
     for trial in networks.values():
         load_starting_model(trial, folder)
-    return manifest.compute_digest()
+    return DataDigest(manifest.compute_digest(), manifest.files)
 
 
 def _count_fitting_trials(cluster: ClusterSection) -> int:
@@ -164,7 +186,7 @@ def _describe_choice(choice: Choice) -> str:
     return ", ".join(map(str, choice))
 
 
-def _search(session: SearchSession, digest: str, folder: Path, trials_at_once: int) -> str:
+def _search(session: SearchSession, data: DataDigest, folder: Path, trials_at_once: int) -> str:
     """Run the trials; return the best model's URI.
 
     Raises `StorageError`, `TrackingError` and `JobFailed`.
@@ -172,7 +194,9 @@ def _search(session: SearchSession, digest: str, folder: Path, trials_at_once: i
     job, run, tracker = session.job, session.run, session.tracker
 
     # The record lets `--resume` find the search.
-    record = RunRecord(state="running", mlflow_run=tracker.run_id, data=digest, samples=SAMPLES_VERSION)
+    record = RunRecord(
+        state="running", mlflow_run=tracker.run_id, data=data.names, files=data.files, samples=SAMPLES_VERSION
+    )
     run.child(JOB_FILE).write(dump_job(job).encode())
     write_record(run, record)
     tracker.log_file(JOB_FILE, dump_job(job).encode())

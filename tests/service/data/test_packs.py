@@ -1,5 +1,6 @@
 """Packs: the same samples as from the files, and one line for what is wrong with one."""
 
+import shutil
 import subprocess
 import sys
 
@@ -67,6 +68,30 @@ def test_a_pack_can_be_half_of_the_data(dataset, tmp_path):
     plain = small_job("pretrain", dataset, tmp_path, data={"depth": None})
     assert_same(samples_of(without), samples_of(plain))
     assert build_manifest(without).compute_digest() == build_manifest(plain).compute_digest()
+
+
+def test_data_is_known_again_elsewhere_and_in_a_pack(large, tmp_path):
+    moved = shutil.copytree(large / "clear", tmp_path / "bucket/images").parent
+    shutil.copytree(large / "depth", moved / "maps")
+    packed(large / "clear", large / "pack", large / "depth")
+    # What shows who writes a pack is no part of it.
+    (large / "pack/drivers").mkdir()
+    (large / "pack/drivers/000001.json").write_text("{}")
+    assert packed(large / "clear", large / "pack", large / "depth")[1] == 0
+    assert (large / "pack/drivers/000001.json").exists()
+
+    places = [(large / "clear", large / "depth"), (moved / "images", moved / "maps"), (large / "pack", large / "pack")]
+    digests = []
+    for clear, depth in places:
+        job = small_job("pretrain", large, tmp_path, data={"clear": str(clear), "depth": str(depth)})
+        digests.append(build_manifest(job).files)
+    assert len(set(digests)) == 1
+
+    # Another image of the same name is no longer the same data.
+    image = moved / "images/day 0/0.png"
+    image.write_bytes(image.read_bytes() + b"more")
+    job = small_job("pretrain", large, tmp_path, data={"clear": str(moved / "images"), "depth": str(moved / "maps")})
+    assert build_manifest(job).files != digests[0]
 
 
 def test_pairs_come_from_packs_too(dataset, tmp_path):
