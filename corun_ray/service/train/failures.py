@@ -16,7 +16,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from corun_ray.service.data.stream import DisorderedStream
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.pool.client import PoolError
-from corun_ray.service.storage import StorageError
+from corun_ray.service.storage import DamagedFile, StorageError
 
 CURABLE = (
     *(StorageError, PoolError, OSError, MemoryError),
@@ -53,6 +53,8 @@ def _is_of_ray(error: BaseException) -> bool:
 def can_restart_help(error: BaseException) -> bool:
     """Tell whether workers that start again may not meet this error."""
     cause = find_cause(error)
+    if isinstance(cause, DamagedFile):
+        return False
     if isinstance(cause, CURABLE) or _is_of_ray(cause):
         return True
     return isinstance(cause, RuntimeError) and any(word in str(cause).lower() for word in DEVICE_WORDS)

@@ -15,7 +15,7 @@ from corun_ray.core.training.checkpoints import CheckpointError
 from corun_ray.service.data.sample_maker import TooManyBadFiles
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.pool.client import PoolError
-from corun_ray.service.storage import MissingFile, StorageError
+from corun_ray.service.storage import DamagedFile, MissingFile, StorageError
 from corun_ray.service.train.failures import LastingFailure, RestartPolicy, can_restart_help, describe_cause
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:6001"
@@ -34,6 +34,7 @@ def in_task(error: Exception) -> RayTaskError:
         BadImage("truncated JPEG"),
         TooManyBadFiles("not one of the 3 clear images can be used"),
         CheckpointError("network.pth: does not fit"),
+        DamagedFile("pool/step_00000500.json is no snapshot"),
         ValueError("nothing to learn from"),
         TypeError("forward() got an unexpected keyword"),
         RuntimeError("The size of tensor a (16) must match the size of tensor b (8)"),
