@@ -118,7 +118,7 @@ def _check_training_images(job: TrainingJob, patch_px: int, inspector: Inspector
     for one in training:
         smaller = one.describe_smaller(patch_px)
         if smaller is not None:
-            yield "smaller", f"{one.key}: {smaller}, than a patch ({patch_px} px) and are enlarged"
+            yield "smaller", smaller
 
     # The job itself would refuse the same. Images of other sizes than their truths have a line of their own.
     refuse_other_sizes(job, manifest, validation_sets)

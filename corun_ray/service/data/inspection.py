@@ -69,12 +69,13 @@ class Inspection:
         return self.num_opened < self.num_images
 
     def describe_smaller(self, side_px: int) -> str | None:
-        """Describe the images with a side under `side_px`; None where there are none."""
+        """Describe the images that are smaller than a patch of `side_px`; None where there are none."""
         smaller = [image for image in self.usable if min(image.height_px, image.width_px) < side_px]
         if not smaller:
             return None
         uri, height_px, width_px = smaller[0]
-        return f"{len(smaller)} of {self.num_opened} opened, the first {uri} ({width_px} x {height_px} px)"
+        count = f"{len(smaller)} of {self.num_opened} opened are smaller than a patch of {side_px} px"
+        return f"{self.key}: {count} and will be enlarged; the first: {uri} ({width_px} x {height_px} px)"
 
     def refuse_if_nothing_is_usable(self) -> None:
         """Refuse images none of which can be used.

@@ -107,7 +107,10 @@ def test_a_sample_of_many_is_opened_and_all_where_it_is_asked_for(s3_server, tmp
     assert everything.unusable == {f"{bucket}/01.png": "not an image, or a damaged one"}
     assert calls[-1] == ("data.clear", 40, 40)
     assert everything.describe_smaller(16) is None
-    assert everything.describe_smaller(32) == f"39 of 40 opened, the first {bucket}/00.png (16 x 16 px)"
+    assert everything.describe_smaller(32) == (
+        "data.clear: 39 of 40 opened are smaller than a patch of 32 px and will be enlarged; "
+        f"the first: {bucket}/00.png (16 x 16 px)"
+    )
 
 
 def write_of(path, side_px):
