@@ -33,7 +33,7 @@ SERVICE_TABLE = """
     data:       runs telemetry
     pool:       data runs telemetry
     models:     data runs report
-    check:      cluster data weights
+    check:      cluster data models weights
     train:      pool models data runs weights report cluster telemetry
     inference:  models data runs weights report cluster telemetry
     serve:      inference models cluster telemetry

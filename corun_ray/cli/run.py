@@ -1,6 +1,8 @@
 """`corun-ray run | check | demo | doctor`: job files, here or on a cluster."""
 
 import os
+import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,9 @@ from corun_ray.cli.common import DEFAULT_TRACKING, DONE, FAILED, JobFile, Overri
 from corun_ray.core.errors import UserError
 
 app = App()
+
+OPENED_LINE_EVERY_S = 4.0
+"""Seconds between two lines of `check` on the images opened."""
 
 DOCTOR_EXAMPLES = """\
 examples:
@@ -48,6 +53,19 @@ def run(
     return DONE
 
 
+class OpenedLines:
+    """Tells on stderr, every few seconds, how many images have been opened; stdout is for the job."""
+
+    def __init__(self) -> None:
+        self._last_s = time.monotonic()
+
+    def __call__(self, key: str, done: int, total: int) -> None:
+        """Tell that `done` of `total` images of a key are opened, if it is time to."""
+        if time.monotonic() - self._last_s >= OPENED_LINE_EVERY_S:
+            print(f"{key}: {done} of {total} opened", file=sys.stderr, flush=True)
+            self._last_s = time.monotonic()
+
+
 @app.command()
 def check(
     overrides: Overrides,
@@ -55,10 +73,14 @@ def check(
     keys: Annotated[
         bool, typer.Option("--keys", help="list every key of a job file with its default, and check nothing")
     ] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="open every image, not a sample of 32 of each kind; tells how far it is")
+    ] = False,
 ) -> int:
     """Validate a job file and look at what it would use.
 
-    Prints each job with all of its keys, and notes on what it would use. Starts nothing.
+    Prints each job with all of its keys, and notes on what it would use: it opens images, with their truths and depth
+    maps, and loads checkpoints. Starts nothing. Exits with 2 where a job could not run.
     """
     if keys:
         from corun_ray.config.reference import format_reference
@@ -74,12 +96,15 @@ def check(
     jobs = load_jobs(job, overrides)
 
     from corun_ray.service.check import check_job
+    from corun_ray.service.data.inspection import SAMPLED_IMAGES, Inspector
 
+    inspector = Inspector(None if every else SAMPLED_IMAGES, OpenedLines())
+    folder = job.parent.absolute()
     mistakes: list[str] = []
     for number, one in enumerate(jobs):
         print(dump_job(one))
         # A later job of a pipeline may use what an earlier one makes.
-        notes, found = check_job(one, jobs[:number])
+        notes, found = check_job(one, jobs[:number], folder, inspector)
         print("".join(f"# {note}\n" for note in notes))
         mistakes += [f"{one.name}: {mistake}" for mistake in found]
 

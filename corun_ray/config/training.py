@@ -305,6 +305,18 @@ class OptimSection(Section):
         (), description="cosine cycles with restarts, {steps, lr, min_lr} each; replace lr, min_lr and schedule_steps"
     )
 
+    def describe_early_end(self, steps: int) -> str | None:
+        """Describe a learning rate that has come to its end before a training of so many steps; None if none has."""
+        if self.cycles:
+            end_step, last = sum(cycle.steps for cycle in self.cycles), self.cycles[-1]
+            if end_step < steps:
+                rest = f"the other {steps - end_step} of train.steps have its last rate, {last.min_lr:g}"
+                return f"optim.cycles: end at step {end_step}: {rest}"
+        elif self.min_lr < self.lr and self.schedule_steps < steps:
+            rest = f"the other {steps - self.schedule_steps} of train.steps have optim.min_lr, {self.min_lr:g}"
+            return f"optim.schedule_steps: ends at step {self.schedule_steps}: {rest}"
+        return None
+
     @field_validator("min_lr")
     @classmethod
     def _check_order(cls, min_lr: float, info: ValidationInfo) -> float:

@@ -69,6 +69,24 @@ def choose_example_job(job: Job) -> Job:
     return build_trial_job(job, next(list_corners(job)))
 
 
+def list_example_trials(job: TuneJob, *sections: str, but: str | None = None) -> list[ColabatorJob]:
+    """Return trials of a search that differ in these sections, one of each kind.
+
+    `but` is a key of the only section, which may differ as well.
+    """
+    excluded = None if but is None else {sections[0]: {but}}
+    found: dict[str, ColabatorJob] = {}
+    for values in list_corners(job):
+        trial = build_trial_job(job, values)
+        found.setdefault(trial.model_dump_json(include=set(sections), exclude=excluded), trial)
+    return list(found.values())
+
+
+def list_data_examples(job: Job) -> list[Job]:
+    """Return a search's trials that differ in their images, one of each kind; another job alone."""
+    return [*list_example_trials(job, "data", but="patch_px")] if isinstance(job, TuneJob) else [job]
+
+
 def find_search_mistakes(job: TuneJob) -> dict[Loc, str]:
     """Return place → explanation of the search's mistakes.
 

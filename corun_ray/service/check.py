@@ -2,16 +2,19 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from corun_ray.config.jobs import ColabatorJob, DehazeJob, DepthJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
 from corun_ray.config.tasks import EvaluateSection
-from corun_ray.config.trials import choose_example_job
+from corun_ray.config.trials import list_data_examples, list_example_trials
 from corun_ray.core.choices import QUALITY_NAMES, SHIPPED_MODELS
 from corun_ray.core.errors import UserError
 from corun_ray.core.metrics.catalog import OWN_METRICS, TRANSMISSION_METRICS
 from corun_ray.service.cluster.gpus import count_driver_gpus
+from corun_ray.service.data.inspection import Inspection, Inspector, find_largest_patch_px, refuse_unusable
 from corun_ray.service.data.manifest import (
     Manifest,
+    ManifestError,
     build_manifest,
     list_images,
     list_validation_sets,
@@ -22,6 +25,8 @@ from corun_ray.service.data.manifest import (
 from corun_ray.service.data.results import REGISTRY_SCHEMES, find_results, holds_results
 from corun_ray.service.storage import locate
 
+SAMPLING = Inspector()
+"""Opens a sample of each kind of image."""
 SUBJECT_CHARACTERS = 9
 """Width of the first column of the notes."""
 
@@ -33,28 +38,27 @@ class _Mistake(UserError):
     pass
 
 
-def check_job(job: Job, earlier: Sequence[Job]) -> tuple[list[str], list[str]]:
+def check_job(
+    job: Job, earlier: Sequence[Job], folder: Path = Path(), inspector: Inspector = SAMPLING
+) -> tuple[list[str], list[str]]:
     """Return notes and mistakes of a job, one a line.
 
     Notes tell what the job would use. `earlier` are the jobs before it in its file: models that they will register do
-    not exist yet.
+    not exist yet. A network's own class may lie in `folder`. `inspector` opens the job's images.
     """
-    # A search is checked by the files of its first trial, and by the storage and machines of all trials.
-    trial = choose_example_job(job)
-    checks = [
-        _check_data(trial),
-        _check_models(trial, earlier),
-        _check_weights(trial),
-        _check_storage(job),
-        _check_machines(job),
-    ]
+    # A search is checked by all trials that differ in what a check looks at, and by the storage and machines of all.
+    checks = [_check_images(example, job, inspector) for example in list_data_examples(job)]
+    checks += [_check_models(example, earlier, folder) for example in _list_examples(job, "network", "data")]
+    checks += [_check_weights(example) for example in _list_examples(job, "coherence", "loss", "train")]
+    checks += [_check_schedule(example) for example in _list_examples(job, "optim", "train")]
+    checks += [_check_storage(job), _check_machines(job)]
 
     found = []
     if isinstance(job, TuneJob):
-        found.append(("trials", f"{job.tune.num_trials} of {job.train.steps} steps; the first one's files:"))
+        found.append(("trials", f"{job.tune.num_trials} of {job.train.steps} steps; what they use:"))
 
     # A mistake ends its own check alone: the user sees the mistakes of all checks at once.
-    mistakes = []
+    mistakes: list[str] = []
     for check in checks:
         try:
             for note in check:
@@ -62,41 +66,105 @@ def check_job(job: Job, earlier: Sequence[Job]) -> tuple[list[str], list[str]]:
         except UserError as error:
             mistakes += str(error).splitlines()
 
-    notes = [f"{subject:<{SUBJECT_CHARACTERS}} {text}" for subject, text in found]
-    return notes, mistakes
+    # What trials have in common is told once.
+    notes = [f"{subject:<{SUBJECT_CHARACTERS}} {text}" for subject, text in dict.fromkeys(found)]
+    return notes, list(dict.fromkeys(mistakes))
 
 
-def _check_data(job: Job) -> Notes:
-    """Check that the job's images can be listed and paired."""
-    if isinstance(job, TrainingJob):
-        manifest = build_manifest(job)
-        yield "data", f"{_describe_clear_images(manifest)}, {len(manifest.hazy)} real hazy"
-        for uri, reason in manifest.skipped.items():
-            yield "skipped", f"{uri}: {reason}"
+def _list_examples(job: Job, *sections: str) -> Sequence[Job]:
+    """Return a search's trials that differ in these sections; another job alone."""
+    return list_example_trials(job, *sections) if isinstance(job, TuneJob) else [job]
 
-        validation_sets = list_validation_sets(job)
-        for images in validation_sets:
-            yield "validate", f"{len(images.pairs)} images, measured as {images.prefix}/..."
 
-        # Beyond this fraction, the job itself would fail.
-        if len(manifest.skipped) > job.data.max_bad_fraction * manifest.num_images:
-            share = f"{len(manifest.skipped)} of {manifest.num_images}"
-            raise _Mistake(f"data.max_bad_fraction: {share} files are skipped, more than {job.data.max_bad_fraction:g}")
-        refuse_other_sizes(job, manifest, validation_sets)
-    elif isinstance(job, EvaluateJob):
-        pairs = pair_validation_images(job.evaluate, "evaluate")
-        refuse_misfits(job.evaluate, pairs, "evaluate")
-        yield "data", f"{len(pairs)} images to measure on"
-        for name, results in find_results(job.evaluate, [hazy for hazy, _ in pairs]).items():
-            yield "results", f"{name}: {len(results.images)} images in {results.root}"
-        if job.evaluate.detector is not None:
-            yield "boxes", _describe_boxes(job.evaluate, [key for key, _ in pairs])
-    elif isinstance(job, DehazeJob):
-        images_to_dehaze = list_images(job.dehaze.input, "dehaze.input")
+# --- Images ---
+
+
+def _check_images(example: Job, job: Job, inspector: Inspector) -> Notes:
+    """Check that the job's images can be listed, paired and used.
+
+    `example` is the job itself, or a trial of it.
+    """
+    if isinstance(example, TrainingJob):
+        trials = [trial for trial in _list_examples(job, "data") if isinstance(trial, TrainingJob)]
+        yield from _check_training_images(example, max(map(find_largest_patch_px, trials)), inspector)
+    elif isinstance(example, EvaluateJob):
+        yield from _check_evaluated_images(example.evaluate, inspector)
+    elif isinstance(example, DehazeJob):
+        images_to_dehaze = list_images(example.dehaze.input, "dehaze.input")
         yield "data", f"{len(images_to_dehaze)} images to dehaze"
-    elif isinstance(job, DepthJob):
-        photographs = list_images(job.depth.input, "depth.input")
+        yield from _report([inspector.inspect_images(example.dehaze.input, images_to_dehaze, "dehaze.input")])
+    elif isinstance(example, DepthJob):
+        photographs = list_images(example.depth.input, "depth.input")
         yield "data", f"{len(photographs)} photographs whose depth is estimated"
+        yield from _report([inspector.inspect_images(example.depth.input, photographs, "depth.input")])
+
+
+def _check_training_images(job: TrainingJob, patch_px: int, inspector: Inspector) -> Notes:
+    """Check training images and validation sets; `patch_px` is the largest patch."""
+    manifest = build_manifest(job)
+    yield "data", f"{_describe_clear_images(manifest)}, {len(manifest.hazy)} real hazy"
+    for uri, reason in manifest.skipped.items():
+        yield "skipped", f"{uri}: {reason}"
+
+    validation_sets = list_validation_sets(job)
+    for images in validation_sets:
+        yield "validate", f"{len(images.pairs)} images, measured as {images.prefix}/..."
+
+    # Open images, and tell of all of them before any mistake ends this check.
+    training = inspector.inspect_training(job, manifest)
+    validation = inspector.inspect_validation(job, validation_sets)
+    for one in [*training, *validation]:
+        yield from _describe_inspection(one)
+    for one in training:
+        smaller = one.describe_smaller(patch_px)
+        if smaller is not None:
+            yield "smaller", smaller
+
+    # The job itself would refuse the same. Images of other sizes than their truths have a line of their own.
+    refuse_other_sizes(job, manifest, validation_sets)
+    mistakes = []
+    for refuse in (
+        lambda: refuse_unusable(job, manifest, training),
+        *[one.refuse_if_nothing_is_usable for one in validation],
+    ):
+        try:
+            refuse()
+        except ManifestError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise _Mistake("\n".join(mistakes))
+
+
+def _check_evaluated_images(section: EvaluateSection, inspector: Inspector) -> Notes:
+    """Check the images of an evaluation, their truths, results and boxes."""
+    pairs = pair_validation_images(section, "evaluate")
+    refuse_misfits(section, pairs, "evaluate")
+    yield "data", f"{len(pairs)} images to measure on"
+    inspections = [inspector.inspect_pairs(section, pairs, "evaluate.hazy")]
+
+    for name, results in find_results(section, [hazy for hazy, _ in pairs]).items():
+        yield "results", f"{name}: {len(results.images)} images in {results.root}"
+        key = f"evaluate.models.{name}"
+        inspections.append(inspector.inspect_results(section.hazy, results.root, results.images, key))
+    if section.detector is not None:
+        yield "boxes", _describe_boxes(section, [key for key, _ in pairs])
+    yield from _report(inspections)
+
+
+def _report(inspections: Sequence[Inspection]) -> Notes:
+    """Tell what was found, and refuse images none of which can be used."""
+    for one in inspections:
+        yield from _describe_inspection(one)
+    for one in inspections:
+        one.refuse_if_nothing_is_usable()
+
+
+def _describe_inspection(inspection: Inspection) -> Notes:
+    """Tell how many images were opened, and which cannot be used."""
+    share = f"{inspection.num_opened} of {inspection.num_images}" if inspection.is_sample else "all"
+    yield "opened", f"{inspection.key}: {share}, {len(inspection.unusable) or 'none'} unusable"
+    for uri, reason in inspection.unusable.items():
+        yield "unusable", f"{uri}: {reason}"
 
 
 def _describe_boxes(section: EvaluateSection, images: Sequence[str]) -> str:
@@ -117,8 +185,11 @@ def _describe_clear_images(manifest: Manifest) -> str:
     return f"{len(manifest.clear)} clear images with {depth}"
 
 
-def _check_models(job: Job, earlier: Sequence[Job]) -> Notes:
-    """Check that the models which the job uses exist.
+# --- Models, weights and the learning rate ---
+
+
+def _check_models(job: Job, earlier: Sequence[Job], folder: Path) -> Notes:
+    """Check that the models which the job uses exist and can be loaded.
 
     Models of a registry are looked up when the job starts.
     """
@@ -128,6 +199,7 @@ def _check_models(job: Job, earlier: Sequence[Job]) -> Notes:
         if other.tracking.register:
             future_models.append(f"models:/{other.tracking.register}@")
 
+    mistakes = []
     for key, source in _list_model_sources(job).items():
         if source.startswith(tuple(future_models)):
             yield "model", f"{source}, from an earlier job of this file"
@@ -137,11 +209,41 @@ def _check_models(job: Job, earlier: Sequence[Job]) -> Notes:
             yield "model", f"{source}, which comes with this package"
         elif isinstance(job, EvaluateJob) and holds_results(source):
             continue  # Told with the data.
-        elif locate(source).exists():
-            yield "model", source
-        else:
+        elif not locate(source).exists():
             expected = f"a checkpoint folder, a .pth, an MLflow URI or {' or '.join(SHIPPED_MODELS)}"
-            raise _Mistake(f"{key}: nothing at {source} (expected {expected})")
+            mistakes.append(f"{key}: nothing at {source} (expected {expected})")
+        else:
+            mistake = _find_load_mistake(job, key, source, folder)
+            if mistake is None:
+                yield "model", source
+            else:
+                mistakes.append(mistake)
+
+    # A network of another kind is built, even where no checkpoint is loaded into it.
+    if isinstance(job, TrainingJob) and job.network.type != "corun" and job.network.init is None:
+        mistake = _find_load_mistake(job, "network", job.network.type, folder)
+        mistakes += [mistake] if mistake else []
+
+    # One line for each model that is wrong.
+    if mistakes:
+        raise _Mistake("\n".join(mistakes))
+
+
+def _find_load_mistake(job: Job, key: str, source: str, folder: Path) -> str | None:
+    """Load a model as the job would; return why the job cannot, None if it can."""
+    # torch takes seconds to import.
+    from corun_ray.service.models.sources import fetch_model, load_starting_model
+
+    try:
+        if isinstance(job, TrainingJob):
+            load_starting_model(job, folder)
+        else:
+            fetch_model(source, job.tracking.uri)
+    except UserError as error:
+        # Errors of a training name its key. Those of a file name the file once more.
+        text = " ".join(str(error).split()).replace(f"{source}: {source}", source)
+        return text if isinstance(job, TrainingJob) else f"{key}: {text}"
+    return None
 
 
 def _list_model_sources(job: Job) -> dict[str, str]:
@@ -155,6 +257,20 @@ def _list_model_sources(job: Job) -> dict[str, str]:
     if isinstance(job, ServeJob):
         return {"serve.model": job.serve.model}
     return {}
+
+
+def _check_schedule(job: Job) -> Notes:
+    """Check that the learning rate has not come to its end before the training."""
+    if not isinstance(job, TrainingJob):
+        return
+    early_end = job.optim.describe_early_end(job.train.steps)
+    if early_end is None:
+        return
+
+    # Cycles are written for one training. A schedule may be the default, or end early on purpose.
+    if job.optim.cycles:
+        raise _Mistake(early_end)
+    yield "schedule", early_end
 
 
 def _check_weights(job: Job) -> Notes:
@@ -189,6 +305,9 @@ def _may_need_weights(job: Job) -> bool:
         return False
     validation_metrics = set(job.train.validation_metrics or ())
     return job.loss.weights is not None or not validation_metrics <= OWN_METRICS.keys() | TRANSMISSION_METRICS.keys()
+
+
+# --- Storage and machines ---
 
 
 def _check_storage(job: Job) -> Notes:

@@ -1,6 +1,13 @@
 """The failure of a job, and errors in one line."""
 
+import re
+
 MAX_LINE_CHARACTERS = 300
+
+FRAME = '  File "'
+"""How a frame of a traceback begins."""
+CLASS_PATH = re.compile(r"^(\w+\.)+(?=\w+(:|$))")
+"""The modules before the name of an error's class."""
 
 
 class JobFailed(Exception):
@@ -8,12 +15,20 @@ class JobFailed(Exception):
 
 
 def find_root_cause(traceback: str) -> str:
-    """Return the first error of a chain of tracebacks.
+    """Return the first error of a chain of tracebacks, on one line and without the path of its class.
 
-    It is the last line of the first traceback. The later tracebacks tell what followed from it.
+    Its text ends the first traceback. The later tracebacks tell what followed from it.
     """
-    first = traceback.split("\nThe above exception was the direct cause")[0].strip()
-    return first.splitlines()[-1]
+    lines = traceback.split("\nThe above exception was the direct cause")[0].strip().splitlines()
+
+    # The text begins at the first line that is not indented below the last frame; it may have several lines.
+    text = lines[-1:]
+    frames = [place for place, line in enumerate(lines) if line.startswith(FRAME)]
+    for place in range(frames[-1] if frames else len(lines), len(lines)):
+        if lines[place] and not lines[place].startswith(" "):
+            text = lines[place:]
+            break
+    return CLASS_PATH.sub("", " ".join(" ".join(text).split()))
 
 
 def get_first_line(error: Exception) -> str:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from corun_ray.config.jobs import DehazeJob, DepthJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
-from corun_ray.config.trials import choose_example_job
+from corun_ray.config.trials import list_data_examples, list_example_trials
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.cluster.paths import make_paths_absolute
-from corun_ray.service.data.manifest import build_manifest
+from corun_ray.service.data.inspection import prepare_data
 from corun_ray.service.inference.dehaze import run_dehazing
 from corun_ray.service.inference.depth import run_depth_estimation
 from corun_ray.service.inference.evaluate import run_evaluation
@@ -33,7 +33,12 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
 
     # Report mistakes in the data or weights of any job before the first job starts, and before a cluster is needed.
     for job in jobs:
-        _check_files(choose_example_job(job))
+        for example in list_data_examples(job):
+            if isinstance(example, TrainingJob):
+                prepare_data(example)
+        examples = list_example_trials(job, "coherence", "loss", "train") if isinstance(job, TuneJob) else [job]
+        for example in examples:
+            _check_weights(example)
 
     # What another driver is at needs no second one.
     if resume:
@@ -49,14 +54,11 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
         _run_job(job, console, folder, resume)
 
 
-def _check_files(job: Job) -> None:
-    """Check a job's data and weights.
+def _check_weights(job: Job) -> None:
+    """Check a job's files of weights.
 
-    Raises `WeightsError`, and the errors of `build_manifest`.
+    Raises `WeightsError`.
     """
-    if isinstance(job, TrainingJob):
-        build_manifest(job)
-
     missing = describe_missing_weights(find_needed_files(job))
     if missing:
         raise WeightsError("\n".join(f"{job.name}: {line}" for line in missing))

@@ -46,6 +46,10 @@ class MissingFile(StorageError):
     """One file that is not there, or a local file that the user may not read. The store itself answers."""
 
 
+class DamagedFile(StorageError):
+    """A file that is read and has not the content that it should have."""
+
+
 class PatientS3(fs.S3FileSystem):
     """An `S3FileSystem` with patient retries, which survive pickling (pyarrow's own forgets its retry strategy)."""
 

@@ -25,7 +25,7 @@ SAMPLES_VERSION = 2
 _BAND_ROWS = 32
 # Real images are decoded larger than the patch: with less, a JPEG's reduced decoding would blur the patch visibly.
 _REAL_OVERSIZE = 1.75
-MAX_BORDER = 0.125
+MAX_BORDER = 0.2
 """Share of a truth's side that its border may have, both ends together. RESIDE's has 0.03 to 0.04."""
 
 

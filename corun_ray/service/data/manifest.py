@@ -3,6 +3,7 @@
 import hashlib
 import json
 import posixpath
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,7 @@ from corun_ray.service.data.pairing import (
     NAMED_FILES,
     Pairing,
     find_key,
+    get_stem,
     pair_by_pattern,
     pair_by_stem,
     strip_suffix,
@@ -29,6 +31,8 @@ from corun_ray.service.storage import MissingFile, locate
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 DEPTH_SUFFIXES = frozenset({".npy", ".png", ".mat"})
+NAMED_SUFFIXES = 5
+"""Suffixes that a message counts."""
 TRIED_PAIRS = 3
 """Pairs whose sizes are compared before a job starts."""
 
@@ -114,7 +118,7 @@ def _pair_files(job: TrainingJob, roots: "_DataRoots") -> Manifest:
 
     # Clear images and their depth maps.
     maps = roots.list_depth_maps(job.data.depth)
-    pairing = pair_by_stem(clear, maps, "depth map")
+    pairing = explain_suffixes(pair_by_stem(clear, maps, "depth map"), roots.list_names(job.data.depth), "depth map")
     if not pairing.pairs:
         raise ManifestError(f"data.depth: none of the {len(maps)} depth maps below {job.data.depth} matches an image")
 
@@ -190,10 +194,15 @@ class _DataRoots:
         """
         found = self._open(uri)
         if not isinstance(found, Pack):
-            return filter_by_suffix(found, DEPTH_SUFFIXES)
+            return _filter_maps(found, uri, "data.depth", "depth maps")
         if not found.depths:
             raise ManifestError(f"data.depth: the pack in {uri} holds no depth (corun-ray pack --depth adds it)")
         return list(found.depths)
+
+    def list_names(self, uri: str) -> list[str]:
+        """List all files of a data root; none of a pack."""
+        found = self._open(uri)
+        return [] if isinstance(found, Pack) else found
 
     def _open(self, uri: str) -> Pack | list[str]:
         """Return the pack in a folder, or the folder's files."""
@@ -242,6 +251,34 @@ def _filter_images(files: list[str], uri: str, key: str) -> list[str]:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise ManifestError(f"{key}: no images ({kinds}) among the {len(files)} files below {uri}")
     return images
+
+
+def _filter_maps(files: list[str], uri: str, key: str, name: str) -> list[str]:
+    """Return the depth or transmission maps among the files below `uri`.
+
+    Raises `ManifestError`, naming the job file's `key`, where no file has the suffix of one.
+    """
+    maps = filter_by_suffix(files, DEPTH_SUFFIXES)
+    if not maps:
+        counts = Counter(posixpath.splitext(file)[1].lower() or "no suffix" for file in files)
+        found = ", ".join(f"{suffix} {count}" for suffix, count in counts.most_common(NAMED_SUFFIXES)) or "none"
+        expected = ", ".join(sorted(DEPTH_SUFFIXES))
+        raise ManifestError(f"{key}: no {name} ({expected}) among the {len(files)} files below {uri} ({found})")
+    return maps
+
+
+def explain_suffixes(pairing: Pairing, files: list[str], name: str) -> Pairing:
+    """Name the file that an unpaired image would have as its map, if files of that suffix were read.
+
+    `files` are all below the maps' root; `name` is what a map is.
+    """
+    never_read = {get_stem(file): file for file in files if posixpath.splitext(file)[1].lower() not in DEPTH_SUFFIXES}
+    expected = ", ".join(sorted(DEPTH_SUFFIXES))
+    unpaired = {}
+    for image, reason in pairing.unpaired.items():
+        file = never_read.get(get_stem(image))
+        unpaired[image] = reason if file is None else f"{name} {file} has a suffix that is never read ({expected} are)"
+    return replace(pairing, unpaired=unpaired)
 
 
 def filter_by_suffix(files: list[str], suffixes: frozenset[str]) -> list[str]:
@@ -462,8 +499,9 @@ def _pair_transmissions(hazy: list[str], section: ValidationSection, key: str) -
     Raises `StorageError`, and `ManifestError`, naming the job file's `key`, for images without one.
     """
     assert section.transmission is not None
-    maps = filter_by_suffix(locate(section.transmission).list_files(), DEPTH_SUFFIXES)
-    pairing = pair_by_stem(hazy, maps, "transmission map")
+    files = locate(section.transmission).list_files()
+    maps = _filter_maps(files, section.transmission, f"{key}.transmission", "transmission maps")
+    pairing = explain_suffixes(pair_by_stem(hazy, maps, "transmission map"), files, "transmission map")
     _refuse_unpaired(pairing.unpaired, len(hazy), section.hazy, f"{key}.transmission", "no true transmission")
     return pairing.pairs
 

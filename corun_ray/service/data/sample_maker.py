@@ -23,7 +23,6 @@ from corun_ray.core.data.depth import DepthMap, draw_procedural_depth
 from corun_ray.core.data.haze import HazeRange
 from corun_ray.core.data.images import (
     MIN_SIDE_PX,
-    BadImage,
     decode_depth,
     decode_image,
     has_jpeg_end,
@@ -41,7 +40,7 @@ from corun_ray.core.data.samples import (
 from corun_ray.core.timing import phase
 from corun_ray.service.data.cache import CacheView, Decoded
 from corun_ray.service.data.manifest import Manifest
-from corun_ray.service.storage import MissingFile
+from corun_ray.service.data.unusable import BlameFile, UnusableFile, join_first_reasons
 
 CLEAR, HAZY = 0, 1
 """Kinds of images; each has its own permutations and random numbers."""
@@ -135,15 +134,21 @@ class SampleMaker:
 
         Raises `TooManyBadFiles` where none of the images can be used.
         """
+        reasons: dict[str, str] = {}
         for attempt in range(length):
             image = choose_image(self.job.seed, kind, index, length, attempt)
             try:
                 return make(image, np.random.default_rng([self.job.seed, kind, index, attempt]))
-            except _Unusable as error:
+            except UnusableFile as error:
                 self.report_bad({error.uri: error.reason})
+                reasons[error.uri] = error.reason
 
-        name = "clear" if kind == CLEAR else "hazy"
-        raise TooManyBadFiles(f"not one of the {length} {name} images can be used")
+        # Name what the images come with: the fault may lie there.
+        name = "hazy images"
+        if kind == CLEAR:
+            name = "pairs" if self.job.data.paired else "clear images"
+            name += " with their depth maps" if self.manifest.depth is not None else ""
+        raise TooManyBadFiles(f"not one of the {length} {name} can be used; the first: {join_first_reasons(reasons)}")
 
     def _make_pair(self, image: int, rng: np.random.Generator) -> Pair:
         """Make a clear patch and its hazy counterpart.
@@ -278,35 +283,6 @@ class SampleMaker:
         """Read an image's file."""
         with phase("read"):
             return self.manifest.read_image(root, key)
-
-
-# --- Unusable files ---
-
-
-class _Unusable(Exception):
-    """An image or depth map that cannot be used: its URI and the reason."""
-
-    def __init__(self, uri: str, reason: str) -> None:
-        super().__init__(f"{uri}: {reason}")
-        self.uri = uri
-        self.reason = reason
-
-
-class BlameFile:
-    """Context manager that names the file to which a `BadImage` or `MissingFile` raised inside belongs.
-
-    Any other `StorageError` passes: a store that cannot be reached says nothing about its images.
-    """
-
-    def __init__(self, root: str, key: str) -> None:
-        self.uri = posixpath.join(root, key)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, BadImage | MissingFile):
-            raise _Unusable(self.uri, str(error)) from None
 
 
 # --- Regions of JPEG files ---

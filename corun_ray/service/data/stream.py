@@ -157,6 +157,10 @@ def plan_remaining_phases(
 # --- Ray Data ---
 
 
+class DisorderedStream(RuntimeError):
+    """Samples that Ray Data gave to another rank, or in another order."""
+
+
 @dataclass(frozen=True)
 class StreamTask:
     """What Ray Data's tasks need to make the samples of one phase."""
@@ -227,7 +231,7 @@ def _fetch_manifest(manifest: "ray.ObjectRef[Manifest]") -> Manifest:
 def iterate_batches(shard: DataIterator, layout: BlockLayout, rank: int) -> Iterator[Batch]:
     """Yield one rank's batches of a phase, step by step.
 
-    Raises `RuntimeError` where the samples are not those that the layout gives to this rank.
+    Raises `DisorderedStream` where the samples are not those that the layout gives to this rank.
     """
     loader = shard.iter_batches(batch_size=layout.batch, batch_format="numpy", prefetch_batches=PREFETCHED_BATCHES)
 
@@ -237,7 +241,7 @@ def iterate_batches(shard: DataIterator, layout: BlockLayout, rank: int) -> Iter
         first = layout.first_sample + (step * layout.num_workers + rank) * layout.batch
         given = batch["index"].tolist()
         if given != list(range(first, first + layout.batch)):
-            raise RuntimeError(f"rank {rank} was given samples {given}, expected {first} ...")
+            raise DisorderedStream(f"rank {rank} was given samples {given}, expected {first} ...")
 
         yield batch
 

@@ -28,6 +28,7 @@ from corun_ray.core.networks.corun import restore_by_closed_form
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.annotations import Truth
+from corun_ray.service.data.inspection import Inspector
 from corun_ray.service.data.manifest import load_image, load_truth, pair_validation_images, refuse_misfits
 from corun_ray.service.data.results import ResultImages, find_results
 from corun_ray.service.inference.detection import DetectionResult, PictureDetector, assess_detections, plan_detection
@@ -384,6 +385,7 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     # Find images and models before Ray starts: a mistake is reported at once.
     pairs = pair_validation_images(section, "evaluate")
     refuse_misfits(section, pairs, "evaluate")
+    Inspector().inspect_pairs(section, pairs, "evaluate.hazy").refuse_if_nothing_is_usable()
     keys = [hazy for hazy, _ in pairs]
     results = find_results(section, keys)
     models = {}

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from corun_ray.core.training.labels import Label, Scores
 from corun_ray.service.pool.index import Head
-from corun_ray.service.storage import Location, StorageError, locate
+from corun_ray.service.storage import DamagedFile, Location, StorageError, locate
 
 ROWS_PER_GROUP = 4
 """Labels of a Parquet row group: to read one label, all of its group are read."""
@@ -175,7 +175,8 @@ def _translate_errors(place: Location) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException, IndexError, KeyError, TypeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise StorageError(f"{place.uri} cannot be read as labels: {reason}") from None
+        kind = StorageError if isinstance(error, OSError) else DamagedFile
+        raise kind(f"{place.uri} cannot be read as labels: {reason}") from None
 
 
 def _make_head_columns(label: Label) -> dict:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from corun_ray.core.training.labels import Label, Scores
 from corun_ray.service.pool import segments
 from corun_ray.service.pool.index import Head, PoolCounters, Rejections, Segment, SegmentRow, is_rejected
-from corun_ray.service.storage import Location, StorageError
+from corun_ray.service.storage import DamagedFile, Location
 
 CURRENT_FILE = "current.json"
 SEGMENTS_FOLDER = "segments"
@@ -195,7 +195,7 @@ def read_model(place: Location, model: type[Any], kind: str) -> Any:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         reason = f"{key}: {first['msg']}" if key else first["msg"]
-        raise StorageError(f"{place.uri} is no {kind}: {reason}") from None
+        raise DamagedFile(f"{place.uri} is no {kind}: {reason}") from None
 
 
 # --- Content of a snapshot ---

@@ -35,8 +35,8 @@ class Events:
     """Step, name and PNG."""
     measured: "list[tuple[int, list[MeasuredImage]]]" = field(default_factory=list)
     """Step, and the validation images that one rank measured."""
-    errors: list[tuple[int, str]] = field(default_factory=list)
-    """Rank and traceback of each worker that raised. A worker that was killed posts nothing."""
+    errors: list[tuple[int, str, str]] = field(default_factory=list)
+    """Rank, cause on one line and traceback of each worker that raised. A worker that was killed posts nothing."""
     notes: list[str] = field(default_factory=list)
     """Lines for the console."""
     attempts: list[Attempt] = field(default_factory=list)
@@ -114,9 +114,9 @@ class BoardState:
         self._events.saved_step = step
 
     @ray.method
-    def post_error(self, rank: int, traceback: str) -> None:
-        """Post the traceback of a worker that is about to fail."""
-        self._events.errors.append((rank, traceback))
+    def post_error(self, rank: int, cause: str, traceback: str) -> None:
+        """Post the cause and the traceback of a worker that is about to fail."""
+        self._events.errors.append((rank, cause, traceback))
 
     @ray.method
     def post_note(self, text: str) -> None:

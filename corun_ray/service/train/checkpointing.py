@@ -33,6 +33,7 @@ from corun_ray.service.runs.record import list_checkpoint_steps, name_checkpoint
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.train.board import BoardState
+from corun_ray.service.train.failures import describe_cause
 
 PREEMPTION_EVERY_STEPS = 5
 """Steps between two looks for preemption notices. Each look is a round trip of all ranks."""
@@ -147,9 +148,9 @@ class Checkpointer:
 
         try:
             return self._write_to_storage(step, checkpoint, name, pool)
-        except Exception:
+        except Exception as error:
             self._log.error("checkpoint failed", step=step)
-            ray.get(self._board.post_error.remote(self._rank, traceback.format_exc()))
+            ray.get(self._board.post_error.remote(self._rank, describe_cause(error), traceback.format_exc()))
             with contextlib.suppress(StorageError):  # Half of a checkpoint only takes room.
                 self._run.child(name).delete()
             raise

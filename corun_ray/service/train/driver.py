@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ray
 from ray.actor import ActorHandle, ActorProxy
+from ray.exceptions import RayError
 from ray.train import Result
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
@@ -15,7 +16,8 @@ from corun_ray.config.loading import dump_job
 from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.cache import start_cache
-from corun_ray.service.data.manifest import Manifest, build_manifest, list_validation_sets, refuse_other_sizes
+from corun_ray.service.data.inspection import describe_excess, prepare_data
+from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.data.stream import plan_phases
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.models.card import describe_model
@@ -48,7 +50,8 @@ from corun_ray.service.telemetry.console import Console, format_duration
 from corun_ray.service.train.best import BestCheckpoint, find_best_checkpoint
 from corun_ray.service.train.board import BoardState, start_board
 from corun_ray.service.train.coherence import check_scoring
-from corun_ray.service.train.follower import Follower, Listener
+from corun_ray.service.train.failures import FailedForGood
+from corun_ray.service.train.follower import BAD_FILES, Follower, Listener
 from corun_ray.service.train.launch import fit
 from corun_ray.service.train.plan import WorkerPlan
 from corun_ray.service.train.recovery import find_last_step
@@ -56,10 +59,6 @@ from corun_ray.service.train.report import build_training_report
 from corun_ray.service.train.session import Session
 from corun_ray.service.train.stopping import TrainingStop
 from corun_ray.service.train.validation import load_measures
-
-BAD_FILES = "bad_files.tsv"
-NAMED_BAD_FILES = 10
-"""Bad files that the error message names."""
 
 
 def run_training(
@@ -118,7 +117,7 @@ def run_training(
         is_taken = True
         raise
     except (JobFailed, PoolError, StorageError) as error:
-        raise JobFailed(f"{error}\n{_describe_rest(session.run)}") from None
+        raise JobFailed(f"{error}\n{_describe_rest(session.run, isinstance(error, FailedForGood))}") from None
     finally:
         session.lease.release()
         if is_taken:
@@ -140,13 +139,11 @@ def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
 
     Returns the manifest and the model to start from. A network's own class may lie in `folder`.
 
-    Raises `StorageError`, `ManifestError`, `ModelSourceError`, `WeightsError` and `JobFailed`.
+    Raises `StorageError`, `ManifestError`, `ModelSourceError` and `WeightsError`.
     """
-    manifest = build_manifest(job)
-    _refuse_too_many_bad_files(job, manifest, manifest.skipped)
+    manifest = prepare_data(job)
 
-    # Validation sets, their metrics and scorers are only tried here; each worker loads its own.
-    refuse_other_sizes(job, manifest, list_validation_sets(job))
+    # Metrics and scorers are only tried here; each worker loads its own.
     load_measures(job)
     check_scoring(job)
 
@@ -214,6 +211,10 @@ def _train(
         # Workers find out by themselves that another driver has the run, and fail.
         with suppress(StorageError):
             refuse_taken(session.lease.place)
+
+        # A run that failed tells of its bad files too.
+        with suppress(StorageError, RayError):
+            _save_bad_files(session, plan.board)
         raise
     finally:
         # Idle processes of Ray keep a handle to the cache, which would stay alive otherwise.
@@ -225,7 +226,10 @@ def _train(
 
     # Clean up: list the bad files, and delete snapshots of checkpoints that are gone. Ray Train deletes old
     # checkpoints after the workers' last sweep.
-    _save_bad_files(session, plan.board)
+    bad_files = _save_bad_files(session, plan.board)
+    excess = describe_excess(session.job, session.manifest, bad_files)
+    if excess is not None:
+        raise FailedForGood(excess)
     if isinstance(session.job, ColabatorJob):
         kept = {snapshots.format_name(step) for step in list_checkpoint_steps(session.run)}
         snapshots.sweep(session.run.child(POOL_FOLDER), kept, ())
@@ -324,15 +328,20 @@ def _publish_best(session: Session, best: BestCheckpoint, last_model: str, log: 
     return f"{text}, {outcome} ({decision.reason})"
 
 
-def _describe_rest(run: Location) -> str:
-    """Describe what is left of a failed run, and how to resume it."""
+def _describe_rest(run: Location, is_for_good: bool) -> str:
+    """Describe what is left of a failed run, and how to resume it.
+
+    With `is_for_good`, the run would fail again.
+    """
     try:
         step = find_last_step(run)
     except StorageError as error:
         return f"the run: {run.uri}, which cannot be read now ({error}); --resume continues it"
 
-    checkpoint = "no checkpoint yet" if step is None else f"its last checkpoint is of step {step}"
-    return f"the run: {run.uri}, {checkpoint}; --resume continues it"
+    if step is None:
+        return f"the run: {run.uri}, no checkpoint yet"
+    condition = "once the cause is mended, " if is_for_good else ""
+    return f"the run: {run.uri}, its last checkpoint is of step {step}; {condition}--resume continues it"
 
 
 # --- The header ---
@@ -342,10 +351,12 @@ def _describe_session(session: Session, cluster: str) -> dict[str, str]:
     """Return the facts of the header; `cluster` describes the Ray cluster."""
     job, size = session.job, session.job.cluster
     device = f"{size.gpus_per_worker:g} GPU" if size.gpus_per_worker else f"{size.cpus_per_worker:g} CPU"
+    schedule = job.optim.describe_early_end(job.train.steps)
     return {
         "data": _describe_data(job, session.manifest),
         "network": _describe_network(job, session.model),
         "training": _describe_steps(job),
+        **({} if schedule is None else {"schedule": schedule}),
         "workers": f"{size.workers_text} x {device} on {cluster}",
         "run": session.run.uri,
         "mlflow": f"{session.tracker.uri} (experiment {job.tracking.experiment})",
@@ -394,31 +405,13 @@ def _describe_steps(job: TrainingJob) -> str:
 # --- Bad files ---
 
 
-def _refuse_too_many_bad_files(job: TrainingJob, manifest: Manifest, bad_files: dict[str, str]) -> None:
-    """Refuse more bad images (URI → reason) than `data.max_bad_fraction` allows.
+def _save_bad_files(session: Session, board: ActorProxy[BoardState]) -> dict[str, str]:
+    """Save the list of bad files with the run; return URI → reason.
 
-    Raises `JobFailed`, naming the first ten.
-    """
-    if len(bad_files) <= job.data.max_bad_fraction * manifest.num_images:
-        return
-
-    lines = [
-        f"{len(bad_files)} of {manifest.num_images} images cannot be used, more than "
-        f"data.max_bad_fraction ({job.data.max_bad_fraction:g}) allows; the first:"
-    ]
-    for uri, reason in list(bad_files.items())[:NAMED_BAD_FILES]:
-        lines.append(f"  {uri}: {reason}")
-    raise JobFailed("\n".join(lines))
-
-
-def _save_bad_files(session: Session, board: ActorProxy[BoardState]) -> None:
-    """Save the list of bad files with the run.
-
-    Raises `StorageError`, and `JobFailed` for too many.
+    Raises `StorageError`.
     """
     bad_files = ray.get(board.list_bad_files.remote())
     if bad_files:
         rows = [f"{uri}\t{reason}\n" for uri, reason in sorted(bad_files.items())]
         session.save_file(BAD_FILES, "".join(rows).encode())
-
-    _refuse_too_many_bad_files(session.job, session.manifest, bad_files)
+    return bad_files

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import ray
 from ray.actor import ActorProxy
 
-from corun_ray.service.errors import JobFailed, describe_error, find_root_cause
+from corun_ray.service.errors import JobFailed, describe_error
 from corun_ray.service.runs.held_out import (
     EXAMPLES,
     HAZY_PICTURE,
@@ -32,6 +32,9 @@ PATIENCE_FACTOR = 2.0
 """A pause is reported when it is this many times as long as the longest before it, or as when last reported."""
 
 ERRORS_FILE = "errors.log"
+BAD_FILES = "bad_files.tsv"
+SHOWN_BAD_FILES = 10
+"""Unusable files that the console names."""
 GAUGES = {
     "optim/lr": prometheus.LEARNING_RATE,
     "pool/win_rate": prometheus.WIN_RATIO,
@@ -78,6 +81,7 @@ class Follower:
         self._latest: dict[str, float] = {}
         self._num_attempts = 0
         self._num_failed_writes = 0
+        self._num_bad_files = 0
         self._stalls = StallDetector(NodeWatch())
 
         self._stopping = threading.Event()
@@ -134,8 +138,8 @@ class Follower:
     def _pass_on(self, events: Events) -> None:
         """Pass all events of one poll on, each kind to its places."""
         # Failures come before the restart that follows from them.
-        for rank, traceback in events.errors:
-            self._pass_on_error(rank, traceback)
+        for rank, cause, traceback in events.errors:
+            self._pass_on_error(rank, cause, traceback)
         for attempt in events.attempts:
             self._pass_on_attempt(attempt)
 
@@ -144,7 +148,7 @@ class Follower:
             self._console.say(f"  {text}")
             self._log.warning("note", text=text)
         for uri, reason in events.bad_files.items():
-            self._log.warning("image set aside", image=uri, reason=reason)
+            self._pass_on_bad_file(uri, reason)
 
         # Numbers and pictures: for MLflow and the run's folder.
         for step, metrics in events.metrics:
@@ -166,14 +170,23 @@ class Follower:
             self._console.progress(events.step, self._num_steps, "step", details)
         self._gauges.refresh()
 
-    def _pass_on_error(self, rank: int, traceback: str) -> None:
+    def _pass_on_error(self, rank: int, cause: str, traceback: str) -> None:
         """Report the cause, and add the traceback to the run's file."""
-        cause = find_root_cause(traceback)
         self._console.say(f"  worker {rank} failed: {cause}")
         self._log.warning("worker failed", rank=rank, error=cause)
 
         self._errors += f"worker {rank}, {time.strftime('%H:%M:%S')}\n{traceback}\n"
         self._save(ERRORS_FILE, self._errors.encode())
+
+    def _pass_on_bad_file(self, uri: str, reason: str) -> None:
+        """Report a file that is skipped; the console shows the first ones."""
+        self._log.warning("image set aside", image=uri, reason=reason)
+
+        self._num_bad_files += 1
+        if self._num_bad_files <= SHOWN_BAD_FILES:
+            self._console.say(f"  skipped: {uri}: {reason}")
+        elif self._num_bad_files == SHOWN_BAD_FILES + 1:
+            self._console.say(f"  more files are skipped; all are listed in {BAD_FILES} at the end")
 
     def _pass_on_attempt(self, attempt: Attempt) -> None:
         """Report a start of the workers; the console shows restarts alone."""

@@ -3,6 +3,7 @@
 import functools
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 import ray
@@ -24,6 +25,7 @@ from corun_ray.service.errors import JobFailed, find_root_cause
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.board import BoardState
+from corun_ray.service.train.failures import FailedForGood, RestartPolicy, find_lasting_failures
 from corun_ray.service.train.plan import WorkerPlan
 from corun_ray.service.train.recovery import find_start_checkpoint
 from corun_ray.service.train.stopping import TrainingStop
@@ -39,7 +41,7 @@ def fit(plan: WorkerPlan, run: Location, console: Console, stop: TrainingStop) -
     Ray Train restarts failed workers. If its controller fails, `fit` starts another. Each resumes from the last
     checkpoint and may happen `cluster.max_failures` times. `stop` ends all of it.
 
-    Raises `JobFailed` and `StorageError`.
+    Raises `FailedForGood` for what a restart would meet again, `JobFailed` and `StorageError`.
     """
     try:
         return _fit_again_and_again(plan, run, console, stop)
@@ -58,6 +60,7 @@ def _fit_again_and_again(plan: WorkerPlan, run: Location, console: Console, stop
         except (RayActorError, TrainingFailedError) as error:
             stop.refuse_stopped()
             num_failures += 1
+            _refuse_lasting_failures(error)
 
             # Failed workers have had their restarts already; only a failed controller is started again.
             is_final = isinstance(error, TrainingFailedError) and not isinstance(error, ControllerError)
@@ -65,6 +68,18 @@ def _fit_again_and_again(plan: WorkerPlan, run: Location, console: Console, stop
                 lines = [f"training failed; restarts allowed: {allowed}", *describe_failure(error)]
                 raise JobFailed("\n  ".join(lines)) from None
             console.say(f"  starting another controller: {'; '.join(describe_failure(error))}")
+
+
+def _refuse_lasting_failures(error: Exception) -> None:
+    """End the job where a worker has met what every restart would meet again.
+
+    Raises `FailedForGood`.
+    """
+    lasting = find_lasting_failures(error.worker_failures) if isinstance(error, WorkerGroupError) else {}
+    if lasting:
+        lines = ["training failed; not restarted, for it would fail again:"]
+        lines += [f"worker {rank}: {reason}" for rank, reason in lasting.items()]
+        raise FailedForGood("\n  ".join(lines)) from None
 
 
 def describe_failure(error: Exception) -> list[str]:
@@ -83,10 +98,20 @@ def describe_failure(error: Exception) -> list[str]:
     return [f"Ray Train's controller died: {str(error).splitlines()[0]}"]
 
 
+class _Trainer(TorchTrainer):
+    """Ray Train's trainer with our policy of restarts, for which Ray Train has no option."""
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Result:
+        # Types: the stubs are those of Ray Train's first version.
+        policy = RestartPolicy(self.run_config.failure_config)  # type: ignore[arg-type]
+        arguments["failure_policy"] = policy
+        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc, no-any-return]
+
+
 def _make_trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
     """Make the trainer of the run `name` in the job's storage."""
     job, storage = plan.job, locate(plan.job.storage)
-    return TorchTrainer(
+    return _Trainer(
         functools.partial(train_worker, plan),
         torch_config=NodeTorchConfig(),
         scaling_config=make_scaling_config(job.cluster),

@@ -2,8 +2,9 @@
 
 import contextlib
 import math
+import posixpath
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.core.data.images import BadImage, ImageU8, decode_image, encode_png
-from corun_ray.core.data.samples import make_real_views
+from corun_ray.core.data.samples import fit_truth, make_real_views
 from corun_ray.core.inference.pictures import PictureRow, apply_colour_map, draw_grid, encode_thumbnail
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.metrics.catalog import TRANSMISSION_METRICS
@@ -21,8 +22,10 @@ from corun_ray.core.scoring.coherence import BlockScores
 from corun_ray.core.training.labels import Label, decode
 from corun_ray.core.training.steps import Colabator
 from corun_ray.core.weights import WeightsError
+from corun_ray.service.data.inspection import refuse_other_transmission
 from corun_ray.service.data.manifest import (
     Manifest,
+    ManifestError,
     ValidationSet,
     list_validation_sets,
     load_image,
@@ -30,12 +33,16 @@ from corun_ray.service.data.manifest import (
     load_truth,
 )
 from corun_ray.service.data.sample_maker import SampleMaker
+from corun_ray.service.data.unusable import BlameFile, UnusableFile, join_first_reasons
 from corun_ray.service.runs.held_out import VALIDATION_FILE, MeasuredImage, PicturePair
 from corun_ray.service.storage import MissingFile
 from corun_ray.service.weights.needed import open_weights
 
 PICTURE_PX = 640
 """Longer side of the pictures that a run keeps."""
+
+TOLD_FILES = 10
+"""Unusable validation files that one rank names."""
 
 HIGHEST, LOWEST = 1, -1
 
@@ -71,7 +78,9 @@ class ValidationResult:
     measured: list[MeasuredImage]
     """This rank's images."""
     notes: list[str]
-    """Lines about images that a mean leaves out."""
+    """Lines about images that a mean leaves out, alike on every rank."""
+    own_notes: list[str] = field(default_factory=list)
+    """Lines about this rank's images that cannot be used, each told once."""
 
 
 class Validator:
@@ -82,6 +91,8 @@ class Validator:
         self.num_workers = num_workers
         self.measures = load_measures(job, device)
         sets = list_validation_sets(job)
+        self._told: set[str] = set()
+        """Unusable files that have been told of."""
 
         # Each rank measures every n-th image of each set.
         self.sets = [replace(one, pairs=one.pairs[rank::num_workers]) for one in sets]
@@ -98,24 +109,31 @@ class Validator:
         """Measure this rank's images of every set; every rank calls this at once.
 
         A mean is over the images with a finite value. The PSNR of equal images is infinite, and a metric may have no
-        value for an image.
+        value for an image. Images that cannot be used are left out.
+
+        Raises `ManifestError`, on every rank, where all images of a set are left out.
         """
         metrics: dict[str, float] = {}
         measured: list[MeasuredImage] = []
         notes: list[str] = []
+        own_notes: list[str] = []
         for one, pictured in zip(self.sets, self.pictured, strict=True):
             # Measure this rank's images, and keep pictures of some.
-            gallery = self._measure_set(network, one, pictured)
+            gallery, unusable = self._measure_set(network, one, pictured)
             images = gallery.list_measured()
             measured += images
+            own_notes += self._describe_left_out(one, unusable)
 
             # Average over the images of all ranks.
             for name, (mean, num_finite, num_images) in self._average(one, images).items():
+                if not num_images:
+                    reasons = f" ({join_first_reasons(unusable)})" if unusable else ""
+                    raise ManifestError(f"{one.prefix}: none of the validation images can be used{reasons}")
                 metrics[f"{one.prefix}/{name}"] = mean
                 if num_finite < num_images:
                     without = f"{num_images - num_finite} of {num_images} images without a finite value"
                     notes.append(f"{one.prefix}/{name}: {without}, left out of the mean (see {VALIDATION_FILE})")
-        return ValidationResult(metrics, measured, notes)
+        return ValidationResult(metrics, measured, notes, own_notes)
 
     def draw_picture(self, network: nn.Module, colabator: Colabator | None) -> bytes:
         """Draw a PNG grid of the network's restorations.
@@ -125,9 +143,9 @@ class Validator:
         count = self.job.train.validation_images
         if isinstance(self.job, ColabatorJob) and colabator is not None:
             rows = self._make_label_rows(network, colabator, self._read_photos(self.job.data.hazy, count))
-        elif self.sets:
-            rows = self._make_validation_rows(network, math.ceil(count / len(self.sets)))
         else:
+            rows = self._make_validation_rows(network, math.ceil(count / max(1, len(self.sets))))
+        if not rows:
             rows = [self._make_sample_row(network, index) for index in range(count)]
 
         # Sets with and without clear images share one grid: all rows get all columns, some of them empty.
@@ -138,18 +156,40 @@ class Validator:
 
     # --- Measuring ---
 
-    def _measure_set(self, network: nn.Module, validation_set: ValidationSet, pictured: set[str]) -> "Gallery":
-        """Restore and measure this rank's images of a set."""
-        gallery = Gallery(pictured)
+    def _measure_set(
+        self, network: nn.Module, validation_set: ValidationSet, pictured: set[str]
+    ) -> tuple["Gallery", dict[str, str]]:
+        """Restore and measure this rank's images of a set; return them, and URI → reason of unusable files."""
+        gallery, unusable = Gallery(pictured), {}
         for hazy_key, clear_key in validation_set.pairs:
-            hazy = load_image(validation_set.hazy_root, hazy_key)
-            scene, transmission = restore(network, to_tensor(hazy).to(self.device))
-            values = self._measure_scene(validation_set, scene, hazy_key, clear_key)
-            if "transmission_rank" in validation_set.metrics:
-                values["transmission_rank"] = self._measure_transmission(validation_set, transmission, hazy_key)
+            uri = posixpath.join(validation_set.hazy_root, hazy_key)
+            try:
+                with BlameFile(validation_set.hazy_root, hazy_key):
+                    hazy = load_image(validation_set.hazy_root, hazy_key)
+                scene, transmission = restore(network, to_tensor(hazy).to(self.device))
+                values = self._measure_scene(validation_set, scene, hazy_key, clear_key)
+                if "transmission_rank" in validation_set.metrics:
+                    values["transmission_rank"] = self._measure_transmission(validation_set, transmission, hazy_key)
+            except UnusableFile as error:
+                unusable[error.uri] = error.reason
+                continue
+            except Exception as error:
+                error.add_note(f"(at the validation image {uri})")
+                raise
+
             measured = MeasuredImage(validation_set.prefix, hazy_key, values)
             gallery.add(measured, lambda: (hazy, to_image(scene)))  # noqa: B023  # It is called at once.
-        return gallery
+        return gallery, unusable
+
+    def _describe_left_out(self, validation_set: ValidationSet, unusable: Mapping[str, str]) -> list[str]:
+        """Describe unusable files that have not been told of, the first ones by name."""
+        new = {uri: reason for uri, reason in unusable.items() if uri not in self._told}
+        self._told |= new.keys()
+
+        lines = [f"{uri}: {reason}" for uri, reason in list(new.items())[:TOLD_FILES]]
+        if len(new) > TOLD_FILES:
+            lines.append(f"{len(new) - TOLD_FILES} more")
+        return [f"left out of {validation_set.prefix}: {line}" for line in lines]
 
     def _measure_scene(
         self, validation_set: ValidationSet, scene: Tensor, hazy_key: str, clear_key: str | None
@@ -158,16 +198,18 @@ class Validator:
 
         A metric that has no value for the image gives NaN.
 
-        Raises `BadImage` for a clear image that does not fit.
+        Raises `UnusableFile` for a clear image that cannot be used, or does not fit.
         """
         clear = None
         if clear_key is not None:
+            assert validation_set.clear_root is not None
             height_px, width_px = scene.shape[-2:]
-            try:
-                truth = _load_truth(validation_set, clear_key, (height_px, width_px, 3))
-            except BadImage as error:
-                raise BadImage(f"the truth {clear_key} of {hazy_key}: {error}") from None
-            clear = to_tensor(truth).to(self.device)
+            with BlameFile(validation_set.clear_root, clear_key):
+                truth = load_image(validation_set.clear_root, clear_key)
+            # A pair of two sizes is known by its hazy image.
+            with BlameFile(validation_set.hazy_root, hazy_key):
+                fitted = fit_truth(truth, (height_px, width_px, 3), crop_truth=validation_set.crop_truth)
+            clear = to_tensor(fitted[0:height_px, 0:width_px]).to(self.device)
 
         values = {}
         for name in validation_set.metrics:
@@ -179,13 +221,15 @@ class Validator:
         return values
 
     def _measure_transmission(self, validation_set: ValidationSet, transmission: Tensor | None, hazy_key: str) -> float:
-        """Measure how well a transmission `1 1 H W` orders the places of an image by their haze."""
+        """Measure how well a transmission `1 1 H W` orders the places of an image by their haze.
+
+        Raises `UnusableFile` for a true transmission that cannot be used, or does not fit.
+        """
         # `load_starting_model` has refused networks without a transmission.
-        assert transmission is not None
-        truth = load_transmission(validation_set, hazy_key)
-        if truth.shape != transmission.shape[-2:]:
-            found, expected = (f"{width} x {height} px" for height, width in (truth.shape, transmission.shape[-2:]))
-            raise BadImage(f"the true transmission of {hazy_key} has {found}, the image {expected}")
+        assert transmission is not None and validation_set.transmission_root is not None
+        with BlameFile(validation_set.transmission_root, validation_set.transmissions[hazy_key]):
+            truth = load_transmission(validation_set, hazy_key)
+            refuse_other_transmission(truth.shape, transmission.shape[-2:])
         return rank_correlation(transmission[0, 0].cpu(), torch.from_numpy(truth))
 
     def _average(
@@ -262,18 +306,31 @@ class Validator:
         return apply_colour_map(trust[0, 0].numpy())
 
     def _make_validation_rows(self, network: nn.Module, count_each: int) -> list[PictureRow]:
-        """Make rows of the first images of every set."""
-        rows = []
+        """Make rows of the first images of every set that can be used."""
+        rows: list[PictureRow] = []
         for one in self.sets:
-            for hazy_key, clear_key in one.pairs[:count_each]:
-                hazy = load_image(one.hazy_root, hazy_key)
-                row = self._make_restored_row(network, hazy)
-                if clear_key is not None:
-                    row["truth"] = _load_truth(one, clear_key, hazy.shape)
-                if hazy_key in one.transmissions:
-                    row["true transmission"] = apply_colour_map(load_transmission(one, hazy_key))
-                rows.append(row)
+            num_enough = len(rows) + count_each
+            for hazy_key, clear_key in one.pairs:
+                if len(rows) == num_enough:
+                    break
+                with contextlib.suppress(BadImage, MissingFile):
+                    rows.append(self._make_validation_row(network, one, hazy_key, clear_key))
         return rows
+
+    def _make_validation_row(
+        self, network: nn.Module, validation_set: ValidationSet, hazy_key: str, clear_key: str | None
+    ) -> PictureRow:
+        """Make a row of a validation image and its truths.
+
+        Raises `BadImage` and `MissingFile`.
+        """
+        hazy = load_image(validation_set.hazy_root, hazy_key)
+        truths: PictureRow = {}
+        if clear_key is not None:
+            truths["truth"] = _load_truth(validation_set, clear_key, hazy.shape)
+        if hazy_key in validation_set.transmissions:
+            truths["true transmission"] = apply_colour_map(load_transmission(validation_set, hazy_key))
+        return self._make_restored_row(network, hazy) | truths
 
     def _make_sample_row(self, network: nn.Module, index: int) -> PictureRow:
         """Make a row of a synthetic training sample."""

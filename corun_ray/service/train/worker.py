@@ -30,6 +30,7 @@ from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.train.board import Attempt
 from corun_ray.service.train.checkpointing import Checkpointer, PreemptionWatch
 from corun_ray.service.train.coherence import SharedCoherence, TimedCoherence, build_coherence, build_losses
+from corun_ray.service.train.failures import LastingFailure, can_restart_help, describe_cause
 from corun_ray.service.train.learner import Learner
 from corun_ray.service.train.meter import Meter, WorkerTelemetry
 from corun_ray.service.train.plan import WorkerPlan
@@ -44,10 +45,15 @@ def train_worker(plan: WorkerPlan) -> None:
     try:
         worker = Worker(plan, log)
         worker.train()
-    except Exception:
+    except Exception as error:
         # Report the cause before Ray Train ends the process.
         log.error("worker failed", step=None if worker is None else worker.state.step)
-        ray.get(plan.board.post_error.remote(rank, traceback.format_exc()))
+        cause = describe_cause(error)
+        ray.get(plan.board.post_error.remote(rank, cause, traceback.format_exc()))
+
+        # Tell Ray Train where a restart is of no use.
+        if not can_restart_help(error):
+            raise LastingFailure(cause) from None
         raise
 
 
@@ -232,6 +238,8 @@ class Worker:
 
         # Every rank measures its share of the images; the metrics are means over all.
         result = self.validator.measure(self.state.teacher)
+        for note in result.own_notes:
+            board.post_note.remote(note)
         if result.measured:
             board.post_measured.remote(step, result.measured)
 

@@ -19,7 +19,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from corun_ray.config.jobs import ClusterSection, TuneJob
 from corun_ray.config.loading import dump_job
 from corun_ray.config.tasks import Choice, RangeSection
-from corun_ray.config.trials import build_trial_job, list_corners
+from corun_ray.config.trials import build_trial_job, list_example_trials
 from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.errors import JobFailed, get_first_line
@@ -43,6 +43,7 @@ from corun_ray.service.runs.record import (
 )
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console, format_duration
+from corun_ray.service.train.coherence import check_scoring
 from corun_ray.service.train.driver import prepare
 from corun_ray.service.tune.report import VALIDATION_PREFIX, TrialResult, rank_trials, summarise_search
 from corun_ray.service.tune.trial import TrialPlan, build_overrides, run_trial
@@ -138,13 +139,15 @@ def _check_trials(job: TuneJob, folder: Path) -> DataDigest:
 
     Returns the digest of the data. Raises the errors of `prepare`.
     """
-    # Try every combination of the lists and of the ranges' two ends.
-    trials = [build_trial_job(job, values) for values in list_corners(job)]
-    manifest, _ = prepare(trials[0], folder)
+    first, *others = list_example_trials(job, "data", but="patch_px")
+    manifest, _ = prepare(first, folder)
 
-    # Many trials have the same network, which need be built only once.
-    networks = {trial.network.model_dump_json(): trial for trial in trials}
-    for trial in networks.values():
+    # Every combination of the lists and of the ranges' two ends: what many trials share is tried only once.
+    for trial in others:
+        prepare(trial, folder)
+    for trial in list_example_trials(job, "coherence", "loss", "data")[1:]:
+        check_scoring(trial)
+    for trial in list_example_trials(job, "network", "data")[1:]:
         load_starting_model(trial, folder)
     return DataDigest(manifest.compute_digest(), manifest.files)
 

@@ -19,6 +19,7 @@ from corun_ray.service.data.sample_maker import (
 from tests.conftest import write_image
 from tests.naming import make_its, make_sots_indoor
 from tests.service.jobs import small_job
+from tests.unusable import draw_unusable_depth
 
 
 def ignore(bad_files):
@@ -134,9 +135,17 @@ def test_with_nothing_usable_it_stops(tmp_path):
     (tmp_path / "clear/a.png").write_text("x")
     job = small_job("pretrain", tmp_path, tmp_path, data={"depth": None})
     bad: dict[str, str] = {}
-    with pytest.raises(TooManyBadFiles, match="not one of the 1 clear images"):
+    expected = f"not one of the 1 clear images can be used; the first: {tmp_path}/clear/a.png: not an image"
+    with pytest.raises(TooManyBadFiles, match=expected):
         SampleMaker(job, Manifest(("a.png",), None, ()), 32, bad.update).sample(0)
     assert list(bad) == [str(tmp_path / "clear/a.png")]
+
+
+def test_an_unusable_depth_map_is_blamed_on_itself(tmp_path):
+    root = draw_unusable_depth(tmp_path, ("nan", "turned"))
+    job = small_job("pretrain", root, tmp_path)
+    with pytest.raises(TooManyBadFiles, match="2 clear images with their depth maps can be used; the first: .*/depth/"):
+        SampleMaker(job, build_manifest(job), 32, lambda bad_files: None).sample(0)
 
 
 def paired(root):

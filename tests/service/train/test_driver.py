@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
+from corun_ray.service.data.manifest import ManifestError, build_manifest
 from corun_ray.service.models.sources import ModelSourceError, fetch_model
 from corun_ray.service.pool import snapshots
 from corun_ray.service.runs.held_out import ValidationLog, find_pictured_steps
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.console import Console
-from corun_ray.service.train.driver import JobFailed, prepare, run_training
+from corun_ray.service.train.driver import prepare, run_training
+from corun_ray.service.train.failures import FailedForGood
 from tests.conftest import write_image
 from tests.service.jobs import assert_plain_pyfunc_runs, small_job
+from tests.unusable import draw_damaged_validation
 
 FOLDER = Path()
 """Where a network's own class would lie."""
@@ -111,7 +114,8 @@ def test_pretraining_starts_from_a_registered_model(colabator, dataset, tmp_path
         prepare(other, FOLDER)
 
 
-def test_too_many_bad_images_fail_the_job_and_are_named(local_ray, dataset, tmp_path):
+def test_too_many_bad_images_fail_the_job_and_are_named(local_ray, dataset, tmp_path, monkeypatch, capsys):
+    """Before it starts, or, where images were damaged since, at the next line of metrics."""
     data = tmp_path / "data"
     for i in range(4):
         write_image(data / f"clear/ok_{i}.png", np.full((48, 48, 3), 40 * i + 20, np.uint8))
@@ -119,9 +123,36 @@ def test_too_many_bad_images_fail_the_job_and_are_named(local_ray, dataset, tmp_
         (data / f"clear/bad_{i}.png").write_text("no picture")
     sections = {"data": {"depth": None, "max_bad_fraction": 0.2}, "train": {"steps": 12, "checkpoint_every": 12}}
     job = small_job("pretrain", data, tmp_path, **sections)
-    with pytest.raises(
-        JobFailed, match=r"2 of 6 images cannot be used, more than data.max_bad_fraction \(0.2\)"
-    ) as error:
+    expected = r"2 of 6 images cannot be used, more than data.max_bad_fraction \(0.2\) allows; the first: "
+    expected += f"{data}/clear/bad_0.png: not an image"
+    with pytest.raises(ManifestError, match=expected):
+        prepare(job, FOLDER)
+
+    monkeypatch.setattr("corun_ray.service.train.driver.prepare_data", build_manifest)
+    with pytest.raises(FailedForGood, match="2 of 6 images cannot be used") as error:
         run_training(job, Console(), FOLDER)
-    assert f"{data}/clear/bad_0.png: not an image" in str(error.value)
+    assert "restart" not in str(error.value)
     assert b"bad_1.png\tnot an image" in run_folder(job).child("bad_files.tsv").read()
+    assert f"  skipped: {data}/clear/bad_0.png: not an image" in capsys.readouterr().out
+
+
+def test_a_mistake_in_a_network_s_code_is_told_once_and_restarts_nothing(local_ray, tmp_path, capsys):
+    root = draw_damaged_validation(tmp_path)
+    network = {"type": "stubborn:Stubborn", "args": {"last_step": 4}}
+    data = {"depth": None, "validation": {"hazy": str(root / "hazy")}}
+    train = {"steps": 6, "checkpoint_every": 2, "validate_every": 2}
+    cluster = {"max_failures": 3}
+    job = small_job("pretrain", root, tmp_path, network=network, data=data, train=train, cluster=cluster)
+    with pytest.raises(FailedForGood) as error:
+        run_training(job, Console(), Path(__file__).parent)
+    failed, cause, rest = str(error.value).splitlines()
+    assert failed == "training failed; not restarted, for it would fail again:"
+    assert cause.startswith("  worker 0: RuntimeError: The size of tensor a (32) must match")
+    assert rest.endswith("its last checkpoint is of step 2; once the cause is mended, --resume continues it")
+
+    # The validation before it left one image out.
+    output = capsys.readouterr().out
+    assert output.count("worker 0 failed: RuntimeError: The size of") == 1 and "restarted" not in output
+    assert output.count(f"  left out of val: {root}/hazy/0002.jpg: truncated JPEG\n") == 1
+    log = ValidationLog.from_csv(run_folder(job).child("validation.csv").read())
+    assert list(log.at(2)["val", "fade"]) == ["0000.jpg", "0001.jpg", "0003.jpg"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from corun_ray.core.data.images import BadImage, decode_image
+from corun_ray.core.data.images import decode_image
 from corun_ray.core.inference.pictures import GAP_PX, HEADING_PX
 from corun_ray.core.inference.restore import to_tensor
 from corun_ray.core.metrics.measure import psnr
@@ -21,12 +21,14 @@ from corun_ray.core.weights import WeightsError
 from corun_ray.service.check import check_job
 from corun_ray.service.data.manifest import ManifestError, build_manifest, load_image
 from corun_ray.service.train.driver import prepare
+from corun_ray.service.train.failures import describe_cause
 from corun_ray.service.train.validation import Validator
 from corun_ray.service.weights.needed import find_needed_files
 from tests.conftest import write_image
 from tests.naming import make_sots_indoor
 from tests.service.iqa_weights import BRISQUE_FILE, write_brisque_weights
 from tests.service.jobs import small_job
+from tests.unusable import draw_damaged_validation
 
 CELL_PX = 192
 
@@ -133,10 +135,12 @@ def test_a_transmission_is_held_against_its_truth(dataset, tmp_path, sections):
     assert metrics["val/transmission_rank"] == pytest.approx(np.mean(ranks))
     picture = decode_image(validator(job).draw_picture(Guess(), None))
     assert num_columns(picture) == 5, "hazy, output, transmission, truth, true transmission"
-    # A map of another size is named.
+    # An image whose map has another size is left out, and the map is named.
     write_image(tmp_path / "light" / "photo_3.png", np.zeros((20, 24), np.uint16))
-    with pytest.raises(BadImage, match="true transmission of photo_3.png has 24 x 20 px, the image 80 x 72 px"):
-        validator(job).measure(Guess())
+    result = validator(job).measure(Guess())
+    reason = "true transmission of 24 x 20 px, its image has 80 x 72 px"
+    assert result.own_notes == [f"left out of val: {tmp_path}/light/photo_3.png: {reason}"]
+    assert [one.image for one in result.measured] == [f"photo_{i}.png" for i in (0, 1, 2, 4, 5)]
 
 
 def test_images_without_a_true_transmission_are_named(dataset, tmp_path, sections):
@@ -224,5 +228,33 @@ def test_a_truth_with_a_border_is_measured_and_pictured_without_it(dataset, tmp_
     np.testing.assert_array_equal(np.abs(0.5 * row["truth"] + 110 - row["hazy"]) <= 1, True)
 
     other = small_job("pretrain", dataset, tmp_path, data={"validation": named.keys | {"crop_truth": False}})
-    with pytest.raises(BadImage, match=r"^the truth 1400.png of 1400_1.png: degraded image of 64 x 52 px does not fit"):
+    with pytest.raises(ManifestError, match=r"^val: none of .* can be used \(.*/hazy/1400_1.png: degraded image of"):
         validator(other).measure(Unchanged(False))
+
+
+def test_a_damaged_image_is_left_out_named_once_and_not_pictured(tmp_path):
+    root = draw_damaged_validation(tmp_path)
+    data = {"depth": None, "validation": {"hazy": str(root / "hazy"), "clear": str(root / "clear")}}
+    job = small_job("pretrain", root, tmp_path, data=data, train={"validation_images": 4})
+    one = validator(job)
+    result = one.measure(Unchanged(False))
+    assert [image.image for image in result.measured] == ["0000.jpg", "0001.jpg", "0003.jpg"]
+    assert result.metrics["val/psnr"] == pytest.approx(np.mean([image.values["psnr"] for image in result.measured]))
+    assert result.own_notes == [f"left out of val: {root}/hazy/0002.jpg: truncated JPEG"]
+    assert one.measure(Unchanged(False)).own_notes == []
+    assert len(one._make_validation_rows(Unchanged(False), 4)) == 3
+
+
+class Refuses(nn.Module):
+    """Fails at every image."""
+
+    def forward(self, hazy):
+        raise ValueError("no such sides")
+
+
+def test_a_network_that_fails_at_a_validation_image_names_it(dataset, tmp_path, sections):
+    job = small_job("pretrain", dataset, tmp_path, data={"validation": sections["far"]})
+    with pytest.raises(ValueError) as error:
+        validator(job).measure(Refuses())
+    expected = f"ValueError: no such sides (at the validation image {dataset}/clear/view_0.png)"
+    assert describe_cause(error.value) == expected

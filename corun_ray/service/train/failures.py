@@ -1,0 +1,98 @@
+"""What a failed worker means: whether a restart can help, and what is told of it.
+
+A restart helps against what was a process's, a machine's or a link's fault. It cannot help against the rest: bad data,
+a mistake in the job or in a user's own network, a scorer that refuses an image. The samples, the random numbers and
+the code of the next start are the same, so it would fail at the same step.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayTaskError
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from corun_ray.service.data.stream import DisorderedStream
+from corun_ray.service.errors import JobFailed
+from corun_ray.service.pool.client import PoolError
+from corun_ray.service.storage import DamagedFile, StorageError
+
+CURABLE = (
+    *(StorageError, PoolError, OSError, MemoryError),
+    *(DisorderedStream, dist.DistError, torch.OutOfMemoryError, torch.AcceleratorError),
+)
+"""Errors of places, machines, links and devices, which may be well at the next start. So may any error of Ray's own."""
+DEVICE_WORDS = ("gloo", "nccl", "cuda", "cudnn", "cublas", "hip error", "out of memory", "connection")
+"""Words of torch's plain `RuntimeError` where a link or a device fails. Others are of wrong shapes and types."""
+MAX_REASON_CHARS = 2000
+
+
+class LastingFailure(Exception):
+    """A failure of a worker that every restart would meet again; the message is the reason on one line."""
+
+
+class FailedForGood(JobFailed):
+    """A job whose failure lies in its data, its settings or its code, so that it was not started again."""
+
+
+def find_cause(error: BaseException) -> BaseException:
+    """Return the error that user code raised, out of those of Ray and Ray Data around it."""
+    while True:
+        inner = error.cause if isinstance(error, RayTaskError) else error.__cause__
+        is_around = isinstance(error, RayTaskError) or _is_of_ray(error)
+        if not is_around or not isinstance(inner, BaseException):
+            return error
+        error = inner
+
+
+def _is_of_ray(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] == "ray"
+
+
+def can_restart_help(error: BaseException) -> bool:
+    """Tell whether workers that start again may not meet this error."""
+    cause = find_cause(error)
+    if isinstance(cause, DamagedFile):
+        return False
+    if isinstance(cause, CURABLE) or _is_of_ray(cause):
+        return True
+    return isinstance(cause, RuntimeError) and any(word in str(cause).lower() for word in DEVICE_WORDS)
+
+
+def describe_cause(error: BaseException) -> str:
+    """Return the reason of an error on one line, with the notes that were added to it.
+
+    Errors of this package are their own text; others begin with their kind.
+    """
+    cause = find_cause(error)
+    text = " ".join(" ".join([str(cause), *getattr(cause, "__notes__", [])]).split())[:MAX_REASON_CHARS]
+    kind = type(cause)
+    if text and kind.__module__.partition(".")[0] == "corun_ray":
+        return text
+    return f"{kind.__name__}: {text}" if text else kind.__name__
+
+
+def find_lasting_failures(failures: Mapping[int, Exception]) -> dict[int, str]:
+    """Return rank → reason of the workers whose failure would come again.
+
+    `failures` are Ray Train's, by rank.
+    """
+    found = {}
+    for rank, failure in sorted(failures.items()):
+        # Ray Train wraps what a worker raised.
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, LastingFailure):
+            found[rank] = str(cause)
+    return found
+
+
+class RestartPolicy(DefaultFailurePolicy):
+    """Ray Train's policy, but for failures that a restart would meet again."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Decide whether the workers start again."""
+        error = training_failed_error
+        if isinstance(error, WorkerGroupError) and find_lasting_failures(error.worker_failures):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
