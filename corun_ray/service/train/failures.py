@@ -13,6 +13,8 @@ from ray.exceptions import RayTaskError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
+from corun_ray.core.networks.finite import NotFinite
+from corun_ray.core.training.divergence import Diverged, ScoreNotFinite
 from corun_ray.service.data.stream import DisorderedStream
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.pool.client import PoolError
@@ -26,6 +28,13 @@ CURABLE = (
 DEVICE_WORDS = ("gloo", "nccl", "cuda", "cudnn", "cublas", "hip error", "out of memory", "connection")
 """Words of torch's plain `RuntimeError` where a link or a device fails. Others are of wrong shapes and types."""
 MAX_REASON_CHARS = 2000
+SMALLER_STEPS = (
+    "; --resume with a lower optim.lr or with optim.clip_norm (where the last checkpoint diverges at once, delete its "
+    "folder: the one before is taken)"
+)
+"""The advice for a training that has diverged."""
+ANOTHER_SCORER = "; another scorer of coherence is needed, or a data set without the image"
+"""The advice for a scorer that has no number for an image."""
 
 
 class LastingFailure(Exception):
@@ -67,6 +76,10 @@ def describe_cause(error: BaseException) -> str:
     """
     cause = find_cause(error)
     text = " ".join(" ".join([str(cause), *getattr(cause, "__notes__", [])]).split())[:MAX_REASON_CHARS]
+    if isinstance(cause, Diverged | NotFinite):
+        text += SMALLER_STEPS
+    elif isinstance(cause, ScoreNotFinite):
+        text += ANOTHER_SCORER
     kind = type(cause)
     if text and kind.__module__.partition(".")[0] == "corun_ray":
         return text

@@ -105,7 +105,7 @@ class _Trainer(TorchTrainer):
         # Types: the stubs are those of Ray Train's first version.
         policy = RestartPolicy(self.run_config.failure_config)  # type: ignore[arg-type]
         arguments["failure_policy"] = policy
-        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc, no-any-return]
+        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
 
 def _make_trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
