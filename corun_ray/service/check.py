@@ -10,14 +10,16 @@ from corun_ray.core.choices import QUALITY_NAMES, SHIPPED_MODELS
 from corun_ray.core.errors import UserError
 from corun_ray.core.metrics.catalog import OWN_METRICS, TRANSMISSION_METRICS
 from corun_ray.service.cluster.gpus import count_driver_gpus
+from corun_ray.service.data.listing import IMAGE_SUFFIXES, Listing
 from corun_ray.service.data.manifest import (
     Manifest,
     build_manifest,
-    list_images,
+    list_image_folder,
     list_validation_sets,
     pair_validation_images,
     refuse_misfits,
     refuse_other_sizes,
+    use_folders,
 )
 from corun_ray.service.data.results import REGISTRY_SCHEMES, find_results, holds_results
 from corun_ray.service.storage import locate
@@ -73,6 +75,8 @@ def _check_data(job: Job) -> Notes:
         yield "data", f"{_describe_clear_images(manifest)}, {len(manifest.hazy)} real hazy"
         for uri, reason in manifest.skipped.items():
             yield "skipped", f"{uri}: {reason}"
+        for uri, others in manifest.passed_over.items():
+            yield "others", f"passed over: {others} in {uri}"
 
         validation_sets = list_validation_sets(job)
         for images in validation_sets:
@@ -84,19 +88,33 @@ def _check_data(job: Job) -> Notes:
             raise _Mistake(f"data.max_bad_fraction: {share} files are skipped, more than {job.data.max_bad_fraction:g}")
         refuse_other_sizes(job, manifest, validation_sets)
     elif isinstance(job, EvaluateJob):
-        pairs = pair_validation_images(job.evaluate, "evaluate")
-        refuse_misfits(job.evaluate, pairs, "evaluate")
+        passed_over: dict[str, str] = {}
+        pairs = pair_validation_images(job.evaluate, "evaluate", job.storage, passed_over)
+        refuse_misfits(job.evaluate.model_copy(update=use_folders(job.evaluate)), pairs, "evaluate")
         yield "data", f"{len(pairs)} images to measure on"
+        for uri, others in passed_over.items():
+            yield "others", f"passed over: {others} in {uri}"
         for name, results in find_results(job.evaluate, [hazy for hazy, _ in pairs]).items():
             yield "results", f"{name}: {len(results.images)} images in {results.root}"
         if job.evaluate.detector is not None:
             yield "boxes", _describe_boxes(job.evaluate, [key for key, _ in pairs])
     elif isinstance(job, DehazeJob):
-        images_to_dehaze = list_images(job.dehaze.input, "dehaze.input")
-        yield "data", f"{len(images_to_dehaze)} images to dehaze"
+        outputs = {"dehaze.output": job.dehaze.output}
+        yield from _describe_folder(list_image_folder(job.dehaze.input, "dehaze.input", outputs), "images to dehaze")
     elif isinstance(job, DepthJob):
-        photographs = list_images(job.depth.input, "depth.input")
-        yield "data", f"{len(photographs)} photographs whose depth is estimated"
+        outputs = {"depth.output": job.depth.output}
+        found = list_image_folder(job.depth.input, "depth.input", outputs)
+        yield from _describe_folder(found, "photographs whose depth is estimated")
+
+
+def _describe_folder(found: Listing, what: str) -> Notes:
+    """Tell what a folder of images holds; `what` is what the images are."""
+    yield "data", f"{len(found.select(IMAGE_SUFFIXES))} {what}"
+    for uri, reason in found.list_skipped(IMAGE_SUFFIXES).items():
+        yield "skipped", f"{uri}: {reason}"
+    others = found.count_others(IMAGE_SUFFIXES)
+    if others:
+        yield "others", f"passed over: {others}"
 
 
 def _describe_boxes(section: EvaluateSection, images: Sequence[str]) -> str:

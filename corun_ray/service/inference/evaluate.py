@@ -6,6 +6,7 @@ report.
 
 import posixpath
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,13 @@ from corun_ray.core.networks.corun import restore_by_closed_form
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.annotations import Truth
-from corun_ray.service.data.manifest import load_image, load_truth, pair_validation_images, refuse_misfits
+from corun_ray.service.data.manifest import (
+    load_image,
+    load_truth,
+    pair_validation_images,
+    refuse_misfits,
+    use_folders,
+)
 from corun_ray.service.data.results import ResultImages, find_results
 from corun_ray.service.inference.detection import DetectionResult, PictureDetector, assess_detections, plan_detection
 from corun_ray.service.inference.measurements import (
@@ -42,6 +49,7 @@ from corun_ray.service.inference.measurements import (
     format_comparisons,
     format_intervals,
 )
+from corun_ray.service.inference.outcome import MAX_NAMED_REASONS, name_passed_over
 from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, fetch_model
 from corun_ray.service.models.tracking import Tracker, get_tracking_uri
@@ -296,6 +304,7 @@ def evaluate(
     # Gather the results as they come, in any order.
     values: dict[str, np.ndarray] = {}
     bad_files: dict[str, str] = {}
+    losses: Counter[str] = Counter()
     unmeasured: list[str] = []
     strips: dict[str, bytes] = {}
     findings: dict[str, str] = {}
@@ -303,6 +312,7 @@ def evaluate(
     for done, row in enumerate(_measure_items(section, items, models, results, classes), 1):
         if row["error"]:
             bad_files[row["bad_file"]] = row["error"]
+            losses[row["bad_file"]] += 1
         else:
             values[row["key"]] = row["values"]
         unmeasured += row["unmeasured"].splitlines()
@@ -314,7 +324,13 @@ def evaluate(
             progress(done, len(pairs))
 
     if not values:
-        raise StorageError(f"evaluate.hazy: none of the {len(pairs)} images can be used: {bad_files}")
+        first = "; ".join(f"{uri}: {reason}" for uri, reason in list(bad_files.items())[:MAX_NAMED_REASONS])
+        raise StorageError(f"evaluate.hazy: none of the {len(pairs)} images can be used ({first})")
+
+    # One truth may be that of several hazy images.
+    for uri, count in losses.items():
+        if count > 1:
+            bad_files[uri] += f" (takes {count} hazy images with it)"
 
     # Stack the values into images x models x metrics.
     images = sorted(values)
@@ -382,7 +398,9 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     section = job.evaluate
 
     # Find images and models before Ray starts: a mistake is reported at once.
-    pairs = pair_validation_images(section, "evaluate")
+    passed_over: dict[str, str] = {}
+    pairs = pair_validation_images(section, "evaluate", job.storage, passed_over)
+    section = section.model_copy(update=use_folders(section))
     refuse_misfits(section, pairs, "evaluate")
     keys = [hazy for hazy, _ in pairs]
     results = find_results(section, keys)
@@ -397,6 +415,8 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     run = locate(job.storage).child(run_id)
     tracker = Tracker(job, run_id)
     console.header(f"evaluate {job.name}", _describe_job(section, results, place, run))
+    for uri, others in passed_over.items():
+        name_passed_over(f"{others} in {uri}", console)
 
     # Measure, then store the results in the run's folder and in MLflow.
     succeeded = False
