@@ -23,6 +23,9 @@ FOREIGN_FOLDERS = frozenset({"@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "
 """Folders that storage devices and archives make: thumbnails, bins, resource forks."""
 DEAD_LINK = "a link that leads nowhere"
 CIRCLE = "a link to a folder that holds it"
+RESTORED = "a folder of restored images"
+RESTORED_MARK = ".model.json"
+"""The file that `corun-ray dehaze` leaves in its output; hidden, so that it is no result."""
 
 
 class ManifestError(UserError):
@@ -39,6 +42,8 @@ class Listing:
     """What storage knows of each file, by relative path, sorted."""
     bad_links: dict[str, str] = field(default_factory=dict)
     """Relative path → reason, of links that cannot be followed."""
+    results: tuple[str, ...] = ()
+    """Folders below that hold what an earlier call has restored, by relative path."""
 
     def select(self, suffixes: frozenset[str]) -> dict[str, FileInfo]:
         """Return the files with these suffixes."""
@@ -57,8 +62,8 @@ class Listing:
         return ", ".join(f"{suffix} {count}" for suffix, count in ordered)
 
     def list_skipped(self, suffixes: frozenset[str]) -> dict[str, str]:
-        """Return URI → reason of links that cannot be followed, and would be files of these suffixes or folders."""
-        skipped = {}
+        """Return URI → reason of folders of results, and of links to no folder and to no file of these suffixes."""
+        skipped = {posixpath.join(self.root, folder): RESTORED for folder in self.results}
         for path, reason in self.bad_links.items():
             if reason == CIRCLE or posixpath.splitext(path)[1].lower() in suffixes:
                 skipped[posixpath.join(self.root, path)] = reason
@@ -93,9 +98,15 @@ def list_folder(uri: str, key: str, outputs: Mapping[str, str] | None = None) ->
         if path is not None:
             inner.append(output)
 
-    files = [file for file in infos if not is_foreign(file)]
-    files = _leave_out(place, files, inner)
-    return Listing(place.uri, {file: infos[file] for file in files}, bad_links)
+    # The results of an earlier call are no input either, wherever this call writes.
+    kept = _leave_out(place, list(infos), inner)
+    results = tuple(posixpath.dirname(file) for file in kept if file.endswith(f"/{RESTORED_MARK}"))
+    found = {}
+    for file in kept:
+        is_result = any(file.startswith(f"{folder}/") for folder in results)
+        if not is_result and not is_foreign(file):
+            found[file] = infos[file]
+    return Listing(place.uri, found, bad_links, results)
 
 
 def filter_by_suffix(files: list[str], suffixes: frozenset[str]) -> list[str]:

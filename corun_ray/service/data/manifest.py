@@ -239,8 +239,9 @@ def _select_images(found: Listing, uri: str, key: str) -> dict[str, FileInfo]:
     kinds = ", ".join(sorted(IMAGE_SUFFIXES))
     others = found.count_others(IMAGE_SUFFIXES)
     there = f": {others}" if others else ""
-    links = "".join(f"; {path}: {reason}" for path, reason in list(found.bad_links.items())[:NAMED_FILES])
-    raise ManifestError(f"{key}: no images ({kinds}) among the {len(found.infos)} files below {uri}{there}{links}")
+    skipped = list(found.list_skipped(IMAGE_SUFFIXES).items())[:NAMED_FILES]
+    reasons = "".join(f"; {path}: {reason}" for path, reason in skipped)
+    raise ManifestError(f"{key}: no images ({kinds}) among the {len(found.infos)} files below {uri}{there}{reasons}")
 
 
 # --- Pairs of images and their truth ---

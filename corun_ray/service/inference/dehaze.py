@@ -26,6 +26,7 @@ from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.listing import IMAGE_SUFFIXES, ManifestError
 from corun_ray.service.data.manifest import list_image_folder
 from corun_ray.service.data.pairing import strip_suffix
+from corun_ray.service.inference.made_with import record_settings, refuse_other_ensemble, refuse_other_model
 from corun_ray.service.inference.outcome import Outcome, name_bad_files, name_notes, name_passed_over
 from corun_ray.service.inference.photos import read_photo, write_photo
 from corun_ray.service.inference.restorers import RestorerActor
@@ -39,9 +40,6 @@ from corun_ray.service.telemetry.prometheus import DEHAZED, DEHAZED_PIXELS, Metr
 
 STAGE_CELL_PX = 320
 TRANSMISSION_SUFFIX, STAGES_SUFFIX = ".transmission.png", ".stages.png"
-SELF_ENSEMBLE_FILE = "self_ensemble.txt"
-"""Its presence in the output says that the images there were restored with `self_ensemble`."""
-SELF_ENSEMBLE_TEXT = "The images of this folder are means over the restorations of eight flips and turns.\n"
 PROBE_PX = 32
 """The side of the image that tries whether a network gives a transmission."""
 MAX_BLOCKS = 1000
@@ -195,8 +193,9 @@ def dehaze(
     Raises the errors of `plan_dehazing` and `dehaze_planned`, and `ModelSourceError` for a network that cannot give
     stages or a transmission that the job asks for.
     """
-    _check_network(section, model)
-    return dehaze_planned(plan_dehazing(section, resume), model, progress, job_name)
+    plan = plan_dehazing(section, resume)
+    _check_model(plan, model)
+    return dehaze_planned(plan, model, progress, job_name)
 
 
 def dehaze_planned(
@@ -210,7 +209,7 @@ def dehaze_planned(
     Raises `StorageError`.
     """
     section = plan.section
-    _mark_self_ensemble(section)
+    record_settings(section, model)
     result = Outcome(already_written=len(plan.keys) - len(plan.wanted), bad_files=dict(plan.bad_files))
     if not plan.wanted:
         return result
@@ -260,7 +259,7 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Outc
     # Look at the images and fetch the model before Ray starts: mistakes are reported at once.
     plan = plan_dehazing(section, resume)
     model = fetch_model(section.model, get_tracking_uri(job))
-    _check_network(section, model)
+    _check_model(plan, model)
     place = connect(job.cluster)
     facts = {"input": section.input, "model": section.model, "output": section.output, "on": place}
     console.header(f"dehaze {job.name}", facts)
@@ -305,36 +304,22 @@ def _select_unwritten(section: DehazeSection, keys: list[str]) -> list[str]:
             unwritten.append(key)
 
     # Images that were made otherwise are not what this job asks for, and a folder of both kinds is no result.
-    made_by_ensemble = SELF_ENSEMBLE_FILE in existing
-    if len(unwritten) < len(keys) and made_by_ensemble != section.self_ensemble:
-        made = "with" if made_by_ensemble else "without"
-        raise StorageError(
-            f"cannot resume in {section.output}: its images were made {made} self_ensemble; "
-            "another output, or no --resume, was expected"
-        )
+    if len(unwritten) < len(keys):
+        refuse_other_ensemble(section, existing)
     return unwritten
-
-
-def _mark_self_ensemble(section: DehazeSection) -> None:
-    """Mark the output as made with `self_ensemble`, or take an earlier mark away.
-
-    Raises `StorageError`.
-    """
-    mark = locate(section.output).child(SELF_ENSEMBLE_FILE)
-    if section.self_ensemble:
-        mark.write(SELF_ENSEMBLE_TEXT.encode())
-    else:
-        mark.delete()
 
 
 # --- Checks before any image is dehazed ---
 
 
-def _check_network(section: DehazeSection, model: Model) -> None:
-    """Refuse a network without the stages or transmission wanted.
+def _check_model(plan: DehazePlan, model: Model) -> None:
+    """Refuse a network without the stages or transmission wanted, and another than made the images that are there.
 
-    Raises `ModelSourceError`.
+    Raises `ModelSourceError` and `StorageError`.
     """
+    section = plan.section
+    if len(plan.wanted) < len(plan.keys):
+        refuse_other_model(section, model)
     if section.stages and model.spec.type != "corun":
         raise ModelSourceError(f"stages: {model.spec.type} has no stages; only corun has")
 

@@ -6,7 +6,6 @@ report.
 
 import posixpath
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +48,7 @@ from corun_ray.service.inference.measurements import (
     format_comparisons,
     format_intervals,
 )
-from corun_ray.service.inference.outcome import MAX_NAMED_REASONS, name_passed_over
+from corun_ray.service.inference.outcome import MAX_NAMED_REASONS, merge_reasons, name_passed_over
 from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, fetch_model
 from corun_ray.service.models.tracking import Tracker, get_tracking_uri
@@ -303,16 +302,14 @@ def evaluate(
 
     # Gather the results as they come, in any order.
     values: dict[str, np.ndarray] = {}
-    bad_files: dict[str, str] = {}
-    losses: Counter[str] = Counter()
+    bad_rows: list[tuple[str, str]] = []
     unmeasured: list[str] = []
     strips: dict[str, bytes] = {}
     findings: dict[str, str] = {}
     classes = None if boxes is None else boxes.classes
     for done, row in enumerate(_measure_items(section, items, models, results, classes), 1):
         if row["error"]:
-            bad_files[row["bad_file"]] = row["error"]
-            losses[row["bad_file"]] += 1
+            bad_rows.append((row["bad_file"], row["error"]))
         else:
             values[row["key"]] = row["values"]
         unmeasured += row["unmeasured"].splitlines()
@@ -323,14 +320,10 @@ def evaluate(
         if progress:
             progress(done, len(pairs))
 
+    bad_files = merge_reasons(bad_rows)
     if not values:
         first = "; ".join(f"{uri}: {reason}" for uri, reason in list(bad_files.items())[:MAX_NAMED_REASONS])
         raise StorageError(f"evaluate.hazy: none of the {len(pairs)} images can be used ({first})")
-
-    # One truth may be that of several hazy images.
-    for uri, count in losses.items():
-        if count > 1:
-            bad_files[uri] += f" (takes {count} hazy images with it)"
 
     # Stack the values into images x models x metrics.
     images = sorted(values)

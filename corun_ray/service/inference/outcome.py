@@ -1,6 +1,8 @@
 """What a job has made of a folder of images, file by file: how many it wrote, and which it skipped."""
 
 import posixpath
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from corun_ray.service.errors import JobFailed
@@ -41,6 +43,18 @@ class Outcome:
         first = list(self.bad_files.items())[:MAX_NAMED_REASONS]
         reasons = "; ".join(f"{uri}: {reason}" for uri, reason in first)
         raise JobFailed(f"not one of the {self.num_images} images can be used ({reasons})")
+
+
+def merge_reasons(rows: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return URI → reason of unusable files, one row for each image that they take with them.
+
+    One truth may be that of several hazy images.
+    """
+    counts = Counter(uri for uri, _ in rows)
+    merged = {}
+    for uri, reason in rows:
+        merged[uri] = reason if counts[uri] == 1 else f"{reason} (takes {counts[uri]} images with it)"
+    return merged
 
 
 def name_passed_over(others: str, console: Console) -> None:

@@ -10,7 +10,7 @@ from corun_ray.config.jobs import DehazeJob
 from corun_ray.config.loading import build_job
 from corun_ray.config.pairing import TruthSection
 from corun_ray.service.check import check_job
-from corun_ray.service.data.listing import IMAGE_SUFFIXES, ManifestError, list_folder
+from corun_ray.service.data.listing import IMAGE_SUFFIXES, RESTORED_MARK, ManifestError, list_folder
 from corun_ray.service.data.manifest import build_manifest, list_image_folder, list_images, pair_validation_images
 from corun_ray.service.data.packing import plan_pack
 from corun_ray.service.data.results import find_results
@@ -75,7 +75,7 @@ def dehaze_keys(source, target):
 def test_a_folder_without_images_tells_what_it_holds(tmp_path):
     (tmp_path / "a.heic").touch()
     (tmp_path / "lost.png").symlink_to("nowhere")
-    with pytest.raises(ManifestError, match=r"among the 1 files below \S+: .heic 1; lost.png: a link that leads"):
+    with pytest.raises(ManifestError, match=r"among the 1 files below \S+: .heic 1; \S+/lost.png: a link that leads"):
         list_images(str(tmp_path), "INPUT")
 
 
@@ -119,6 +119,18 @@ def test_what_lies_in_an_output_is_no_input(someones, tmp_path):
         assert list(found.select(IMAGE_SUFFIXES)) == ["a.jpg", "b.jfif"], output
     with pytest.raises(ManifestError, match="OUTPUT: .*other is the folder of INPUT"):
         list_folder(str(someones), "INPUT", {"OUTPUT": str(tmp_path / "other")})
+
+
+def test_what_an_earlier_call_has_restored_is_no_input(someones):
+    write_image(someones / "first/deep/a.jpg", photograph(np.random.default_rng(0), 40, 48))
+    (someones / "first" / RESTORED_MARK).touch()
+    found = list_image_folder(str(someones), "INPUT", {"OUTPUT": str(someones / "second")})
+    assert list(found.select(IMAGE_SUFFIXES)) == ["a.jpg", "b.jfif"]
+    assert found.list_skipped(IMAGE_SUFFIXES)[str(someones / "first")] == "a folder of restored images"
+
+    # It is where it is named, and it is not told of where this call writes.
+    assert list(list_image_folder(str(someones / "first"), "INPUT").infos) == ["deep/a.jpg"]
+    assert list_image_folder(str(someones), "INPUT", {"OUTPUT": str(someones / "first")}).results == ()
 
 
 def test_no_job_reads_the_pictures_of_its_own_runs(dataset, tmp_path):

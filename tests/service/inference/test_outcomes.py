@@ -13,8 +13,9 @@ from corun_ray.service.data.listing import ManifestError
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.inference import dehaze as dehazing
 from corun_ray.service.inference import depth as depth_estimation
-from corun_ray.service.inference.dehaze import SELF_ENSEMBLE_FILE, plan_dehazing, run_dehazing
-from corun_ray.service.inference.outcome import Outcome
+from corun_ray.service.inference.dehaze import plan_dehazing, run_dehazing
+from corun_ray.service.inference.made_with import SELF_ENSEMBLE_FILE, record_settings
+from corun_ray.service.inference.outcome import Outcome, merge_reasons
 from corun_ray.service.models.sources import Model
 from corun_ray.service.storage import MissingFile, StorageError
 from corun_ray.service.telemetry.console import Console
@@ -49,9 +50,8 @@ def test_mistakes_are_told_before_ray_starts(photographs, tmp_path, without_ray)
         run_dehazing(make_job(photographs, f"{photographs}/../in", format="jpg"), Console())
 
     # Results that were made otherwise.
-    for name in ("a.png", SELF_ENSEMBLE_FILE):
-        write_image(tmp_path / "out/a.png", np.zeros((32, 40, 3), np.uint8))
-        (tmp_path / "out" / name).touch()
+    write_image(tmp_path / "out/a.png", np.zeros((32, 40, 3), np.uint8))
+    (tmp_path / "out" / SELF_ENSEMBLE_FILE).touch()
     with pytest.raises(StorageError, match="cannot resume in .*: its images were made with self_ensemble"):
         run_dehazing(make_job(photographs, tmp_path / "out"), Console(), resume=True)
 
@@ -83,9 +83,24 @@ def test_what_is_done_is_known_in_another_form_of_unicode(photographs, tmp_path)
     assert plan.wanted == ["b.png"]
 
 
+def test_images_of_two_models_are_not_mixed(photographs, tmp_path, without_ray):
+    job, other = (make_job(photographs, tmp_path / "out", model=name) for name in ("corun-small", "other.pth"))
+    write_image(tmp_path / "out/a.png", np.zeros((32, 40, 3), np.uint8))
+    record_settings(other.dehaze, make_model())
+    with pytest.raises(StorageError, match=r"cannot resume in \S+: its .* made by another model \(other.pth\); "):
+        run_dehazing(job, Console(), resume=True)
+    record_settings(job.dehaze, make_model())
+    with pytest.raises(StorageError, match="were made by other weights of corun-small; another output, or no --resume"):
+        run_dehazing(job, Console(), resume=True)
+
+
+def make_model() -> Model:
+    return Model(NetworkSpec("corun", {"stages": 2, "width": 4}), CORUN(2, 4).state_dict(), {})
+
+
 def run_with(monkeypatch, job, rows):
     """Run a job whose images had these outcomes."""
-    model = Model(NetworkSpec("corun", {"stages": 2, "width": 4}), CORUN(2, 4).state_dict(), {})
+    model = make_model()
     monkeypatch.setattr(dehazing, "connect", lambda *sizes: "nowhere")
     monkeypatch.setattr(dehazing, "fetch_model", lambda *source: model)
     monkeypatch.setattr(dehazing, "MetricRecorder", lambda labels: RecordsNothing())
@@ -120,6 +135,14 @@ def test_a_job_that_wrote_something_has_not_failed():
     Outcome(already_written=1, bad_files={"a": "empty file"}).refuse_nothing()
     with pytest.raises(JobFailed, match=r"not one of the 4 images can be used \(1: bad; 2: bad; 3: bad\)"):
         Outcome(bad_files=dict.fromkeys("1234", "bad")).refuse_nothing()
+
+
+def test_a_truth_of_several_images_is_named_with_all_that_it_takes():
+    rows = [("gt/1.png", "truncated PNG"), ("gt/1.png", "truncated PNG"), ("hazy/2_1.png", "empty file")]
+    assert merge_reasons(rows) == {
+        "gt/1.png": "truncated PNG (takes 2 images with it)",
+        "hazy/2_1.png": "empty file",
+    }
 
 
 def test_depth_maps_do_not_go_among_the_photographs(photographs, tmp_path, without_ray):
