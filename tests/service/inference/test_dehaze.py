@@ -205,5 +205,5 @@ def test_a_store_that_does_not_take_the_images_is_one_error_not_many_bad_images(
     local_ray, photographs, model, tmp_path
 ):
     (tmp_path / "file").write_text("where a folder is needed")
-    with pytest.raises(StorageError, match=r"cannot write \S+/file/out/\S+\.png: "):
+    with pytest.raises(StorageError, match=r"cannot write \S+/file/out/\S+: "):
         run(photographs, tmp_path / "file" / "out", model)
