@@ -158,7 +158,7 @@ def decode_tiff(data: bytes) -> NDArray | None:
         rgb = np.iinfo(np.uint16).max - rgb
     if header.alpha == _ASSOCIATED:
         whole = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
-        if whole.ndim == 3 and whole.shape[2] == 4:
+        if whole is not None and whole.ndim == 3 and whole.shape[2] == 4:
             rgb = _divide_by_alpha(rgb, whole[..., 3])
     return rgb
 
