@@ -20,7 +20,7 @@ WINGS = ("cli", "bench", "service", "config", "core")
 
 GROUND = {
     "core": {"core.errors", "core.choices", "core.timing", "core.weights"},
-    "service": {"service.errors", "service.storage"},
+    "service": {"service.errors", "service.places", "service.storage"},
 }
 """Files of a wing that all of its rooms may import."""
 
@@ -267,6 +267,7 @@ LAZY = {
         "metrics.pyiqa": ("pyiqa", "timm", "clip", "packaging"),
         "networks.spandrel": ("spandrel",),
         "inference.depth": ("transformers",),
+        "data.formats": ("tifffile", "PIL"),
         "data.images": ("h5py", "scipy"),
     }.items()
 }

@@ -166,6 +166,7 @@ def _plan_and_pack(
     from corun_ray.service.cluster.connect import connect
     from corun_ray.service.data.packing import find_written_shards, plan_pack
     from corun_ray.service.data.packing import pack as write_pack
+    from corun_ray.service.inference.outcome import name_passed_over
     from corun_ray.service.runs.lease import Lease
     from corun_ray.service.storage import locate
     from corun_ray.service.telemetry.console import Console, format_duration
@@ -181,6 +182,7 @@ def _plan_and_pack(
         facts["output"] = f"{plan.output}: {len(plan.shards)} shards, {len(there)} of them there already"
         if is_dry_run:
             console.header("pack, dry run", facts)
+            name_passed_over(plan.passed_over, console)
             _name_skipped(plan.skipped, console)
             return
 
@@ -188,6 +190,7 @@ def _plan_and_pack(
         with Lease.take(locate(plan.output)):
             facts["on"] = connect()
             console.header("pack", facts)
+            name_passed_over(plan.passed_over, console)
             packed = write_pack(plan, there, lambda done, total: console.progress(done, total, "image"))
 
         # The images that are not in the pack are named before the sums.

@@ -59,8 +59,8 @@ app = App()
 
 @app.command(epilog=DEHAZE_EXAMPLES)
 def dehaze(
-    images: Annotated[str, typer.Argument(metavar="INPUT", help="folder or URI of images")],
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="folder or URI to write to")],
+    images: Annotated[str, typer.Argument(metavar="INPUT", help="folder or URI of images, or one image")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="folder or URI to write to, not INPUT itself")],
     model: Annotated[str, typer.Option("--model", metavar="SOURCE", help=SOURCE_HELP)],
     # What is written, and how.
     resume: Annotated[bool, typer.Option("--resume", help="skip images that are in OUTPUT already")] = False,
@@ -96,12 +96,13 @@ def dehaze(
     """Dehaze a folder of images.
 
     Dehazes every image below INPUT into OUTPUT, on the Ray cluster of RAY_ADDRESS or here. Names, folders, sizes and
-    formats stay; 16 bits stay 16 bits (PNG, TIFF); the EXIF orientation is applied, colour profile and EXIF are kept.
-    An alpha channel is dropped.
+    formats stay; 16 bits stay 16 bits (PNG, TIFF); the EXIF orientation is applied, colour profile and EXIF are kept
+    (TIFF: the profile alone). An alpha channel and a profile of other colours than RGB are dropped with a word.
 
     An image too large for --memory-mib is restored in bands, a much too large one in tiles, which takes several times
     as long. Bands and tiles use the attention of the whole image, so that there are no seams. Files that cannot be
-    used are skipped and named at the end.
+    used are skipped and named at the end, files of other kinds are counted; where not one image can be used, the exit
+    code is 1. An OUTPUT inside INPUT is no input.
     """
     # The keys of a job file's section.
     section = {
@@ -119,7 +120,7 @@ def dehaze(
 
 @app.command(epilog=EVALUATE_EXAMPLES)
 def evaluate(
-    images: Annotated[str, typer.Argument(metavar="INPUT", help="folder or URI of hazy images")],
+    images: Annotated[str, typer.Argument(metavar="INPUT", help="folder or URI of hazy images, or one image")],
     # What is measured.
     truth: Annotated[
         str | None,
@@ -238,7 +239,7 @@ def evaluate(
 
 @app.command(epilog=DEPTH_EXAMPLES)
 def depth(
-    images: Annotated[str, typer.Argument(metavar="CLEAR", help="folder or URI of clear photographs")],
+    images: Annotated[str, typer.Argument(metavar="CLEAR", help="folder or URI of clear photographs, or one")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="folder or URI to write the depth maps to")],
     weights: Annotated[
         str, typer.Option("--weights", metavar="DIR", help="folder or URI of weights, which holds the model")

@@ -12,15 +12,17 @@ from corun_ray.core.errors import UserError
 from corun_ray.core.metrics.catalog import OWN_METRICS, TRANSMISSION_METRICS
 from corun_ray.service.cluster.gpus import count_driver_gpus
 from corun_ray.service.data.inspection import Inspection, Inspector, find_largest_patch_px, refuse_unusable
+from corun_ray.service.data.listing import IMAGE_SUFFIXES, Listing
 from corun_ray.service.data.manifest import (
     Manifest,
     ManifestError,
     build_manifest,
-    list_images,
+    list_image_folder,
     list_validation_sets,
     pair_validation_images,
     refuse_misfits,
     refuse_other_sizes,
+    use_folders,
 )
 from corun_ray.service.data.results import REGISTRY_SCHEMES, find_results, holds_results
 from corun_ray.service.storage import locate
@@ -88,15 +90,27 @@ def _check_images(example: Job, job: Job, inspector: Inspector) -> Notes:
         trials = [trial for trial in _list_examples(job, "data") if isinstance(trial, TrainingJob)]
         yield from _check_training_images(example, max(map(find_largest_patch_px, trials)), inspector)
     elif isinstance(example, EvaluateJob):
-        yield from _check_evaluated_images(example.evaluate, inspector)
+        yield from _check_evaluated_images(example.evaluate, example.storage, inspector)
     elif isinstance(example, DehazeJob):
-        images_to_dehaze = list_images(example.dehaze.input, "dehaze.input")
-        yield "data", f"{len(images_to_dehaze)} images to dehaze"
-        yield from _report([inspector.inspect_images(example.dehaze.input, images_to_dehaze, "dehaze.input")])
+        outputs = {"dehaze.output": example.dehaze.output}
+        found = list_image_folder(example.dehaze.input, "dehaze.input", outputs)
+        yield from _describe_folder(found, "images to dehaze")
+        yield from _report([inspector.inspect_images(found.root, list(found.select(IMAGE_SUFFIXES)), "dehaze.input")])
     elif isinstance(example, DepthJob):
-        photographs = list_images(example.depth.input, "depth.input")
-        yield "data", f"{len(photographs)} photographs whose depth is estimated"
-        yield from _report([inspector.inspect_images(example.depth.input, photographs, "depth.input")])
+        outputs = {"depth.output": example.depth.output}
+        found = list_image_folder(example.depth.input, "depth.input", outputs)
+        yield from _describe_folder(found, "photographs whose depth is estimated")
+        yield from _report([inspector.inspect_images(found.root, list(found.select(IMAGE_SUFFIXES)), "depth.input")])
+
+
+def _describe_folder(found: Listing, what: str) -> Notes:
+    """Tell what a folder of images holds; `what` is what the images are."""
+    yield "data", f"{len(found.select(IMAGE_SUFFIXES))} {what}"
+    for uri, reason in found.list_skipped(IMAGE_SUFFIXES).items():
+        yield "skipped", f"{uri}: {reason}"
+    others = found.count_others(IMAGE_SUFFIXES)
+    if others:
+        yield "others", f"passed over: {others}"
 
 
 def _check_training_images(job: TrainingJob, patch_px: int, inspector: Inspector) -> Notes:
@@ -105,6 +119,8 @@ def _check_training_images(job: TrainingJob, patch_px: int, inspector: Inspector
     yield "data", f"{_describe_clear_images(manifest)}, {len(manifest.hazy)} real hazy"
     for uri, reason in manifest.skipped.items():
         yield "skipped", f"{uri}: {reason}"
+    for uri, others in manifest.passed_over.items():
+        yield "others", f"passed over: {others} in {uri}"
 
     validation_sets = list_validation_sets(job)
     for images in validation_sets:
@@ -135,11 +151,15 @@ def _check_training_images(job: TrainingJob, patch_px: int, inspector: Inspector
         raise _Mistake("\n".join(mistakes))
 
 
-def _check_evaluated_images(section: EvaluateSection, inspector: Inspector) -> Notes:
+def _check_evaluated_images(section: EvaluateSection, storage: str, inspector: Inspector) -> Notes:
     """Check the images of an evaluation, their truths, results and boxes."""
-    pairs = pair_validation_images(section, "evaluate")
+    passed_over: dict[str, str] = {}
+    pairs = pair_validation_images(section, "evaluate", storage, passed_over)
+    section = section.model_copy(update=use_folders(section))
     refuse_misfits(section, pairs, "evaluate")
     yield "data", f"{len(pairs)} images to measure on"
+    for uri, others in passed_over.items():
+        yield "others", f"passed over: {others} in {uri}"
     inspections = [inspector.inspect_pairs(section, pairs, "evaluate.hazy")]
 
     for name, results in find_results(section, [hazy for hazy, _ in pairs]).items():

@@ -144,6 +144,11 @@ class Location:
         info = self._attempt("look at", lambda: self.filesystem.get_file_info(self.path))
         return info.type == fs.FileType.Directory
 
+    def find_file(self) -> fs.FileInfo | None:
+        """Return the info of the file here; None where there is none."""
+        info = self._attempt("look at", lambda: self.filesystem.get_file_info(self.path))
+        return info if info.type == fs.FileType.File else None
+
     def list_files(self) -> list[str]:
         """List the relative paths of all files below, sorted.
 

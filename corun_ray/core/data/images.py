@@ -14,15 +14,22 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from corun_ray.core.data.formats import (
+    PNG_CHUNK_BYTES,
+    PNG_START,
+    UnreadFormat,
+    decode_avif,
+    decode_tiff,
+    is_avif,
+    is_tiff,
+    refuse_several_frames,
+)
+
 MIN_SIDE_PX = 8
 MAX_REASON_CHARS = 120
 
 ImageU8 = NDArray[np.uint8]
 """An image `H W 3`, RGB, 0…255."""
-
-_PNG_START = b"\x89PNG\r\n\x1a\n"
-# A chunk of a PNG file holds four bytes each of length, type and checksum, besides its data.
-_PNG_CHUNK_BYTES = 12
 
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 """Reader of a .npy header by the file's version; version 3 is for names of fields, which depth never has."""
@@ -88,13 +95,15 @@ def decode_pixels(data: bytes, reduction: int = 1) -> NDArray[np.uint8] | NDArra
     three equal channels, and the EXIF orientation is applied. An alpha channel is dropped, not composited: the colours
     under it are the photograph.
 
-    Raises `BadImage` if the file is empty, truncated, damaged, not an image, has floating-point pixels, or has a
-    side under 8 px.
+    Raises `BadImage` if the file is empty, truncated, damaged, not an image, an animation, of several pages, has
+    floating-point pixels, or has a side under 8 px.
     """
     if is_jpeg(data):
         image: NDArray = _decode(data, _JPEG_FLAGS[reduction])
+    elif is_tiff(data) or is_avif(data):
+        image = _decode_by_format(data)
     else:
-        # Not IMREAD_COLOR_RGB: with it, OpenCV 5.0 gives wrong pixels for TIFF files of 16 bits.
+        _refuse_several_frames(data)
         image = cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH), cv2.COLOR_BGR2RGB)
 
     if image.dtype not in (np.uint8, np.uint16):
@@ -120,7 +129,7 @@ def _decode(data: bytes, flags: int) -> NDArray:
         raise BadImage("empty file")
     if is_jpeg(data) and not has_jpeg_end(data):
         raise BadImage("truncated JPEG")
-    if data.startswith(_PNG_START) and not _has_png_end(data):
+    if data.startswith(PNG_START) and not _has_png_end(data):
         raise BadImage("truncated PNG")
 
     try:
@@ -132,14 +141,41 @@ def _decode(data: bytes, flags: int) -> NDArray:
     return image
 
 
+def _decode_by_format(data: bytes) -> NDArray:
+    """Decode a whole TIFF or AVIF file.
+
+    Raises `BadImage`.
+    """
+    try:
+        image = decode_tiff(data) if is_tiff(data) else decode_avif(data)
+    except UnreadFormat as error:
+        raise BadImage(str(error)) from error
+    except cv2.error as error:
+        raise BadImage(f"OpenCV refuses it: {error.err}") from error
+    if image is None:
+        raise BadImage("not an image, or a damaged one")
+    return image
+
+
+def _refuse_several_frames(data: bytes) -> None:
+    """Refuse an animation.
+
+    Raises `BadImage`.
+    """
+    try:
+        refuse_several_frames(data)
+    except UnreadFormat as error:
+        raise BadImage(str(error)) from error
+
+
 def _has_png_end(data: bytes) -> bool:
     """Return whether a PNG's last chunk is present."""
     # Walk from chunk to chunk: length, type, data, checksum.
-    position = len(_PNG_START)
-    while position + _PNG_CHUNK_BYTES <= len(data):
+    position = len(PNG_START)
+    while position + PNG_CHUNK_BYTES <= len(data):
         if data[position + 4 : position + 8] == b"IEND":
             return True
-        position += _PNG_CHUNK_BYTES + int.from_bytes(data[position : position + 4], "big")
+        position += PNG_CHUNK_BYTES + int.from_bytes(data[position : position + 4], "big")
     return False
 
 

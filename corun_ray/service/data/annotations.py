@@ -18,7 +18,7 @@ import numpy as np
 from corun_ray.config.tasks import EvaluateSection
 from corun_ray.core.errors import UserError
 from corun_ray.core.metrics.detection import Boxes
-from corun_ray.service.data.manifest import filter_by_suffix
+from corun_ray.service.data.listing import filter_by_suffix
 from corun_ray.service.data.pairing import NAMED_FILES, get_stem
 from corun_ray.service.storage import locate
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import posixpath
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +15,14 @@ from corun_ray.config.pairing import TruthSection, compile_pattern
 from corun_ray.config.training import PairedSection, ValidationSection
 from corun_ray.core.data.images import BadImage, ImageU8, decode_depth, decode_image
 from corun_ray.core.data.samples import fit_truth
-from corun_ray.core.errors import UserError
+from corun_ray.service.data.listing import (
+    DEPTH_SUFFIXES,
+    IMAGE_SUFFIXES,
+    Listing,
+    ManifestError,
+    filter_by_suffix,
+    list_folder,
+)
 from corun_ray.service.data.packs import Pack, is_pack, open_pack
 from corun_ray.service.data.pairing import (
     NAMED_FILES,
@@ -27,18 +33,11 @@ from corun_ray.service.data.pairing import (
     pair_by_stem,
     strip_suffix,
 )
-from corun_ray.service.storage import MissingFile, locate
+from corun_ray.service.places import find_below
+from corun_ray.service.storage import MissingFile, locate, split_options
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
-DEPTH_SUFFIXES = frozenset({".npy", ".png", ".mat"})
-NAMED_SUFFIXES = 5
-"""Suffixes that a message counts."""
 TRIED_PAIRS = 3
 """Pairs whose sizes are compared before a job starts."""
-
-
-class ManifestError(UserError):
-    """Data that a job cannot use; the message has one line for each mistake."""
 
 
 # --- The training data ---
@@ -58,6 +57,8 @@ class Manifest:
     """The degraded image of each image of `clear`; None: haze is synthesised."""
     packs: dict[str, Pack] = field(default_factory=dict)
     """The data roots that are packs, by their `Location.uri`, as they were when the manifest was built."""
+    passed_over: dict[str, str] = field(default_factory=dict)
+    """Data root → `.heic 2, .txt 1`: files of other kinds, by number."""
     files: str = ""
     """SHA-256 over names and sizes of the images, and over the depth maps' names without suffix."""
 
@@ -95,7 +96,7 @@ def build_manifest(job: TrainingJob) -> Manifest:
 
     Raises `StorageError`, and `ManifestError` where there is nothing to train on.
     """
-    roots = _DataRoots()
+    roots = _DataRoots({"storage": job.storage})
     manifest = _pair_files(job, roots)
     return replace(manifest, files=_compute_files_digest(job, manifest, roots))
 
@@ -112,18 +113,20 @@ def _pair_files(job: TrainingJob, roots: "_DataRoots") -> Manifest:
 
     # Clear images alone, whose depth will be procedural.
     assert job.data.clear is not None
-    clear = roots.list_images(job.data.clear, "data.clear")
+    images = roots.list_images(job.data.clear, "data.clear")
     if job.data.depth is None:
-        return Manifest(tuple(clear), None, hazy, packs=roots.packs)
+        return Manifest(tuple(images), None, hazy, roots.skipped, None, roots.packs, roots.passed_over)
 
     # Clear images and their depth maps.
     maps = roots.list_depth_maps(job.data.depth)
-    pairing = explain_suffixes(pair_by_stem(clear, maps, "depth map"), roots.list_names(job.data.depth), "depth map")
+    names = roots.list_names(job.data.depth)
+    pairing = explain_suffixes(pair_by_stem(images, maps, "depth map"), names, "depth map")
     if not pairing.pairs:
         raise ManifestError(f"data.depth: none of the {len(maps)} depth maps below {job.data.depth} matches an image")
 
-    skipped = pairing.list_skipped(job.data.clear, job.data.depth)
-    return Manifest(tuple(pairing.pairs), tuple(pairing.pairs.values()), hazy, skipped, packs=roots.packs)
+    skipped = roots.skipped | pairing.list_skipped(job.data.clear, job.data.depth)
+    clear, depth = tuple(pairing.pairs), tuple(pairing.pairs.values())
+    return Manifest(clear, depth, hazy, skipped, None, roots.packs, roots.passed_over)
 
 
 def _build_paired_manifest(paired: PairedSection, hazy: tuple[str, ...], roots: "_DataRoots") -> Manifest:
@@ -143,8 +146,9 @@ def _build_paired_manifest(paired: PairedSection, hazy: tuple[str, ...], roots: 
             f"is named like one below {paired.hazy} (data.paired.match pairs by a part of the names)"
         )
 
-    skipped = pairing.list_skipped(paired.hazy, paired.clear)
-    return Manifest(tuple(pairing.pairs.values()), None, hazy, skipped, tuple(pairing.pairs), roots.packs)
+    skipped = roots.skipped | pairing.list_skipped(paired.hazy, paired.clear)
+    clear, paired_hazy = tuple(pairing.pairs.values()), tuple(pairing.pairs)
+    return Manifest(clear, None, hazy, skipped, paired_hazy, roots.packs, roots.passed_over)
 
 
 def _compute_files_digest(job: TrainingJob, manifest: Manifest, roots: "_DataRoots") -> str:
@@ -170,8 +174,14 @@ def _compute_files_digest(job: TrainingJob, manifest: Manifest, roots: "_DataRoo
 class _DataRoots:
     """Lists the data roots of a job, folders and packs alike; opens each pack once."""
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: Mapping[str, str]) -> None:
+        """Begin; `outputs` are the places to which the job writes, by their keys."""
+        self.outputs = outputs
         self.packs: dict[str, Pack] = {}
+        self.skipped: dict[str, str] = {}
+        """URI → reason, of links that cannot be followed."""
+        self.passed_over: dict[str, str] = {}
+        """Data root → numbers of its files of other kinds."""
         self._sizes: dict[str, dict[str, int]] = {}
         """`Location.uri` of a root → size of each of its files, or of each image of its pack."""
 
@@ -184,86 +194,116 @@ class _DataRoots:
 
         Raises `ManifestError`, naming the job's `key`, where there are none.
         """
-        found = self._open(uri)
-        return list(found.images) if isinstance(found, Pack) else _filter_images(found, uri, key)
+        found = self._open(uri, key)
+        if isinstance(found, Pack):
+            return list(found.images)
+
+        images = _select_images(found, uri, key)
+        self.skipped |= found.list_skipped(IMAGE_SUFFIXES)
+        others = found.count_others(IMAGE_SUFFIXES)
+        if others:
+            self.passed_over[uri] = others
+        return list(images)
 
     def list_depth_maps(self, uri: str) -> list[str]:
         """List the depth maps of a data root.
 
         Raises `ManifestError` for a pack without depth.
         """
-        found = self._open(uri)
+        found = self._open(uri, "data.depth")
         if not isinstance(found, Pack):
-            return _filter_maps(found, uri, "data.depth", "depth maps")
+            self.skipped |= found.list_skipped(DEPTH_SUFFIXES)
+            return _select_maps(found, uri, "data.depth", "depth maps")
         if not found.depths:
             raise ManifestError(f"data.depth: the pack in {uri} holds no depth (corun-ray pack --depth adds it)")
         return list(found.depths)
 
     def list_names(self, uri: str) -> list[str]:
-        """List all files of a data root; none of a pack."""
-        found = self._open(uri)
-        return [] if isinstance(found, Pack) else found
+        """List all files of a folder of depth maps; none of a pack."""
+        found = self._open(uri, "data.depth")
+        return [] if isinstance(found, Pack) else list(found.infos)
 
-    def _open(self, uri: str) -> Pack | list[str]:
+    def _open(self, uri: str, key: str) -> Pack | Listing:
         """Return the pack in a folder, or the folder's files."""
         place = locate(uri)
-        if place.uri not in self.packs:
-            infos = place.list_infos()
-            if not is_pack(infos):
-                self._sizes[place.uri] = {key: info.size for key, info in infos.items()}
-                return list(infos)
-            pack = self.packs[place.uri] = open_pack(place, infos)
-            self._sizes[place.uri] = {key: found.num_bytes for key, found in pack.images.items()}
+        if place.uri in self.packs:
+            return self.packs[place.uri]
+
+        # A job reads whole folders: the paths of images are relative to them.
+        found = list_folder(uri, key, self.outputs)
+        if found.root != place.uri:
+            raise ManifestError(f"{key}: {uri} is a file, expected a folder")
+        if not is_pack(found.infos):
+            self._sizes[place.uri] = {file: info.size for file, info in found.infos.items()}
+            return found
+        pack = self.packs[place.uri] = open_pack(place, found.infos)
+        self._sizes[place.uri] = {file: image.num_bytes for file, image in pack.images.items()}
         return self.packs[place.uri]
 
 
 # --- Listing folders ---
 
 
-def list_images(uri: str, key: str) -> list[str]:
-    """List the images below a folder or URI.
+def list_images(
+    uri: str, key: str, outputs: Mapping[str, str] | None = None, passed_over: dict[str, str] | None = None
+) -> list[str]:
+    """List the images below a folder or URI; links that lead nowhere count, so that readers report them.
 
-    Raises as `list_image_files` does.
+    The numbers of files of other kinds are added to `passed_over`, by `uri`.
+
+    Raises as `list_image_folder` does.
     """
-    return list(list_image_files(uri, key))
+    found = list_image_folder(uri, key, outputs)
+    others = found.count_others(IMAGE_SUFFIXES)
+    if others and passed_over is not None:
+        passed_over[uri] = others
+    dead = filter_by_suffix(list(found.bad_links), IMAGE_SUFFIXES)
+    return sorted([*found.select(IMAGE_SUFFIXES), *dead])
 
 
-def list_image_files(uri: str, key: str) -> dict[str, FileInfo]:
-    """List images with what storage knows of their files.
+def list_image_folder(uri: str, key: str, outputs: Mapping[str, str] | None = None) -> Listing:
+    """List a folder or URI of images, or one image.
 
-    `uri` is a folder or URI; images of all folders below count.
+    Images of all folders below count, but for those that the job writes to `outputs`, by their keys.
 
-    Raises `StorageError`, and `ManifestError`, naming the job file's `key`, for a folder without images or with a pack.
+    Raises `StorageError`, and `ManifestError`, naming the job file's `key`, for a folder without images, with a pack,
+    and for one that is an output itself.
     """
-    infos = locate(uri).list_infos()
-    if is_pack(infos):
+    found = list_folder(uri, key, outputs)
+    if is_pack(found.infos):
         raise ManifestError(f"{key}: {uri} holds a pack, which only training can read")
-    return {image: infos[image] for image in _filter_images(list(infos), uri, key)}
+    _select_images(found, uri, key)
+    return found
 
 
-def _filter_images(files: list[str], uri: str, key: str) -> list[str]:
+def _select_images(found: Listing, uri: str, key: str) -> dict[str, FileInfo]:
     """Return the images among the files below `uri`.
 
     Raises `ManifestError` where there are none.
     """
-    images = filter_by_suffix(files, IMAGE_SUFFIXES)
-    if not images:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ManifestError(f"{key}: no images ({kinds}) among the {len(files)} files below {uri}")
-    return images
+    images = found.select(IMAGE_SUFFIXES)
+    if images:
+        return images
+
+    # Say what is there instead.
+    kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+    others = found.count_others(IMAGE_SUFFIXES)
+    there = f": {others}" if others else ""
+    skipped = list(found.list_skipped(IMAGE_SUFFIXES).items())[:NAMED_FILES]
+    reasons = "".join(f"; {path}: {reason}" for path, reason in skipped)
+    raise ManifestError(f"{key}: no images ({kinds}) among the {len(found.infos)} files below {uri}{there}{reasons}")
 
 
-def _filter_maps(files: list[str], uri: str, key: str, name: str) -> list[str]:
+def _select_maps(found: Listing, uri: str, key: str, name: str) -> list[str]:
     """Return the depth or transmission maps among the files below `uri`.
 
     Raises `ManifestError`, naming the job file's `key`, where no file has the suffix of one.
     """
-    maps = filter_by_suffix(files, DEPTH_SUFFIXES)
+    maps = list(found.select(DEPTH_SUFFIXES))
     if not maps:
-        counts = Counter(posixpath.splitext(file)[1].lower() or "no suffix" for file in files)
-        found = ", ".join(f"{suffix} {count}" for suffix, count in counts.most_common(NAMED_SUFFIXES)) or "none"
+        others = found.count_others(DEPTH_SUFFIXES) or "none"
         expected = ", ".join(sorted(DEPTH_SUFFIXES))
-        raise ManifestError(f"{key}: no {name} ({expected}) among the {len(files)} files below {uri} ({found})")
+        raise ManifestError(f"{key}: no {name} ({expected}) among the {len(found.infos)} files below {uri} ({others})")
     return maps
 
 
@@ -279,19 +319,6 @@ def explain_suffixes(pairing: Pairing, files: list[str], name: str) -> Pairing:
         file = never_read.get(get_stem(image))
         unpaired[image] = reason if file is None else f"{name} {file} has a suffix that is never read ({expected} are)"
     return replace(pairing, unpaired=unpaired)
-
-
-def filter_by_suffix(files: list[str], suffixes: frozenset[str]) -> list[str]:
-    """Return the files with these suffixes.
-
-    Hidden files (.DS_Store and the like) are never data.
-    """
-    found = []
-    for file in files:
-        is_hidden = posixpath.basename(file).startswith(".")
-        if not is_hidden and posixpath.splitext(file)[1].lower() in suffixes:
-            found.append(file)
-    return found
 
 
 # --- Pairs of images and their truth ---
@@ -312,7 +339,7 @@ def pair_truths(section: TruthSection, key: str, images: list[str], truths: list
 
     # Tell the files of one folder apart.
     assert section.clear is not None
-    is_one_folder = locate(section.hazy).uri == locate(section.clear).uri
+    is_one_folder = find_below(locate(section.hazy), locate(section.clear)) == ""
     if is_one_folder and section.match_clear is not None:
         truths = [image for image in images if find_key(image, truth_pattern) is not None]
         images = [image for image in images if find_key(image, truth_pattern) is None]
@@ -343,26 +370,48 @@ def _refuse_unpaired(unpaired: Mapping[str, str], num_images: int, root: str, ke
         raise ManifestError(f"{key}: {len(unpaired)} of {num_images} hazy images have {lack} ({named})")
 
 
-def pair_validation_images(section: TruthSection, key: str) -> list[tuple[str, str | None]]:
+def pair_validation_images(
+    section: TruthSection, key: str, storage: str | None = None, passed_over: dict[str, str] | None = None
+) -> list[tuple[str, str | None]]:
     """Pair the hazy images of a section with their ground truth, by relative path.
 
-    Without `clear`, the truth of each is None.
+    Without `clear`, the truth of each is None. `storage` is where the job writes: nothing there is an image of the
+    section. The numbers of files of other kinds are added to `passed_over`, by folder.
 
     Raises `StorageError`, and `ManifestError`, naming the section's `key` in the job file and the first images without
     a truth.
     """
-    hazy = list_images(section.hazy, f"{key}.hazy")
+    outputs = {} if storage is None else {"storage": storage}
+    hazy = list_images(section.hazy, f"{key}.hazy", outputs, passed_over)
     if section.clear is None:
         return [(image, None) for image in hazy]
 
     # Every hazy image must have its truth.
-    pairing = pair_truths(section, key, hazy, list_images(section.clear, f"{key}.clear"), "clear image")
+    clear = list_images(section.clear, f"{key}.clear", outputs, passed_over)
+    pairing = pair_truths(section, key, hazy, clear, "clear image")
     if section.match is None:
         _refuse_unpaired(pairing.unpaired, pairing.num_images, section.hazy, f"{key}.clear", "no truth")
     else:
         lack = f"no single truth by {_name_patterns(section)}"
         _refuse_unpaired(pairing.unpaired, pairing.num_images, section.hazy, f"{key}.match", lack)
     return list(pairing.pairs.items())
+
+
+def use_folders(section: TruthSection) -> dict[str, str]:
+    """Return the folders of a section that names single images in their place, by `hazy` and `clear`.
+
+    Paths of `pair_validation_images` are relative to these.
+
+    Raises `StorageError`.
+    """
+    folders = {}
+    for key, uri in (("hazy", section.hazy), ("clear", section.clear)):
+        # A store is asked only about names of images.
+        if uri is not None and posixpath.splitext(split_options(uri)[0])[1].lower() in IMAGE_SUFFIXES:
+            place = locate(uri)
+            if place.find_file() is not None:
+                folders[key] = place.parent().uri
+    return folders
 
 
 # --- Reading files ---
@@ -458,7 +507,7 @@ def list_validation_sets(job: TrainingJob) -> list[ValidationSet]:
     """
     sets = []
     for key, section in job.data.list_validation_sections().items():
-        pairs = pair_validation_images(section, key)
+        pairs = pair_validation_images(section, key, job.storage)
         transmissions = {}
         if section.transmission is not None:
             transmissions = _pair_transmissions([image for image, _ in pairs], section, key)
@@ -499,9 +548,9 @@ def _pair_transmissions(hazy: list[str], section: ValidationSection, key: str) -
     Raises `StorageError`, and `ManifestError`, naming the job file's `key`, for images without one.
     """
     assert section.transmission is not None
-    files = locate(section.transmission).list_files()
-    maps = _filter_maps(files, section.transmission, f"{key}.transmission", "transmission maps")
-    pairing = explain_suffixes(pair_by_stem(hazy, maps, "transmission map"), files, "transmission map")
+    found = list_folder(section.transmission, f"{key}.transmission")
+    maps = _select_maps(found, section.transmission, f"{key}.transmission", "transmission maps")
+    pairing = explain_suffixes(pair_by_stem(hazy, maps, "transmission map"), list(found.infos), "transmission map")
     _refuse_unpaired(pairing.unpaired, len(hazy), section.hazy, f"{key}.transmission", "no true transmission")
     return pairing.pairs
 

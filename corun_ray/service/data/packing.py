@@ -25,12 +25,8 @@ from ray.data import DataContext
 
 from corun_ray.core.data.images import BadImage, decode_depth
 from corun_ray.service.data.actors import iterate_rows
-from corun_ray.service.data.manifest import (
-    DEPTH_SUFFIXES,
-    ManifestError,
-    filter_by_suffix,
-    list_image_files,
-)
+from corun_ray.service.data.listing import DEPTH_SUFFIXES, IMAGE_SUFFIXES, ManifestError, list_folder
+from corun_ray.service.data.manifest import list_image_folder
 from corun_ray.service.data.packs import INDEX, INDEX_SCHEMA, SCHEMA, SHARD_FILE, SHARDS
 from corun_ray.service.data.pairing import pair_by_stem, strip_suffix
 from corun_ray.service.runs.lease import DRIVERS_FOLDER
@@ -70,7 +66,9 @@ class PackPlan:
     keep_png: bool
     shards: tuple[tuple[PackEntry, ...], ...]
     skipped: dict[str, str] = field(default_factory=dict)
-    """URI → reason, of images without a depth map and of depth maps without an image."""
+    """URI → reason, of images without a depth map, depth maps without an image, and links that lead nowhere."""
+    passed_over: str = ""
+    """Files of other kinds among the images, by number: `.heic 2, .txt 1`."""
 
     def name_shard(self, shard: int) -> str:
         """Return a shard's file name, without suffix.
@@ -103,22 +101,27 @@ def plan_pack(images: str, output: str, depth: str | None, shard_mib: int, keep_
 
     Raises `StorageError` and `ManifestError`.
     """
-    files = list_image_files(images, "IMAGES")
+    outputs = {"OUT": output}
+    found = list_image_folder(images, "IMAGES", outputs)
+    files = found.select(IMAGE_SUFFIXES)
+    if found.root != locate(images).uri:
+        images = found.root  # of the one image that was named
+    skipped, passed_over = found.list_skipped(IMAGE_SUFFIXES), found.count_others(IMAGE_SUFFIXES)
     if depth is None:
         entries = [_make_entry(key, files[key]) for key in files]
         shards = tuple(_cut_into_shards(entries, shard_mib * MIB))
-        return PackPlan(images, None, output, keep_png, shards)
+        return PackPlan(images, None, output, keep_png, shards, skipped, passed_over)
 
     # Pair the images with their depth maps.
-    maps = locate(depth).list_infos()
-    map_keys = filter_by_suffix(list(maps), DEPTH_SUFFIXES)
-    pairing = pair_by_stem(list(files), map_keys, "depth map")
+    maps = list_folder(depth, "--depth", outputs).select(DEPTH_SUFFIXES)
+    pairing = pair_by_stem(list(files), list(maps), "depth map")
     if not pairing.pairs:
-        raise ManifestError(f"--depth: none of the {len(map_keys)} depth maps below {depth} matches an image")
+        raise ManifestError(f"--depth: none of the {len(maps)} depth maps below {depth} matches an image")
 
     entries = [_make_entry(key, files[key], map_key, maps[map_key]) for key, map_key in pairing.pairs.items()]
     shards = tuple(_cut_into_shards(entries, shard_mib * MIB))
-    return PackPlan(images, depth, output, keep_png, shards, pairing.list_skipped(images, depth))
+    skipped |= pairing.list_skipped(images, depth)
+    return PackPlan(images, depth, output, keep_png, shards, skipped, passed_over)
 
 
 def _make_entry(

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from corun_ray.config.tasks import EvaluateSection
 from corun_ray.core.choices import SHIPPED_MODELS
-from corun_ray.service.data.manifest import IMAGE_SUFFIXES, ManifestError, filter_by_suffix, pair_results
-from corun_ray.service.data.pairing import strip_suffix
+from corun_ray.service.data.listing import IMAGE_SUFFIXES, ManifestError, filter_by_suffix
+from corun_ray.service.data.manifest import pair_results
+from corun_ray.service.data.pairing import get_stem
 from corun_ray.service.storage import locate
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")
@@ -71,8 +72,8 @@ def _list_result_images(source: str, hazy: Sequence[str], key: str) -> list[str]
     images = filter_by_suffix(files, IMAGE_SUFFIXES)
     weights = filter_by_suffix(files, WEIGHT_SUFFIXES)
     if weights:
-        stems = {strip_suffix(image) for image in hazy}
-        results = [image for image in images if strip_suffix(image) in stems]
+        stems = {get_stem(image) for image in hazy}
+        results = [image for image in images if get_stem(image) in stems]
         if results:
             both = f"both a model ({weights[0]}) and results ({results[0]})"
             raise ManifestError(f"{key}: {source} holds {both}; expected a folder of one of them")

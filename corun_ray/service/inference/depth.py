@@ -7,6 +7,7 @@ import io
 import json
 import posixpath
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,9 +27,11 @@ from corun_ray.core.inference.depth import DepthModel, find_model_files
 from corun_ray.core.inference.pictures import apply_colour_map, draw_grid
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
-from corun_ray.service.data.manifest import ManifestError, list_images, load_image
+from corun_ray.service.data.listing import IMAGE_SUFFIXES, ManifestError
+from corun_ray.service.data.manifest import list_image_folder, load_image
 from corun_ray.service.data.pairing import strip_suffix
-from corun_ray.service.inference.outcome import Outcome, hold_output, name_bad_files
+from corun_ray.service.inference.outcome import Outcome, hold_output, name_bad_files, name_passed_over
+from corun_ray.service.places import find_below
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 from corun_ray.service.telemetry.console import Console, format_duration
 from corun_ray.service.telemetry.logs import Log
@@ -121,14 +124,17 @@ def run_depth_estimation(job: DepthJob, console: Console, resume: bool = False) 
 
     With `resume`, maps that exist in the output are not estimated again.
 
-    Raises `StorageError`, `ManifestError`, `WeightsError` and `ClusterError`.
+    Raises `StorageError`, `ManifestError`, `WeightsError`, `ClusterError`, and `JobFailed` where not one photograph can
+    be used.
     """
     started = time.monotonic()
     section = job.depth
 
     # Find mistakes before Ray starts, and before anything is written.
-    keys = list_images(section.input, "depth.input")
+    found = list_image_folder(section.input, "depth.input", {"depth.output": section.output})
+    keys = list(found.select(IMAGE_SUFFIXES))
     _check_names(section, keys)
+    section = section.model_copy(update={"input": found.root})
     folder = locate_model(section.weights, section.model)
     model = read_model(section, folder)
     kind = model.build().kind
@@ -139,6 +145,7 @@ def run_depth_estimation(job: DepthJob, console: Console, resume: bool = False) 
     place = connect(job.cluster)
     facts = {"input": section.input, "model": section.model, "output": section.output, "on": place}
     console.header(f"depth {job.name}", facts)
+    name_passed_over(found.count_others(IMAGE_SUFFIXES), console)
 
     # Estimate, with a line of progress on the console.
     log = Log("driver", {"job": job.name, "kind": job.kind})
@@ -149,12 +156,14 @@ def run_depth_estimation(job: DepthJob, console: Console, resume: bool = False) 
 
     with hold_output(section.output, console, resume):
         result = estimate_depth(section, keys, model, show_progress, resume)
+    result.bad_files |= found.list_skipped(IMAGE_SUFFIXES)
 
     # Name the skipped photographs in the log and on the console.
     for uri, reason in result.bad_files.items():
         log.warning("image left out", image=uri, reason=reason)
     log.info("depth estimation ended", written=result.written, left_out=len(result.bad_files))
     name_bad_files(section.output, result.bad_files, console)
+    result.refuse_nothing()
 
     # Show the maps, and tell how to train with them.
     mapped = [key for key in keys if posixpath.join(section.input, key) not in result.bad_files]
@@ -196,8 +205,12 @@ def estimate_depth(
     Raises `StorageError`.
     """
     # Skip the maps of an earlier call.
-    existing = set(locate(section.output).list_files()) if resume else set()
-    wanted = [key for key in keys if get_map_name(key, section.format) not in existing]
+    files = locate(section.output).list_files() if resume else []
+    existing = {unicodedata.normalize("NFC", file) for file in files}
+    wanted = []
+    for key in keys:
+        if unicodedata.normalize("NFC", get_map_name(key, section.format)) not in existing:
+            wanted.append(key)
     result = Outcome(already_written=len(keys) - len(wanted))
     if not wanted:
         return result
@@ -259,8 +272,7 @@ def _check_names(section: DepthSection, keys: list[str]) -> None:
     Raises `ManifestError`.
     """
     # Maps below the input would be photographs when the command is called again.
-    source, target = locate(section.input), locate(section.output)
-    if f"{target.uri}/".startswith(f"{source.uri}/"):
+    if find_below(locate(section.output), locate(section.input)) is not None:
         raise ManifestError(f"depth.output: {section.output} lies in the folder of the photographs; choose another")
 
     owners: dict[str, str] = {}

@@ -29,7 +29,13 @@ from corun_ray.service.cluster.connect import connect
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.annotations import Truth
 from corun_ray.service.data.inspection import Inspector
-from corun_ray.service.data.manifest import load_image, load_truth, pair_validation_images, refuse_misfits
+from corun_ray.service.data.manifest import (
+    load_image,
+    load_truth,
+    pair_validation_images,
+    refuse_misfits,
+    use_folders,
+)
 from corun_ray.service.data.results import ResultImages, find_results
 from corun_ray.service.inference.detection import DetectionResult, PictureDetector, assess_detections, plan_detection
 from corun_ray.service.inference.measurements import (
@@ -43,6 +49,7 @@ from corun_ray.service.inference.measurements import (
     format_comparisons,
     format_intervals,
 )
+from corun_ray.service.inference.outcome import MAX_NAMED_REASONS, merge_reasons, name_passed_over
 from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, fetch_model
 from corun_ray.service.models.tracking import Tracker, get_tracking_uri
@@ -296,14 +303,14 @@ def evaluate(
 
     # Gather the results as they come, in any order.
     values: dict[str, np.ndarray] = {}
-    bad_files: dict[str, str] = {}
+    bad_rows: list[tuple[str, str]] = []
     unmeasured: list[str] = []
     strips: dict[str, bytes] = {}
     findings: dict[str, str] = {}
     classes = None if boxes is None else boxes.classes
     for done, row in enumerate(_measure_items(section, items, models, results, classes), 1):
         if row["error"]:
-            bad_files[row["bad_file"]] = row["error"]
+            bad_rows.append((row["bad_file"], row["error"]))
         else:
             values[row["key"]] = row["values"]
         unmeasured += row["unmeasured"].splitlines()
@@ -314,8 +321,10 @@ def evaluate(
         if progress:
             progress(done, len(pairs))
 
+    bad_files = merge_reasons(bad_rows)
     if not values:
-        raise StorageError(f"evaluate.hazy: none of the {len(pairs)} images can be used: {bad_files}")
+        first = "; ".join(f"{uri}: {reason}" for uri, reason in list(bad_files.items())[:MAX_NAMED_REASONS])
+        raise StorageError(f"evaluate.hazy: none of the {len(pairs)} images can be used ({first})")
 
     # Stack the values into images x models x metrics.
     images = sorted(values)
@@ -383,7 +392,9 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     section = job.evaluate
 
     # Find images and models before Ray starts: a mistake is reported at once.
-    pairs = pair_validation_images(section, "evaluate")
+    passed_over: dict[str, str] = {}
+    pairs = pair_validation_images(section, "evaluate", job.storage, passed_over)
+    section = section.model_copy(update=use_folders(section))
     refuse_misfits(section, pairs, "evaluate")
     Inspector().inspect_pairs(section, pairs, "evaluate.hazy").refuse_if_nothing_is_usable()
     keys = [hazy for hazy, _ in pairs]
@@ -398,6 +409,8 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     run = create_run_folder(locate(job.storage), job.name)
     tracker = Tracker(job, run.name)
     console.header(f"evaluate {job.name}", _describe_job(section, results, place, run))
+    for uri, others in passed_over.items():
+        name_passed_over(f"{others} in {uri}", console)
 
     # Measure, then store the results in the run's folder and in MLflow.
     succeeded = False

@@ -1,15 +1,20 @@
 """What a job has made of a folder of images, file by file: how many it wrote, and which it skipped."""
 
-from collections.abc import Iterator
+import posixpath
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from corun_ray.service.errors import JobFailed
 from corun_ray.service.runs.lease import Lease, RunDriven
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.console import Console
 
 MAX_NAMED_BAD_FILES = 20
 """More skipped images go into a file of the output folder."""
+MAX_NAMED_REASONS = 3
+"""Images that one line names."""
 BAD_FILES_LIST = "left_out.tsv"
 
 
@@ -22,6 +27,50 @@ class Outcome:
     """Files that an earlier call wrote, with `resume`."""
     bad_files: dict[str, str] = field(default_factory=dict)
     """URI → reason, of skipped images."""
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    """What the written files lack, such as an alpha channel → URIs of the images."""
+
+    @property
+    def num_images(self) -> int:
+        """Number of all images, written or not."""
+        return self.written + self.already_written + len(self.bad_files)
+
+    def refuse_nothing(self) -> None:
+        """Refuse an outcome without any file.
+
+        Raises `JobFailed`, with the first reasons.
+        """
+        if self.written or self.already_written or not self.bad_files:
+            return
+        first = list(self.bad_files.items())[:MAX_NAMED_REASONS]
+        reasons = "; ".join(f"{uri}: {reason}" for uri, reason in first)
+        raise JobFailed(f"not one of the {self.num_images} images can be used ({reasons})")
+
+
+def merge_reasons(rows: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return URI → reason of unusable files, one row for each image that they take with them.
+
+    One truth may be that of several hazy images.
+    """
+    counts = Counter(uri for uri, _ in rows)
+    merged = {}
+    for uri, reason in rows:
+        merged[uri] = reason if counts[uri] == 1 else f"{reason} (takes {counts[uri]} images with it)"
+    return merged
+
+
+def name_passed_over(others: str, console: Console) -> None:
+    """Tell the numbers of files that are no images, such as `.heic 2, .txt 1`, if there are any."""
+    if others:
+        console.say(f"  passed over: {others} (other kinds of files)")
+
+
+def name_notes(notes: dict[str, list[str]], console: Console) -> None:
+    """Tell what the written files lack, with the first images of each kind."""
+    for note, uris in sorted(notes.items()):
+        named = ", ".join(posixpath.basename(uri) for uri in uris[:MAX_NAMED_REASONS])
+        more = f" and {len(uris) - MAX_NAMED_REASONS} more" if len(uris) > MAX_NAMED_REASONS else ""
+        console.say(f"  {note}: {named}{more}")
 
 
 def name_bad_files(output: str, bad_files: dict[str, str], console: Console) -> None:

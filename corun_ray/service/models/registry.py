@@ -304,7 +304,7 @@ def decide(new: VersionScores, old: VersionScores, metric: str) -> Decision:
     reason = (
         f"{metric} {new_values.mean():.4f} against {old_values.mean():.4f} of {old.label}, "
         f"better on {comparison.better} of {comparison.difference.count} images "
-        f"(p {comparison.p_value:.3f}): {comparison.verdict}"
+        f"(p {comparison.p_value:.3f}): {comparison.verdict}{_describe_gaps(new, old, metric, len(new_values))}"
     )
     return Decision(comparison.verdict == "better", reason)
 
@@ -342,6 +342,7 @@ def compare_means(new: VersionScores, old: VersionScores, metric: str) -> Decisi
     if choose_mode(metric) == "min":
         gain = -gain
     reason = f"{metric} {new_values.mean():.4f} against {old_values.mean():.4f} of {old.label}"
+    reason += _describe_gaps(new, old, metric, len(new_values))
     return Decision(gain > 0, reason)
 
 
@@ -354,6 +355,12 @@ def _select_common(
     old_values = np.array([old.values[metric][image] for image in images])
     common = np.isfinite(new_values) & np.isfinite(old_values)
     return new_values[common], old_values[common]
+
+
+def _describe_gaps(new: VersionScores, old: VersionScores, metric: str, num_common: int) -> str:
+    """Tell how many images the comparison leaves out, such as those with an infinite PSNR; empty for none."""
+    left_out = len(new.values[metric].keys() | old.values[metric].keys()) - num_common
+    return f" ({left_out} images left out, without a finite value of both)" if left_out else ""
 
 
 def _read_scores(registry: Registry, version: ModelVersion) -> VersionScores:

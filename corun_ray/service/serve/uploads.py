@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import tifffile
 from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin
 
-from corun_ray.service.inference.photos import TIFF_STARTS
+from corun_ray.core.data.formats import TIFF_STARTS
 
 # --- What is accepted ---
 

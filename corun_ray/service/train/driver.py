@@ -375,6 +375,8 @@ def _describe_data(job: TrainingJob, manifest: Manifest) -> str:
         text += f", {len(manifest.hazy)} real hazy"
     if manifest.skipped:
         text += f", {len(manifest.skipped)} skipped"
+    if manifest.passed_over:
+        text += f", passed over: {', '.join(manifest.passed_over.values())}"
     return text
 
 

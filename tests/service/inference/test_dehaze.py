@@ -17,7 +17,9 @@ from corun_ray.core.inference.restore import restore, to_image, to_tensor
 from corun_ray.core.inference.self_ensemble import restore_by_self_ensemble
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.spec import NetworkSpec
-from corun_ray.service.inference.dehaze import SELF_ENSEMBLE_FILE, dehaze
+from corun_ray.service.data.listing import RESTORED_MARK
+from corun_ray.service.inference.dehaze import dehaze
+from corun_ray.service.inference.made_with import SELF_ENSEMBLE_FILE
 from corun_ray.service.inference.photos import Photo, write_photo
 from corun_ray.service.jobs import run_jobs
 from corun_ray.service.models.sources import Model, ModelSourceError
@@ -69,7 +71,8 @@ def expected(model, path) -> np.ndarray:
 
 
 def below(folder):
-    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != RESTORED_MARK]
+    return {str(path.relative_to(folder)): path for path in files}
 
 
 def test_names_folders_sizes_and_formats_stay_and_what_is_left_out_is_named(local_ray, model, tmp_path):
@@ -202,5 +205,5 @@ def test_a_store_that_does_not_take_the_images_is_one_error_not_many_bad_images(
     local_ray, photographs, model, tmp_path
 ):
     (tmp_path / "file").write_text("where a folder is needed")
-    with pytest.raises(StorageError, match=r"cannot write \S+/file/out/\S+\.png: "):
+    with pytest.raises(StorageError, match=r"cannot write \S+/file/out/\S+: "):
         run(photographs, tmp_path / "file" / "out", model)

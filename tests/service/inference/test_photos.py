@@ -1,19 +1,22 @@
 """Photographs through a file and back: bits, colours, profile and orientation, judged by Pillow and tifffile."""
 
 import io
+import zlib
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image, ImageCms
+from PIL.ExifTags import IFD, Base
 
 from corun_ray.core.data.images import BadImage, decode_image
 from corun_ray.service.inference.photos import ORIENTATION_TAG, Photo, read_photo, write_photo
 from tests.conftest import photograph
 
-PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 MAKER_TAG, ROTATED = 271, 6
-FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "TIFF": ".tif"}
+FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "TIFF": ".tif", "AVIF": ".avif"}
 
 
 def file_of(format: str, exif: bool = True) -> tuple[bytes, np.ndarray]:
@@ -31,7 +34,7 @@ def test_upright_with_its_profile(format):
     data, pixels = file_of(format)
     photo = read_photo(data)
     assert photo.pixels.shape == (56, 40, 3) and photo.colour_profile == PROFILE
-    assert np.abs(photo.pixels.astype(int) - np.rot90(pixels, -1)).mean() < (12 if format == "JPEG" else 0.01)
+    assert np.abs(photo.pixels.astype(int) - np.rot90(pixels, -1)).mean() < (12 if format in ("JPEG", "AVIF") else 0.01)
     with Image.open(io.BytesIO(write_photo(photo, FORMATS[format]))) as written:
         assert written.format == format and written.size == (40, 56)
         assert written.info["icc_profile"] == PROFILE
@@ -66,6 +69,58 @@ def test_eight_bit_formats_take_sixteen_bits_rounded():
 def test_a_photograph_without_profile_or_exif_gets_none():
     photo = read_photo(write_photo(Photo(photograph(np.random.default_rng(3), 20, 20)), ".png"))
     assert photo.colour_profile is None and photo.exif is None
+
+
+def save(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("space", "mode"), [(b"GRAY", "L"), (b"CMYK", "CMYK")])
+@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
+def test_a_profile_of_other_colours_than_rgb_is_not_written_beside_rgb(space, mode, format):
+    profile = PROFILE[:16] + space + PROFILE[20:]
+    image = Image.fromarray(photograph(np.random.default_rng(0), 40, 56)).convert(mode)
+    photo = read_photo(save(image, format, icc_profile=profile))
+    assert photo.colour_profile is None
+    assert photo.notes == (f"colour profile dropped: of {space.decode()} colours, and RGB is written",)
+    assert read_photo(save(image, format, icc_profile=PROFILE)).colour_profile == PROFILE
+    assert read_photo(save(image, format, icc_profile=PROFILE[:90])).notes == ("colour profile dropped: damaged",)
+
+
+def test_alpha_is_dropped_with_a_word_and_equal_in_every_format():
+    rgb = photograph(np.random.default_rng(0), 40, 56)
+    ramp = np.broadcast_to(np.linspace(0, 255, 56).astype(np.uint8), (40, 56))
+    rgba = np.dstack([rgb, ramp])
+    deep = cv2.imencode(".tif", cv2.cvtColor(rgba.astype(np.uint16) * 257, cv2.COLOR_RGBA2BGRA))[1].tobytes()
+    files = [save(Image.fromarray(rgba), "TIFF"), save(Image.fromarray(rgba), "PNG"), deep]
+    for data in files:
+        assert (decode_image(data) == rgb).all() and read_photo(data).notes == ("alpha channel dropped",)
+    one_colour = save(Image.fromarray(rgb), "PNG", transparency=(10, 10, 10))
+    assert read_photo(one_colour).notes == ("alpha channel dropped",)
+    assert read_photo(save(Image.fromarray(rgb), "TIFF")).notes == ()
+
+
+def test_exif_data_that_no_longer_hold_are_not_kept():
+    tags = Image.Exif()
+    tags[ORIENTATION_TAG], tags[Base.BitsPerSample], tags[Base.ImageWidth] = ROTATED, 8, 56
+    tags.get_ifd(IFD.Exif).update({int(Base.ExifImageWidth): 56, int(Base.ExifImageHeight): 40})
+    data = save(Image.fromarray(photograph(np.random.default_rng(0), 40, 56)), "JPEG", exif=tags)
+    with Image.open(io.BytesIO(write_photo(read_photo(data), ".jfif"))) as written:
+        exif = written.getexif()
+        assert written.format == "JPEG" and written.size == (40, 56)
+        assert (exif[ORIENTATION_TAG], exif[Base.ImageWidth], exif.get(Base.BitsPerSample)) == (1, 40, None)
+        sides = exif.get_ifd(IFD.Exif)
+        assert (sides[Base.ExifImageWidth], sides[Base.ExifImageHeight]) == (40, 56)
+
+
+def test_a_gamma_that_no_profile_explains_is_named():
+    chunk = b"gAMA" + (100_000).to_bytes(4, "big")
+    plain = save(Image.fromarray(photograph(np.random.default_rng(0), 40, 56)), "PNG")
+    linear = plain[:33] + b"\0\0\0\4" + chunk + zlib.crc32(chunk).to_bytes(4, "big") + plain[33:]
+    assert read_photo(linear).notes == ("gamma of 1 dropped, so that viewers take 0.4545",)
+    assert read_photo(plain).notes == ()
 
 
 def test_no_image_is_refused():

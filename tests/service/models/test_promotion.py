@@ -57,6 +57,7 @@ def test_an_image_without_a_finite_value_leaves_both_versions():
     decision = decide(new, old, "val/psnr")
     assert decision.moves and "of 10 images" in decision.reason
     assert "inf" not in decision.reason and "nan" not in decision.reason
+    assert decision.reason.endswith("(2 images left out, without a finite value of both)")
 
 
 @pytest.mark.parametrize(("metric", "shift"), [("val/psnr", 0.02), ("val/brisque", -0.02)])
