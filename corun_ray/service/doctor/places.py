@@ -12,7 +12,7 @@ from pathlib import Path
 
 import requests
 
-from corun_ray.service.errors import get_first_line
+from corun_ray.service.errors import format_reason
 from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow, get_or_create_experiment
 from corun_ray.service.storage import PATIENCE_VARIABLE, Location, StorageError
 
@@ -101,7 +101,7 @@ def try_mlflow(uri: str) -> str:
         finally:
             client.delete_run(run_id)
     except Exception as error:
-        raise TrackingError(f"{uri} does not work as MLflow: {get_first_line(error)}") from None
+        raise TrackingError(f"{uri} does not work as MLflow: {format_reason(error, uri)}") from None
 
     if not is_same:
         raise TrackingError(f"{uri} gives back other values than were logged")
@@ -111,7 +111,7 @@ def try_mlflow(uri: str) -> str:
 
 def is_listening(address: str) -> bool:
     """Return whether a server accepts connections at HOST:PORT."""
-    host, _, port = address.rpartition(":")
+    host, _, port = address.rpartition("://")[2].rpartition(":")
     with suppress(OSError, ValueError), socket.create_connection((host, int(port)), ANSWER_TIMEOUT_S):
         return True
     return False
