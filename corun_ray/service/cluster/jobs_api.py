@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -118,13 +118,19 @@ class JobsClient:
         Raises `JobsError`.
         """
         deadline_s = time.monotonic() + STARTING_S
-        while True:
-            try:
-                return self._call_api(call)
-            except JobsError as error:
-                if NO_AGENT not in str(error) or time.monotonic() > deadline_s:
-                    raise
-            time.sleep(POLL_S)
+        with ExitStack() as waiting:
+            is_waiting = False
+            while True:
+                try:
+                    return self._call_api(call)
+                except JobsError as error:
+                    if NO_AGENT not in str(error) or time.monotonic() > deadline_s:
+                        raise
+
+                if not is_waiting:
+                    waiting.enter_context(announce_wait(f"{self.address} to be ready for jobs"))
+                    is_waiting = True
+                time.sleep(POLL_S)
 
     def list_jobs(self) -> list[JobDetails]:
         """List every submitted job, the last one first.
@@ -177,29 +183,33 @@ class JobsClient:
         A connection that breaks is made again. Raises `JobsError` after a minute without an answer.
         """
         lost_since_s: float | None = None
-        while True:
-            # Copy until the connection ends or breaks; the status tells why it did.
-            with suppress(RuntimeError, OSError, aiohttp.ClientError):
-                asyncio.run(self._tail(submission_id, copy))
+        with ExitStack() as outage:
+            while True:
+                # Copy until the connection ends or breaks; the status tells why it did.
+                with suppress(RuntimeError, OSError, aiohttp.ClientError):
+                    asyncio.run(self._tail(submission_id, copy))
 
-            # Ask how the job stands; an answer also ends an outage.
-            try:
-                job = self.read_status(submission_id)
-                if job.status.is_terminal():
-                    # The connection may have missed the end of the log.
-                    copy.begin()
-                    copy.add(self.read_log(submission_id))
-                    return job
+                # Ask how the job stands; an answer also ends an outage.
+                asked_s = time.monotonic()
+                try:
+                    job = self.read_status(submission_id)
+                    if job.status.is_terminal():
+                        # The connection may have missed the end of the log.
+                        copy.begin()
+                        copy.add(self.read_log(submission_id))
+                        return job
 
-                lost_since_s = None
-            except JobsError as error:
-                now_s = time.monotonic()
-                if lost_since_s is None:
-                    lost_since_s = now_s
-                if now_s - lost_since_s > PATIENCE_S:
-                    raise JobsError(f"{error}; the job may still run: corun-ray jobs follow {submission_id}") from None
+                    outage.close()
+                    lost_since_s = None
+                except JobsError as error:
+                    if lost_since_s is None:
+                        outage.enter_context(announce_wait(f"{self.address} to answer again"))
+                        lost_since_s = asked_s
+                    if time.monotonic() - lost_since_s > PATIENCE_S:
+                        advice = f"the job may still run: corun-ray jobs follow {submission_id}"
+                        raise JobsError(f"{error}; {advice}") from None
 
-            time.sleep(POLL_S)
+                time.sleep(POLL_S)
 
     async def _tail(self, submission_id: str, copy: "LogCopy") -> None:
         """Copy a job's log from its beginning, as it grows."""
