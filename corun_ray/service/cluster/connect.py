@@ -30,6 +30,7 @@ IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job, whose runtime environment then holds our code already."""
 JOIN_LIMIT_S = 60.0
 """How long joining a cluster that answers may take, unless CORUN_CONNECT_PATIENCE_S gives more."""
+VERSION_MISMATCH = "Version mismatch"
 NO_NODE_HERE = (
     "it answers, but this machine is no node of it, and only a node joins by HOST:6379; from elsewhere give "
     "ray://HOST:10001, or corun-ray submit"
@@ -128,7 +129,10 @@ def _join_cluster(address: str, options: Mapping[str, Any]) -> None:
     except AuthenticationError:
         raise ClusterError(f"{failure} ({describe_token_trouble()})") from None
     except Exception as error:
-        raise ClusterError(f"{failure} ({format_reason(error)})") from None
+        reason = format_reason(error)
+        if VERSION_MISMATCH in reason:
+            reason += "; both sides need the same Ray and the same Python, as one image has them"
+        raise ClusterError(f"{failure} ({reason})") from None
 
 
 def _find_cluster() -> str:

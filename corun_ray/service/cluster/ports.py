@@ -35,11 +35,12 @@ CLIENT_SCHEME = "ray"
 RAY_EXPECTED = "expected HOST:6379 of a head, or ray://HOST:10001"
 JOBS_EXPECTED = "expected http://HOST:8265"
 
-Speaker = Literal["head", "client", "jobs", "web", "grpc", "other", "unknown"]
+Speaker = Literal["head", "client", "jobs", "locked", "web", "grpc", "other", "unknown"]
 MEANINGS: dict[Speaker, str] = {
     "head": "a Ray head listens there, RAY_ADDRESS={place}",
     "client": "Ray Client listens there, RAY_ADDRESS=ray://{place}",
     "jobs": "Ray's dashboard listens there, http://{place} is for corun-ray submit and jobs",
+    "locked": "Ray's dashboard listens there, http://{place} is for corun-ray submit and jobs",
     "web": "a web server listens there that is not Ray's dashboard",
     "grpc": "another gRPC service than Ray listens there",
     "other": "something listens there that is not Ray",
@@ -136,7 +137,9 @@ def ask_for_jobs_api(address: str) -> None:
     speaker = _await_speaker(host, port, failure)
     if speaker in (wanted, "unknown"):
         return
-    if speaker == "jobs":
+    if speaker == "locked" and wanted == "jobs":
+        raise PortError(f"{address}: {describe_token_trouble()}")
+    if speaker in ("jobs", "locked"):
         raise PortError(f"{failure} (Ray's dashboard does, by its whole address: http://{host}:{port})")
     raise PortError(f"{failure} ({_explain(speaker, host, port)}; {JOBS_EXPECTED})")
 
@@ -234,7 +237,7 @@ def _ask_web_server(host: str, port: int) -> Speaker:
         return "other"
 
     if answer.status in (http.client.UNAUTHORIZED, http.client.FORBIDDEN):
-        return "jobs" if b"authentication token" in content else "web"
+        return "locked" if b"authentication token" in content else "web"
     return "jobs" if b'"ray_version"' in content else "web"
 
 

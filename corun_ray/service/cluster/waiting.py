@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-FIRST_WORD_S = 4.5
+FIRST_WORD_S = 4.0
 WORD_EVERY_S = 15.0
 LAST_RESORT_S = 10.0
 """How much longer a wait within a library's own code may take, which heeds no signal."""

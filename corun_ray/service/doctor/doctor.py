@@ -109,7 +109,8 @@ class Doctor:
                 yield Finding(name, False, str(trouble), advice)
             except Exception as error:
                 # Whatever a library raises, the other checks go on.
-                yield Finding(name, False, f"{type(error).__name__}: {format_reason(error)}", "see the reason")
+                advice = "the check itself failed, by what a library says"
+                yield Finding(name, False, f"{type(error).__name__}: {format_reason(error)}", advice)
             else:
                 if text:
                     yield Finding(name, True, text)

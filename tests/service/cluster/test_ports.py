@@ -105,6 +105,9 @@ def test_a_web_server_is_named_for_what_it_is():
         assert f"Ray's dashboard listens there, http://{place}" in refused(ask_for_ray, place)
         assert f"by its whole address: http://{place}" in refused(ask_for_jobs_api, place)
         ask_for_jobs_api(f"http://{place}")
+    with web_server(b"Unauthorized: Missing authentication token", 401) as place:
+        assert "there is none here" in refused(ask_for_jobs_api, f"http://{place}")
+        assert "Ray's dashboard listens there" in refused(ask_for_ray, place)
     with web_server(b"hello", 404) as place:
         assert "a web server listens there that is not Ray's dashboard" in refused(ask_for_ray, place)
         assert "expected http://HOST:8265" in refused(ask_for_jobs_api, f"http://{place}")
