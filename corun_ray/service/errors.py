@@ -14,8 +14,12 @@ FRAME = '  File "'
 IN_FRAME = "    "
 SENTENCE_ENDS = (".", ":", ";", ",", "!", "?")
 
-# The package of an error's class, as in `ray.exceptions.RayTaskError: …`; the class itself says something.
-_PACKAGE = re.compile(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Z]\w*(?:\([\w.]*\))?(?::|$))")
+# The package of an error's class, as in `ray.exceptions.RpcError: …`; the class itself says something. Names of files,
+# such as `view.JPG: …`, look much the same.
+_PACKAGE = re.compile(
+    r"(?:^|(?<=[\s(]))(?:[A-Za-z_]\w*\.)+(?=[A-Z]\w*(?:Error|Exception|Failed|Timeout|Died|Exit|Interrupt)\b)"
+    r"|\bcorun_ray\.(?:\w+\.)+(?=[A-Z])"
+)
 _OBJECT = re.compile(r"<[\w.]+(?: object)? at 0x[0-9a-f]+>(?:: )?|<[\w.]+\([^<>]*\) at 0x[0-9a-f]+>(?:: )?")
 _HTML = re.compile(r"""['"]?<(?:!doctype|html)\b.*""", re.IGNORECASE | re.DOTALL)
 

@@ -74,11 +74,13 @@ def test_what_is_told_before_a_traceback_stays():
         ("", "OSError"),
         (
             "(sqlite3.OperationalError) no such table: runs\n[SQL: SELECT 1]\n(Background on this error at: https://a)",
-            "(sqlite3.OperationalError) no such table: runs",
+            "(OperationalError) no such table: runs",
         ),
         ("status 502\n'<html><body>Bad Gateway</body></html>'", "status 502, (a web page)"),
         ("<urllib3.connection.HTTPConnection object at 0x7f00>: Failed to establish", "Failed to establish"),
         ("ray.exceptions.RpcError: timed out", "RpcError: timed out"),
+        ("failed (corun_ray.service.storage.MissingFile: no)", "failed (MissingFile: no)"),
+        ("view.JPG: truncated", "view.JPG: truncated"),
     ],
 )
 def test_what_says_nothing_is_left_out(text, said):

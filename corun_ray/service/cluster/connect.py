@@ -32,8 +32,8 @@ JOIN_LIMIT_S = 60.0
 """How long joining a cluster that answers may take, unless CORUN_CONNECT_PATIENCE_S gives more."""
 VERSION_MISMATCH = "Version mismatch"
 NO_NODE_HERE = (
-    "it answers, but this machine is no node of it, and only a node joins by HOST:6379; from elsewhere give "
-    "ray://HOST:10001, or corun-ray submit"
+    "it answers, but this machine is no node of it, as it must be to join; from elsewhere, corun-ray submit --address "
+    "http://HOST:8265 sends jobs"
 )
 LOG_LEVELS = {
     "ray": logging.ERROR,
@@ -116,7 +116,7 @@ def _join_cluster(address: str, options: Mapping[str, Any]) -> None:
     try:
         limit_s = max(JOIN_LIMIT_S, read_patience_s())
         ask_for_ray(_find_cluster() if address == "auto" else address)
-        if "://" not in address and not services.find_node_ids():
+        if not services.find_node_ids():
             raise ClusterError(f"{failure} ({NO_NODE_HERE})")
         with announce_wait(f"the cluster at {address}"), limit_wait(limit_s, gave_up):
             ray.init(address=address, runtime_env=environment, **options)

@@ -32,13 +32,13 @@ HEADER_BYTES = 9
 GCS_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 CLIENT_METHOD = "/ray.rpc.RayletDriver/ClusterInfo"
 CLIENT_SCHEME = "ray"
-RAY_EXPECTED = "expected HOST:6379 of a head, or ray://HOST:10001"
+RAY_EXPECTED = "expected HOST:6379 of a head"
 JOBS_EXPECTED = "expected http://HOST:8265"
 
 Speaker = Literal["head", "client", "jobs", "locked", "web", "grpc", "other", "unknown"]
 MEANINGS: dict[Speaker, str] = {
     "head": "a Ray head listens there, RAY_ADDRESS={place}",
-    "client": "Ray Client listens there, RAY_ADDRESS=ray://{place}",
+    "client": "Ray Client listens there, and Ray Data cannot run through it: corun-ray submit sends jobs",
     "jobs": "Ray's dashboard listens there, http://{place} is for corun-ray submit and jobs",
     "locked": "Ray's dashboard listens there, http://{place} is for corun-ray submit and jobs",
     "web": "a web server listens there that is not Ray's dashboard",
@@ -90,9 +90,9 @@ def read_patience_s() -> float:
 
 
 def ask_for_ray(address: str) -> None:
-    """Return when a Ray answers at `address`: HOST:PORT of a head, or ray://HOST:PORT.
+    """Return when a Ray head answers at `address`, HOST:PORT.
 
-    `auto` and the like are left to Ray. Raises `PortError`: at once where something else listens there, else after
+    `auto` is left to Ray. Raises `PortError`: at once where something else listens there, else after
     some seconds or what CORUN_CONNECT_PATIENCE_S gives.
     """
     if address == "auto":
@@ -106,9 +106,8 @@ def ask_for_ray(address: str) -> None:
             hint = f"{scheme}:// is for the dashboard of corun-ray submit and jobs, {RAY_EXPECTED}"
         raise PortError(f"{failure} ({hint})")
 
-    wanted: Speaker = "client" if scheme else "head"
     speaker = _await_speaker(host, port, failure)
-    if speaker not in (wanted, "unknown"):
+    if scheme or speaker not in ("head", "unknown"):
         raise PortError(f"{failure} ({_explain(speaker, host, port)}; {RAY_EXPECTED})")
 
 

@@ -22,6 +22,7 @@ MB = 10**6
 EXPERIMENT = "corun-doctor"
 TRIAL_METRICS = {"trial": 1.0}
 ANSWER_TIMEOUT_S = 10
+LISTEN_TIMEOUT_S = 2
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def try_mlflow(uri: str) -> str:
 def is_listening(address: str) -> bool:
     """Return whether a server accepts connections at HOST:PORT."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    with suppress(OSError, ValueError), socket.create_connection((host, int(port)), ANSWER_TIMEOUT_S):
+    with suppress(OSError, ValueError), socket.create_connection((host, int(port)), LISTEN_TIMEOUT_S):
         return True
     return False
 

@@ -119,8 +119,9 @@ def test_a_head_and_ray_client_are_told_apart():
         assert f"a Ray head listens there, RAY_ADDRESS={place}" in refused(ask_for_ray, f"ray://{place}")
         assert "a Ray head listens there" in refused(ask_for_jobs_api, f"http://{place}")
     with grpc_server(ports.CLIENT_METHOD) as place:
-        ask_for_ray(f"ray://{place}")
-        assert f"RAY_ADDRESS=ray://{place}" in refused(ask_for_ray, place)
+        assert "Ray Client listens there" in refused(ask_for_ray, place)
+        assert "corun-ray submit sends jobs" in refused(ask_for_ray, f"ray://{place}")
+        ask_for_jobs_api(f"ray://{place}")
     with grpc_server("/other/Method") as place:
         assert "another gRPC service" in refused(ask_for_ray, place)
 
