@@ -20,10 +20,10 @@ from corun_ray.service.proxies import describe_proxy
 PATIENCE_VARIABLE = "CORUN_CONNECT_PATIENCE_S"
 POLL_S = 1.0
 CONNECT_TIMEOUT_S = 2.5
-ANSWER_TIMEOUT_S = 1.5
-"""A server answers the first bytes of a connection at once, however busy its machine is with other things."""
+ANSWER_TIMEOUT_S = 2.0
+"""For the first bytes of a connection; with 60 processes waiting for 2 cores, a head takes 1.2 s at most."""
 CALL_TIMEOUT_S = 10.0
-"""For a call to a Ray that has answered."""
+"""For a call to a server that has answered."""
 
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """The beginning of HTTP/2, as gRPC speaks it, with empty settings; a server of HTTP/1 refuses it in its own words."""
@@ -226,7 +226,7 @@ def _ask_web_server(host: str, port: int) -> Speaker:
     """Ask for the version of a dashboard, which only those who have its token are told."""
     token = read_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    connection = http.client.HTTPConnection(host, port, timeout=ANSWER_TIMEOUT_S)
+    connection = http.client.HTTPConnection(host, port, timeout=CALL_TIMEOUT_S)
     try:
         with closing(connection):
             connection.request("GET", "/api/version", headers=headers)

@@ -17,7 +17,6 @@ from tests.conftest import free_port
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(ports, "ANSWER_TIMEOUT_S", 0.3)
     monkeypatch.setattr(ports, "POLL_S", 0.05)
     for name in (ports.PATIENCE_VARIABLE, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -91,7 +90,8 @@ def test_an_address_that_is_none_is_told(address, reason):
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_nobody_and_a_mute_listener_are_told(scheme):
+def test_nobody_and_a_mute_listener_are_told(scheme, monkeypatch):
+    monkeypatch.setattr(ports, "ANSWER_TIMEOUT_S", 0.3)
     said = refused(ask_for_ray, f"{scheme}127.0.0.1:{free_port()}")
     assert "nobody listens there" in said and "CORUN_CONNECT_PATIENCE_S=600 waits for it" in said
     with socket.create_server(("127.0.0.1", 0)) as mute:
