@@ -17,6 +17,7 @@ from corun_ray.bench.scaling import ScalingSettings, bench_scaling, read_measure
 from corun_ray.bench.scaling_model import WorkerStep
 from corun_ray.bench.step import StepSettings, bench_step
 from corun_ray.bench.tables import format_dehaze, format_scaling, format_step
+from corun_ray.core.errors import format_error
 
 
 def run_step(settings: StepSettings, json_file: Path | None = None, trace: Path | None = None) -> None:
@@ -94,7 +95,7 @@ def find_device(name: str | None) -> torch.device:
             raise RuntimeError(f"expected {' or '.join(MATRIX_SIDE)}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name} cannot be used ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"--device: {name} cannot be used ({format_error(error)})") from None
     return device
 
 

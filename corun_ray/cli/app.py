@@ -16,6 +16,7 @@ from corun_ray.cli.common import DONE, FAILED, WRONG_REQUEST
 from corun_ray.cli.output import Output, protect_output
 from corun_ray.core.errors import UserError
 from corun_ray.service.errors import JobFailed
+from corun_ray.service.proxies import reach_loopback_directly
 
 if TYPE_CHECKING:
     from typer._click import Context
@@ -36,6 +37,7 @@ examples:
   corun-ray dehaze PHOTOS OUT --model corun-small
 
 RAY_ADDRESS names the cluster to use; without it, a local Ray is started.
+CORUN_CONNECT_PATIENCE_S=600 waits ten minutes for a cluster to answer.
 
 exit codes: 0 done, 1 the job failed, 2 the request is wrong"""
 
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     `argv` are the words behind the program's name; by default those of this process.
     """
     output = protect_output()
+    reach_loopback_directly()
     sys.exit(output.settle(_run(sys.argv[1:] if argv is None else argv, output)))
 
 

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import typer
 
 from corun_ray.cli.command import App
-from corun_ray.cli.common import DONE, WRITE_JSON, at_least, multiple_of, parse_positive, parse_share, using_ray
+from corun_ray.cli.common import (
+    DONE,
+    WRITE_JSON,
+    ask_for_cluster,
+    at_least,
+    multiple_of,
+    parse_positive,
+    parse_share,
+    using_ray,
+)
 from corun_ray.core.choices import DepthKind, Encoding
 from corun_ray.core.errors import UserError
 
@@ -536,6 +545,7 @@ def measure_pool(
     if mistakes:
         raise UserError("\n".join(mistakes))
 
+    ask_for_cluster()
     with using_ray():
         _fill_and_measure(settings, place, json_file, plot_file)
     return DONE

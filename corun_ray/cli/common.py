@@ -103,6 +103,18 @@ def parse_positive(text: str) -> float:
 # --- Ray ---
 
 
+def ask_for_cluster() -> None:
+    """Ask whether a Ray answers at RAY_ADDRESS, if that is set, before the imports that take seconds.
+
+    Raises `UserError` where none does.
+    """
+    from corun_ray.service.cluster.ports import ask_for_ray, read_ray_address
+
+    address = read_ray_address()
+    if address:
+        ask_for_ray(address)
+
+
 @contextmanager
 def using_ray() -> Iterator[None]:
     """Run a command that uses Ray.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from corun_ray.cli.command import App
-from corun_ray.cli.common import DONE, FAILED, Overrides, at_least, using_ray
+from corun_ray.cli.common import DONE, FAILED, Overrides, ask_for_cluster, at_least, using_ray
 
 if TYPE_CHECKING:
     from corun_ray.service.telemetry.console import Console
@@ -152,6 +152,8 @@ def pack(
     Stopped, it resumes when it is called again; called again after images have changed, it writes the shards that
     hold them. Files that cannot be read, and images without a depth map, are skipped and named.
     """
+    if not dry_run:
+        ask_for_cluster()
     with using_ray():
         _plan_and_pack(images, output, depth, shard_mib, keep_png, dry_run)
     return DONE

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from corun_ray.cli.command import App, parse_whole_number
-from corun_ray.cli.common import DEFAULT_TRACKING, DONE, FAILED, SOURCE_HELP, Tracking, using_ray
+from corun_ray.cli.common import DEFAULT_TRACKING, DONE, FAILED, SOURCE_HELP, Tracking, ask_for_cluster, using_ray
 from corun_ray.core.choices import PulledFormat
 from corun_ray.core.errors import UserError
 
@@ -445,6 +445,7 @@ def run_described(tree: dict[str, Any], tracking: str, resume: bool = False) -> 
 
     # Report a mistake before the imports below, which take seconds.
     job = build_job(tree | {"tracking": {"uri": tracking}})
+    ask_for_cluster()
 
     from corun_ray.service.jobs import run_jobs
     from corun_ray.service.telemetry.console import Console

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from corun_ray.cli.command import App
-from corun_ray.cli.common import DEFAULT_TRACKING, DONE, FAILED, JobFile, Overrides, PerhapsJobFile, using_ray
+from corun_ray.cli.common import (
+    DEFAULT_TRACKING,
+    DONE,
+    FAILED,
+    JobFile,
+    Overrides,
+    PerhapsJobFile,
+    ask_for_cluster,
+    using_ray,
+)
 from corun_ray.core.errors import UserError
 
 app = App()
@@ -44,6 +53,7 @@ def run(
 
     # Report mistakes in the file before the imports of the service, which take seconds.
     jobs = load_jobs(job, overrides)
+    ask_for_cluster()
 
     from corun_ray.service.jobs import run_jobs
     from corun_ray.service.telemetry.console import Console

@@ -9,6 +9,7 @@ import typer
 from corun_ray.cli.command import App
 from corun_ray.cli.common import DONE, FAILED, WRONG_REQUEST, JobFile, Overrides
 from corun_ray.cli.output import OutputLost
+from corun_ray.service.errors import join_lines
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -176,6 +177,15 @@ def stop(name: Name, address: Address = None) -> int:
 
 def _connect(address: str | None) -> "JobsClient":
     """Return a client of the cluster's Jobs API."""
+    from corun_ray.service.cluster.ports import ask_for_jobs_api, find_jobs_address
+    from corun_ray.service.cluster.tokens import send_token
+
+    # Nobody waits for the imports of Ray to hear that the address is wrong.
+    place = find_jobs_address(address)
+    if place:
+        send_token()
+        ask_for_jobs_api(place)
+
     from corun_ray.service.cluster.jobs_api import JobsClient
 
     return JobsClient(address)
@@ -246,11 +256,9 @@ def _tell_end(job: "JobDetails") -> int:
     if job.driver_exit_code == WRONG_REQUEST:
         return WRONG_REQUEST
 
-    # The job never began: Ray says why in the first and the last line around a traceback.
-    message = (job.message or "").strip()
-    if job.driver_exit_code is None and message:
-        first, *rest = message.splitlines()
-        print(f"{first} {rest[-1]}" if rest else first, file=sys.stderr)
+    # The job never began: Ray says why, around a traceback.
+    if job.driver_exit_code is None and job.message:
+        print(join_lines(job.message), file=sys.stderr)
     return FAILED
 
 

@@ -1,6 +1,5 @@
 """`corun-ray check`: look at everything a job would use, and start nothing."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from corun_ray.core.choices import QUALITY_NAMES, SHIPPED_MODELS
 from corun_ray.core.errors import UserError
 from corun_ray.core.metrics.catalog import OWN_METRICS, TRANSMISSION_METRICS
 from corun_ray.service.cluster.gpus import count_driver_gpus
+from corun_ray.service.cluster.ports import read_ray_address
 from corun_ray.service.data.inspection import Inspection, Inspector, find_largest_patch_px, refuse_unusable
 from corun_ray.service.data.listing import IMAGE_SUFFIXES, Listing
 from corun_ray.service.data.manifest import (
@@ -343,7 +343,7 @@ def _check_machines(job: Job) -> Notes:
 
     Without a cluster, this machine must have the GPUs.
     """
-    cluster = os.environ.get("RAY_ADDRESS")
+    cluster = read_ray_address()
     where = cluster or "a local Ray"
     if isinstance(job, EvaluateJob | DehazeJob | DepthJob):
         yield "machines", f"every GPU, else every CPU, of {where}"

@@ -1,13 +1,27 @@
-"""The failure of a job, and errors in one line."""
+"""The failure of a job, and the errors of libraries in one line that keeps their reason."""
 
 import re
 
-MAX_LINE_CHARACTERS = 300
+from corun_ray.service.proxies import describe_proxy
 
+MAX_LINE_CHARACTERS = 600
+"""Longer reasons are pages and dumps."""
+CAUSED_BY = "\nThe above exception was the direct cause"
+NOISE = ("[SQL:", "[parameters:", "(Background on this error at:", "Compile with `TORCH_USE_CUDA_DSA`")
+"""How lines of libraries begin that no user can use."""
+TRACEBACK = "Traceback (most recent call last)"
 FRAME = '  File "'
-"""How a frame of a traceback begins."""
-CLASS_PATH = re.compile(r"^(\w+\.)+(?=\w+(:|$))")
-"""The modules before the name of an error's class."""
+IN_FRAME = "    "
+SENTENCE_ENDS = (".", ":", ";", ",", "!", "?")
+
+# The package of an error's class, as in `ray.exceptions.RpcError: …`; the class itself says something. Names of files,
+# such as `view.JPG: …`, look much the same.
+_PACKAGE = re.compile(
+    r"(?:^|(?<=[\s(]))(?:[A-Za-z_]\w*\.)+(?=[A-Z]\w*(?:Error|Exception|Failed|Timeout|Died|Exit|Interrupt)\b)"
+    r"|\bcorun_ray\.(?:\w+\.)+(?=[A-Z])"
+)
+_OBJECT = re.compile(r"<[\w.]+(?: object)? at 0x[0-9a-f]+>(?:: )?|<[\w.]+\([^<>]*\) at 0x[0-9a-f]+>(?:: )?")
+_HTML = re.compile(r"""['"]?<(?:!doctype|html)\b.*""", re.IGNORECASE | re.DOTALL)
 
 
 class JobFailed(Exception):
@@ -15,33 +29,68 @@ class JobFailed(Exception):
 
 
 def find_root_cause(traceback: str) -> str:
-    """Return the first error of a chain of tracebacks, on one line and without the path of its class.
+    """Return the first error of a chain of tracebacks, `Class: reason`, as one line.
 
-    Its text ends the first traceback. The later tracebacks tell what followed from it.
+    The later tracebacks tell what followed from it. The reason is kept whole, however many lines it has.
     """
-    lines = traceback.split("\nThe above exception was the direct cause")[0].strip().splitlines()
+    lines = traceback.split(CAUSED_BY)[0].strip().splitlines()
 
-    # The text begins at the first line that is not indented below the last frame; it may have several lines.
-    text = lines[-1:]
-    frames = [place for place, line in enumerate(lines) if line.startswith(FRAME)]
-    for place in range(frames[-1] if frames else len(lines), len(lines)):
-        if lines[place] and not lines[place].startswith(" "):
-            text = lines[place:]
-            break
-    return CLASS_PATH.sub("", " ".join(" ".join(text).split()))
+    # The error comes after the last frame, which is its place and some lines of code.
+    begin = max((i + 1 for i, line in enumerate(lines) if line.startswith(FRAME)), default=0)
+    while begin < len(lines) - 1 and begin > 0 and lines[begin].startswith(IN_FRAME):
+        begin += 1
+    return join_lines("\n".join(lines[begin:]))
 
 
-def get_first_line(error: Exception) -> str:
-    """Return the first line of an error's text.
+def format_reason(error: BaseException, url: str = "") -> str:
+    """Return why something failed, as one line of at most 600 characters.
 
-    It has at most 300 characters. An error without text is named by its type.
+    Libraries spread a reason over lines: versions, remedies. All of them are kept, without class paths, tracebacks, SQL
+    and web pages. An error that only says that something failed is told with what it was raised from. An error without
+    text is named by its type. `url` is the server that was asked, if any: a proxy on the way to it is named.
     """
-    lines = str(error).strip().splitlines()
-    return lines[0][:MAX_LINE_CHARACTERS] if lines else type(error).__name__
+    reasons = [join_lines(str(error)) or type(error).__name__]
+    cause = error.__cause__
+    while cause is not None:
+        reason = join_lines(str(cause)) or type(cause).__name__
+        if not any(reason in earlier for earlier in reasons):
+            reasons.append(reason)
+        cause = cause.__cause__
+    return _cut(": ".join(reason.rstrip(".: ") for reason in reasons)) + describe_proxy(url)
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its text: `OSError: [Errno 28] No space left on device`."""
-    lines = str(error).strip().splitlines()
-    kind = type(error).__name__
-    return f"{kind}: {lines[0][:MAX_LINE_CHARACTERS]}" if lines else kind
+    """Return the kind of an error and its reason: `OSError: [Errno 28] No space left on device`."""
+    kind, reason = type(error).__name__, format_reason(error)
+    return kind if reason == kind else f"{kind}: {reason}"
+
+
+def join_lines(text: str) -> str:
+    """Return a library's message of several lines as one.
+
+    A line that ends a sentence, or announces the next, is followed by a blank; any other by a comma. Of a traceback,
+    only the error is kept.
+    """
+    if f"\n{FRAME}" in text:
+        before, mark, _ = text.partition(TRACEBACK)
+        text = f"{before if mark else ''}\n{find_root_cause(text)}"
+
+    # A server's page says less than the status before it.
+    text = _HTML.sub("(a web page)", text)
+
+    joined = ""
+    for line in text.splitlines():
+        words = " ".join(line.split())
+        if not words or words.startswith(NOISE):
+            continue
+        if joined:
+            joined += " " if joined.endswith(SENTENCE_ENDS) else ", "
+        joined += words
+    return _cut(_PACKAGE.sub("", _OBJECT.sub("", joined)))
+
+
+def _cut(line: str) -> str:
+    """Shorten a line that is too long, at a word, and show that it goes on."""
+    if len(line) <= MAX_LINE_CHARACTERS:
+        return line
+    return f"{line[:MAX_LINE_CHARACTERS].rpartition(' ')[0]} …"

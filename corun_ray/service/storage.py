@@ -21,7 +21,7 @@ from pyarrow import NativeFile, fs
 
 from corun_ray.config.credentials import REFUSED, holds_credentials, mask_credentials
 from corun_ray.core.errors import UserError
-from corun_ray.service.errors import get_first_line
+from corun_ray.service.errors import format_reason
 
 T = TypeVar("T")
 
@@ -318,7 +318,7 @@ class Location:
 
             # For a local file, use the system's own text: pyarrow's repeats the path and the number of the error, and
             # names the temporary file.
-            reason = get_first_line(error)
+            reason = format_reason(error)
             if self.is_local and isinstance(error, OSError) and error.errno:
                 reason = os.strerror(error.errno)
             raise kind(f"cannot {verb} {self.uri}: {reason}") from None
@@ -344,7 +344,7 @@ def locate(uri: str) -> Location:
         if isinstance(filesystem, fs.S3FileSystem):
             filesystem = PatientS3.copy_of(filesystem)
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot open {uri}: {get_first_line(error)}") from None
+        raise StorageError(f"cannot open {uri}: {format_reason(error)}") from None
     return Location(uri.rstrip("/"), filesystem, path.rstrip("/"))
 
 

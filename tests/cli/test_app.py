@@ -10,10 +10,12 @@ from typing import get_args
 import pytest
 import yaml
 
+from corun_ray.cli.app import main
 from corun_ray.config.loading import dump_job, load_jobs
 from corun_ray.core.choices import CLARITY_NAMES, DEGRADATIONS, QUALITY_NAMES, Degradation
 from corun_ray.core.scoring.scorers import CLARITY_SCORERS, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY_SCORERS
 from corun_ray.service.models.sources import SHIPPED_FOLDER
+from tests.conftest import free_port
 from tests.service.jobs import small_job
 
 
@@ -89,6 +91,35 @@ def test_a_missing_folder_stops_a_run_before_ray_starts(dataset, tmp_path):
     result = corun_ray("run", tmp_path / "pretrain.yaml", "--set", "data.clear=/nowhere", RAY_ADDRESS="")
     assert result.returncode == 2
     assert result.stderr.startswith("cannot list /nowhere") and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "run JOB",
+        "dehaze IN OUT --model corun-small",
+        "depth IN OUT --weights W",
+        "evaluate IN",
+        "serve corun-small",
+        "pack IN OUT",
+        "bench pool --storage FOLDER",
+        "submit JOB --set storage=/runs --set tracking.uri=http://m --set data.clear=/c",
+        "jobs ls",
+        "jobs stop me",
+    ],
+)
+def test_nobody_at_ray_address_is_one_line_before_anything_is_imported(dataset, tmp_path, monkeypatch, capsys, command):
+    small_job("pretrain", dataset, tmp_path)
+    port = free_port()
+    is_for_jobs = command.startswith(("submit", "jobs"))
+    monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{port}" if is_for_jobs else f"127.0.0.1:{port}")
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    words = {"JOB": str(tmp_path / "pretrain.yaml"), "FOLDER": str(tmp_path)}
+    with pytest.raises(SystemExit) as ended:
+        main([words.get(word, word) for word in command.split()])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1, said
+    assert f"127.0.0.1:{port}" in said and "nobody listens there" in said
 
 
 def test_demo_refuses_a_folder_of_someone_else(tmp_path):

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 from corun_ray import PACKAGE
@@ -15,11 +16,25 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
 
 import ray
+from ray._private import services
+from ray.exceptions import AuthenticationError
 
 from corun_ray.config.jobs import ClusterSection
+from corun_ray.service.cluster.local_ray import LocalRayError, check_folder, find_folder
+from corun_ray.service.cluster.ports import PortError, ask_for_ray, read_patience_s, read_ray_address
+from corun_ray.service.cluster.tokens import describe_token_trouble, send_token
+from corun_ray.service.cluster.waiting import GaveUp, announce_wait, limit_wait
+from corun_ray.service.errors import JobFailed, format_reason
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job, whose runtime environment then holds our code already."""
+JOIN_LIMIT_S = 60.0
+"""How long joining a cluster that answers may take, unless CORUN_CONNECT_PATIENCE_S gives more."""
+VERSION_MISMATCH = "Version mismatch"
+NO_NODE_HERE = (
+    "it answers, but this machine is no node of it, as it must be to join; from elsewhere, corun-ray submit --address "
+    "http://HOST:8265 sends jobs"
+)
 LOG_LEVELS = {
     "ray": logging.ERROR,
     "ray.train": logging.ERROR,
@@ -52,7 +67,7 @@ def connect(*sizes: ClusterSection) -> str:
     for size in sizes:
         _check_size(size)
 
-    address = os.environ.get("RAY_ADDRESS")
+    address = read_ray_address()
     if not address:
         return "a local Ray"
 
@@ -76,26 +91,80 @@ def _start_ray(min_cpus: float) -> None:
         logging.getLogger(name).setLevel(level)
 
     sigterm_handler = signal.getsignal(signal.SIGTERM)
-    address = os.environ.get("RAY_ADDRESS")
+    address = read_ray_address()
     if address:
-        # Workers need our code; those of a submitted job have it already.
-        environment = {} if IN_RAY_JOB in os.environ else {"py_modules": [str(PACKAGE)]}
-        try:
-            ray.init(address=address, runtime_env=environment, **quiet)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ClusterError(f"RAY_ADDRESS: no Ray cluster at {address} ({reason})") from None
+        _join_cluster(address, quiet)
     else:
-        # Nobody takes the one node of a local Ray away, so a training starts no process that looks for notices.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-
-        num_cpus = max(os.cpu_count() or 1, math.ceil(min_cpus))
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+        _start_local_ray(min_cpus, quiet)
 
     # ray.init() installs its own SIGTERM handler, which kills a process that is still closing files after 3 s.
     # Restore ours.
     if sigterm_handler is signal.default_int_handler:
         signal.signal(signal.SIGTERM, sigterm_handler)
+
+
+def _join_cluster(address: str, options: Mapping[str, Any]) -> None:
+    """Join the cluster at an address.
+
+    Raises `ClusterError` where none answers: at once where the port tells, else within a minute.
+    """
+    failure = f"RAY_ADDRESS: no Ray cluster at {address}"
+    gave_up = f"{failure} (it listens, and does not let this process join; look at its nodes: ray status)"
+
+    # Workers need our code; those of a submitted job have it already.
+    environment = {} if IN_RAY_JOB in os.environ else {"py_modules": [str(PACKAGE)]}
+    try:
+        limit_s = max(JOIN_LIMIT_S, read_patience_s())
+        ask_for_ray(_find_cluster() if address == "auto" else address)
+        if not services.find_node_ids():
+            raise ClusterError(f"{failure} ({NO_NODE_HERE})")
+        with announce_wait(f"the cluster at {address}"), limit_wait(limit_s, gave_up):
+            ray.init(address=address, runtime_env=environment, **options)
+    except ClusterError:
+        raise
+    except PortError as error:
+        raise ClusterError(str(error)) from None
+    except GaveUp:
+        raise ClusterError(gave_up) from None
+    except AuthenticationError:
+        raise ClusterError(f"{failure} ({describe_token_trouble()})") from None
+    except Exception as error:
+        reason = format_reason(error)
+        if VERSION_MISMATCH in reason:
+            reason += "; both sides need the same Ray and the same Python, as one image has them"
+        raise ClusterError(f"{failure} ({reason})") from None
+
+
+def _find_cluster() -> str:
+    """Return the address of the head that runs on this machine; raises `ConnectionError` where there is none."""
+    # Ray sends a token to a cluster that it finds itself, without being told to.
+    send_token()
+    return services.get_ray_address_from_environment("auto", None)
+
+
+def _start_local_ray(min_cpus: float, options: Mapping[str, Any]) -> None:
+    """Start Ray on this machine.
+
+    Raises `ClusterError` where its folder is no good, and `JobFailed` where it does not start for another reason.
+    """
+    try:
+        check_folder()
+    except LocalRayError as error:
+        raise ClusterError(str(error)) from None
+
+    # Nobody takes the one node of a local Ray away, so a training starts no process that looks for notices.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+    num_cpus = max(os.cpu_count() or 1, math.ceil(min_cpus))
+    try:
+        with announce_wait("a local Ray to start"):
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+    except Exception as error:
+        folder, _ = find_folder()
+        raise JobFailed(
+            f"a local Ray does not start: {format_reason(error)} (its logs: {folder}/ray/session_latest/logs; "
+            "a folder with room and RAY_TMPDIR, a machine with less load, or a cluster by RAY_ADDRESS may help)"
+        ) from None
 
 
 def _check_size(size: ClusterSection) -> None:

@@ -5,9 +5,8 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
@@ -18,13 +17,20 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from corun_ray.config.messages import find_closest
 from corun_ray.core.errors import UserError
+from corun_ray.service.cluster.ports import JOBS_EXPECTED, PortError, ask_for_jobs_api, find_jobs_address
 from corun_ray.service.cluster.submission import EXCLUDED_PATTERNS, Submission
+from corun_ray.service.cluster.tokens import describe_token_trouble, send_token
+from corun_ray.service.cluster.waiting import announce_wait
+from corun_ray.service.errors import format_reason
+from corun_ray.service.proxies import describe_proxy, reach_loopback_directly
 
 NAME_KEY = "corun_name"
 """Key of a job's metadata that holds its name."""
 POLL_S = 1.0
 PATIENCE_S = 60.0
 """How long `follow` asks a cluster that no longer answers."""
+ANSWER_TIMEOUT_S = 60.0
+"""How long the API may take to answer a request."""
 NO_AGENT = "No available agent"
 """What a dashboard says whose cluster has started a few seconds ago."""
 STARTING_S = 30.0
@@ -57,18 +63,22 @@ class JobsClient:
         if address:
             os.environ["RAY_API_SERVER_ADDRESS"] = address
 
-        self.address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+        self.address = find_jobs_address(address)
         if not self.address:
             raise JobsError("no cluster: give --address http://HOST:8265, or set RAY_API_SERVER_ADDRESS")
 
-        # Ray's client sends a token only in this mode.
-        if _has_token():
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # Ray's client waits for minutes where nobody answers, and does not say what else does.
+        send_token()
+        reach_loopback_directly()
+        try:
+            ask_for_jobs_api(self.address)
+        except PortError as error:
+            raise JobsError(str(error)) from None
 
         for name in CHATTY_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
 
-        self._client = self._call_api(JobSubmissionClient)
+        self._client = self._call_api(_PatientClient)
 
     def submit(self, submission: Submission) -> str:
         """Submit a job, code included, and return its id.
@@ -108,13 +118,19 @@ class JobsClient:
         Raises `JobsError`.
         """
         deadline_s = time.monotonic() + STARTING_S
-        while True:
-            try:
-                return self._call_api(call)
-            except JobsError as error:
-                if NO_AGENT not in str(error) or time.monotonic() > deadline_s:
-                    raise
-            time.sleep(POLL_S)
+        with ExitStack() as waiting:
+            is_waiting = False
+            while True:
+                try:
+                    return self._call_api(call)
+                except JobsError as error:
+                    if NO_AGENT not in str(error) or time.monotonic() > deadline_s:
+                        raise
+
+                if not is_waiting:
+                    waiting.enter_context(announce_wait(f"{self.address} to be ready for jobs"))
+                    is_waiting = True
+                time.sleep(POLL_S)
 
     def list_jobs(self) -> list[JobDetails]:
         """List every submitted job, the last one first.
@@ -167,29 +183,33 @@ class JobsClient:
         A connection that breaks is made again. Raises `JobsError` after a minute without an answer.
         """
         lost_since_s: float | None = None
-        while True:
-            # Copy until the connection ends or breaks; the status tells why it did.
-            with suppress(RuntimeError, OSError, aiohttp.ClientError):
-                asyncio.run(self._tail(submission_id, copy))
+        with ExitStack() as outage:
+            while True:
+                # Copy until the connection ends or breaks; the status tells why it did.
+                with suppress(RuntimeError, OSError, aiohttp.ClientError):
+                    asyncio.run(self._tail(submission_id, copy))
 
-            # Ask how the job stands; an answer also ends an outage.
-            try:
-                job = self.read_status(submission_id)
-                if job.status.is_terminal():
-                    # The connection may have missed the end of the log.
-                    copy.begin()
-                    copy.add(self.read_log(submission_id))
-                    return job
+                # Ask how the job stands; an answer also ends an outage.
+                asked_s = time.monotonic()
+                try:
+                    job = self.read_status(submission_id)
+                    if job.status.is_terminal():
+                        # The connection may have missed the end of the log.
+                        copy.begin()
+                        copy.add(self.read_log(submission_id))
+                        return job
 
-                lost_since_s = None
-            except JobsError as error:
-                now_s = time.monotonic()
-                if lost_since_s is None:
-                    lost_since_s = now_s
-                if now_s - lost_since_s > PATIENCE_S:
-                    raise JobsError(f"{error}; the job may still run: corun-ray jobs follow {submission_id}") from None
+                    outage.close()
+                    lost_since_s = None
+                except JobsError as error:
+                    if lost_since_s is None:
+                        outage.enter_context(announce_wait(f"{self.address} to answer again"))
+                        lost_since_s = asked_s
+                    if time.monotonic() - lost_since_s > PATIENCE_S:
+                        advice = f"the job may still run: corun-ray jobs follow {submission_id}"
+                        raise JobsError(f"{error}; {advice}") from None
 
-            time.sleep(POLL_S)
+                time.sleep(POLL_S)
 
     async def _tail(self, submission_id: str, copy: "LogCopy") -> None:
         """Copy a job's log from its beginning, as it grows."""
@@ -203,18 +223,23 @@ class JobsClient:
         Raises `JobsError` in place of the client's errors.
         """
         try:
-            return call()
+            with announce_wait(f"the Jobs API of {self.address}"):
+                return call()
         except AuthenticationError:
-            have = "the token here is another" if _has_token() else "there is none here"
-            raise JobsError(
-                f"{self.address}: the cluster wants its token, and {have} (RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH "
-                "or ~/.ray/auth_token with what `ray get-auth-token` prints on its head)"
-            ) from None
+            raise JobsError(f"{self.address}: {describe_token_trouble()}") from None
         except (ConnectionError, requests.RequestException, OSError):
-            raise JobsError(f"{self.address}: no Jobs API answers there (expected http://HOST:8265)") from None
+            proxy = describe_proxy(str(self.address))
+            raise JobsError(f"{self.address}: no Jobs API answers there ({JOBS_EXPECTED}{proxy})") from None
         except (RuntimeError, ValueError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise JobsError(f"{self.address}: {lines[0][:300]}") from None
+            raise JobsError(f"{self.address}: {format_reason(error, str(self.address))}") from None
+
+
+class _PatientClient(JobSubmissionClient):
+    """Ray's client with a limit for each answer; without one, it waits for ever."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        """Make a request as Ray does."""
+        return super()._do_request(method, endpoint, timeout=ANSWER_TIMEOUT_S, **options)
 
 
 class LogCopy:
@@ -250,9 +275,3 @@ def _get_name(job: JobDetails) -> str:
     A job that was submitted without this project has no name.
     """
     return (job.metadata or {}).get(NAME_KEY) or str(job.submission_id)
-
-
-def _has_token() -> bool:
-    """Return whether Ray would find a token here."""
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).expanduser().exists()

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileInfo
 
+from corun_ray.service.errors import format_reason
 from corun_ray.service.storage import Location, StorageError
 
 INDEX = "index.parquet"
@@ -98,7 +99,7 @@ def open_pack(folder: Location, files: Mapping[str, FileInfo]) -> Pack:
         shards: dict[str, int] = json.loads(table.schema.metadata[SHARDS])
         columns = {name: table[name].to_pylist() for name in INDEX_SCHEMA.names}
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise StorageError(f"{place.uri} is no index of a pack: {str(error).splitlines()[0][:200]}") from None
+        raise StorageError(f"{place.uri} is no index of a pack: {format_reason(error)}") from None
 
     # Compare the shards with the index, as far as sizes tell.
     for file, num_bytes in shards.items():

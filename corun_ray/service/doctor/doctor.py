@@ -8,8 +8,11 @@ from corun_ray.config.jobs import ClusterSection, Job
 from corun_ray.config.trials import choose_example_job
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster.connect import ClusterError, connect, format_nodes
+from corun_ray.service.cluster.ports import read_ray_address
+from corun_ray.service.cluster.waiting import announce_wait
 from corun_ray.service.doctor.nodes import ClusterNodes, NodeTrouble, collect_local_facts, measure_all_reduce
 from corun_ray.service.doctor.places import is_listening, measure_server_clocks, try_mlflow, try_storage
+from corun_ray.service.errors import JobFailed, format_reason
 from corun_ray.service.models.tracking import TrackingError, get_tracking_uri
 from corun_ray.service.storage import StorageError, locate
 from corun_ray.service.weights.needed import NeededFiles, describe_missing_weights, find_needed_files
@@ -97,12 +100,17 @@ class Doctor:
         }
         for name, step in steps.items():
             try:
-                text = step()
+                with announce_wait(f"the check of {name}"):
+                    text = step()
             except _Problem as problem:
                 yield Finding(name, False, str(problem), problem.advice)
             except NodeTrouble as trouble:
                 advice = "look at the nodes: ray status, and the logs of the one named"
                 yield Finding(name, False, str(trouble), advice)
+            except Exception as error:
+                # Whatever a library raises, the other checks go on.
+                advice = "the check itself failed, by what a library says"
+                yield Finding(name, False, f"{type(error).__name__}: {format_reason(error)}", advice)
             else:
                 if text:
                     yield Finding(name, True, text)
@@ -133,23 +141,15 @@ class Doctor:
     def _examine_ray(self) -> str:
         """Connect to Ray; check versions and token authentication."""
         # A Ray that starts here gets as many logical CPUs as the job wants; a cluster has what it has.
-        address = os.environ.get("RAY_ADDRESS", "")
+        address = read_ray_address()
         sizes = []
         if not address:
             sizes.append(self.needs.size.model_copy(update={"gpus_per_worker": 0.0}))
 
         try:
             place = connect(*sizes)
-        except ClusterError as error:
-            if is_listening(address):
-                advice = (
-                    "something listens there: does it know your token, and is its Ray of the version above? "
-                    "(RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
-                )
-            else:
-                advice = "give RAY_ADDRESS=HOST:6379 of a head that runs and can be reached; without, a Ray starts here"
-
-            raise _Problem(str(error), advice) from None
+        except (ClusterError, JobFailed) as error:
+            raise _Problem(str(error), _advise_on_ray(address)) from None
 
         # All nodes must run the same versions.
         self.nodes = ClusterNodes()
@@ -252,7 +252,7 @@ class Doctor:
             raise _Problem("; ".join(mistakes), advice)
 
         files = [name for wanted in self.needs.weights.values() for name in wanted]
-        return f"{', '.join(files)}: there, and as their checksums say" if files else None
+        return f"{', '.join(files)}: there, of the sizes that their index names" if files else None
 
     def _examine_clocks(self) -> str:
         """Compare the clocks of all servers and nodes with ours."""
@@ -274,3 +274,15 @@ class Doctor:
         # Name the largest distance, whatever its direction.
         largest_s = max(map(abs, offsets_s.values()), default=0.0)
         return f"{', '.join(offsets_s) or 'this machine'}: at most {largest_s:.1f} s apart"
+
+
+def _advise_on_ray(address: str) -> str:
+    """Return what to do about a Ray that cannot be had."""
+    if not address:
+        return "RAY_TMPDIR names the folder of a local Ray: short, writable and with room"
+    if is_listening(address):
+        return (
+            "something listens there: does it know your token, and is its Ray of the version above? "
+            "(RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
+        )
+    return "give RAY_ADDRESS=HOST:6379 of a head that runs and can be reached; without, a Ray starts here"

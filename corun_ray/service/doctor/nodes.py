@@ -145,8 +145,8 @@ class ClusterNodes:
         return f"{format_nodes(len(self._nodes))}, {cpus:g} CPUs, {gpus:g} GPUs"
 
     def measure_clocks(self) -> dict[str, float]:
-        """Measure how far each node's clock is ahead, in seconds."""
-        return {address: _measure_clock(probe) for address, probe in self._probes.items()}
+        """Measure how far each node's clock is ahead, in seconds; raises `NodeTrouble`."""
+        return {address: _measure_clock(address, probe) for address, probe in self._probes.items()}
 
     def try_storage(self, place: Location) -> list[StorageSpeed]:
         """Try storage from each node.
@@ -189,13 +189,13 @@ def _await_answer(address: str, answer: "ray.ObjectRef[Answer]") -> Answer:
         raise NodeTrouble(f"{address} does not answer: {find_root_cause(str(error))}") from None
 
 
-def _measure_clock(probe: ActorProxy[NodeProbe]) -> float:
-    """Measure how far a node's clock is ahead, in seconds."""
+def _measure_clock(address: str, probe: ActorProxy[NodeProbe]) -> float:
+    """Measure how far a node's clock is ahead, in seconds; raises `NodeTrouble`."""
     # The node read its clock about halfway between question and answer.
     measured = []
     for _ in range(CLOCK_QUESTIONS):
         asked_s = time.time()
-        node_s = ray.get(probe.read_clock.remote(), timeout=ANSWER_TIMEOUT_S)
+        node_s = _await_answer(address, probe.read_clock.remote())
         answered_s = time.time()
         measured.append((answered_s - asked_s, node_s - (asked_s + answered_s) / 2))
 

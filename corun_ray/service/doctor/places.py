@@ -12,7 +12,7 @@ from pathlib import Path
 
 import requests
 
-from corun_ray.service.errors import get_first_line
+from corun_ray.service.errors import format_reason
 from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow, get_or_create_experiment
 from corun_ray.service.storage import PATIENCE_VARIABLE, Location, StorageError
 
@@ -22,6 +22,7 @@ MB = 10**6
 EXPERIMENT = "corun-doctor"
 TRIAL_METRICS = {"trial": 1.0}
 ANSWER_TIMEOUT_S = 10
+LISTEN_TIMEOUT_S = 2
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def try_mlflow(uri: str) -> str:
         finally:
             client.delete_run(run_id)
     except Exception as error:
-        raise TrackingError(f"{uri} does not work as MLflow: {get_first_line(error)}") from None
+        raise TrackingError(f"{uri} does not work as MLflow: {format_reason(error, uri)}") from None
 
     if not is_same:
         raise TrackingError(f"{uri} gives back other values than were logged")
@@ -111,8 +112,8 @@ def try_mlflow(uri: str) -> str:
 
 def is_listening(address: str) -> bool:
     """Return whether a server accepts connections at HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    with suppress(OSError, ValueError), socket.create_connection((host, int(port)), ANSWER_TIMEOUT_S):
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    with suppress(OSError, ValueError), socket.create_connection((host, int(port)), LISTEN_TIMEOUT_S):
         return True
     return False
 

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.errors import UserError, format_error
+from corun_ray.core.errors import UserError
 from corun_ray.core.inference.restore import MIN_SIDE_PX, restore
 from corun_ray.core.networks.corun import Restoration
 from corun_ray.core.networks.spec import NetworkSpec, compute_padded_size
+from corun_ray.service.errors import join_lines
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -233,5 +234,4 @@ def _find_reason(error: BaseException) -> str:
     """Return the error that an exporter's chain of errors began with, as one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    reason = Exception(str(error).strip().partition("\n")[0])
-    return f"{type(error).__name__}: {format_error(reason)}"
+    return f"{type(error).__name__}: {join_lines(str(error))}"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from corun_ray.core.metrics.catalog import choose_mode, list_validation_metrics
 from corun_ray.core.training.checkpoints import NETWORK_FILE
-from corun_ray.service.errors import get_first_line
+from corun_ray.service.errors import format_reason
 from corun_ray.service.models import flavor
 from corun_ray.service.models.flavor import ABOUT_FOLDER
 from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow
@@ -232,7 +232,7 @@ class Registry:
         except TrackingError:
             raise
         except Exception as error:
-            raise TrackingError(f"{problem} ({self.uri}): {get_first_line(error)}") from None
+            raise TrackingError(f"{problem} ({self.uri}): {format_reason(error, self.uri)}") from None
 
 
 def download_model(uri: str, source: str, folder: Path) -> Path:
@@ -244,7 +244,7 @@ def download_model(uri: str, source: str, folder: Path) -> Path:
     try:
         model = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder)))
     except Exception as error:
-        raise TrackingError(f"{source}: cannot be read from {uri}: {get_first_line(error)}") from None
+        raise TrackingError(f"{source}: cannot be read from {uri}: {format_reason(error, uri)}") from None
 
     networks = sorted(model.rglob(NETWORK_FILE))
     if not networks:

@@ -13,7 +13,8 @@ from corun_ray.config.credentials import REFUSED, holds_credentials, mask_creden
 from corun_ray.config.jobs import Job
 from corun_ray.config.reference import flatten
 from corun_ray.core.errors import UserError
-from corun_ray.service.errors import get_first_line
+from corun_ray.service.errors import format_reason
+from corun_ray.service.proxies import reach_loopback_directly
 
 SQLITE = "sqlite:///"
 MAX_PARAM_CHARACTERS = 500
@@ -52,6 +53,7 @@ def connect_to_mlflow(uri: str) -> Any:
         shown = mask_credentials(uri)
         raise TrackingError(f"{shown} {REFUSED} (MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN)")
 
+    reach_loopback_directly()
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     import mlflow
@@ -94,7 +96,7 @@ class Tracker:
                 self._log_params(job)
         except Exception as error:
             raise TrackingError(
-                f"tracking.uri: {self.uri} does not answer as MLflow: {get_first_line(error)}"
+                f"tracking.uri: {self.uri} does not answer as MLflow: {format_reason(error, self.uri)}"
             ) from None
 
     def _log_params(self, job: Job) -> None:

@@ -31,7 +31,7 @@ from corun_ray.core.choices import Combine
 from corun_ray.core.data.images import ImageU8, encode_png
 from corun_ray.core.inference.pictures import apply_colour_map, encode_thumbnail
 from corun_ray.core.training.labels import Label
-from corun_ray.service.errors import get_first_line
+from corun_ray.service.errors import format_reason
 from corun_ray.service.pool.export import compute_trust_map, decode_scene, load_hazy_image
 from corun_ray.service.pool.index import Head
 from corun_ray.service.pool.review import Choice, Review
@@ -284,7 +284,7 @@ def listen(port: int) -> socket.socket:
         door.bind((LOOPBACK, port))
     except (OSError, OverflowError) as error:
         door.close()
-        raise StorageError(f"cannot listen at {LOOPBACK}:{port}: {get_first_line(error)}") from None
+        raise StorageError(f"cannot listen at {LOOPBACK}:{port}: {format_reason(error)}") from None
     door.listen()
     return door
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corun_ray.core.training.labels import Label, Scores
+from corun_ray.service.errors import format_reason
 from corun_ray.service.pool.index import Head
 from corun_ray.service.storage import DamagedFile, Location, StorageError, locate
 
@@ -174,9 +175,8 @@ def _translate_errors(place: Location) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = StorageError if isinstance(error, OSError) else DamagedFile
-        raise kind(f"{place.uri} cannot be read as labels: {reason}") from None
+        raise kind(f"{place.uri} cannot be read as labels: {format_reason(error)}") from None
 
 
 def _make_head_columns(label: Label) -> dict:

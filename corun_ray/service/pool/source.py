@@ -11,7 +11,7 @@ from pyarrow import fs
 from corun_ray.config.jobs import ColabatorJob
 from corun_ray.config.loading import JobFileError, load_jobs
 from corun_ray.core.training.labels import Label
-from corun_ray.service.errors import get_first_line
+from corun_ray.service.errors import format_reason
 from corun_ray.service.pool import segments, snapshots
 from corun_ray.service.pool.index import SegmentRow
 from corun_ray.service.pool.snapshots import Index, Snapshot
@@ -175,7 +175,7 @@ def list_entries(folder: Location) -> list[fs.FileInfo]:
             return []
         return folder.filesystem.get_file_info(fs.FileSelector(folder.path, allow_not_found=True))
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot list {folder.uri}: {get_first_line(error)}") from None
+        raise StorageError(f"cannot list {folder.uri}: {format_reason(error)}") from None
 
 
 def list_snapshots(pool: Location) -> list[str]:
@@ -274,4 +274,4 @@ def _copy_header(place: Location, file: Path) -> None:
             # A hole of the tensors' size: readers check the length of the file.
             copy.truncate(source.size())
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot read {place.uri}: {get_first_line(error)}") from None
+        raise StorageError(f"cannot read {place.uri}: {format_reason(error)}") from None

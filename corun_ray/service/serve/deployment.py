@@ -5,7 +5,6 @@
 
 import contextlib
 import io
-import os
 import posixpath
 import socket
 import time
@@ -24,7 +23,8 @@ from corun_ray.config.jobs import ServeJob
 from corun_ray.config.tasks import ServeSection
 from corun_ray.core.inference.restore import MIN_SIDE_PX
 from corun_ray.service.cluster.connect import ClusterError, connect
-from corun_ray.service.errors import JobFailed, find_root_cause, get_first_line
+from corun_ray.service.cluster.ports import read_ray_address
+from corun_ray.service.errors import JobFailed, find_root_cause, format_reason, join_lines
 from corun_ray.service.models.registry import Registry
 from corun_ray.service.models.sources import MLFLOW_SCHEMES, Model, fetch_model
 from corun_ray.service.models.tracking import get_tracking_uri
@@ -178,7 +178,7 @@ class Deployment:
             try:
                 now = serve.status().applications.get(self._name)
             except (RayServeException, RayError) as error:
-                raise JobFailed(f"{self._name}: Ray Serve is lost: {get_first_line(error)}") from None
+                raise JobFailed(f"{self._name}: Ray Serve is lost: {format_reason(error)}") from None
 
             if now is None:
                 self.is_ours = False
@@ -187,10 +187,10 @@ class Deployment:
                 self.is_ours = False
                 yield f"another deployment has taken the name {self._name}"
             elif now.status != status:
-                # Such as `unhealthy`, and the first line of Ray Serve's reason.
+                # Such as `unhealthy`, and Ray Serve's reason.
                 status = now.status
-                words = [status.value.lower().replace("_", " "), *now.message.splitlines()[:1]]
-                yield " ".join(words)
+                words = status.value.lower().replace("_", " ")
+                yield f"{words} {join_lines(now.message)}".rstrip()
 
     def _is_replaced(self) -> bool:
         """Ask the application whether it belongs to another deployment."""
@@ -233,7 +233,7 @@ def run_serving(job: ServeJob, console: Console) -> None:
     # Fetch the model before Ray starts: a wrong source is reported at once.
     source, served = identify(section.model, get_tracking_uri(job))
     model = fetch_model(source, get_tracking_uri(job))
-    if not os.environ.get("RAY_ADDRESS"):
+    if not read_ray_address():
         _check_port(section)
 
     place = connect(job.whole_cluster)

@@ -21,7 +21,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from corun_ray.config.jobs import ClusterSection
 from corun_ray.config.training import TrainSection
 from corun_ray.core.metrics.catalog import choose_mode
-from corun_ray.service.errors import JobFailed, find_root_cause
+from corun_ray.service.errors import JobFailed, find_root_cause, format_reason
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.board import BoardState
@@ -95,7 +95,7 @@ def describe_failure(error: Exception) -> list[str]:
 
     if isinstance(error, ControllerError):
         return [f"Ray Train's controller: {find_root_cause(str(error.controller_failure))}"]
-    return [f"Ray Train's controller died: {str(error).splitlines()[0]}"]
+    return [f"Ray Train's controller died: {format_reason(error)}"]
 
 
 class _Trainer(TorchTrainer):

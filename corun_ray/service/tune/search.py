@@ -22,7 +22,7 @@ from corun_ray.config.tasks import Choice, RangeSection
 from corun_ray.config.trials import build_trial_job, list_example_trials
 from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.service.cluster.connect import connect
-from corun_ray.service.errors import JobFailed, get_first_line
+from corun_ray.service.errors import JobFailed, format_reason
 from corun_ray.service.models.registry import register_model
 from corun_ray.service.models.sources import load_starting_model
 from corun_ray.service.models.tracking import Tracker
@@ -239,7 +239,7 @@ def _run_trials(plan: TrialPlan, run: Location, trials_at_once: int, console: Co
             )
         except (AttributeError, ImportError) as error:
             # Tune keeps a search as a pickle, which names our functions by their modules.
-            reason = get_first_line(error)
+            reason = format_reason(error)
             raise ResumeError(
                 f"--resume: {place.uri} was begun by another version of corun_ray and cannot resume ({reason}); "
                 "its finished trials stay, begin a new search without --resume"

@@ -5,13 +5,17 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import MagicMock
 
 import boto3
 import pytest
+from ray.exceptions import GetTimeoutError
 
 from corun_ray.config.jobs import ClusterSection
 from corun_ray.service.doctor.doctor import Doctor, Finding, Needs, collect_needs
+from corun_ray.service.doctor.nodes import ClusterNodes, NodeTrouble
 from corun_ray.service.doctor.places import EXPERIMENT, TRIAL_MIB, measure_server_clocks, try_storage
+from corun_ray.service.errors import JobFailed
 from corun_ray.service.storage import Location, StorageError, locate
 from tests.conftest import free_port
 from tests.jobtexts import COLABATOR, PRETRAIN, load
@@ -104,6 +108,28 @@ def test_a_cluster_that_is_not_there_is_named_and_the_rest_is_looked_at(needs, m
     assert [name for name, one in found.items() if one.is_ok is False] == ["ray"]
     assert found["workers"].is_ok is None and found["gpus"].text == "not looked at without Ray"
     assert found["storage"].is_ok and "from here:" in found["storage"].text
+
+
+def test_a_local_ray_that_cannot_start_is_named_and_the_rest_is_looked_at(needs, monkeypatch):
+    def no_ray(*sizes: ClusterSection) -> str:
+        raise JobFailed("a local Ray does not start: timed out")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("corun_ray.service.doctor.doctor.connect", no_ray)
+    found = examined(needs)
+    assert [*found] == LOOKS and "timed out" in found["ray"].text and "RAY_TMPDIR" in found["ray"].advice
+    assert found["storage"].is_ok and found["mlflow"].is_ok
+
+
+def test_a_node_that_does_not_tell_its_time_is_named(monkeypatch):
+    def no_answer(reference: object, timeout: float) -> float:
+        raise GetTimeoutError("Get timed out: some object(s) not ready.")
+
+    monkeypatch.setattr("corun_ray.service.doctor.nodes.ray.get", no_answer)
+    nodes = ClusterNodes.__new__(ClusterNodes)
+    nodes._probes = {"10.0.0.7": MagicMock()}
+    with pytest.raises(NodeTrouble, match="10.0.0.7 does not answer: Get timed out"):
+        nodes.measure_clocks()
 
 
 class Forgetful(Location):

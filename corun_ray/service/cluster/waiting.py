@@ -1,0 +1,71 @@
+"""Waiting in words: what is awaited is said after some seconds, and again now and then."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+FIRST_WORD_S = 4.0
+WORD_EVERY_S = 15.0
+LAST_RESORT_S = 10.0
+"""How much longer a wait within a library's own code may take, which heeds no signal."""
+WRONG_REQUEST = 2
+
+
+class GaveUp(BaseException):
+    """A wait that took too long. It is no `Exception`, since libraries catch those and try again."""
+
+
+@contextmanager
+def announce_wait(what: str) -> Iterator[None]:
+    """Say on stderr what is awaited, as long as the block takes."""
+    is_over = threading.Event()
+    threading.Thread(target=_announce, args=(what, is_over), daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+
+
+def _announce(what: str, is_over: threading.Event) -> None:
+    """Say what is awaited until it is over."""
+    waited_s, pause_s = 0.0, FIRST_WORD_S
+    while not is_over.wait(pause_s):
+        waited_s, pause_s = waited_s + pause_s, WORD_EVERY_S
+        print(f"waiting for {what}: {waited_s:.0f} s", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def limit_wait(limit_s: float, failure: str) -> Iterator[None]:
+    """Raise `GaveUp` in the block after `limit_s` seconds.
+
+    Code that heeds no signal for another 10 s, such as Ray's in C++, is ended with the process: with the line `failure`
+    on stderr and exit code 2. Works in the main thread; in any other, the block has no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(signum: int, frame: FrameType | None) -> None:
+        raise GaveUp
+
+    last_resort = threading.Timer(limit_s + LAST_RESORT_S, _end_process, [failure])
+    last_resort.daemon = True
+    handler = signal.signal(signal.SIGALRM, give_up)
+    try:
+        last_resort.start()
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        last_resort.cancel()
+
+
+def _end_process(failure: str) -> None:
+    """End this process at once, with a line."""
+    print(failure, file=sys.stderr, flush=True)
+    os._exit(WRONG_REQUEST)
