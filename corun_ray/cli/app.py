@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The reader of our output (head, less) has seen enough; Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(DONE)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped: {stop}" if str(stop) else "\nstopped", file=sys.stderr)
         sys.exit(FAILED)
     except UserError as error:
         print(error, file=sys.stderr)

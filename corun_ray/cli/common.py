@@ -2,7 +2,6 @@
 
 import math
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Annotated
 import typer
 
 from corun_ray.cli.command import parse_number, parse_whole_number
+from corun_ray.cli.signals import StopSignals
 from corun_ray.service.errors import JobFailed
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
@@ -109,7 +109,7 @@ def using_ray() -> Iterator[None]:
     A stop by SIGTERM closes what is open, as Ctrl-C does. Ray's own messages go into a file, which a `JobFailed` names.
     """
     # Stopped by the Jobs API or an operator, a job closes what it has opened, as at Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    StopSignals(FAILED).install()
     log = divert_stderr()
 
     try:

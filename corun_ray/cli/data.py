@@ -163,7 +163,8 @@ def _plan_and_pack(
     """Write the shards that are missing; in a dry run, count them."""
     import time
 
-    from corun_ray.service.cluster.connect import connect
+    from corun_ray.core.errors import explain_stop
+    from corun_ray.service.cluster.join import join_for_tasks
     from corun_ray.service.data.packing import find_written_shards, plan_pack
     from corun_ray.service.data.packing import pack as write_pack
     from corun_ray.service.telemetry.console import Console, format_duration
@@ -183,9 +184,11 @@ def _plan_and_pack(
             return
 
         # Ray starts only now: a dry run needs none.
-        facts["on"] = connect()
+        read = {"IMAGES": plan.images} if plan.depth is None else {"IMAGES": plan.images, "--depth": plan.depth}
+        facts["on"] = join_for_tasks(console.say, {"OUTPUT": plan.output}, read)
         console.header("pack", facts)
-        packed = write_pack(plan, there, lambda done, total: console.progress(done, total, "image"))
+        with explain_stop(lambda: f"the shards in {plan.output} are whole; the same command goes on with the others"):
+            packed = write_pack(plan, there, lambda done, total: console.progress(done, total, "image"))
 
         # The images that are not in the pack are named before the sums.
         _name_skipped(packed.skipped, console)

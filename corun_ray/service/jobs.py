@@ -8,6 +8,7 @@ from corun_ray.config.trials import choose_example_job
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.cluster.paths import make_paths_absolute
+from corun_ray.service.cluster.room import refuse_misfits
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.inference.dehaze import run_dehazing
 from corun_ray.service.inference.depth import run_depth_estimation
@@ -36,6 +37,7 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
     # have their models: mistakes in these are found without Ray.
     if any(isinstance(job, TrainingJob) for job in jobs):
         connect(*(job.whole_cluster for job in jobs))
+        refuse_misfits(jobs)
 
     for job in jobs:
         _run_job(job, console, folder, resume)

@@ -17,6 +17,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
 import ray
 
 from corun_ray.config.jobs import ClusterSection
+from corun_ray.service.cluster.autoscaling import can_autoscale
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job, whose runtime environment then holds our code already."""
@@ -94,12 +95,12 @@ def _start_ray(min_cpus: float) -> None:
 
     # ray.init() installs its own SIGTERM handler, which kills a process that is still closing files after 3 s.
     # Restore ours.
-    if sigterm_handler is signal.default_int_handler:
+    if callable(sigterm_handler):
         signal.signal(signal.SIGTERM, sigterm_handler)
 
 
 def _check_size(size: ClusterSection) -> None:
-    """Check that Ray has the resources of the smallest job size.
+    """Check that Ray has the resources of the smallest job size, or may add them.
 
     Raises `ClusterError` where it has not.
     """
@@ -110,7 +111,7 @@ def _check_size(size: ClusterSection) -> None:
         "GPU": size.min_workers * size.gpus_per_worker,
     }
     for kind, amount in needed.items():
-        if amount > total.get(kind, 0):
+        if amount > total.get(kind, 0) and not can_autoscale():
             raise ClusterError(f"cluster: {amount:g} {kind}s are needed in all, Ray has {total.get(kind, 0):g}")
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from corun_ray.config.jobs import DehazeJob
 from corun_ray.config.tasks import DehazeSection
 from corun_ray.core.data.images import BadImage, encode_png
+from corun_ray.core.errors import explain_stop
 from corun_ray.core.inference.memory import fit_in_memory
 from corun_ray.core.inference.pictures import build_stage_rows, draw_grid
 from corun_ray.core.inference.restore import restore, restore_stages, to_image, to_tensor
 from corun_ray.core.networks.corun import Restoration
-from corun_ray.service.cluster.connect import connect
+from corun_ray.service.cluster.join import join_cluster
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.manifest import list_images
 from corun_ray.service.data.pairing import strip_suffix
@@ -188,14 +189,15 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Outc
 
     # Fetch the model before Ray starts: a wrong source is reported at once.
     model = fetch_model(section.model, get_tracking_uri(job))
-    place = connect(job.cluster)
+    place = join_cluster(job, console.say)
     facts = {"input": section.input, "model": section.model, "output": section.output, "on": place}
     console.header(f"dehaze {job.name}", facts)
 
     # Dehaze, with a line of progress on the console.
     log = Log("driver", {"job": job.name, "kind": job.kind})
     log.info("dehazing started", input=section.input, output=section.output)
-    result = dehaze(section, model, lambda done, total: console.progress(done, total, "image"), resume, job.name)
+    with explain_stop(lambda: f"the images in {section.output} are whole; --resume goes on with the others"):
+        result = dehaze(section, model, lambda done, total: console.progress(done, total, "image"), resume, job.name)
 
     # Name the skipped images in the log and on the console.
     for uri, reason in result.bad_files.items():

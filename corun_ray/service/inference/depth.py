@@ -22,9 +22,10 @@ from corun_ray.config.tasks import DepthSection
 from corun_ray.core.choices import DepthKind
 from corun_ray.core.data.depth import DepthMap
 from corun_ray.core.data.images import BadImage, decode_depth
+from corun_ray.core.errors import explain_stop
 from corun_ray.core.inference.depth import DepthModel, find_model_files
 from corun_ray.core.inference.pictures import apply_colour_map, draw_grid
-from corun_ray.service.cluster.connect import connect
+from corun_ray.service.cluster.join import join_cluster
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.manifest import ManifestError, list_images, load_image
 from corun_ray.service.data.pairing import strip_suffix
@@ -136,7 +137,7 @@ def run_depth_estimation(job: DepthJob, console: Console, resume: bool = False) 
     record = {"depth_kind": kind, "model": section.model, "model_sha256": digest, "format": section.format}
     _write_record(section, record)
 
-    place = connect(job.cluster)
+    place = join_cluster(job, console.say)
     facts = {"input": section.input, "model": section.model, "output": section.output, "on": place}
     console.header(f"depth {job.name}", facts)
 
@@ -147,7 +148,8 @@ def run_depth_estimation(job: DepthJob, console: Console, resume: bool = False) 
     def show_progress(done: int, total: int) -> None:
         console.progress(done, total, "image")
 
-    result = estimate_depth(section, keys, model, show_progress, resume)
+    with explain_stop(lambda: f"the depth maps in {section.output} are whole; --resume goes on with the others"):
+        result = estimate_depth(section, keys, model, show_progress, resume)
 
     # Name the skipped photographs in the log and on the console.
     for uri, reason in result.bad_files.items():

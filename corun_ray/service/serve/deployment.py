@@ -23,7 +23,8 @@ from ray.serve.schema import ApplicationStatus
 from corun_ray.config.jobs import ServeJob
 from corun_ray.config.tasks import ServeSection
 from corun_ray.core.inference.restore import MIN_SIDE_PX
-from corun_ray.service.cluster.connect import ClusterError, connect
+from corun_ray.service.cluster.connect import ClusterError
+from corun_ray.service.cluster.join import join_cluster
 from corun_ray.service.errors import JobFailed, find_root_cause, get_first_line
 from corun_ray.service.models.registry import Registry
 from corun_ray.service.models.sources import MLFLOW_SCHEMES, Model, fetch_model
@@ -236,7 +237,7 @@ def run_serving(job: ServeJob, console: Console) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         _check_port(section)
 
-    place = connect(job.whole_cluster)
+    place = join_cluster(job, console.say)
     facts = {"model": f"{served} ({section.model})", "replicas": _describe_replicas(section), "on": place}
     console.header(f"serve {job.name}", facts)
 

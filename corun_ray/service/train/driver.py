@@ -12,7 +12,9 @@ from ray.train import Result
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.loading import dump_job
 from corun_ray.core.data.samples import SAMPLES_VERSION
+from corun_ray.core.errors import explain_stop
 from corun_ray.service.cluster.connect import connect
+from corun_ray.service.cluster.join import join_cluster
 from corun_ray.service.data.cache import start_cache
 from corun_ray.service.data.manifest import Manifest, build_manifest, list_validation_sets, refuse_other_sizes
 from corun_ray.service.data.stream import plan_phases
@@ -89,7 +91,9 @@ def run_training(
         read_decisions(earlier[0].child(POOL_FOLDER))
 
     # 3. Connect to Ray and MLflow, and show the job's facts.
-    cluster = connect(job.cluster)
+    with explain_stop(lambda: "no step was made" if earlier is None else _describe_rest(earlier[0])):
+        # A search has looked for its trials.
+        cluster = join_cluster(job, console.say) if parent is None else connect(job.cluster)
     session = _open_session(job, manifest, model, earlier, parent)
     facts = _describe_session(session, cluster)
     if resume:
@@ -99,7 +103,8 @@ def run_training(
     # 4. Train. However training ends, MLflow's run is closed, and a failure says how to resume.
     succeeded = False
     try:
-        model_uri, summary = _train(session, facts, console, listen)
+        with explain_stop(lambda: _describe_rest(session.run)):
+            model_uri, summary = _train(session, facts, console, listen)
         succeeded = True
     except (JobFailed, PoolError, StorageError) as error:
         raise JobFailed(f"{error}\n{_describe_rest(session.run)}") from None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import ray
 from ray.actor import ActorProxy
 
+from corun_ray.service.cluster.room import RoomWatch, find_waiting_workers
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.runs.held_out import (
     EXAMPLES,
@@ -71,6 +72,7 @@ class Follower:
         self._num_attempts = 0
         self._num_failed_writes = 0
         self._stalls = StallDetector(NodeWatch())
+        self._room = RoomWatch()
 
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -117,6 +119,7 @@ class Follower:
                 events = ray.get(self._board.take_events.remote())
                 self._pass_on(events)
                 self._report_stall(events.step)
+                self._report_waiting()
             self._pass_on(ray.get(self._board.take_events.remote()))
         except Exception as error:
             self._failure = error
@@ -221,6 +224,12 @@ class Follower:
         if step >= self._num_steps:
             return
         text = self._stalls.update(step)
+        if text is not None:
+            self._console.say(f"  {text}")
+
+    def _report_waiting(self) -> None:
+        """Report that the workers wait for room on the cluster."""
+        text = self._room.update(find_waiting_workers())
         if text is not None:
             self._console.say(f"  {text}")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import psutil
 import ray.util
+from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -71,7 +72,7 @@ def describe_failure(error: Exception) -> list[str]:
 def _make_trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
     """Make the trainer of the run `name` in the job's storage."""
     job, storage = plan.job, locate(plan.job.storage)
-    return TorchTrainer(
+    return StoppableTrainer(
         functools.partial(train_worker, plan),
         torch_config=NodeTorchConfig(),
         scaling_config=make_scaling_config(job.cluster),
@@ -109,6 +110,17 @@ def make_scaling_config(cluster: ClusterSection) -> ScalingConfig:
         resources_per_worker=resources,
         elastic_resize_monitor_interval_s=cluster.resize_every_s,
     )
+
+
+class StoppableTrainer(TorchTrainer):
+    """Leaves Ctrl-C to the command.
+
+    Ray Train's own handler waits for its controller, which heeds nothing while it waits for room, and ends the process
+    with exit code 0.
+    """
+
+    def _register_sigint_handler(self, controller: ActorHandle) -> None:
+        """Register nothing."""
 
 
 # --- The network interface of gloo ---
