@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typer._click import Context
 
 PROGRAM = "corun-ray"
+NO_TEMP = "No usable temporary directory"
 
 EPILOG = """\
 A job file says everything about a job; `corun-ray check --keys` lists its keys.
@@ -60,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The reader of our output (head, less) has seen enough; Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(DONE)
+    except FileNotFoundError as error:
+        # Python looks for a folder for temporary files when one is first needed.
+        if NO_TEMP not in str(error):
+            raise
+        print(f"TMPDIR: {error.strerror}; expected a folder that can be written", file=sys.stderr)
+        sys.exit(WRONG_REQUEST)
     except KeyboardInterrupt as stop:
         print(f"\nstopped: {stop}" if str(stop) else "\nstopped", file=sys.stderr)
         sys.exit(FAILED)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from corun_ray.config.jobs import DehazeJob, DepthJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
 from corun_ray.config.trials import choose_example_job
+from corun_ray.core.errors import explain_stop
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.cluster.paths import make_paths_absolute
@@ -40,7 +41,8 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
         refuse_misfits(jobs)
 
     for job in jobs:
-        _run_job(job, console, folder, resume)
+        with explain_stop(lambda: f"nothing of the job {job.name} is kept"):  # noqa: B023  # called within the loop
+            _run_job(job, console, folder, resume)
 
 
 def _check_files(job: Job) -> None:

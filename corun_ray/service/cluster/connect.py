@@ -18,6 +18,7 @@ import ray
 
 from corun_ray.config.jobs import ClusterSection
 from corun_ray.service.cluster.autoscaling import can_autoscale
+from corun_ray.service.cluster.object_store import describe_local_store, plan_object_store
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job, whose runtime environment then holds our code already."""
@@ -55,7 +56,7 @@ def connect(*sizes: ClusterSection) -> str:
 
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        return "a local Ray"
+        return f"a local Ray{describe_local_store()}"
 
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     return f"{address} ({format_nodes(num_nodes)})"
@@ -91,6 +92,7 @@ def _start_ray(min_cpus: float) -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
         num_cpus = max(os.cpu_count() or 1, math.ceil(min_cpus))
+        quiet["object_store_memory"] = plan_object_store()
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
 
     # ray.init() installs its own SIGTERM handler, which kills a process that is still closing files after 3 s.
