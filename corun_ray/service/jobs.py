@@ -41,7 +41,7 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
         refuse_misfits(jobs)
 
     for job in jobs:
-        with explain_stop(lambda: f"nothing of the job {job.name} is kept"):  # noqa: B023  # called within the loop
+        with explain_stop(lambda: f"job {job.name}: this call has added nothing"):  # noqa: B023  # called within the loop
             _run_job(job, console, folder, resume)
 
 

@@ -149,9 +149,11 @@ def describe_totals(each: Iterable[str], nodes: Sequence[NodeRoom]) -> str:
     kinds = [kind for kind in KINDS if kind in each]
     largest = max((node.total for node in nodes), key=lambda total: [total.get(kind, 0) for kind in reversed(kinds)])
     texts = [format_amount(kind, largest.get(kind, 0)) for kind in kinds]
+    text = f"the largest node has {' and '.join(texts)}"
+    if len(nodes) == 1:
+        return text
     sums = [format_amount(kind, sum(node.total.get(kind, 0) for node in nodes)) for kind in kinds]
-    num_nodes = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
-    return f"the largest node has {' and '.join(texts)}, {num_nodes} together {' and '.join(sums)}"
+    return f"{text}, {len(nodes)} nodes together {' and '.join(sums)}"
 
 
 def describe_free(each: Iterable[str], nodes: Sequence[NodeRoom]) -> str:

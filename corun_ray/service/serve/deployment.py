@@ -22,6 +22,7 @@ from ray.serve.schema import ApplicationStatus
 
 from corun_ray.config.jobs import ServeJob
 from corun_ray.config.tasks import ServeSection
+from corun_ray.core.errors import explain_stop
 from corun_ray.core.inference.restore import MIN_SIDE_PX
 from corun_ray.service.cluster.connect import ClusterError
 from corun_ray.service.cluster.join import join_cluster
@@ -237,7 +238,8 @@ def run_serving(job: ServeJob, console: Console) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         _check_port(section)
 
-    place = join_cluster(job, console.say)
+    with explain_stop(lambda: "the model was not served yet"):
+        place = join_cluster(job, console.say)
     facts = {"model": f"{served} ({section.model})", "replicas": _describe_replicas(section), "on": place}
     console.header(f"serve {job.name}", facts)
 
