@@ -24,8 +24,8 @@ from corun_ray.config.jobs import ServeJob
 from corun_ray.config.tasks import ServeSection
 from corun_ray.core.errors import explain_stop
 from corun_ray.core.inference.restore import MIN_SIDE_PX
-from corun_ray.service.cluster.connect import ClusterError
-from corun_ray.service.cluster.join import join_cluster
+from corun_ray.service.cluster.connect import ClusterError, connect
+from corun_ray.service.cluster.room import await_room, read_nodes, refuse_misfit, request_job
 from corun_ray.service.errors import JobFailed, find_root_cause, get_first_line
 from corun_ray.service.models.registry import Registry
 from corun_ray.service.models.sources import MLFLOW_SCHEMES, Model, fetch_model
@@ -239,7 +239,7 @@ def run_serving(job: ServeJob, console: Console) -> None:
         _check_port(section)
 
     with explain_stop(lambda: "the model was not served yet"):
-        place = join_cluster(job, console.say)
+        place = _join_cluster(job, console)
     facts = {"model": f"{served} ({section.model})", "replicas": _describe_replicas(section), "on": place}
     console.header(f"serve {job.name}", facts)
 
@@ -253,6 +253,21 @@ def run_serving(job: ServeJob, console: Console) -> None:
         except KeyboardInterrupt:
             console.say(f"\n  stopping: requests in work get up to {GRACE_S:g} s")
     console.footer("stopped: the model is no longer served" if deployment.is_ours else "ended", {})
+
+
+def _join_cluster(job: ServeJob, console: Console) -> str:
+    """Connect to Ray, wait for room for the replicas, and return a description of the place.
+
+    Raises `ClusterError`.
+    """
+    place = connect(job.whole_cluster)
+    request = request_job(job, read_nodes())
+    if job.name in serve.status().applications:
+        # The replicas of an earlier deployment leave their room to ours.
+        refuse_misfit(request)
+    else:
+        await_room(request, console.say)
+    return place
 
 
 def identify(source: str, tracking: str) -> tuple[str, ServedModel]:
