@@ -19,8 +19,10 @@ from corun_ray.service.cluster.paths import list_folders
 from corun_ray.service.cluster.submission import SQLITE
 from corun_ray.service.storage import Location, locate
 
-ANSWER_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 180.0
+"""A node that is busy takes long to start a process."""
 FIRST_WORD_S = 3.0
+WORD_EVERY_S = 15.0
 MARK_BYTES = 16
 ADVICE = "expected a URI (s3://…) or a folder that all nodes share"
 DRIVER_KEYS = ("storage", "evaluate.boxes", "depth.weights")
@@ -167,14 +169,26 @@ def _ask_nodes(nodes: Mapping[str, str], marks: list[Mark], say: Callable[[str],
     for node_id, address in nodes.items():
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
         answers[address] = ray.remote(find_unseen).options(num_cpus=0, scheduling_strategy=there).remote(marks)
-    refs = list(answers.values())
-    if len(ray.wait(refs, num_returns=len(refs), timeout=FIRST_WORD_S)[0]) < len(refs):
-        say(f"  waiting until {format_nodes(len(nodes))} of the cluster have looked at the job's local folders")
+    _await_answers(list(answers.values()), say)
 
     unseen = {}
     for address, answer in answers.items():
         try:
-            unseen[address] = ray.get(answer, timeout=ANSWER_TIMEOUT_S)
+            unseen[address] = ray.get(answer, timeout=0)
         except RayError:
-            raise ClusterError(f"{address}: the node does not answer within {ANSWER_TIMEOUT_S:.0f} s") from None
+            raise ClusterError(
+                f"{address}: the node has not looked at the job's local folders; see ray status"
+            ) from None
     return unseen
+
+
+def _await_answers(answers: list["ray.ObjectRef[list[int]]"], say: Callable[[str], None]) -> None:
+    """Wait for the answers of all nodes, with words, for some minutes at most."""
+    waited_s, pause_s = 0.0, FIRST_WORD_S
+    pending = answers
+    while pending and waited_s < ANSWER_TIMEOUT_S:
+        _, pending = ray.wait(answers, num_returns=len(answers), timeout=pause_s)
+        waited_s, pause_s = waited_s + pause_s, WORD_EVERY_S
+        if pending:
+            nodes = format_nodes(len(pending))
+            say(f"  waiting for {nodes} to look at the job's local folders: {waited_s:.0f} s")
