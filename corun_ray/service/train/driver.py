@@ -91,7 +91,7 @@ def run_training(
         read_decisions(earlier[0].child(POOL_FOLDER))
 
     # 3. Connect to Ray and MLflow, and show the job's facts.
-    with explain_stop(lambda: "no step was made" if earlier is None else _describe_rest(earlier[0])):
+    with explain_stop(lambda: "no run has begun yet" if earlier is None else _describe_rest(earlier[0])):
         # A search has looked for its trials.
         cluster = join_cluster(job, console.say) if parent is None else connect(job.cluster)
     session = _open_session(job, manifest, model, earlier, parent)
