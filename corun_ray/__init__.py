@@ -2,5 +2,10 @@
 
 from pathlib import Path
 
+from corun_ray.core.home import settle_in
+
 PACKAGE = Path(__file__).parent
 """The folder of this package's code."""
+
+# Every process of ours passes here, on any machine, before the libraries that look for a home.
+settle_in()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typer._click import Context
 
 PROGRAM = "corun-ray"
+NO_TEMP = "No usable temporary directory"
 
 EPILOG = """\
 A job file says everything about a job; `corun-ray check --keys` lists its keys.
@@ -66,8 +67,14 @@ def _run(argv: Sequence[str], output: Output) -> int:
     except typer.Exit as end:
         # --help was shown.
         return end.exit_code
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+    except FileNotFoundError as error:
+        # Python looks for a folder for temporary files when one is first needed.
+        if NO_TEMP not in str(error):
+            raise
+        print(f"TMPDIR: {error.strerror}; expected a folder that can be written", file=sys.stderr)
+        return WRONG_REQUEST
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped: {stop}" if str(stop) else "\nstopped", file=sys.stderr)
         return FAILED
     except UserError as error:
         print(error, file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import typer
 
 from corun_ray.cli.command import parse_number, parse_whole_number
 from corun_ray.cli.output import LossyFile, wrap_stream
+from corun_ray.cli.signals import StopSignals
 from corun_ray.service.errors import JobFailed
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
@@ -122,7 +122,7 @@ def using_ray() -> Iterator[None]:
     A stop by SIGTERM closes what is open, as Ctrl-C does. Ray's own messages go into a file, which a `JobFailed` names.
     """
     # Stopped by the Jobs API or an operator, a job closes what it has opened, as at Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    StopSignals(FAILED).install()
     log = divert_stderr()
 
     try:

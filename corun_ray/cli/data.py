@@ -165,7 +165,8 @@ def _plan_and_pack(
     """Write the shards that are missing; in a dry run, count them."""
     import time
 
-    from corun_ray.service.cluster.connect import connect
+    from corun_ray.core.errors import explain_stop
+    from corun_ray.service.cluster.join import join_for_tasks
     from corun_ray.service.data.packing import find_written_shards, plan_pack
     from corun_ray.service.data.packing import pack as write_pack
     from corun_ray.service.inference.outcome import name_passed_over
@@ -189,8 +190,10 @@ def _plan_and_pack(
             return
 
         # Two at once would delete each other's shards. Ray starts only now: a dry run needs none.
-        with Lease.take(locate(plan.output)):
-            facts["on"] = connect()
+        read = {"IMAGES": plan.images} if plan.depth is None else {"IMAGES": plan.images, "--depth": plan.depth}
+        rest = f"the shards in {plan.output} are whole; the same command goes on with the others"
+        with Lease.take(locate(plan.output)), explain_stop(lambda: rest):
+            facts["on"] = join_for_tasks(console.say, {"OUTPUT": plan.output}, read)
             console.header("pack", facts)
             name_passed_over(plan.passed_over, console)
             packed = write_pack(plan, there, lambda done, total: console.progress(done, total, "image"))

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from corun_ray.config.jobs import DehazeJob, DepthJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
 from corun_ray.config.trials import list_data_examples, list_example_trials
+from corun_ray.core.errors import explain_stop
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.cluster.paths import make_paths_absolute
+from corun_ray.service.cluster.room import refuse_misfits
 from corun_ray.service.data.inspection import prepare_data
 from corun_ray.service.inference.dehaze import run_dehazing
 from corun_ray.service.inference.depth import run_depth_estimation
@@ -49,9 +51,11 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
     # have their models: mistakes in these are found without Ray.
     if any(isinstance(job, TrainingJob) for job in jobs):
         connect(*(job.whole_cluster for job in jobs))
+        refuse_misfits(jobs)
 
     for job in jobs:
-        _run_job(job, console, folder, resume)
+        with explain_stop(lambda: f"job {job.name}: this call has added nothing"):  # noqa: B023  # called within the loop
+            _run_job(job, console, folder, resume)
 
 
 def _check_weights(job: Job) -> None:

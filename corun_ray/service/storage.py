@@ -21,6 +21,7 @@ from pyarrow import NativeFile, fs
 
 from corun_ray.config.credentials import REFUSED, holds_credentials, mask_credentials
 from corun_ray.core.errors import UserError
+from corun_ray.core.home import has_no_home
 from corun_ray.service.errors import format_reason
 
 T = TypeVar("T")
@@ -335,7 +336,7 @@ def locate(uri: str) -> Location:
 
     # A plain path is a local place.
     if "://" not in uri:
-        path = Path(uri).expanduser().absolute()
+        path = expand_home(uri).absolute()
         return Location(str(path), fs.LocalFileSystem(), str(path))
 
     # The scheme of a URI chooses the filesystem.
@@ -346,6 +347,22 @@ def locate(uri: str) -> Location:
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot open {uri}: {format_reason(error)}") from None
     return Location(uri.rstrip("/"), filesystem, path.rstrip("/"))
+
+
+def expand_home(path: str) -> Path:
+    """Return a local path with `~` replaced by the user's home.
+
+    Raises `StorageError` where there is no such home.
+    """
+    if not path.startswith("~"):
+        return Path(path)
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError:
+        expanded = None
+    if expanded is None or has_no_home():
+        raise StorageError(f"{path}: there is no such home folder here; expected an absolute path or a URI")
+    return expanded
 
 
 def split_options(uri: str) -> tuple[str, str]:

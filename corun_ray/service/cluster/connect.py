@@ -20,7 +20,9 @@ from ray._private import services
 from ray.exceptions import AuthenticationError
 
 from corun_ray.config.jobs import ClusterSection
+from corun_ray.service.cluster.autoscaling import can_autoscale
 from corun_ray.service.cluster.local_ray import LocalRayError, check_folder, find_folder
+from corun_ray.service.cluster.object_store import describe_local_store, plan_object_store
 from corun_ray.service.cluster.ports import PortError, ask_for_ray, read_patience_s, read_ray_address
 from corun_ray.service.cluster.tokens import describe_token_trouble, send_token
 from corun_ray.service.cluster.waiting import GaveUp, announce_wait, limit_wait
@@ -69,7 +71,7 @@ def connect(*sizes: ClusterSection) -> str:
 
     address = read_ray_address()
     if not address:
-        return "a local Ray"
+        return f"a local Ray{describe_local_store()}"
 
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     return f"{address} ({format_nodes(num_nodes)})"
@@ -99,7 +101,7 @@ def _start_ray(min_cpus: float) -> None:
 
     # ray.init() installs its own SIGTERM handler, which kills a process that is still closing files after 3 s.
     # Restore ours.
-    if sigterm_handler is signal.default_int_handler:
+    if callable(sigterm_handler):
         signal.signal(signal.SIGTERM, sigterm_handler)
 
 
@@ -156,9 +158,12 @@ def _start_local_ray(min_cpus: float, options: Mapping[str, Any]) -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
     num_cpus = max(os.cpu_count() or 1, math.ceil(min_cpus))
+    store_bytes = plan_object_store()
     try:
         with announce_wait("a local Ray to start"):
-            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+            ray.init(
+                address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=store_bytes, **options
+            )
     except Exception as error:
         folder, _ = find_folder()
         raise JobFailed(
@@ -168,7 +173,7 @@ def _start_local_ray(min_cpus: float, options: Mapping[str, Any]) -> None:
 
 
 def _check_size(size: ClusterSection) -> None:
-    """Check that Ray has the resources of the smallest job size.
+    """Check that Ray has the resources of the smallest job size, or may add them.
 
     Raises `ClusterError` where it has not.
     """
@@ -179,7 +184,7 @@ def _check_size(size: ClusterSection) -> None:
         "GPU": size.min_workers * size.gpus_per_worker,
     }
     for kind, amount in needed.items():
-        if amount > total.get(kind, 0):
+        if amount > total.get(kind, 0) and not can_autoscale():
             raise ClusterError(f"cluster: {amount:g} {kind}s are needed in all, Ray has {total.get(kind, 0):g}")
 
 

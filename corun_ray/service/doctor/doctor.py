@@ -9,6 +9,7 @@ from corun_ray.config.trials import choose_example_job
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster.connect import ClusterError, connect, format_nodes
 from corun_ray.service.cluster.ports import read_ray_address
+from corun_ray.service.cluster.room import await_room, request_workers
 from corun_ray.service.cluster.waiting import announce_wait
 from corun_ray.service.doctor.nodes import ClusterNodes, NodeTrouble, collect_local_facts, measure_all_reduce
 from corun_ray.service.doctor.places import is_listening, measure_server_clocks, try_mlflow, try_storage
@@ -20,6 +21,8 @@ from corun_ray.service.weights.needed import NeededFiles, describe_missing_weigh
 MAX_CLOCK_OFFSET_S = 5.0
 """Beyond, timestamps of logs and metrics mislead; object stores refuse requests that are 15 minutes off."""
 ALL_REDUCE_MIB = 64
+ROOM_LIMIT_S = 10.0
+"""How long the workers of the sum wait for room; a job itself waits without limit."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,7 @@ class Doctor:
 
         try:
             connect(self.needs.size)
+            await_room(request_workers(self.needs.size, decodes=False), lambda line: None, ROOM_LIMIT_S)
             return measure_all_reduce(self.needs.size, ALL_REDUCE_MIB)
         except ClusterError as error:
             raise _Problem(str(error), "start more nodes, or ask for less (cluster.workers, serve.replicas)") from None

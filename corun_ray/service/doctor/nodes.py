@@ -17,7 +17,6 @@ import torch.distributed as dist
 from ray.actor import ActorProxy
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -27,7 +26,7 @@ from corun_ray.service.cluster.gpus import count_driver_gpus
 from corun_ray.service.doctor.places import StorageSpeed, shorten_patience, try_storage
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.storage import Location, StorageError
-from corun_ray.service.train.launch import NodeTorchConfig, describe_failure, make_scaling_config
+from corun_ray.service.train.launch import NodeTorchConfig, StoppableTrainer, describe_failure, make_scaling_config
 
 ANSWER_TIMEOUT_S = 60.0
 CLOCK_QUESTIONS = 5
@@ -226,7 +225,7 @@ def measure_all_reduce(size: ClusterSection, mib: int) -> str:
     """
     # A training without steps; a failed worker is not started again.
     with tempfile.TemporaryDirectory() as folder:
-        trainer = TorchTrainer(
+        trainer = StoppableTrainer(
             functools.partial(_sum_on_worker, mib),  # type: ignore[arg-type]
             scaling_config=make_scaling_config(size),
             torch_config=NodeTorchConfig(timeout_s=int(ANSWER_TIMEOUT_S)),

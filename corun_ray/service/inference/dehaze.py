@@ -17,11 +17,12 @@ from torch import Tensor
 from corun_ray.config.jobs import DehazeJob
 from corun_ray.config.tasks import DehazeSection
 from corun_ray.core.data.images import BadImage, encode_png
+from corun_ray.core.errors import explain_stop
 from corun_ray.core.inference.memory import fit_in_memory
 from corun_ray.core.inference.pictures import build_stage_rows, draw_grid
 from corun_ray.core.inference.restore import restore, restore_stages, to_image, to_tensor
 from corun_ray.core.networks.corun import Restoration
-from corun_ray.service.cluster.connect import connect
+from corun_ray.service.cluster.join import join_cluster
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.listing import IMAGE_SUFFIXES, ManifestError
 from corun_ray.service.data.manifest import list_image_folder
@@ -260,7 +261,7 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Outc
     plan = plan_dehazing(section, resume)
     model = fetch_model(section.model, get_tracking_uri(job))
     _check_model(plan, model)
-    place = connect(job.cluster)
+    place = join_cluster(job, console.say)
     facts = {"input": section.input, "model": section.model, "output": section.output, "on": place}
     console.header(f"dehaze {job.name}", facts)
     name_passed_over(plan.passed_over, console)
@@ -268,7 +269,8 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Outc
     # Dehaze, with a line of progress on the console.
     log = Log("driver", {"job": job.name, "kind": job.kind})
     log.info("dehazing started", input=section.input, output=section.output)
-    with hold_output(section.output, console, resume):
+    rest = f"the images in {section.output} are whole; --resume goes on with the others"
+    with hold_output(section.output, console, resume), explain_stop(lambda: rest):
         result = dehaze_planned(plan, model, lambda done, total: console.progress(done, total, "image"), job.name)
 
     # Name the skipped images in the log and on the console, and what the others have lost.

@@ -23,9 +23,10 @@ from corun_ray.config.tasks import DepthSection
 from corun_ray.core.choices import DepthKind
 from corun_ray.core.data.depth import DepthMap
 from corun_ray.core.data.images import BadImage, decode_depth
+from corun_ray.core.errors import explain_stop
 from corun_ray.core.inference.depth import DepthModel, find_model_files
 from corun_ray.core.inference.pictures import apply_colour_map, draw_grid
-from corun_ray.service.cluster.connect import connect
+from corun_ray.service.cluster.join import join_cluster
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.listing import IMAGE_SUFFIXES, ManifestError
 from corun_ray.service.data.manifest import list_image_folder, load_image
@@ -142,7 +143,7 @@ def run_depth_estimation(job: DepthJob, console: Console, resume: bool = False) 
     record = {"depth_kind": kind, "model": section.model, "model_sha256": digest, "format": section.format}
     _write_record(section, record)
 
-    place = connect(job.cluster)
+    place = join_cluster(job, console.say)
     facts = {"input": section.input, "model": section.model, "output": section.output, "on": place}
     console.header(f"depth {job.name}", facts)
     name_passed_over(found.count_others(IMAGE_SUFFIXES), console)
@@ -154,7 +155,8 @@ def run_depth_estimation(job: DepthJob, console: Console, resume: bool = False) 
     def show_progress(done: int, total: int) -> None:
         console.progress(done, total, "image")
 
-    with hold_output(section.output, console, resume):
+    rest = f"the depth maps in {section.output} are whole; --resume goes on with the others"
+    with hold_output(section.output, console, resume), explain_stop(lambda: rest):
         result = estimate_depth(section, keys, model, show_progress, resume)
     result.bad_files |= found.list_skipped(IMAGE_SUFFIXES)
 

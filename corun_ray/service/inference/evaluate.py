@@ -25,7 +25,7 @@ from corun_ray.core.inference.pictures import BACKGROUND, PictureRow, draw_grid
 from corun_ray.core.inference.restore import to_image, to_tensor
 from corun_ray.core.metrics.measure import Unmeasured, load_measure
 from corun_ray.core.networks.corun import restore_by_closed_form
-from corun_ray.service.cluster.connect import connect
+from corun_ray.service.cluster.join import join_cluster
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.annotations import Truth
 from corun_ray.service.data.inspection import Inspector
@@ -405,7 +405,8 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
             models[name] = fetch_model(source, get_tracking_uri(job))
     boxes = plan_detection(section, keys)
 
-    place = connect(job.cluster)
+    results_folders = {f"evaluate.models.{name}": folder.root for name, folder in results.items()}
+    place = join_cluster(job, console.say, results_folders)
     run = create_run_folder(locate(job.storage), job.name)
     tracker = Tracker(job, run.name)
     console.header(f"evaluate {job.name}", _describe_job(section, results, place, run))

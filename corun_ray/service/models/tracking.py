@@ -15,6 +15,7 @@ from corun_ray.config.reference import flatten
 from corun_ray.core.errors import UserError
 from corun_ray.service.errors import format_reason
 from corun_ray.service.proxies import reach_loopback_directly
+from corun_ray.service.storage import expand_home
 
 SQLITE = "sqlite:///"
 MAX_PARAM_CHARACTERS = 500
@@ -41,7 +42,7 @@ def get_tracking_uri(job: Job) -> str:
     """
     if job.tracking.uri:
         return job.tracking.uri
-    return f"{SQLITE}{Path(job.storage).expanduser().absolute()}/mlflow.db"
+    return f"{SQLITE}{expand_home(job.storage).absolute()}/mlflow.db"
 
 
 def connect_to_mlflow(uri: str) -> Any:
@@ -65,9 +66,24 @@ def connect_to_mlflow(uri: str) -> Any:
 
     # SQLite makes the file, but not its folder.
     if uri.startswith(SQLITE):
-        Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(Path(uri.removeprefix(SQLITE)).parent)
     mlflow.set_tracking_uri(uri)
     return mlflow
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder of an SQLite file.
+
+    Raises `TrackingError`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise TrackingError(
+            f"cannot make {folder.absolute()} for MLflow's database: {reason}; give another place "
+            "(tracking.uri, --tracking or MLFLOW_TRACKING_URI)"
+        ) from None
 
 
 class Tracker:

@@ -21,9 +21,11 @@ from ray.serve.schema import ApplicationStatus
 
 from corun_ray.config.jobs import ServeJob
 from corun_ray.config.tasks import ServeSection
+from corun_ray.core.errors import explain_stop
 from corun_ray.core.inference.restore import MIN_SIDE_PX
 from corun_ray.service.cluster.connect import ClusterError, connect
 from corun_ray.service.cluster.ports import read_ray_address
+from corun_ray.service.cluster.room import await_room, read_nodes, refuse_misfit, request_job
 from corun_ray.service.errors import JobFailed, find_root_cause, format_reason, join_lines
 from corun_ray.service.models.registry import Registry
 from corun_ray.service.models.sources import MLFLOW_SCHEMES, Model, fetch_model
@@ -236,7 +238,8 @@ def run_serving(job: ServeJob, console: Console) -> None:
     if not read_ray_address():
         _check_port(section)
 
-    place = connect(job.whole_cluster)
+    with explain_stop(lambda: "the model was not served yet"):
+        place = _join_cluster(job, console)
     facts = {"model": f"{served} ({section.model})", "replicas": _describe_replicas(section), "on": place}
     console.header(f"serve {job.name}", facts)
 
@@ -250,6 +253,21 @@ def run_serving(job: ServeJob, console: Console) -> None:
         except KeyboardInterrupt:
             console.say(f"\n  stopping: requests in work get up to {GRACE_S:g} s")
     console.footer("stopped: the model is no longer served" if deployment.is_ours else "ended", {})
+
+
+def _join_cluster(job: ServeJob, console: Console) -> str:
+    """Connect to Ray, wait for room for the replicas, and return a description of the place.
+
+    Raises `ClusterError`.
+    """
+    place = connect(job.whole_cluster)
+    request = request_job(job, read_nodes())
+    if job.name in serve.status().applications:
+        # The replicas of an earlier deployment leave their room to ours.
+        refuse_misfit(request)
+    else:
+        await_room(request, console.say)
+    return place
 
 
 def identify(source: str, tracking: str) -> tuple[str, ServedModel]:

@@ -14,7 +14,9 @@ from ray.train import Result
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.loading import dump_job
 from corun_ray.core.data.samples import SAMPLES_VERSION
+from corun_ray.core.errors import explain_stop
 from corun_ray.service.cluster.connect import connect
+from corun_ray.service.cluster.join import join_cluster
 from corun_ray.service.data.cache import start_cache
 from corun_ray.service.data.inspection import describe_excess, prepare_data
 from corun_ray.service.data.manifest import Manifest
@@ -96,7 +98,9 @@ def run_training(
     changes = [] if earlier is None else list_step_size_changes(earlier[0], job)
 
     # 3. Connect to Ray and MLflow, and show the job's facts.
-    cluster = connect(job.cluster)
+    with explain_stop(lambda: "no run has begun yet" if earlier is None else _describe_rest(earlier[0])):
+        # A search has looked for its trials.
+        cluster = join_cluster(job, console.say) if parent is None else connect(job.cluster)
     session = _open_session(job, manifest, model, earlier, parent)
     facts = _describe_session(session, cluster)
     if resume:
@@ -111,7 +115,8 @@ def run_training(
     # driver has taken over is left as it is.
     succeeded = is_taken = False
     try:
-        model_uri, summary = _train(session, facts, console, listen)
+        with explain_stop(lambda: _describe_rest(session.run)):
+            model_uri, summary = _train(session, facts, console, listen)
         succeeded = True
     except RunTaken:
         is_taken = True
@@ -328,7 +333,7 @@ def _publish_best(session: Session, best: BestCheckpoint, last_model: str, log: 
     return f"{text}, {outcome} ({decision.reason})"
 
 
-def _describe_rest(run: Location, is_for_good: bool) -> str:
+def _describe_rest(run: Location, is_for_good: bool = False) -> str:
     """Describe what is left of a failed run, and how to resume it.
 
     With `is_for_good`, the run would fail again.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import ray
 from ray.actor import ActorProxy
 
+from corun_ray.service.cluster.room import RoomWatch, describe_free, find_waiting_workers, read_nodes
 from corun_ray.service.errors import JobFailed, describe_error
 from corun_ray.service.runs.held_out import (
     EXAMPLES,
@@ -28,6 +29,8 @@ from corun_ray.service.train.stopping import TrainingStop
 POLL_S = 0.5
 FIRST_PATIENCE_S = 15.0
 """The shortest pause between steps that is reported."""
+FIRST_STEP_PATIENCE_S = 30.0
+"""How long the first step may take after the workers have started: it opens files, and may compile."""
 PATIENCE_FACTOR = 2.0
 """A pause is reported when it is this many times as long as the longest before it, or as when last reported."""
 
@@ -83,6 +86,8 @@ class Follower:
         self._num_failed_writes = 0
         self._num_bad_files = 0
         self._stalls = StallDetector(NodeWatch())
+        self._room = RoomWatch()
+        self._first_step = FirstStepWatch(lambda: describe_free(("CPU",), read_nodes()))
 
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -129,6 +134,7 @@ class Follower:
                 events = ray.get(self._board.take_events.remote())
                 self._pass_on(events)
                 self._report_stall(events.step)
+                self._report_waiting(events.step)
             self._pass_on(ray.get(self._board.take_events.remote()))
         except BaseException as error:  # SystemExit, too, would end this thread alone, and without a word.
             self._log.error("following failed")
@@ -247,6 +253,12 @@ class Follower:
         if text is not None:
             self._console.say(f"  {text}")
 
+    def _report_waiting(self, step: int) -> None:
+        """Report that the workers wait for room on the cluster, or for their first batch."""
+        for text in (self._room.update(find_waiting_workers()), self._first_step.update(step, self._num_attempts)):
+            if text is not None:
+                self._console.say(f"  {text}")
+
     def _list_details(self, num_bad_files: int) -> list[str]:
         """List the details of the live line."""
         latest, details = self._latest, []
@@ -329,6 +341,29 @@ class NodeWatch:
         nodes = "1 node" if len(alive) == 1 else f"{len(alive)} nodes"
         text = f"{nodes} in the cluster"
         return f"{text}, lost: {', '.join(lost)}" if lost else text
+
+
+class FirstStepWatch:
+    """Reports that the first step is long in coming: images may be slow, or no CPU free to decode them."""
+
+    def __init__(self, describe_free: Callable[[], str], clock: Clock = time.monotonic) -> None:
+        self._describe_free, self._clock = describe_free, clock
+        self._since_s: float | None = None
+        """When the workers started; None: they have not, as far as is known."""
+        self._next_report_s = FIRST_STEP_PATIENCE_S
+
+    def update(self, step: int, num_attempts: int) -> str | None:
+        """Return the line to show now that `step` steps are done and the workers have started so often, if any."""
+        if step or not num_attempts:
+            return None
+        if self._since_s is None:
+            self._since_s = self._clock()
+
+        waited_s = self._clock() - self._since_s
+        if waited_s < self._next_report_s:
+            return None
+        self._next_report_s = PATIENCE_FACTOR * waited_s
+        return f"no step yet, {waited_s:.0f} s after the workers started ({self._describe_free()})"
 
 
 class StallDetector:

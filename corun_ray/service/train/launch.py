@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import ray
 import ray.util
-from ray.actor import ActorProxy
+from ray.actor import ActorHandle, ActorProxy
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -98,7 +98,18 @@ def describe_failure(error: Exception) -> list[str]:
     return [f"Ray Train's controller died: {format_reason(error)}"]
 
 
-class _Trainer(TorchTrainer):
+class StoppableTrainer(TorchTrainer):
+    """Leaves Ctrl-C to the command.
+
+    Ray Train's own handler waits for its controller, which heeds nothing while it waits for room, and ends the process
+    with exit code 0.
+    """
+
+    def _register_sigint_handler(self, controller: ActorHandle) -> None:
+        """Register nothing."""
+
+
+class _Trainer(StoppableTrainer):
     """Ray Train's trainer with our policy of restarts, for which Ray Train has no option."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:

@@ -21,7 +21,9 @@ from corun_ray.config.loading import dump_job
 from corun_ray.config.tasks import Choice, RangeSection
 from corun_ray.config.trials import build_trial_job, list_example_trials
 from corun_ray.core.data.samples import SAMPLES_VERSION
-from corun_ray.service.cluster.connect import connect
+from corun_ray.core.errors import explain_stop
+from corun_ray.service.cluster.join import join_cluster
+from corun_ray.service.cluster.room import RoomWatch, find_waiting_workers
 from corun_ray.service.errors import JobFailed, format_reason
 from corun_ray.service.models.registry import register_model
 from corun_ray.service.models.sources import load_starting_model
@@ -56,6 +58,8 @@ ENVIRONMENT = {
     # Our own lines and MLflow tell about the trials.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Ctrl-C ends the search; Tune's own handler would only end its loop, and the results would seem to be all.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # A crash must not lose which trials have ended: store Tune's state every second.
     "TUNE_GLOBAL_CHECKPOINT_S": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -94,7 +98,7 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
         return earlier[1].model
 
     # 3. Connect to Ray, and become the search's driver until its end.
-    cluster = connect(job.whole_cluster)
+    cluster = join_cluster(job, console.say)
     if earlier is None:
         run = create_run_folder(locate(job.storage), job.name)
         lease = Lease.begin(run)
@@ -117,7 +121,8 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
         # 5. Search. However the search ends, MLflow's run is closed.
         succeeded = False
         try:
-            model = _search(session, data, folder, trials_at_once)
+            with explain_stop(lambda: f"the search: {run.uri}; --resume continues it"):
+                model = _search(session, data, folder, trials_at_once)
             succeeded = True
         finally:
             session.tracker.finish(succeeded)
@@ -313,6 +318,13 @@ class ProgressCallback(Callback):
 
     def __init__(self, console: Console, metric: str, num_trials: int, steps: int) -> None:
         self._console, self._metric, self._num_trials, self._steps = console, metric, num_trials, steps
+        self._room = RoomWatch()
+
+    def on_step_end(self, iteration: int, trials: Sequence[Trial], **info: Any) -> None:
+        """Tell that trials wait for room on the cluster."""
+        text = self._room.update(find_waiting_workers())
+        if text is not None:
+            self._console.say(f"  {text}")
 
     def on_trial_start(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
         """Tell that a trial begins, or resumes."""

@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from corun_ray.service.train.follower import NodeWatch, StallDetector
+from corun_ray.service.train.follower import FirstStepWatch, NodeWatch, StallDetector
 
 
 @pytest.fixture
@@ -67,3 +67,19 @@ def test_lost_nodes_are_those_that_the_cluster_had_at_first(monkeypatch):
     assert watch() == "1 node in the cluster, lost: 10.0.0.2"
     nodes.append(node("b2", "10.0.0.2", True))
     assert watch() == "2 nodes in the cluster", "it has come back"
+
+
+def test_a_first_step_that_is_long_in_coming_is_told_with_what_is_free():
+    now = 0.0
+    watch = FirstStepWatch(lambda: "free now: 0 of 6 CPUs", clock=lambda: now)
+
+    def at(time_s, step, num_attempts):
+        nonlocal now
+        now = time_s
+        return watch.update(step, num_attempts)
+
+    assert [at(100, 0, 0), at(110, 0, 1), at(139, 0, 1)] == [None] * 3, "the workers have not started before 110"
+    assert at(140, 0, 1) == "no step yet, 30 s after the workers started (free now: 0 of 6 CPUs)"
+    assert at(169, 0, 1) is None
+    assert at(170, 0, 2) == "no step yet, 60 s after the workers started (free now: 0 of 6 CPUs)"
+    assert at(400, 1, 2) is None

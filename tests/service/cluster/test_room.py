@@ -1,0 +1,150 @@
+"""What fits into a cluster's nodes, what can never fit, and what a person is told of a wait."""
+
+import threading
+import time
+
+import pytest
+import ray
+
+from corun_ray.config.jobs import ClusterSection
+from corun_ray.service.cluster import room
+from corun_ray.service.cluster.autoscaling import has_node_types
+from corun_ray.service.cluster.connect import ClusterError
+from corun_ray.service.cluster.room import (
+    NodeRoom,
+    RoomRequest,
+    RoomWatch,
+    await_room,
+    count_fitting,
+    find_waiting_workers,
+    refuse_misfit,
+    request_actor,
+    request_workers,
+)
+
+THREE_CPUS = {"CPU": 3.0}
+
+
+def workers(count, cpus, decodes=False):
+    return RoomRequest("worker", count, {"CPU": float(cpus)}, decodes, "cluster.workers")
+
+
+@pytest.mark.parametrize(
+    ("each", "node", "count"),
+    [
+        ({"CPU": 2}, {"CPU": 5}, 2),
+        ({"CPU": 0.1}, {"CPU": 0.3}, 3),
+        ({"CPU": 1, "GPU": 1}, {"CPU": 8, "GPU": 2}, 2),
+        ({"CPU": 1, "GPU": 1}, {"CPU": 8}, 0),
+        ({"CPU": 1, "GPU": 0.5}, {"CPU": 8, "GPU": 2}, 4),
+        ({"CPU": 1, "GPU": 0.6}, {"CPU": 8, "GPU": 2}, 2),
+    ],
+)
+def test_processes_are_counted_by_the_scarcest_resource_of_a_node(each, node, count):
+    assert count_fitting(each, node) == count
+
+
+@pytest.mark.parametrize(
+    ("request_", "fits"),
+    [
+        (workers(2, 3), True),
+        (workers(1, 4), False),
+        (workers(3, 2), False),
+        (workers(2, 3, decodes=True), False),
+        (workers(2, 2, decodes=True), True),
+        (workers(4, 1, decodes=True), True),
+    ],
+)
+def test_nodes_are_compared_not_their_sum(request_, fits):
+    assert request_.fits([THREE_CPUS, THREE_CPUS]) is fits
+
+
+def test_what_a_job_asks_for_is_said_with_its_amounts():
+    size = ClusterSection(workers=2, cpus_per_worker=4, gpus_per_worker=1)
+    assert str(request_workers(size)) == "2 workers of 4 CPUs and 1 GPU each, and 1 CPU to decode images"
+    assert str(request_actor([NodeRoom({"CPU": 4, "GPU": 1}, {})])) == "1 process of 1 GPU"
+    assert str(request_actor([NodeRoom({"CPU": 4}, {})])) == "1 process of 1 CPU"
+
+
+def test_what_can_never_fit_is_refused_with_the_largest_node_unless_nodes_may_be_added(monkeypatch):
+    monkeypatch.setattr(room, "read_nodes", lambda: [NodeRoom(THREE_CPUS, {}), NodeRoom(THREE_CPUS, THREE_CPUS)])
+    monkeypatch.setattr(room, "can_autoscale", lambda: False)
+    refuse_misfit(workers(2, 3))
+    with pytest.raises(ClusterError) as error:
+        refuse_misfit(workers(1, 4))
+    assert str(error.value) == (
+        "cluster: no room for 1 worker of 4 CPUs, ever: the largest node has 3 CPUs, 2 nodes together 6 CPUs; "
+        "ask for less (cluster.workers) or add nodes"
+    )
+
+    monkeypatch.setattr(room, "can_autoscale", lambda: True)
+    refuse_misfit(workers(1, 4))
+
+
+def test_a_wait_is_told_within_seconds_and_every_15_s_with_what_has_become_free():
+    now_s, free = 0.0, {"CPU": 0.0}
+    nodes = [NodeRoom(THREE_CPUS, free), NodeRoom(THREE_CPUS, {"CPU": 1.0})]
+    watch = RoomWatch(can_grow=lambda: False, read=lambda: nodes, clock=lambda: now_s)
+
+    def at(time_s, *requests):
+        nonlocal now_s
+        now_s = time_s
+        return watch.update(requests)
+
+    asked = workers(2, 2)
+    assert [at(100), at(101, asked), at(103, asked)] == [None] * 3
+    assert at(104, asked) == (
+        "waiting for room for 2 workers of 2 CPUs each; the largest node has 3 CPUs, 2 nodes together 6 CPUs; "
+        "free now: 1 of 6 CPUs"
+    )
+    free["CPU"] = 1.0
+    assert at(118, asked) is None
+    assert at(119, asked) == "still waiting for room after 18 s; free now: 2 of 6 CPUs (at most 1 on one node)"
+
+    # Ray Train asks anew every minute: that is no other wait. A wait that has ended is.
+    assert [at(125), at(130, asked)] == [None, None]
+    assert at(134, asked).startswith("still waiting")
+    assert [at(150), at(151, asked), at(153, asked)] == [None] * 3
+    assert at(154, asked).startswith("waiting for room for 2 workers")
+
+
+def test_a_cluster_that_may_add_nodes_is_called_that():
+    watch = RoomWatch(can_grow=lambda: True, read=lambda: [NodeRoom(THREE_CPUS, {})], clock=iter([0, 4]).__next__)
+    watch.update([workers(1, 4)])
+    assert watch.update([workers(1, 4)]).endswith("; the autoscaler may add nodes")
+
+
+def test_an_autoscaler_is_known_by_the_types_of_its_nodes():
+    assert not has_node_types({})
+    assert not has_node_types({"autoscaler_report": {"node_type_mapping": {"07be": "node_07be"}}})
+    assert has_node_types({"autoscaler_report": {"node_type_mapping": {"07be": "ray.head.default"}}})
+    assert has_node_types({"autoscaler_report": {"node_type_mapping": {}, "pending_launches": {"small": 2}}})
+
+
+def test_a_wait_ends_when_another_job_ends_and_its_workers_are_found_meanwhile(local_ray, monkeypatch):
+    monkeypatch.setattr(room, "FIRST_WORD_S", 0.0)
+    monkeypatch.setattr(room, "LOOK_EVERY_S", 0.2)
+    cpus = ray.cluster_resources()["CPU"]
+    holder = ray.remote(num_cpus=cpus)(threading.Event).remote()
+    ray.get(holder.__ray_ready__.remote())
+    lines = []
+
+    def hear(line):
+        # The first line is about what stands in Ray's queue; then the other job ends.
+        if not lines:
+            lines.extend(map(str, find_waiting_workers()))
+            ray.kill(holder)
+        lines.append(line)
+
+    with pytest.raises(ClusterError, match=r"no room for 1 worker of 1 CPU within 0\.1 s; free now: 0 of"):
+        await_room(workers(1, 1), lambda line: None, limit_s=0.1)
+
+    await_room(workers(1, 1), hear)
+    assert lines[0] == "1 worker of 1 CPU"
+    assert lines[1].startswith("  waiting for room for 1 worker of 1 CPU; the largest node has")
+    assert lines[-1].startswith("  there is room, after ")
+
+    deadline_s = time.monotonic() + 10
+    while ray.available_resources().get("CPU") != cpus and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert ray.available_resources()["CPU"] == cpus, "the room is given back"
