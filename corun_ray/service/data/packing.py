@@ -101,7 +101,7 @@ def plan_pack(images: str, output: str, depth: str | None, shard_mib: int, keep_
 
     Raises `StorageError` and `ManifestError`.
     """
-    # What lies in a pack below the images is none of them. `find_written_shards` refuses the folder of the images itself.
+    # A pack below the images is none of them; `find_written_shards` refuses the folder of the images itself.
     is_same = find_below(locate(output), locate(images)) == ""
     outputs = {} if is_same else {"OUT": output}
     found = list_image_folder(images, "IMAGES", outputs)
