@@ -29,6 +29,7 @@ from corun_ray.service.data.listing import DEPTH_SUFFIXES, IMAGE_SUFFIXES, Manif
 from corun_ray.service.data.manifest import list_image_folder
 from corun_ray.service.data.packs import INDEX, INDEX_SCHEMA, SCHEMA, SHARD_FILE, SHARDS
 from corun_ray.service.data.pairing import pair_by_stem, strip_suffix
+from corun_ray.service.places import find_below
 from corun_ray.service.runs.lease import DRIVERS_FOLDER
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 
@@ -101,7 +102,9 @@ def plan_pack(images: str, output: str, depth: str | None, shard_mib: int, keep_
 
     Raises `StorageError` and `ManifestError`.
     """
-    outputs = {"OUT": output}
+    # A pack below the images is none of them; `find_written_shards` refuses the folder of the images itself.
+    is_same = find_below(locate(output), locate(images)) == ""
+    outputs = {} if is_same else {"OUT": output}
     found = list_image_folder(images, "IMAGES", outputs)
     files = found.select(IMAGE_SUFFIXES)
     if found.root != locate(images).uri:

@@ -132,6 +132,7 @@ def run_depth_estimation(job: DepthJob, console: Console, resume: bool = False) 
     section = job.depth
 
     # Find mistakes before Ray starts, and before anything is written.
+    _refuse_inner_output(section)
     found = list_image_folder(section.input, "depth.input", {"depth.output": section.output})
     keys = list(found.select(IMAGE_SUFFIXES))
     _check_names(section, keys)
@@ -268,15 +269,20 @@ def draw_contact_sheet(section: DepthSection, kind: DepthKind, keys: list[str]) 
 # --- Checks before any depth is estimated ---
 
 
-def _check_names(section: DepthSection, keys: list[str]) -> None:
-    """Refuse photographs whose maps would have the same name, or would be photographs of the input.
+def _refuse_inner_output(section: DepthSection) -> None:
+    """Refuse an output in the folder of the photographs: a training on that folder would take maps for photographs.
 
     Raises `ManifestError`.
     """
-    # Maps below the input would be photographs when the command is called again.
     if find_below(locate(section.output), locate(section.input)) is not None:
         raise ManifestError(f"depth.output: {section.output} lies in the folder of the photographs; choose another")
 
+
+def _check_names(section: DepthSection, keys: list[str]) -> None:
+    """Refuse photographs whose maps would have the same name.
+
+    Raises `ManifestError`.
+    """
     owners: dict[str, str] = {}
     for key in keys:
         owner = owners.setdefault(strip_suffix(key), key)

@@ -12,8 +12,9 @@ from corun_ray.config.pairing import TruthSection
 from corun_ray.service.check import check_job
 from corun_ray.service.data.listing import IMAGE_SUFFIXES, RESTORED_MARK, ManifestError, list_folder
 from corun_ray.service.data.manifest import build_manifest, list_image_folder, list_images, pair_validation_images
-from corun_ray.service.data.packing import plan_pack
+from corun_ray.service.data.packing import find_written_shards, plan_pack
 from corun_ray.service.data.results import find_results
+from corun_ray.service.storage import StorageError
 from tests.conftest import photograph, write_image
 from tests.service.jobs import small_job
 
@@ -143,8 +144,8 @@ def test_no_job_reads_the_pictures_of_its_own_runs(dataset, tmp_path):
     assert build_manifest(small_job("pretrain", dataset, root, data=data)).clear == ("a.png",)
     with pytest.raises(ManifestError, match="storage: .* is the folder of data.clear: choose another"):
         build_manifest(small_job("pretrain", dataset, root, data=data | {"clear": str(root / "runs")}))
-    with pytest.raises(ManifestError, match="OUT: .* is the folder of IMAGES"):
-        plan_pack(str(root), f"{root}/../hazy", None, 1, False)
+    with pytest.raises(StorageError, match=r"/../hazy holds a.png, which is no part of a pack"):
+        find_written_shards(plan_pack(str(root), f"{root}/../hazy", None, 1, False))
 
 
 @pytest.mark.parametrize("kind", ["dehaze", "depth"])
