@@ -1,8 +1,8 @@
 """`corun-ray run | check | demo | doctor`: job files, here or on a cluster."""
 
 import os
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -64,16 +64,17 @@ def run(
 
 
 class OpenedLines:
-    """Tells on stderr, every few seconds, how many images have been opened; stdout is for the job."""
+    """Tells every few seconds how many images have been opened, by a comment among the notes."""
 
-    def __init__(self) -> None:
-        self._last_s = time.monotonic()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last_s = clock()
 
     def __call__(self, key: str, done: int, total: int) -> None:
         """Tell that `done` of `total` images of a key are opened, if it is time to."""
-        if time.monotonic() - self._last_s >= OPENED_LINE_EVERY_S:
-            print(f"{key}: {done} of {total} opened", file=sys.stderr, flush=True)
-            self._last_s = time.monotonic()
+        if self._clock() - self._last_s >= OPENED_LINE_EVERY_S:
+            print(f"# opening   {key}: {done} of {total}", flush=True)
+            self._last_s = self._clock()
 
 
 @app.command()

@@ -11,12 +11,14 @@ import pytest
 import yaml
 
 from corun_ray.cli.app import main
+from corun_ray.cli.run import OpenedLines
 from corun_ray.config.loading import dump_job, load_jobs
 from corun_ray.core.choices import CLARITY_NAMES, DEGRADATIONS, QUALITY_NAMES, Degradation
 from corun_ray.core.scoring.scorers import CLARITY_SCORERS, DEFAULT_CLARITY, DEFAULT_QUALITY, QUALITY_SCORERS
 from corun_ray.service.models.sources import SHIPPED_FOLDER
 from tests.conftest import free_port
 from tests.service.jobs import small_job
+from tests.unusable import damage, draw_damaged_validation
 
 
 def corun_ray(*args, **env):
@@ -79,6 +81,30 @@ def test_check_names_what_is_missing(dataset, tmp_path):
     assert "cannot list /nowhere" in lines[0]
     assert "network.init: nothing at /no/model.pth" in lines[1]
     assert "cluster.gpus_per_worker: 99 GPUs in all" in lines[2]
+
+
+def test_check_opens_a_sample_or_all_and_names_what_cannot_be_used(tmp_path):
+    root = draw_damaged_validation(tmp_path)
+    for number in range(40):
+        shutil.copy(root / "clear/0000.jpg", root / f"clear/more_{number:02}.jpg")
+    damage(root / "clear/0003.jpg")  # the sample has the first, second, third and fifth
+    held = {"hazy": str(root / "hazy")}
+    small_job("pretrain", root, tmp_path, data={"depth": None, "validation": held, "max_bad_fraction": 0.01})
+    result = corun_ray("check", tmp_path / "pretrain.yaml")
+    assert result.returncode == 0 and f"# unusable  {root}/hazy/0002.jpg: truncated JPEG" in result.stdout
+    assert "# opened    data.clear: 32 of 44, none unusable" in result.stdout
+    result = corun_ray("check", tmp_path / "pretrain.yaml", "--all")
+    assert result.returncode == 2 and "# opened    data.clear: all, 1 unusable" in result.stdout
+    assert result.stderr.startswith("test-pretrain: 1 of 44 images cannot be used") and result.stderr.count("\n") == 1
+
+
+def test_check_tells_how_many_images_it_has_opened_every_few_seconds(capsys):
+    now = [0.0]
+    lines = OpenedLines(lambda: now[0])
+    for done in range(1, 11):
+        now[0] += 1.5
+        lines("data.clear", done, 10)
+    assert capsys.readouterr().out == "".join(f"# opening   data.clear: {done} of 10\n" for done in (3, 6, 9))
 
 
 def test_check_lists_the_keys():

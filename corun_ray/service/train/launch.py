@@ -113,10 +113,9 @@ class _Trainer(StoppableTrainer):
     """Ray Train's trainer with our policy of restarts, for which Ray Train has no option."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
-        # Types: the stubs are those of Ray Train's first version.
-        policy = RestartPolicy(self.run_config.failure_config)  # type: ignore[arg-type]
+        policy = RestartPolicy(arguments["failure_policy"].failure_config)
         arguments["failure_policy"] = policy
-        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
+        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]  # the stubs are of Ray Train 1
 
 
 def _make_trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
