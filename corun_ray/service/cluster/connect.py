@@ -16,14 +16,24 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
 
 import ray
+from google.protobuf.message import DecodeError
 from ray._private import services
+from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]  # made at import
+from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoReply  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
 from corun_ray.config.jobs import ClusterSection
 from corun_ray.service.cluster.autoscaling import can_autoscale
 from corun_ray.service.cluster.local_ray import LocalRayError, check_folder, find_folder
 from corun_ray.service.cluster.object_store import describe_local_store, plan_object_store
-from corun_ray.service.cluster.ports import PortError, ask_for_ray, read_patience_s, read_ray_address
+from corun_ray.service.cluster.ports import (
+    PortError,
+    ask_for_ray,
+    fetch_nodes,
+    is_answering,
+    read_patience_s,
+    read_ray_address,
+)
 from corun_ray.service.cluster.tokens import describe_token_trouble, send_token
 from corun_ray.service.cluster.waiting import GaveUp, announce_wait, limit_wait
 from corun_ray.service.errors import JobFailed, format_reason
@@ -117,9 +127,12 @@ def _join_cluster(address: str, options: Mapping[str, Any]) -> None:
     environment = {} if IN_RAY_JOB in os.environ else {"py_modules": [str(PACKAGE)]}
     try:
         limit_s = max(JOIN_LIMIT_S, read_patience_s())
-        ask_for_ray(_find_cluster() if address == "auto" else address)
-        if not services.find_node_ids():
-            raise ClusterError(f"{failure} ({NO_NODE_HERE})")
+        place = _find_cluster() if address == "auto" else address
+        ask_for_ray(place)
+        trouble = _describe_node_trouble(place)
+        if trouble:
+            raise ClusterError(f"{failure} ({trouble})")
+
         with announce_wait(f"the cluster at {address}"), limit_wait(limit_s, gave_up):
             ray.init(address=address, runtime_env=environment, **options)
     except ClusterError:
@@ -142,6 +155,32 @@ def _find_cluster() -> str:
     # Ray sends a token to a cluster that it finds itself, without being told to.
     send_token()
     return services.get_ray_address_from_environment("auto", None)
+
+
+def _describe_node_trouble(address: str) -> str:
+    """Return why this process cannot join by the node on this machine; the text is empty where it can.
+
+    Ray waits a minute for such a node; where one is there and hangs, Ray ends this process without a word.
+    """
+    own_ids = set(services.find_node_ids())
+    if not own_ids:
+        return NO_NODE_HERE
+
+    # A Ray of another version may encode its list in another way, and says itself that it is another.
+    try:
+        nodes = GetAllNodeInfoReply.FromString(fetch_nodes(address)).node_info_list
+    except DecodeError:
+        return ""
+    if not nodes:
+        return ""
+
+    here = [node for node in nodes if node.node_id.hex() in own_ids and node.state == GcsNodeInfo.GcsNodeState.ALIVE]
+    if not here:
+        return NO_NODE_HERE
+    if any(is_answering(node.node_manager_address, node.node_manager_port) for node in here):
+        return ""
+    ports = ", ".join(f"{node.node_manager_address}:{node.node_manager_port}" for node in here)
+    return f"its head answers, its node on this machine does not ({ports}): look at that process, raylet, and its logs"
 
 
 def _start_local_ray(min_cpus: float, options: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 HTTP2_SETTINGS_TYPE = 4
 HEADER_BYTES = 9
 GCS_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+NODES_METHOD = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
 CLIENT_METHOD = "/ray.rpc.RayletDriver/ClusterInfo"
 CLIENT_SCHEME = "ray"
 RAY_EXPECTED = "expected HOST:6379 of a head"
@@ -176,8 +177,8 @@ def identify(host: str, port: int) -> Speaker:
 
     Raises `_Silence` where nobody answers, and `_Refusal` where a Ray wants another token.
     """
-    # Under TLS only those who have the certificate are answered: Ray itself finds out more.
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+    # Ray itself finds out more.
+    if _has_tls():
         _open(host, port).close()
         return "unknown"
 
@@ -187,9 +188,9 @@ def identify(host: str, port: int) -> Speaker:
         return _ask_web_server(host, port)
 
     # A head and Ray Client differ in the methods that they know.
-    if _has_method(host, port, GCS_METHOD):
+    if _call(host, port, GCS_METHOD) is not None:
         return "head"
-    return "client" if _has_method(host, port, CLIENT_METHOD) else "grpc"
+    return "grpc" if _call(host, port, CLIENT_METHOD) is None else "client"
 
 
 def _open(host: str, port: int) -> socket.socket:
@@ -240,10 +241,37 @@ def _ask_web_server(host: str, port: int) -> Speaker:
     return "jobs" if b'"ray_version"' in content else "web"
 
 
-def _has_method(host: str, port: int, method: str) -> bool:
-    """Return whether a gRPC server has a method.
+def fetch_nodes(address: str) -> bytes:
+    """Fetch the list of its nodes from the head at an address, as Ray encodes it.
 
-    Raises `_Refusal` where it wants another token, and `_Silence` where it does not answer.
+    The list is empty where it cannot be had in plain gRPC.
+    """
+    _, host, port = _split(address)
+    if port is None or _has_tls():
+        return b""
+    with suppress(_Silence, _Refusal):
+        return _call(host, port, NODES_METHOD) or b""
+    return b""
+
+
+def is_answering(host: str, port: int) -> bool:
+    """Return whether something answers at a port."""
+    with suppress(_Silence):
+        _say_hello(host, port)
+        return True
+    return False
+
+
+def _has_tls() -> bool:
+    """Return whether the ports of Ray speak TLS, and only to those who have the certificate."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
+def _call(host: str, port: int, method: str) -> bytes | None:
+    """Call a method of a gRPC server without arguments; return its answer, or None where there is no such method.
+
+    An answer of another kind is empty. Raises `_Refusal` where it wants another token, and `_Silence` where it does not
+    answer.
     """
     # Plain gRPC: importing Ray takes seconds, and is for later.
     import grpc
@@ -254,15 +282,15 @@ def _has_method(host: str, port: int, method: str) -> bool:
     try:
         # As for Ray, without a proxy.
         with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
-            channel.unary_unary(method)(b"", timeout=CALL_TIMEOUT_S, metadata=metadata)
+            answer: bytes = channel.unary_unary(method)(b"", timeout=CALL_TIMEOUT_S, metadata=metadata)
+            return answer
     except grpc.RpcError as error:
         code = error.code()
         if code == grpc.StatusCode.UNAUTHENTICATED:
             raise _Refusal(describe_token_trouble()) from None
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             raise _Silence(f"its gRPC does not answer: {error.details()}") from None
-        return code != grpc.StatusCode.UNIMPLEMENTED
-    return True
+        return None if code == grpc.StatusCode.UNIMPLEMENTED else b""
 
 
 def _split(address: str) -> tuple[str, str, int | None]:

@@ -1,14 +1,17 @@
 """What a driver keeps for itself when it connects to Ray, and what it tells where it cannot."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoReply
 from ray.exceptions import AuthenticationError
 
-from corun_ray.service.cluster import connect
+from corun_ray.service.cluster import connect, ports
 from corun_ray.service.cluster.connect import ClusterError
 from corun_ray.service.errors import JobFailed
 from tests.conftest import free_port
@@ -61,6 +64,19 @@ def test_a_machine_that_is_no_node_is_told_before_ray_waits(monkeypatch):
     assert "this machine is no node of it" in refused("10.0.0.1:6379")
 
 
+def test_a_node_here_that_hangs_or_is_of_another_cluster_is_told(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        node = GcsNodeInfo(node_id=b"\1", node_manager_address="127.0.0.1", node_manager_port=mute.getsockname()[1])
+        nodes = GetAllNodeInfoReply(node_info_list=[node]).SerializeToString()
+        monkeypatch.setattr(ports, "ANSWER_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(connect, "ask_for_ray", lambda address: None)
+        monkeypatch.setattr(connect, "fetch_nodes", lambda address: nodes)
+        monkeypatch.setattr(connect.services, "find_node_ids", lambda: ["01"])
+        assert "its node on this machine does not" in refused("10.0.0.1:6379")
+        monkeypatch.setattr(connect.services, "find_node_ids", lambda: ["02"])
+        assert "this machine is no node of it" in refused("10.0.0.1:6379")
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -76,6 +92,7 @@ def test_why_a_cluster_cannot_be_joined_is_told_whole(monkeypatch, error, said):
         time.sleep(10)
 
     monkeypatch.setattr(connect, "ask_for_ray", lambda address: None)
+    monkeypatch.setattr(connect, "fetch_nodes", lambda address: b"")
     monkeypatch.setattr(connect.services, "find_node_ids", lambda: ["node"])
     monkeypatch.setattr(connect, "JOIN_LIMIT_S", 0.2)
     monkeypatch.setattr(connect.ray, "init", init)
