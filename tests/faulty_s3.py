@@ -113,6 +113,10 @@ class FaultyS3:
             self.failed[kind] += 1
             return kind
 
+    def denies(self, method: str, target: str, body: bytes) -> bool:
+        """Whether a policy forbids a request; nothing is forbidden here."""
+        return False
+
     def _open(self) -> None:
         self._server = _Server(self._reserved.getsockname(), self)
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -150,7 +154,7 @@ class _Exchange(socketserver.StreamRequestHandler):
         request_line = self.rfile.readline()
         if not request_line:
             return
-        self.method = request_line.split()[0].decode()
+        self.method, target = request_line.decode().split()[:2]
         headers = self._headers()
         fault = self.server.proxy.meets(self.method)
         if fault in ("reset", "outage"):
@@ -161,6 +165,8 @@ class _Exchange(socketserver.StreamRequestHandler):
             self.rfile.read(self._length(headers) // 2)
             return self._reset()
         body = self._chunks() if b"transfer-encoding" in headers else self.rfile.read(self._length(headers))
+        if self.server.proxy.denies(self.method, target, body):
+            return self._refuse(403, "AccessDenied", "Access Denied")
         if fault in ANSWERS:
             return self._refuse(*ANSWERS[fault])
         if fault == "slow":

@@ -20,7 +20,7 @@ WINGS = ("cli", "bench", "service", "config", "core")
 
 GROUND = {
     "core": {"core.errors", "core.choices", "core.timing", "core.weights"},
-    "service": {"service.errors", "service.storage"},
+    "service": {"service.errors", "service.s3", "service.storage", "service.trust"},
 }
 """Files of a wing that all of its rooms may import."""
 
@@ -69,7 +69,9 @@ NARROWER = {
         "config",
         "demo",
         "service.errors",
+        "service.s3",
         "service.storage",
+        "service.trust",
         "service.telemetry",
         "service.data",
         "service.pool",

@@ -16,6 +16,7 @@ from corun_ray.cli.command import App, Group, describe_mistake
 from corun_ray.cli.common import DONE, FAILED, WRONG_REQUEST
 from corun_ray.core.errors import UserError
 from corun_ray.service.errors import JobFailed
+from corun_ray.service.trust import share_ca_file
 
 if TYPE_CHECKING:
     from typer._click import Context
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     try:
         context = parse(sys.argv[1:] if argv is None else argv)
+
+        # Every client of the command, and the processes that it starts, trust one company's CA.
+        share_ca_file()
         sys.exit(context.command.invoke(context))
 
     except typer.Exit as end:

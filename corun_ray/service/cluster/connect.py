@@ -17,6 +17,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
 import ray
 
 from corun_ray.config.jobs import ClusterSection
+from corun_ray.service.s3 import make_node_environment
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job, whose runtime environment then holds our code already."""
@@ -79,7 +80,8 @@ def _start_ray(min_cpus: float) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         # Workers need our code; those of a submitted job have it already.
-        environment = {} if IN_RAY_JOB in os.environ else {"py_modules": [str(PACKAGE)]}
+        environment: dict[str, Any] = {} if IN_RAY_JOB in os.environ else {"py_modules": [str(PACKAGE)]}
+        environment["env_vars"] = make_node_environment()
         try:
             ray.init(address=address, runtime_env=environment, **quiet)
         except Exception as error:

@@ -214,7 +214,7 @@ class Doctor:
     def _examine_storage(self) -> str:
         """Try storage from here and from every node."""
         place = locate(self.needs.storage)
-        advice = "check the URI, and that every node has AWS_ENDPOINT_URL and credentials in its environment"
+        advice = "check the URI, and that every node has the credentials, and AWS_ENDPOINT_URL or a profile"
         if place.is_local:
             advice = "give a URI or a folder that all nodes share and may write"
 

@@ -14,7 +14,7 @@ import requests
 
 from corun_ray.service.errors import get_first_line
 from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow, get_or_create_experiment
-from corun_ray.service.storage import PATIENCE_VARIABLE, Location, StorageError
+from corun_ray.service.storage import PATIENCE_VARIABLE, Location, StorageError, locate
 
 TRIAL_MIB = 16
 MIB = 2**20
@@ -126,7 +126,7 @@ def measure_server_clocks(storage: str, tracking: str) -> dict[str, float]:
     """
     servers = {"MLflow": tracking}
     if storage.startswith("s3://"):
-        servers["the object store"] = os.environ.get("AWS_ENDPOINT_URL") or "https://s3.amazonaws.com"
+        servers["the object store"] = locate(storage).filesystem.handler.endpoint_url
 
     offsets = {}
     for name, url in servers.items():

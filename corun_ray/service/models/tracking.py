@@ -13,6 +13,7 @@ from corun_ray.config.jobs import Job
 from corun_ray.config.reference import flatten
 from corun_ray.core.errors import UserError
 from corun_ray.service.errors import get_first_line
+from corun_ray.service.trust import share_ca_file
 
 SQLITE = "sqlite:///"
 MAX_PARAM_CHARACTERS = 500
@@ -53,6 +54,7 @@ def connect_to_mlflow(uri: str) -> Any:
 
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    share_ca_file()
     import mlflow
 
     # Failures are raised as errors; warnings would only clutter the job's output.
