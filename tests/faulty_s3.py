@@ -13,6 +13,7 @@ Requests and responses pass byte for byte but for the headers about the connecti
 
 import socket
 import socketserver
+import ssl
 import struct
 import threading
 import time
@@ -49,10 +50,11 @@ class FaultyS3:
     failed: Counter[str]
     """Fault → requests that met it since the start; connections refused by an outage cannot be counted."""
 
-    def __init__(self, upstream_url: str, slow_s: float = 5.0) -> None:
+    def __init__(self, upstream_url: str, slow_s: float = 5.0, tls: ssl.SSLContext | None = None) -> None:
+        """With `tls`, the proxy itself speaks https."""
         parts = urlsplit(upstream_url)
         assert parts.hostname is not None and parts.port is not None
-        self.upstream, self.slow_s = (parts.hostname, parts.port), slow_s
+        self.upstream, self.slow_s, self.tls = (parts.hostname, parts.port), slow_s, tls
         self.failed = Counter()
         self._lock = threading.RLock()
         self._kind: str | None = None
@@ -66,7 +68,7 @@ class FaultyS3:
         self._reserved = socket.socket()
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._reserved.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._reserved.getsockname()[1]}"
+        self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self._reserved.getsockname()[1]}"
         self.fault(None)
         return self
 
@@ -119,6 +121,8 @@ class FaultyS3:
 
     def _open(self) -> None:
         self._server = _Server(self._reserved.getsockname(), self)
+        if self.tls is not None:
+            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def _close(self) -> None:

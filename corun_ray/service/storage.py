@@ -149,8 +149,8 @@ class Location:
         paths = [info.path for info in found if info.type == fs.FileType.Directory]
 
         # An object store may have keys with an empty part, which no folder of ours has.
-        names = [path.removeprefix(f"{self.path}/") for path in paths]
-        return sorted(name for name in names if name and not has_unreadable_part(name))
+        names = [posixpath.relpath(path, self.path) for path in paths]
+        return sorted(name for name in names if not has_unreadable_part(name))
 
     # --- Reading ---
 
