@@ -133,6 +133,7 @@ def test_the_trial_is_of_the_size_that_its_help_says():
 def test_servers_that_do_not_answer_have_no_clock():
     assert measure_server_clocks("runs", f"http://127.0.0.1:{free_port()}") == {}
     assert measure_server_clocks("runs", "sqlite:///mlflow.db") == {}
+    assert measure_server_clocks("s3://haze//runs", "sqlite:///mlflow.db") == {}
 
 
 def test_the_needs_of_a_file_are_those_of_its_jobs_together(tmp_path):
