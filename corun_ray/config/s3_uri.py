@@ -60,11 +60,14 @@ def has_unreadable_part(key: str) -> bool:
 
 
 def find_s3_mistake(text: str) -> str | None:
-    """Return what is wrong with a text of a job file that is an `s3://` URI; None for any other text."""
+    """Return what is wrong with the place that an `s3://` URI names; None for any other text.
+
+    Options are left to whoever opens the place.
+    """
     if not text.startswith(S3_SCHEME):
         return None
     try:
-        parse_s3_uri(text)
+        parse_s3_uri(text.partition("?")[0])
     except ValueError as error:
         return str(error)
     return None
