@@ -289,13 +289,13 @@ def locate(uri: str) -> Location:
     try:
         if uri.startswith(S3_SCHEME):
             parsed = parse_s3_uri(uri)
-            filesystem, path = open_s3(parsed, _count_retries(_read_patience_s())), parsed.path
+            filesystem, key = open_s3(parsed, _count_retries(_read_patience_s())), parsed.path
         else:
-            filesystem, path = fs.FileSystem.from_uri(quote(uri, safe=URI_CHARACTERS))
+            filesystem, key = fs.FileSystem.from_uri(quote(uri, safe=URI_CHARACTERS))
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot open {uri}: {get_first_line(error)}") from None
     place, options = split_options(uri)
-    return Location(place.rstrip("/") + options, filesystem, path.rstrip("/"))
+    return Location(place.rstrip("/") + options, filesystem, key.rstrip("/"))
 
 
 def split_options(uri: str) -> tuple[str, str]:
