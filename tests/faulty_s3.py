@@ -13,6 +13,7 @@ Requests and responses pass byte for byte but for the headers about the connecti
 
 import socket
 import socketserver
+import ssl
 import struct
 import threading
 import time
@@ -49,10 +50,11 @@ class FaultyS3:
     failed: Counter[str]
     """Fault → requests that met it since the start; connections refused by an outage cannot be counted."""
 
-    def __init__(self, upstream_url: str, slow_s: float = 5.0) -> None:
+    def __init__(self, upstream_url: str, slow_s: float = 5.0, tls: ssl.SSLContext | None = None) -> None:
+        """With `tls`, the proxy itself speaks https."""
         parts = urlsplit(upstream_url)
         assert parts.hostname is not None and parts.port is not None
-        self.upstream, self.slow_s = (parts.hostname, parts.port), slow_s
+        self.upstream, self.slow_s, self.tls = (parts.hostname, parts.port), slow_s, tls
         self.failed = Counter()
         self._lock = threading.RLock()
         self._kind: str | None = None
@@ -66,7 +68,7 @@ class FaultyS3:
         self._reserved = socket.socket()
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._reserved.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._reserved.getsockname()[1]}"
+        self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self._reserved.getsockname()[1]}"
         self.fault(None)
         return self
 
@@ -113,8 +115,14 @@ class FaultyS3:
             self.failed[kind] += 1
             return kind
 
+    def denies(self, method: str, target: str, body: bytes) -> bool:
+        """Whether a policy forbids a request; nothing is forbidden here."""
+        return False
+
     def _open(self) -> None:
         self._server = _Server(self._reserved.getsockname(), self)
+        if self.tls is not None:
+            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def _close(self) -> None:
@@ -150,7 +158,7 @@ class _Exchange(socketserver.StreamRequestHandler):
         request_line = self.rfile.readline()
         if not request_line:
             return
-        self.method = request_line.split()[0].decode()
+        self.method, target = request_line.decode().split()[:2]
         headers = self._headers()
         fault = self.server.proxy.meets(self.method)
         if fault in ("reset", "outage"):
@@ -161,6 +169,8 @@ class _Exchange(socketserver.StreamRequestHandler):
             self.rfile.read(self._length(headers) // 2)
             return self._reset()
         body = self._chunks() if b"transfer-encoding" in headers else self.rfile.read(self._length(headers))
+        if self.server.proxy.denies(self.method, target, body):
+            return self._refuse(403, "AccessDenied", "Access Denied")
         if fault in ANSWERS:
             return self._refuse(*ANSWERS[fault])
         if fault == "slow":

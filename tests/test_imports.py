@@ -20,7 +20,14 @@ WINGS = ("cli", "bench", "service", "config", "core")
 
 GROUND = {
     "core": {"core.errors", "core.choices", "core.home", "core.timing", "core.weights"},
-    "service": {"service.errors", "service.places", "service.proxies", "service.storage"},
+    "service": {
+        "service.errors",
+        "service.places",
+        "service.proxies",
+        "service.s3",
+        "service.storage",
+        "service.trust",
+    },
 }
 """Files of a wing that all of its rooms may import."""
 
@@ -69,7 +76,9 @@ NARROWER = {
         "config",
         "demo",
         "service.errors",
+        "service.s3",
         "service.storage",
+        "service.trust",
         "service.telemetry",
         "service.data",
         "service.pool",

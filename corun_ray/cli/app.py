@@ -17,6 +17,7 @@ from corun_ray.cli.output import Output, protect_output
 from corun_ray.core.errors import UserError
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.proxies import reach_loopback_directly
+from corun_ray.service.trust import share_ca_file
 
 if TYPE_CHECKING:
     from typer._click import Context
@@ -62,6 +63,9 @@ def _run(argv: Sequence[str], output: Output) -> int:
     try:
         context = parse(argv)
         output.expect(context.command_path.partition(" ")[2], can_wait=not context.params.get("no_wait", False))
+
+        # Every client of the command, and the processes that it starts, trust one company's CA.
+        share_ca_file()
         return context.command.invoke(context) or DONE
 
     except typer.Exit as end:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from corun_ray.config.credentials import REFUSED, holds_credentials, mask_credentials
+from corun_ray.config.s3_uri import find_s3_mistake
 from corun_ray.config.tasks import DehazeSection, DepthSection, EvaluateSection, ServeSection, TuneSection
 from corun_ray.config.training import (
     CoherenceSection,
@@ -127,6 +128,14 @@ class Job(Strict):
         for path, text in _find_texts(self.model_dump()):
             if holds_credentials(text):
                 raise Mismatch(path, f"{mask_credentials(text)} {REFUSED}")
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_unreadable_keys(self) -> "Job":
+        for path, text in _find_texts(self.model_dump()):
+            mistake = find_s3_mistake(text)
+            if mistake is not None:
+                raise Mismatch(path, f"{text}: {mistake}")
         return self
 
     @property

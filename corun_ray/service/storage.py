@@ -1,8 +1,8 @@
 """Local folders and object stores behind one interface, through pyarrow's filesystems.
 
-S3-compatible stores are configured by environment variables alone (`AWS_ENDPOINT_URL` and the usual credentials). A
-request that is refused, reset or answered with 5xx is retried at growing intervals for about
-`CORUN_STORAGE_PATIENCE_S` seconds (default: 100). Then one `StorageError` is raised.
+S3-compatible stores are configured as for boto3 (`service/s3.py`). A request that is refused, reset or answered with
+5xx is retried at growing intervals for about `CORUN_STORAGE_PATIENCE_S` seconds (default: 100). Then one `StorageError`
+is raised.
 """
 
 import math
@@ -15,28 +15,29 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
+from urllib.parse import quote
 
 from pyarrow import NativeFile, fs
 
 from corun_ray.config.credentials import REFUSED, holds_credentials, mask_credentials
+from corun_ray.config.s3_uri import S3_SCHEME, has_unreadable_part, parse_s3_uri
 from corun_ray.core.errors import UserError
 from corun_ray.core.home import has_no_home
 from corun_ray.service.errors import format_reason
+from corun_ray.service.s3 import open_s3
 
 T = TypeVar("T")
 
 PATIENCE_VARIABLE = "CORUN_STORAGE_PATIENCE_S"
 DEFAULT_PATIENCE_S = 100.0
-CONNECT_TIMEOUT_S = 3.0
-SILENCE_TIMEOUT_S = 15.0
-"""How long a connection may carry no data. pyarrow's default of 3 s fails every attempt at a store that is slow to
-send its first byte."""
 FIRST_DELAY_S = 0.05
 """Pause before the second retry; the first retry comes at once."""
 CACHED_LOCATIONS = 64
 OPEN_FILES = 32
 """Files that stay open for `Location.read_range`."""
+URI_CHARACTERS = "%:/?#[]@!$&'()*+,;="
+"""What stays as it is in a URI that pyarrow parses: delimiters, and what is encoded already."""
 
 
 class StorageError(UserError):
@@ -49,32 +50,6 @@ class MissingFile(StorageError):
 
 class DamagedFile(StorageError):
     """A file that is read and has not the content that it should have."""
-
-
-class PatientS3(fs.S3FileSystem):
-    """An `S3FileSystem` with patient retries, which survive pickling (pyarrow's own forgets its retry strategy)."""
-
-    def __init__(self, **options: Any) -> None:
-        # Retry each request on its own. The "standard" strategy shares one budget of retries among all requests, and
-        # gives up early when many fail at once.
-        strategy = fs.AwsDefaultS3RetryStrategy(max_attempts=_count_retries(_read_patience_s()))
-
-        timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "request_timeout": SILENCE_TIMEOUT_S}
-        super().__init__(**{**options, **timeouts}, retry_strategy=strategy)
-
-    @classmethod
-    def copy_of(cls, filesystem: fs.S3FileSystem) -> "PatientS3":
-        """Return a patient filesystem for the same store."""
-        _, (options,) = filesystem.__reduce__()
-        return cls(**options)
-
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        _, arguments = super().__reduce__()
-        return _make_patient_s3, arguments
-
-
-def _make_patient_s3(options: dict[str, Any]) -> PatientS3:
-    return PatientS3(**options)
 
 
 def _read_patience_s() -> float:
@@ -124,7 +99,7 @@ class Location:
             raise StorageError(f"{relative!r} does not lie below {self.uri}")
 
         place, options = split_options(self.uri)
-        uri = posixpath.join(place, relative) + options
+        uri = posixpath.join(place, _quote_name(relative) if "://" in place else relative) + options
         return Location(uri, self.filesystem, posixpath.join(self.path, relative))
 
     def parent(self) -> "Location":
@@ -166,7 +141,8 @@ class Location:
         """
         selector = fs.FileSelector(self.path, recursive=True)
         found = self._attempt("list", lambda: self.filesystem.get_file_info(selector))
-
+        if not self.is_local:
+            self._refuse_unreadable([info.path for info in found if info.type == fs.FileType.File])
         by_path = {}
         for info in found:
             if info.type == fs.FileType.File and not _is_unfinished(info.base_name):
@@ -180,7 +156,11 @@ class Location:
         """
         selector = fs.FileSelector(self.path, allow_not_found=True)
         found = self._attempt("list", lambda: self.filesystem.get_file_info(selector))
-        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+        paths = [info.path for info in found if info.type == fs.FileType.Directory]
+
+        # An object store may have keys with an empty part, which no folder of ours has.
+        names = [posixpath.relpath(path, self.path) for path in paths]
+        return sorted(name for name in names if not has_unreadable_part(name))
 
     # --- Reading ---
 
@@ -305,6 +285,17 @@ class Location:
         with suppress(MissingFile):
             self._attempt("delete", delete)
 
+    def _refuse_unreadable(self, paths: list[str]) -> None:
+        """Raise `StorageError` where keys in the store cannot be read; left out, they would be missed by nobody."""
+        keys = [path.removeprefix(f"{self.path}/") for path in paths]
+        unreadable = sorted(key for key in keys if has_unreadable_part(key))
+        if unreadable:
+            count = "1 key has" if len(unreadable) == 1 else f"{len(unreadable)} keys have"
+            raise StorageError(
+                f"cannot list {self.uri}: {count} an empty part (//), a part . or .. and cannot be read "
+                f"({unreadable[0]!r}); rename them, or give a folder without"
+            )
+
     def _attempt(self, verb: str, action: Callable[[], T]) -> T:
         """Return the result of `action`; raise its errors as one line.
 
@@ -341,12 +332,15 @@ def locate(uri: str) -> Location:
 
     # The scheme of a URI chooses the filesystem.
     try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
-        if isinstance(filesystem, fs.S3FileSystem):
-            filesystem = PatientS3.copy_of(filesystem)
+        if uri.startswith(S3_SCHEME):
+            parsed = parse_s3_uri(uri)
+            filesystem, key = open_s3(parsed, _count_retries(_read_patience_s())), parsed.path
+        else:
+            filesystem, key = fs.FileSystem.from_uri(quote(uri, safe=URI_CHARACTERS))
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot open {uri}: {format_reason(error)}") from None
-    return Location(uri.rstrip("/"), filesystem, path.rstrip("/"))
+    place, options = split_options(uri)
+    return Location(place.rstrip("/") + options, filesystem, key.rstrip("/"))
 
 
 def expand_home(path: str) -> Path:
@@ -375,6 +369,11 @@ def split_options(uri: str) -> tuple[str, str]:
         return uri, ""
     place, mark, options = uri.partition("?")
     return place, mark + options
+
+
+def _quote_name(name: str) -> str:
+    """Encode what would have a meaning of its own in a URI; spaces and letters stay, for people."""
+    return name.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
 
 
 @lru_cache(maxsize=OPEN_FILES)

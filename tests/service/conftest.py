@@ -3,6 +3,7 @@
 import contextlib
 import io
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import pytest
 from corun_ray.config.jobs import TrainingJob
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
+from tests.role_s3 import RoleS3
 from tests.service.data.test_packs import packed
 from tests.service.jobs import small_job
 from tests.service.scraping import Scraper
@@ -35,23 +37,31 @@ def bucket(s3_server, dataset) -> str:
     client = boto3.client("s3")
     client.create_bucket(Bucket="haze")
     for path in dataset.rglob("*.*"):
-        client.upload_file(str(path), "haze", str(path.relative_to(dataset)))
-    return "s3://haze"
+        client.upload_file(str(path), "haze", f"team/{path.relative_to(dataset)}")
+    return "s3://haze/team"
 
 
 @pytest.fixture(scope="session")
-def watched_colabator(local_ray, bucket, mlflow_server, tmp_path_factory) -> WatchedRun:
-    """A Colabator run of two workers to the end, from a bucket into the bucket, tracked by a server."""
+def team_role(s3_server, bucket) -> Iterator[RoleS3]:
+    """A way to that bucket for a role that may read and write below `team/`, and nothing else."""
+    with RoleS3(s3_server, "haze", "team") as role:
+        yield role
+
+
+@pytest.fixture(scope="session")
+def watched_colabator(local_ray, bucket, team_role, mlflow_server, tmp_path_factory) -> WatchedRun:
+    """A Colabator run of two workers to the end, from a bucket into the bucket by a role, tracked by a server."""
     folder = tmp_path_factory.mktemp("colabator")
+    by_role = f"?endpoint_override={team_role.url}"
     job = small_job(
         "colabator",
         folder,
         folder,
         data={
-            "clear": f"{bucket}/clear",
-            "depth": f"{bucket}/depth",
-            "hazy": f"{bucket}/hazy",
-            "validation": {"hazy": f"{bucket}/hazy", "clear": f"{bucket}/hazy_truth"},
+            "clear": f"{bucket}/clear{by_role}",
+            "depth": f"{bucket}/depth{by_role}",
+            "hazy": f"{bucket}/hazy{by_role}",
+            "validation": {"hazy": f"{bucket}/hazy{by_role}", "clear": f"{bucket}/hazy_truth{by_role}"},
         },
         train={"steps": 6, "log_every": 2, "checkpoint_every": 3, "validate_every": 3, "validation_images": 2},
         coherence={"share_blocks": True},
@@ -59,7 +69,7 @@ def watched_colabator(local_ray, bucket, mlflow_server, tmp_path_factory) -> Wat
         tracking={"uri": mlflow_server, "register": "watched"},
     )
     # The name tells its metrics and log lines from others'.
-    job = job.model_copy(update={"name": "watched", "storage": f"{bucket}/runs"})
+    job = job.model_copy(update={"name": "watched", "storage": f"{bucket}/runs{by_role}"})
     with Scraper() as scraper, contextlib.redirect_stdout(io.StringIO()) as output:
         uri = run_training(job, Console(), Path())
     return WatchedRun(job, uri, scraper, output.getvalue())

@@ -37,6 +37,7 @@ from corun_ray.service.cluster.ports import (
 from corun_ray.service.cluster.tokens import describe_token_trouble, send_token
 from corun_ray.service.cluster.waiting import GaveUp, announce_wait, limit_wait
 from corun_ray.service.errors import JobFailed, format_reason
+from corun_ray.service.s3 import make_node_environment
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job, whose runtime environment then holds our code already."""
@@ -124,7 +125,8 @@ def _join_cluster(address: str, options: Mapping[str, Any]) -> None:
     gave_up = f"{failure} (it listens, and does not let this process join; look at its nodes: ray status)"
 
     # Workers need our code; those of a submitted job have it already.
-    environment = {} if IN_RAY_JOB in os.environ else {"py_modules": [str(PACKAGE)]}
+    environment: dict[str, Any] = {} if IN_RAY_JOB in os.environ else {"py_modules": [str(PACKAGE)]}
+    environment["env_vars"] = make_node_environment()
     try:
         limit_s = max(JOIN_LIMIT_S, read_patience_s())
         place = _find_cluster() if address == "auto" else address

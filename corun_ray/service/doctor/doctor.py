@@ -217,12 +217,11 @@ class Doctor:
 
     def _examine_storage(self) -> str:
         """Try storage from here and from every node."""
-        place = locate(self.needs.storage)
-        advice = "check the URI, and that every node has AWS_ENDPOINT_URL and credentials in its environment"
-        if place.is_local:
-            advice = "give a URI or a folder that all nodes share and may write"
-
+        advice = "check the URI, and that every node has the credentials, and AWS_ENDPOINT_URL or a profile"
         try:
+            place = locate(self.needs.storage)
+            if place.is_local:
+                advice = "give a URI or a folder that all nodes share and may write"
             speeds = [try_storage(place)]
             if self.nodes is not None:
                 speeds += self.nodes.try_storage(place)

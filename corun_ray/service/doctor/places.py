@@ -14,7 +14,7 @@ import requests
 
 from corun_ray.service.errors import format_reason
 from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow, get_or_create_experiment
-from corun_ray.service.storage import PATIENCE_VARIABLE, Location, StorageError
+from corun_ray.service.storage import PATIENCE_VARIABLE, Location, StorageError, locate
 
 TRIAL_MIB = 16
 MIB = 2**20
@@ -127,7 +127,9 @@ def measure_server_clocks(storage: str, tracking: str) -> dict[str, float]:
     """
     servers = {"MLflow": tracking}
     if storage.startswith("s3://"):
-        servers["the object store"] = os.environ.get("AWS_ENDPOINT_URL") or "https://s3.amazonaws.com"
+        # The trial of the storage has told why a store cannot be opened.
+        with suppress(StorageError):
+            servers["the object store"] = locate(storage).filesystem.handler.endpoint_url
 
     offsets = {}
     for name, url in servers.items():
@@ -148,7 +150,7 @@ def _measure_http_clock(url: str) -> float:
     """
     asked_s = time.time()
     answer = requests.head(url, timeout=ANSWER_TIMEOUT_S)
-    server_s = email.utils.parsedate_to_datetime(answer.headers["Date"]).timestamp()
+    server_s = email.utils.parsedate_to_datetime(answer.headers.get("Date")).timestamp()
     answered_s = time.time()
 
     # The date is cut to the second, half a second on average, and was written halfway between question and answer.

@@ -16,6 +16,7 @@ from corun_ray.core.errors import UserError
 from corun_ray.service.errors import format_reason
 from corun_ray.service.proxies import reach_loopback_directly
 from corun_ray.service.storage import expand_home
+from corun_ray.service.trust import share_ca_file
 
 SQLITE = "sqlite:///"
 MAX_PARAM_CHARACTERS = 500
@@ -57,6 +58,7 @@ def connect_to_mlflow(uri: str) -> Any:
     reach_loopback_directly()
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    share_ca_file()
     import mlflow
 
     # Failures are raised as errors; warnings would only clutter the job's output.

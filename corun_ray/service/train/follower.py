@@ -79,6 +79,9 @@ class Follower:
         self.validation = _read_validation(session.run)
         """Values of every validation image, those of earlier attempts of the run included."""
         self._errors = ""
+        self._has_unsaved_values = False
+        self._saved_inputs: set[str] = set()
+        """Folders of the examples whose hazy picture is written."""
 
         # The state that lines and gauges are made of.
         self._latest: dict[str, float] = {}
@@ -140,12 +143,16 @@ class Follower:
             self._log.error("following failed")
             self._failure = JobFailed(f"the training cannot be followed any more: {describe_error(error)}")
             self._stop.stop(self._failure)
+        finally:
+            self._save_values()
 
     def _pass_on(self, events: Events) -> None:
         """Pass all events of one poll on, each kind to its places."""
         # Failures come before the restart that follows from them.
         for rank, cause, traceback in events.errors:
             self._pass_on_error(rank, cause, traceback)
+        if events.errors:
+            self._save(ERRORS_FILE, self._errors.encode())
         for attempt in events.attempts:
             self._pass_on_attempt(attempt)
 
@@ -168,6 +175,7 @@ class Follower:
 
         # Progress: for Prometheus and the console's live line.
         if events.saved_step is not None:
+            self._save_values()
             self._gauges.hold(prometheus.CHECKPOINT_STEP, events.saved_step)
         self._gauges.hold(prometheus.BAD_IMAGES, events.num_bad_files)
         if events.step:
@@ -177,12 +185,11 @@ class Follower:
         self._gauges.refresh()
 
     def _pass_on_error(self, rank: int, cause: str, traceback: str) -> None:
-        """Report the cause, and add the traceback to the run's file."""
+        """Report the cause, and note the traceback for the run's file."""
         self._console.say(f"  worker {rank} failed: {cause}")
         self._log.warning("worker failed", rank=rank, error=cause)
 
         self._errors += f"worker {rank}, {time.strftime('%H:%M:%S')}\n{traceback}\n"
-        self._save(ERRORS_FILE, self._errors.encode())
 
     def _pass_on_bad_file(self, uri: str, reason: str) -> None:
         """Report a file that is skipped; the console shows the first ones."""
@@ -221,15 +228,29 @@ class Follower:
             self._listen(step, metrics)
 
     def _save_measured(self, step: int, measured: list[MeasuredImage]) -> None:
-        """Save values and pictures of validation images."""
+        """Note values of validation images, and save their pictures."""
         self.validation.add(step, measured)
-        self._save(VALIDATION_FILE, self.validation.to_csv())
+        self._has_unsaved_values = True
 
         for one in measured:
             if one.pictures is not None:
                 folder = f"{EXAMPLES}/{one.prefix}/{one.image}"
-                self._save(f"{folder}/{HAZY_PICTURE}", one.pictures.hazy)
                 self._save(f"{folder}/{name_picture(step)}", one.pictures.output)
+
+                # The input is the same at every validation.
+                if folder not in self._saved_inputs:
+                    self._save(f"{folder}/{HAZY_PICTURE}", one.pictures.hazy)
+                    self._saved_inputs.add(folder)
+
+    def _save_values(self) -> None:
+        """Write the values of all validations, with a checkpoint and at the end.
+
+        The file grows with every validation, and a bucket with versioning keeps each of its versions. A run resumes
+        from its last checkpoint, and repeats the validations after it.
+        """
+        if self._has_unsaved_values:
+            self._save(VALIDATION_FILE, self.validation.to_csv())
+            self._has_unsaved_values = False
 
     def _save(self, name: str, content: bytes) -> None:
         """Write a file to the run's folder, or report the failed write.

@@ -44,4 +44,4 @@ class WorkerPlan:
     @property
     def pool_uri(self) -> str:
         """Folder of the label pool's segments and snapshots."""
-        return f"{self.run_uri}/{POOL_FOLDER}"
+        return locate(self.run_uri).child(POOL_FOLDER).uri

@@ -388,9 +388,11 @@ def _list_sizes(folder: Location) -> dict[str, int]:
     """Return the sizes in bytes of a folder's weight files.
 
     Files of folders below are skipped. Sorted by name.
+
+    Raises `StorageError` where there is no such folder.
     """
     sizes = {}
-    for info in folder.filesystem.get_file_info(fs.FileSelector(folder.path)):
-        if info.type == fs.FileType.File and info.base_name.endswith(SUFFIXES) and info.base_name != INDEX:
-            sizes[info.base_name] = info.size
-    return dict(sorted(sizes.items()))
+    for name, info in folder.list_infos().items():
+        if "/" not in name and name.endswith(SUFFIXES) and name != INDEX:
+            sizes[name] = info.size
+    return sizes

@@ -51,11 +51,12 @@ def test_a_healthy_stack_is_all_ok_and_nothing_stays_behind(needs):
 
 
 @contextmanager
-def server_that_says(date: str) -> Iterator[str]:
+def server_that_says(date: str | None) -> Iterator[str]:
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.send_response_only(200)
-            self.send_header("Date", date)
+            if date is not None:
+                self.send_header("Date", date)
             self.end_headers()
 
         def log_message(self, *args) -> None:
@@ -159,6 +160,9 @@ def test_the_trial_is_of_the_size_that_its_help_says():
 def test_servers_that_do_not_answer_have_no_clock():
     assert measure_server_clocks("runs", f"http://127.0.0.1:{free_port()}") == {}
     assert measure_server_clocks("runs", "sqlite:///mlflow.db") == {}
+    assert measure_server_clocks("s3://haze//runs", "sqlite:///mlflow.db") == {}
+    with server_that_says(None) as without_date:
+        assert measure_server_clocks("runs", without_date) == {}
 
 
 def test_the_needs_of_a_file_are_those_of_its_jobs_together(tmp_path):

@@ -1,5 +1,7 @@
 """Everything on an S3 endpoint over HTTP, by environment alone: data in, checkpoints, snapshots and pictures out."""
 
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def test_a_bucket_reads_and_writes_as_a_folder_does(bucket, dataset):
     locate(f"{bucket}/notes").child("a/b.txt").write(b"text")
     assert locate(f"{bucket}/notes").list_files() == ["a/b.txt"]
     assert locate(f"{bucket}/hazy").exists() and not locate(f"{bucket}/haze").exists()
-    with pytest.raises(StorageError, match="cannot read s3://haze/hazy/none.png"):
+    with pytest.raises(StorageError, match=f"cannot read {bucket}/hazy/none.png"):
         place.child("none.png").read()
     with pytest.raises(StorageError, match="cannot list s3://no-such-bucket/x"):
         locate("s3://no-such-bucket/x").list_files()
@@ -58,6 +60,20 @@ def test_colabator_trains_from_a_bucket_into_a_bucket(bucket, watched_colabator,
     pool = locate(f"{bucket}/runs").child(last.partition("/")[0]).child("pool")
     content = snapshots.read_index(pool, snapshots.read(pool.child(record["extra"]["pool_snapshot"])))
     assert sorted(content) == [f"photo_{i}.png" for i in range(6)]
+
+
+def test_a_role_for_one_prefix_is_enough_for_a_run(team_role, watched_colabator):
+    """No request is refused: not for the bucket, nor for folders above the prefix."""
+    assert watched_colabator.uri and len(team_role.asked) > 100
+    assert team_role.denied == []
+
+
+def test_a_run_writes_nearly_every_object_once(team_role, watched_colabator):
+    """A bucket with versioning keeps every version of an object."""
+    written = Counter(request.split()[1] for request in team_role.asked if re.match("PUT [^?]+[^/]$", request))
+    again = {path.rpartition("/")[2] for path, times in written.items() if times > 1}
+    assert len(written) > 20 and any(path.endswith("/hazy.jpg") for path in written)
+    assert again == {"run.json", "validation.csv", "current.json", "checkpoint_manager_snapshot.json"}
 
 
 def test_the_secret_key_that_the_run_used_is_nowhere(bucket, watched_colabator, tmp_path_factory):
