@@ -20,7 +20,7 @@ WINGS = ("cli", "bench", "service", "config", "core")
 
 GROUND = {
     "core": {"core.errors", "core.choices", "core.timing", "core.weights"},
-    "service": {"service.errors", "service.storage"},
+    "service": {"service.environment", "service.errors", "service.storage"},
 }
 """Files of a wing that all of its rooms may import."""
 
