@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from corun_ray.cli.command import App
-from corun_ray.cli.common import DEFAULT_TRACKING, DONE, FAILED, JobFile, Overrides, PerhapsJobFile, using_ray
+from corun_ray.cli.common import (
+    DEFAULT_TRACKING,
+    DONE,
+    FAILED,
+    JobFile,
+    Overrides,
+    PerhapsJobFile,
+    run_with_ray,
+    using_ray,
+)
 from corun_ray.core.errors import UserError
 
 app = App()
@@ -40,11 +49,7 @@ def run(
     # Report mistakes in the file before the imports of the service, which take seconds.
     jobs = load_jobs(job, overrides)
 
-    from corun_ray.service.jobs import run_jobs
-    from corun_ray.service.telemetry.console import Console
-
-    with using_ray(), Console() as console:
-        run_jobs(jobs, console, job.parent.absolute(), resume)
+    run_with_ray(jobs, job.parent.absolute(), resume)
     return DONE
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import requests
 
-from corun_ray.service.errors import get_first_line
-from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow, get_or_create_experiment
+from corun_ray.service.models.tracking import TrackingError, asking_mlflow, connect_to_mlflow, get_or_create_experiment
 from corun_ray.service.storage import PATIENCE_VARIABLE, Location, StorageError
 
 TRIAL_MIB = 16
@@ -83,7 +82,7 @@ def try_mlflow(uri: str) -> str:
     """
     mlflow = connect_to_mlflow(uri)
     content = uuid.uuid4().hex
-    try:
+    with asking_mlflow(uri, f"{uri} does not work as MLflow"):
         client = mlflow.MlflowClient(uri)
         run_id = client.create_run(get_or_create_experiment(mlflow, uri, EXPERIMENT)).info.run_id
         try:
@@ -100,8 +99,6 @@ def try_mlflow(uri: str) -> str:
             is_same = artifact == content and client.get_run(run_id).data.metrics == TRIAL_METRICS
         finally:
             client.delete_run(run_id)
-    except Exception as error:
-        raise TrackingError(f"{uri} does not work as MLflow: {get_first_line(error)}") from None
 
     if not is_same:
         raise TrackingError(f"{uri} gives back other values than were logged")

@@ -30,6 +30,7 @@ from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.annotations import Truth
 from corun_ray.service.data.manifest import load_image, load_truth, pair_validation_images, refuse_misfits
 from corun_ray.service.data.results import ResultImages, find_results
+from corun_ray.service.errors import JobFailed
 from corun_ray.service.inference.detection import DetectionResult, PictureDetector, assess_detections, plan_detection
 from corun_ray.service.inference.measurements import (
     Comparisons,
@@ -376,7 +377,8 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     """Measure the job's models; write tables and a report.
 
     Raises the errors of `pair_validation_images`, `refuse_misfits`, `find_results`, `fetch_model` and `plan_detection`
-    before Ray starts, then `ClusterError`, `TrackingError` and the errors of `evaluate`.
+    before Ray starts, then `ClusterError`, `TrackingError` and the errors of `evaluate`, and `JobFailed` where MLflow
+    does not take the results.
     """
     started = time.monotonic()
     section = job.evaluate
@@ -395,7 +397,7 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     place = connect(job.cluster)
     run_id = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = locate(job.storage).child(run_id)
-    tracker = Tracker(job, run_id)
+    tracker = Tracker(job, run_id, say=console.say)
     console.header(f"evaluate {job.name}", _describe_job(section, results, place, run))
 
     # Measure, then store the results in the run's folder and in MLflow.
@@ -413,7 +415,8 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
             tracker.log_metrics(0, means)
         if evaluation.detection is not None:
             tracker.log_metrics(0, evaluation.detection.to_metrics())
-        succeeded = True
+        missing = tracker.list_missing()
+        succeeded = not missing
     finally:
         tracker.finish(succeeded)
 
@@ -424,6 +427,8 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
         for line in evaluation.detection.to_lines():
             console.say(f"  {line}".rstrip())
     files = {"table": run.child(METRICS_FILE).uri, "report": run.child(REPORT_FILE).uri}
+    if missing:
+        raise JobFailed("\n".join([f"measured, but {missing[0]}", *files.values()]))
     console.footer("done", {**files, "took": format_duration(time.monotonic() - started)})
     return evaluation
 

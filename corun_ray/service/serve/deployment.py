@@ -26,8 +26,8 @@ from corun_ray.core.inference.restore import MIN_SIDE_PX
 from corun_ray.service.cluster.connect import ClusterError, connect
 from corun_ray.service.errors import JobFailed, find_root_cause, get_first_line
 from corun_ray.service.models.registry import Registry
-from corun_ray.service.models.sources import MLFLOW_SCHEMES, Model, fetch_model
-from corun_ray.service.models.tracking import get_tracking_uri
+from corun_ray.service.models.sources import Model, fetch_model
+from corun_ray.service.models.tracking import MLFLOW_SCHEMES, get_tracking_uri
 from corun_ray.service.serve.app import HttpApp, RequestLimits
 from corun_ray.service.serve.messages import ServedModel
 from corun_ray.service.serve.replica import Replica, ReplicaOptions

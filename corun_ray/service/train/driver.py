@@ -18,9 +18,9 @@ from corun_ray.service.data.manifest import Manifest, build_manifest, list_valid
 from corun_ray.service.data.stream import plan_phases
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.models.card import describe_model
-from corun_ray.service.models.registry import BEST, Registry, log_model, promote_best, register_model
+from corun_ray.service.models.registry import BEST, Registry, has_model, log_model, promote_best, register_model
 from corun_ray.service.models.sources import Model, load_starting_model
-from corun_ray.service.models.tracking import Tracker
+from corun_ray.service.models.tracking import Tracker, TrackingError, get_tracking_uri
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolError
 from corun_ray.service.pool.keeper import start_pool
@@ -90,7 +90,7 @@ def run_training(
 
     # 3. Connect to Ray and MLflow, and show the job's facts.
     cluster = connect(job.cluster)
-    session = _open_session(job, manifest, model, earlier, parent)
+    session = _open_session(job, manifest, model, earlier, parent, console)
     facts = _describe_session(session, cluster)
     if resume:
         facts["resume"] = "no earlier run: begins" if earlier is None else "resumes this run"
@@ -100,15 +100,20 @@ def run_training(
     succeeded = False
     try:
         model_uri, summary = _train(session, facts, console, listen)
+        missing = session.tracker.list_missing()
         succeeded = True
-    except (JobFailed, PoolError, StorageError) as error:
-        raise JobFailed(f"{error}\n{_describe_rest(session.run)}") from None
+    except (JobFailed, PoolError, StorageError, TrackingError) as error:
+        unsent = [f"{line}; --resume sends it" for line in session.tracker.list_missing()]
+        lines = [str(error), *unsent, _describe_rest(session.run)]
+        raise JobFailed("\n".join(lines)) from None
     finally:
         session.tracker.finish(succeeded)
 
     # 5. Show the result and the next command.
     results = {"model": model_uri, "run": session.run.uri, "report": session.run.child(REPORT_FILE).uri}
     results |= summary
+    if missing:
+        results["missing"] = missing[0]
     results["took"] = format_duration(time.monotonic() - started_s)
     next_command = f"corun-ray dehaze PHOTOS OUT --model {model_uri} --tracking {session.tracker.uri}"
     console.footer("done", results, [next_command])
@@ -134,24 +139,34 @@ def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
 
 
 def _find_finished_model(job: TrainingJob, run: Location, record: RunRecord) -> str | None:
-    """Return a run's model if it has done all of the job's steps."""
+    """Return a run's model if it has done all of the job's steps, and MLflow has the model.
+
+    Raises `TrackingError`.
+    """
     is_finished = job.train.steps <= max(list_checkpoint_steps(run), default=0)
-    return record.model if is_finished else None
+    if not is_finished or record.model is None or not has_model(get_tracking_uri(job), record.model):
+        return None
+    return record.model
 
 
 def _open_session(
-    job: TrainingJob, manifest: Manifest, model: Model, earlier: tuple[Location, RunRecord] | None, parent: str | None
+    job: TrainingJob,
+    manifest: Manifest,
+    model: Model,
+    earlier: tuple[Location, RunRecord] | None,
+    parent: str | None,
+    console: Console,
 ) -> Session:
     """Open the earlier run, or a new one, in storage and in MLflow.
 
-    Raises `TrackingError`.
+    Raises `TrackingError` and `StorageError`.
     """
     if earlier is None:
         run, mlflow_run = locate_new_run(job), None
     else:
         run, mlflow_run = earlier[0], earlier[1].mlflow_run
 
-    tracker = Tracker(job, run.name, mlflow_run, parent)
+    tracker = Tracker(job, run.name, mlflow_run, parent, run, console.say)
     digest = manifest.compute_digest()
     record = RunRecord(state="running", mlflow_run=tracker.run_id, data=digest, samples=SAMPLES_VERSION)
     return Session(job, manifest, model, run, tracker, record)
@@ -238,7 +253,7 @@ def _publish_outcome(
 
         # The model is the last checkpoint's teacher, with its card and tags.
         description = describe_model(job, session.model.spec, session.record.data, session.run, log)
-        model_uri = log_model(tracker.uri, folder, session.model.code, description)
+        model_uri = log_model(tracker.uri, tracker.run_id, folder, session.model.code, description)
 
     if job.tracking.register is not None:
         model_uri = register_model(tracker.uri, model_uri, job.tracking.register)
@@ -264,7 +279,8 @@ def _publish_best(session: Session, best: BestCheckpoint, last_model: str, log: 
             description = describe_model(
                 job, session.model.spec, session.record.data, session.run, log.until(best.step), best.step
             )
-            model_uri = log_model(tracker.uri, folder, session.model.code, description, f"best_{best.step}")
+            code, label = session.model.code, f"best_{best.step}"
+            model_uri = log_model(tracker.uri, tracker.run_id, folder, code, description, label)
         if job.tracking.register is not None:
             model_uri = register_model(tracker.uri, model_uri, job.tracking.register, is_candidate=False)
 

@@ -22,9 +22,9 @@ from corun_ray.config.trials import build_trial_job, list_corners
 from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.errors import JobFailed, get_first_line
-from corun_ray.service.models.registry import register_model
+from corun_ray.service.models.registry import has_model, register_model
 from corun_ray.service.models.sources import load_starting_model
-from corun_ray.service.models.tracking import Tracker
+from corun_ray.service.models.tracking import Tracker, TrackingError, get_tracking_uri
 from corun_ray.service.models.user_code import collect_code
 from corun_ray.service.report.page import REPORT_FILE
 from corun_ray.service.runs.record import (
@@ -84,7 +84,7 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
 
     # 2. Find the search to resume, and stop if it has ended.
     earlier = find_run_to_resume(job, digest) if resume else None
-    if earlier is not None and earlier[1].model is not None:
+    if earlier is not None and earlier[1].model is not None and has_model(get_tracking_uri(job), earlier[1].model):
         console.say(f"\ntune {job.name}: has ended before ({earlier[1].model}, {earlier[0].uri})")
         return earlier[1].model
 
@@ -92,7 +92,8 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
     cluster = connect(job.whole_cluster)
     trials_at_once = job.tune.trials_at_once or min(job.tune.num_trials, _count_fitting_trials(job.cluster))
     run = locate_new_run(job) if earlier is None else earlier[0]
-    session = SearchSession(job, run, Tracker(job, run.name, earlier[1].mlflow_run if earlier else None), console)
+    tracker = Tracker(job, run.name, earlier[1].mlflow_run if earlier else None, None, run, console.say)
+    session = SearchSession(job, run, tracker, console)
     facts = _describe_search(session, trials_at_once, cluster)
     if resume:
         facts["resume"] = "no earlier search: begins" if earlier is None else "resumes this search"
@@ -103,6 +104,9 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
     try:
         model = _search(session, digest, folder, trials_at_once)
         succeeded = True
+    except TrackingError as error:
+        lines = [str(error), *tracker.list_missing(), f"the run: {run.uri}; --resume sends all of it"]
+        raise JobFailed("\n".join(lines)) from None
     finally:
         session.tracker.finish(succeeded)
 
@@ -331,7 +335,7 @@ class ProgressCallback(Callback):
 def _close_stopped_runs(session: SearchSession, trials: Sequence[TrialResult]) -> None:
     """Close the MLflow runs of trials without a model.
 
-    Where a trial falls behind, Tune kills its process, which cannot close the run.
+    Where a trial falls behind, Tune kills its process, which cannot close the run. A trial with an error has failed.
     """
     for trial in trials:
         if trial.model is not None:
@@ -339,7 +343,8 @@ def _close_stopped_runs(session: SearchSession, trials: Sequence[TrialResult]) -
         overrides = build_overrides(session.job, session.run, trial.name)
         run = find_last_run(build_trial_job(session.job, {**trial.values, **overrides}))
         if run is not None:
-            session.tracker.end_run(read_record(run).mlflow_run)
+            status = "KILLED" if trial.error is None else "FAILED"
+            session.tracker.end_run(read_record(run).mlflow_run, status)
 
 
 def _store_results(session: SearchSession, trials: Sequence[TrialResult]) -> str:
