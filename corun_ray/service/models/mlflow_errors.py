@@ -20,6 +20,7 @@ PASSING_STATUSES = (408, 429, 500, 502, 503, 504)
 """Statuses of a server, or a proxy before it, that may answer properly later."""
 
 STATUS_IN_TEXT = re.compile(r"failed with error code (\d{3})\b|too many (\d{3}) error responses")
+ENDPOINT = re.compile(r"API request to endpoint (\S+) failed")
 SCHEMA = re.compile(r"out-of-date database schema \(found version (\w+), but expected (\w+)\)")
 CUT_OFF_SETUP = re.compile(r"table \w+ already exists|duplicate column name|no such table: experiments")
 PASSING_TEXTS = ("database is locked", "disk is full", "TEMPORARILY_UNAVAILABLE")
@@ -114,6 +115,10 @@ def _explain_answer(chain: list[BaseException]) -> str | None:
     page = any(getattr(error, "is_page", False) or "not in a valid JSON format" in str(error) for error in chain)
     if page and status in (None, 200):
         return WEB_PAGE
+    if status == 404 and not _find(chain, UnexpectedAnswer):
+        # The server is MLflow, as its first answer has shown.
+        endpoint = ENDPOINT.search(" ".join(str(error) for error in chain))
+        return f"it does not know {endpoint[1]} (404): an MLflow older than {_name_version()}?" if endpoint else None
     if status in REFUSED:
         return REFUSED[status]
     if status in PASSING_STATUSES:

@@ -30,6 +30,11 @@ CASES = [
         "403",
         False,
     ),
+    (
+        MlflowException("API request to endpoint /api/x failed with error code 404 != 200. Body: 'no'"),
+        "know /api/x",
+        False,
+    ),
     (RestException({"error_code": "PERMISSION_DENIED", "message": "no"}), "403", False),
     (refused(), "nobody listens at mlflow.lan:5000", True),
     (requests.ReadTimeout("Read timed out."), "no answer in time", True),
