@@ -21,6 +21,7 @@ WINGS = ("cli", "bench", "service", "config", "core")
 GROUND = {
     "core": {"core.errors", "core.choices", "core.home", "core.timing", "core.weights"},
     "service": {
+        "service.environment",
         "service.errors",
         "service.places",
         "service.proxies",

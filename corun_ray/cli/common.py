@@ -4,17 +4,21 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from corun_ray.cli.command import parse_number, parse_whole_number
 from corun_ray.cli.output import LossyFile, wrap_stream
 from corun_ray.cli.signals import StopSignals
+from corun_ray.service.environment import drop_variables, name_variables
 from corun_ray.service.errors import JobFailed
+
+if TYPE_CHECKING:
+    from corun_ray.config.jobs import Job
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 """Exit codes."""
@@ -115,6 +119,23 @@ def ask_for_cluster() -> None:
         ask_for_ray(address)
 
 
+def run_with_ray(jobs: "Sequence[Job]", folder: Path = Path(), resume: bool = False) -> None:
+    """Run jobs from a job file in `folder`, or of the command line.
+
+    Raises the errors of `check_tracking` and `run_jobs`.
+    """
+    from corun_ray.service.models.tracking import check_tracking
+    from corun_ray.service.telemetry.console import Console
+
+    with using_ray(), Console() as console:
+        # A wrong password need not wait for the imports of torch and Ray, which take seconds.
+        check_tracking(jobs, console.say)
+
+        from corun_ray.service.jobs import run_jobs
+
+        run_jobs(jobs, console, folder, resume)
+
+
 @contextmanager
 def using_ray() -> Iterator[None]:
     """Run a command that uses Ray.
@@ -124,6 +145,10 @@ def using_ray() -> Iterator[None]:
     # Stopped by the Jobs API or an operator, a job closes what it has opened, as at Ctrl-C.
     StopSignals(FAILED).install()
     log = divert_stderr()
+
+    # Ray and torch read their variables when they are imported.
+    for line in [*drop_variables(), *name_variables()]:
+        print(line, file=sys.stderr)
 
     try:
         yield

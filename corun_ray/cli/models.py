@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from corun_ray.cli.command import App, parse_whole_number
-from corun_ray.cli.common import DEFAULT_TRACKING, DONE, FAILED, SOURCE_HELP, Tracking, ask_for_cluster, using_ray
+from corun_ray.cli.common import DEFAULT_TRACKING, DONE, FAILED, SOURCE_HELP, Tracking, ask_for_cluster, run_with_ray
 from corun_ray.core.choices import PulledFormat
 from corun_ray.core.errors import UserError
 
@@ -301,6 +301,11 @@ def promote(
     validation images of both trainings show the version to be better than the champion, by a sign-flip test of the
     paired differences at 5 %; else says why not and exits with 1. Six images or more are needed to show anything.
     """
+    from corun_ray.service.models.tracking import connect_to_mlflow
+
+    # A wrong password need not wait for the imports below, which take seconds.
+    connect_to_mlflow(tracking)
+
     from corun_ray.service.models import registry
 
     decision = registry.promote(registry.Registry(tracking), name, version, if_better)
@@ -331,6 +336,12 @@ def pull(
     With --format onnx, writes model.onnx and model.json (its inputs and outputs) in their place. The file takes batches
     of images of any size. It is compared with torch where onnxruntime is installed. An export takes about a minute.
     """
+    from corun_ray.service.models.tracking import MLFLOW_SCHEMES, connect_to_mlflow
+
+    # A wrong password need not wait for the imports below, which take seconds.
+    if source.startswith(MLFLOW_SCHEMES):
+        connect_to_mlflow(tracking)
+
     from corun_ray.service.models import sources
 
     for path in sources.pull_model(source, folder, tracking, half, file_format):
@@ -447,11 +458,7 @@ def run_described(tree: dict[str, Any], tracking: str, resume: bool = False) -> 
     job = build_job(tree | {"tracking": {"uri": tracking}})
     ask_for_cluster()
 
-    from corun_ray.service.jobs import run_jobs
-    from corun_ray.service.telemetry.console import Console
-
-    with using_ray(), Console() as console:
-        run_jobs([job], console, resume=resume)
+    run_with_ray([job], resume=resume)
     return DONE
 
 

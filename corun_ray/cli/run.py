@@ -17,6 +17,7 @@ from corun_ray.cli.common import (
     Overrides,
     PerhapsJobFile,
     ask_for_cluster,
+    run_with_ray,
     using_ray,
 )
 from corun_ray.core.errors import UserError
@@ -55,11 +56,7 @@ def run(
     jobs = load_jobs(job, overrides)
     ask_for_cluster()
 
-    from corun_ray.service.jobs import run_jobs
-    from corun_ray.service.telemetry.console import Console
-
-    with using_ray(), Console() as console:
-        run_jobs(jobs, console, job.parent.absolute(), resume)
+    run_with_ray(jobs, job.parent.absolute(), resume)
     return DONE
 
 

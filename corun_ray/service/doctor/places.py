@@ -12,8 +12,7 @@ from pathlib import Path
 
 import requests
 
-from corun_ray.service.errors import format_reason
-from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow, get_or_create_experiment
+from corun_ray.service.models.tracking import TrackingError, asking_mlflow, connect_to_mlflow, get_or_create_experiment
 from corun_ray.service.storage import PATIENCE_VARIABLE, Location, StorageError, locate
 
 TRIAL_MIB = 16
@@ -84,7 +83,7 @@ def try_mlflow(uri: str) -> str:
     """
     mlflow = connect_to_mlflow(uri)
     content = uuid.uuid4().hex
-    try:
+    with asking_mlflow(uri, f"{uri} does not work as MLflow"):
         client = mlflow.MlflowClient(uri)
         run_id = client.create_run(get_or_create_experiment(mlflow, uri, EXPERIMENT)).info.run_id
         try:
@@ -101,8 +100,6 @@ def try_mlflow(uri: str) -> str:
             is_same = artifact == content and client.get_run(run_id).data.metrics == TRIAL_METRICS
         finally:
             client.delete_run(run_id)
-    except Exception as error:
-        raise TrackingError(f"{uri} does not work as MLflow: {format_reason(error, uri)}") from None
 
     if not is_same:
         raise TrackingError(f"{uri} gives back other values than were logged")
@@ -135,7 +132,7 @@ def measure_server_clocks(storage: str, tracking: str) -> dict[str, float]:
     for name, url in servers.items():
         # MLflow in a file has no clock of its own.
         if url.startswith("http"):
-            with suppress(requests.RequestException, TypeError, ValueError):
+            with suppress(requests.RequestException, ValueError):
                 offsets[name] = _measure_http_clock(url)
 
     return offsets
@@ -146,11 +143,11 @@ def _measure_http_clock(url: str) -> float:
 
     The date of its answer tells the time.
 
-    Raises `requests.RequestException`, `TypeError` or `ValueError` where no date can be read.
+    Raises `requests.RequestException`, or `ValueError` where no date can be read.
     """
     asked_s = time.time()
     answer = requests.head(url, timeout=ANSWER_TIMEOUT_S)
-    server_s = email.utils.parsedate_to_datetime(answer.headers.get("Date")).timestamp()
+    server_s = email.utils.parsedate_to_datetime(answer.headers.get("Date", "")).timestamp()
     answered_s = time.time()
 
     # The date is cut to the second, half a second on average, and was written halfway between question and answer.

@@ -37,6 +37,7 @@ from corun_ray.service.data.manifest import (
     use_folders,
 )
 from corun_ray.service.data.results import ResultImages, find_results
+from corun_ray.service.errors import JobFailed
 from corun_ray.service.inference.detection import DetectionResult, PictureDetector, assess_detections, plan_detection
 from corun_ray.service.inference.measurements import (
     Comparisons,
@@ -386,7 +387,8 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     """Measure the job's models; write tables and a report.
 
     Raises the errors of `pair_validation_images`, `refuse_misfits`, `find_results`, `fetch_model` and `plan_detection`
-    before Ray starts, then `ClusterError`, `TrackingError` and the errors of `evaluate`.
+    before Ray starts, then `ClusterError`, `TrackingError` and the errors of `evaluate`, and `JobFailed` where MLflow
+    does not take the results.
     """
     started = time.monotonic()
     section = job.evaluate
@@ -408,7 +410,7 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     results_folders = {f"evaluate.models.{name}": folder.root for name, folder in results.items()}
     place = join_cluster(job, console.say, results_folders)
     run = create_run_folder(locate(job.storage), job.name)
-    tracker = Tracker(job, run.name)
+    tracker = Tracker(job, run.name, say=console.say)
     console.header(f"evaluate {job.name}", _describe_job(section, results, place, run))
     for uri, others in passed_over.items():
         name_passed_over(f"{others} in {uri}", console)
@@ -428,7 +430,8 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
             tracker.log_metrics(0, means)
         if evaluation.detection is not None:
             tracker.log_metrics(0, evaluation.detection.to_metrics())
-        succeeded = True
+        missing = tracker.list_missing()
+        succeeded = not missing
     finally:
         tracker.finish(succeeded)
 
@@ -439,6 +442,8 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
         for line in evaluation.detection.to_lines():
             console.say(f"  {line}".rstrip())
     files = {"table": run.child(METRICS_FILE).uri, "report": run.child(REPORT_FILE).uri}
+    if missing:
+        raise JobFailed("\n".join([f"measured, but {missing[0]}", *files.values()]))
     console.footer("done", {**files, "took": format_duration(time.monotonic() - started)})
     return evaluation
 

@@ -6,7 +6,7 @@ Also when a version becomes the champion: with `--if-better`, only where the ima
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from corun_ray.core.metrics.catalog import choose_mode, list_validation_metrics
 from corun_ray.core.training.checkpoints import NETWORK_FILE
-from corun_ray.service.errors import format_reason
 from corun_ray.service.models import flavor
 from corun_ray.service.models.flavor import ABOUT_FOLDER
-from corun_ray.service.models.tracking import TrackingError, connect_to_mlflow
+from corun_ray.service.models.tracking import ABSENT_CODES, TrackingError, asking_mlflow, connect_to_mlflow
 from corun_ray.service.models.user_code import UserCode
 from corun_ray.service.report.statistics import compare
 from corun_ray.service.runs.held_out import VALIDATION_FILE, ValidationLog
@@ -31,8 +30,6 @@ VALIDATION_SETS_TAG = "corun_ray.held_out"
 CANDIDATE, CHAMPION, BEST = "candidate", "champion", "best"
 """Aliases of a registered model: the last training's result, the version in use, and the best by `train.best`."""
 MAX_NAMED_VERSIONS = 10
-NOT_FOUND_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""MLflow's error codes for a version or an alias that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +76,24 @@ class VersionScores:
 # --- Logging and registering a model ---
 
 
-def log_model(uri: str, checkpoint: Path, code: UserCode, description: ModelDescription, name: str = "model") -> str:
-    """Log a checkpoint's network with the active MLflow run, as `name`.
+def log_model(
+    uri: str, run_id: str, checkpoint: Path, code: UserCode, description: ModelDescription, name: str = "model"
+) -> str:
+    """Log a checkpoint's network with the MLflow run `run_id`, as `name`.
 
     Returns the model's URI.
     `uri` is the MLflow server; `code` is that of the network's class where it is a user's own.
+
+    Raises `TrackingError`.
     """
     connect_to_mlflow(uri)
     from mlflow.models import Model
 
     # MLflow prints messages of its own here; failures are raised.
-    with contextlib.redirect_stderr(io.StringIO()):
+    problem = f"the model cannot be logged to {uri}"
+    with asking_mlflow(uri, problem), contextlib.redirect_stderr(io.StringIO()):
         info = Model.log(
+            run_id=run_id,
             artifact_path=None,
             name=name,
             flavor=flavor,
@@ -108,7 +111,15 @@ def register_model(uri: str, model_uri: str, name: str, is_candidate: bool = Tru
     Returns the version's URI.
     The version gets the model's tags and, if `is_candidate`, the alias `candidate`. The first version of a name also
     becomes `champion`.
+
+    Raises `TrackingError`.
     """
+    with asking_mlflow(uri, f"{model_uri} cannot be registered as {name} in {uri}"):
+        return _register_model(uri, model_uri, name, is_candidate)
+
+
+def _register_model(uri: str, model_uri: str, name: str, is_candidate: bool) -> str:
+    """Register a logged model; raises MLflow's own errors."""
     mlflow = connect_to_mlflow(uri)
     client = mlflow.MlflowClient()
 
@@ -125,6 +136,25 @@ def register_model(uri: str, model_uri: str, name: str, is_candidate: bool = Tru
     if version == "1":
         client.set_registered_model_alias(name, CHAMPION, version)
     return f"models:/{name}/{version}"
+
+
+def has_model(uri: str, model_uri: str) -> bool:
+    """Tell whether MLflow has a model: `models:/m-ID` or `models:/NAME/VERSION`.
+
+    Raises `TrackingError`.
+    """
+    client = connect_to_mlflow(uri).MlflowClient()
+    from mlflow.exceptions import MlflowException
+
+    name, _, version = model_uri.removeprefix("models:/").partition("/")
+    with asking_mlflow(uri, f"{model_uri}: cannot be looked for in {uri}"):
+        try:
+            client.get_model_version(name, version) if version else client.get_logged_model(name)
+        except MlflowException as error:
+            if error.error_code in ABSENT_CODES:
+                return False
+            raise
+    return True
 
 
 # --- Versions ---
@@ -168,7 +198,7 @@ class Registry:
 
         Raises `TrackingError`.
         """
-        with self._translate_errors(f"{version.name}: cannot set the alias {alias}"):
+        with self._asking(f"{version.name}: cannot set the alias {alias}"):
             self._client.set_registered_model_alias(version.name, alias, version.number)
 
     def set_champion(self, version: ModelVersion) -> None:
@@ -186,7 +216,7 @@ class Registry:
         Raises `TrackingError`.
         """
         about = f"models:/{version.name}/{version.number}/{ABOUT_FOLDER}"
-        with self._translate_errors(f"{about}: cannot be read"), tempfile.TemporaryDirectory() as folder:
+        with self._asking(f"{about}: cannot be read"), tempfile.TemporaryDirectory() as folder:
             # A version without the file is not an error, so look before downloading.
             listed = self._mlflow.artifacts.list_artifacts(artifact_uri=about)
             if not any(file.path.endswith(VALIDATION_FILE) for file in listed):
@@ -195,6 +225,10 @@ class Registry:
             path = self._mlflow.artifacts.download_artifacts(f"{about}/{VALIDATION_FILE}", dst_path=folder)
             return ValidationLog.from_csv(Path(path).read_bytes())
 
+    def _asking(self, problem: str) -> contextlib.AbstractContextManager[None]:
+        """Ask MLflow; errors become a `TrackingError` about `problem`."""
+        return asking_mlflow(self.uri, f"{problem} ({self.uri})")
+
     def _find(self, name: str, version_or_alias: str) -> ModelVersion | None:
         """Return a version by number or alias, else None."""
         from mlflow.exceptions import MlflowException
@@ -202,11 +236,11 @@ class Registry:
         # MLflow has one call for numbers and one for aliases.
         is_number = version_or_alias.isdecimal()
         get = self._client.get_model_version if is_number else self._client.get_model_version_by_alias
-        with self._translate_errors(f"{name}: cannot be read"):
+        with self._asking(f"{name}: cannot be read"):
             try:
                 found = get(name, version_or_alias)
             except MlflowException as error:
-                if error.error_code in NOT_FOUND_CODES:
+                if error.error_code in ABSENT_CODES:
                     return None
                 raise
         return ModelVersion(name, str(found.version), dict(found.tags))
@@ -216,7 +250,7 @@ class Registry:
 
         Returns text in parentheses, or nothing where no version exists.
         """
-        with self._translate_errors(f"{name}: cannot be read"):
+        with self._asking(f"{name}: cannot be read"):
             known = self._client.search_model_versions(f"name = '{name}'")
 
         numbers = sorted((int(version.version) for version in known), reverse=True)
@@ -224,27 +258,18 @@ class Registry:
             return ""
         return f" (versions {', '.join(map(str, numbers[:MAX_NAMED_VERSIONS]))})"
 
-    @contextlib.contextmanager
-    def _translate_errors(self, problem: str) -> Iterator[None]:
-        """Raise MLflow's errors as a `TrackingError` about `problem`."""
-        try:
-            yield
-        except TrackingError:
-            raise
-        except Exception as error:
-            raise TrackingError(f"{problem} ({self.uri}): {format_reason(error, self.uri)}") from None
-
 
 def download_model(uri: str, source: str, folder: Path) -> Path:
     """Download a model into `folder`; return its checkpoint folder.
 
     `source` is `models:/…` or `runs:/…`. Raises `TrackingError`.
     """
-    mlflow = connect_to_mlflow(uri)
     try:
+        mlflow = connect_to_mlflow(uri)
+    except TrackingError as error:
+        raise TrackingError(f"{source}: {error}") from None
+    with asking_mlflow(uri, f"{source}: cannot be read from {uri}"):
         model = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder)))
-    except Exception as error:
-        raise TrackingError(f"{source}: cannot be read from {uri}: {format_reason(error, uri)}") from None
 
     networks = sorted(model.rglob(NETWORK_FILE))
     if not networks:

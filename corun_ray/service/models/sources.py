@@ -31,11 +31,10 @@ from corun_ray.core.training.checkpoints import (
 from corun_ray.service.models.flavor import ABOUT_FOLDER, CODE_FOLDER
 from corun_ray.service.models.onnx_files import OnnxError, check_packages, save_onnx
 from corun_ray.service.models.registry import download_model
-from corun_ray.service.models.tracking import TrackingError, get_tracking_uri
+from corun_ray.service.models.tracking import MLFLOW_SCHEMES, TrackingError, get_tracking_uri
 from corun_ray.service.models.user_code import UserCode, collect_code, install_code, write_code
 from corun_ray.service.storage import StorageError, locate
 
-MLFLOW_SCHEMES = ("models:/", "runs:/")
 SHIPPED_FOLDER = Path(__file__).with_name("shipped")
 """The models that come with this package: a plain model folder for each, with its card."""
 RECOGNISED_TYPE = "spandrel"

@@ -28,8 +28,8 @@ from corun_ray.service.cluster.ports import read_ray_address
 from corun_ray.service.cluster.room import await_room, read_nodes, refuse_misfit, request_job
 from corun_ray.service.errors import JobFailed, find_root_cause, format_reason, join_lines
 from corun_ray.service.models.registry import Registry
-from corun_ray.service.models.sources import MLFLOW_SCHEMES, Model, fetch_model
-from corun_ray.service.models.tracking import get_tracking_uri
+from corun_ray.service.models.sources import Model, fetch_model
+from corun_ray.service.models.tracking import MLFLOW_SCHEMES, get_tracking_uri
 from corun_ray.service.serve.app import HttpApp, RequestLimits
 from corun_ray.service.serve.messages import ServedModel
 from corun_ray.service.serve.replica import Replica, ReplicaOptions

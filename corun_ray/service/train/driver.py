@@ -23,9 +23,9 @@ from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.data.stream import plan_phases
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.models.card import describe_model
-from corun_ray.service.models.registry import BEST, Registry, log_model, promote_best, register_model
+from corun_ray.service.models.registry import BEST, Registry, has_model, log_model, promote_best, register_model
 from corun_ray.service.models.sources import Model, load_starting_model
-from corun_ray.service.models.tracking import Tracker
+from corun_ray.service.models.tracking import Tracker, TrackingError, get_tracking_uri
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolError
 from corun_ray.service.pool.keeper import start_pool
@@ -95,20 +95,15 @@ def run_training(
         # A review that cannot be read is found here, not by the workers.
         read_decisions(earlier[0].child(POOL_FOLDER))
 
-    changes = [] if earlier is None else list_step_size_changes(earlier[0], job)
-
     # 3. Connect to Ray and MLflow, and show the job's facts.
+    changes = {} if earlier is None else _describe_changes(job, *earlier)
     with explain_stop(lambda: "no run has begun yet" if earlier is None else _describe_rest(earlier[0])):
         # A search has looked for its trials.
         cluster = join_cluster(job, console.say) if parent is None else connect(job.cluster)
-    session = _open_session(job, manifest, model, earlier, parent)
-    facts = _describe_session(session, cluster)
+    session = _open_session(job, manifest, model, earlier, parent, console)
+    facts = _describe_session(session, cluster) | changes
     if resume:
         facts["resume"] = "no earlier run: begins" if earlier is None else "resumes this run"
-    if changes:
-        facts["changed"] = ", ".join(changes)
-    if earlier is not None and (moved := describe_moved_data(job, *earlier)):
-        facts["data"] += f", {moved}"
     console.header(f"{job.kind} {job.name}", facts)
 
     # 4. Train. However training ends, MLflow's run is closed, and a failure says how to resume. A run that another
@@ -117,22 +112,27 @@ def run_training(
     try:
         with explain_stop(lambda: _describe_rest(session.run)):
             model_uri, summary = _train(session, facts, console, listen)
+            missing = session.tracker.list_missing()
         succeeded = True
     except RunTaken:
         is_taken = True
         raise
-    except (JobFailed, PoolError, StorageError) as error:
-        raise JobFailed(f"{error}\n{_describe_rest(session.run, isinstance(error, FailedForGood))}") from None
+    except (JobFailed, PoolError, StorageError, TrackingError) as error:
+        unsent = [f"{line}; --resume sends it" for line in session.tracker.list_missing()]
+        rest = _describe_rest(session.run, isinstance(error, FailedForGood))
+        raise JobFailed("\n".join([str(error), *unsent, rest])) from None
     finally:
-        session.lease.release()
         if is_taken:
             session.tracker.hand_over()
         else:
             session.tracker.finish(succeeded)
+        session.lease.release()
 
     # 5. Show the result and the next command.
     results = {"model": model_uri, "run": session.run.uri, "report": session.run.child(REPORT_FILE).uri}
     results |= summary
+    if missing:
+        results["missing"] = missing[0]
     results["took"] = format_duration(time.monotonic() - started_s)
     next_command = f"corun-ray dehaze PHOTOS OUT --model {model_uri} --tracking {session.tracker.uri}"
     console.footer("done", results, [next_command])
@@ -156,17 +156,27 @@ def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
 
 
 def _find_finished_model(job: TrainingJob, run: Location, record: RunRecord) -> str | None:
-    """Return a run's model if it has done all of the job's steps."""
+    """Return a run's model if it has done all of the job's steps, and MLflow has the model.
+
+    Raises `TrackingError`.
+    """
     is_finished = job.train.steps <= max(list_checkpoint_steps(run), default=0)
-    return record.model if is_finished else None
+    if not is_finished or record.model is None or not has_model(get_tracking_uri(job), record.model):
+        return None
+    return record.model
 
 
 def _open_session(
-    job: TrainingJob, manifest: Manifest, model: Model, earlier: tuple[Location, RunRecord] | None, parent: str | None
+    job: TrainingJob,
+    manifest: Manifest,
+    model: Model,
+    earlier: tuple[Location, RunRecord] | None,
+    parent: str | None,
+    console: Console,
 ) -> Session:
     """Open the earlier run, or a new one, in storage and in MLflow, as its driver.
 
-    Raises `TrackingError`, and `RunDriven` where another driver has the run.
+    Raises `TrackingError`, `StorageError`, and `RunDriven` where another driver has the run.
     """
     if earlier is None:
         run, mlflow_run = create_run_folder(locate(job.storage), job.name), None
@@ -177,7 +187,7 @@ def _open_session(
         lease = Lease.take(run, patience_s=0 if parent is None else STALE_S)
 
     try:
-        tracker = Tracker(job, run.name, mlflow_run, parent)
+        tracker = Tracker(job, run.name, mlflow_run, parent, run, console.say)
     except BaseException:
         lease.release()
         # Nothing has begun.
@@ -293,7 +303,7 @@ def _publish_outcome(
 
         # The model is the last checkpoint's teacher, with its card and tags.
         description = describe_model(job, session.model.spec, session.record.data, session.run, log)
-        model_uri = log_model(tracker.uri, folder, session.model.code, description)
+        model_uri = log_model(tracker.uri, tracker.run_id, folder, session.model.code, description)
 
     if job.tracking.register is not None:
         model_uri = register_model(tracker.uri, model_uri, job.tracking.register)
@@ -319,7 +329,8 @@ def _publish_best(session: Session, best: BestCheckpoint, last_model: str, log: 
             description = describe_model(
                 job, session.model.spec, session.record.data, session.run, log.until(best.step), best.step
             )
-            model_uri = log_model(tracker.uri, folder, session.model.code, description, f"best_{best.step}")
+            code, label = session.model.code, f"best_{best.step}"
+            model_uri = log_model(tracker.uri, tracker.run_id, folder, code, description, label)
         if job.tracking.register is not None:
             model_uri = register_model(tracker.uri, model_uri, job.tracking.register, is_candidate=False)
 
@@ -366,6 +377,21 @@ def _describe_session(session: Session, cluster: str) -> dict[str, str]:
         "run": session.run.uri,
         "mlflow": f"{session.tracker.uri} (experiment {job.tracking.experiment})",
     }
+
+
+def _describe_changes(job: TrainingJob, run: Location, record: RunRecord) -> dict[str, str]:
+    """Return the facts in which a resumed job differs from its run: the size of its steps, and where its data lies.
+
+    Raises `StorageError` and `ResumeError`.
+    """
+    facts = {}
+    changes = list_step_size_changes(run, job)
+    if changes:
+        facts["changed"] = ", ".join(changes)
+    moved = describe_moved_data(job, run, record)
+    if moved:
+        facts["moved"] = moved
+    return facts
 
 
 def _describe_data(job: TrainingJob, manifest: Manifest) -> str:

@@ -25,9 +25,9 @@ from corun_ray.core.errors import explain_stop
 from corun_ray.service.cluster.join import join_cluster
 from corun_ray.service.cluster.room import RoomWatch, find_waiting_workers
 from corun_ray.service.errors import JobFailed, format_reason
-from corun_ray.service.models.registry import register_model
+from corun_ray.service.models.registry import has_model, register_model
 from corun_ray.service.models.sources import load_starting_model
-from corun_ray.service.models.tracking import Tracker
+from corun_ray.service.models.tracking import Tracker, TrackingError, get_tracking_uri
 from corun_ray.service.models.user_code import collect_code
 from corun_ray.service.report.page import REPORT_FILE
 from corun_ray.service.runs.lease import Lease, RunTaken
@@ -93,7 +93,7 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
 
     # 2. Find the search to resume, and stop if it has ended.
     earlier = find_run_to_resume(job, data) if resume else None
-    if earlier is not None and earlier[1].model is not None:
+    if earlier is not None and earlier[1].model is not None and has_model(get_tracking_uri(job), earlier[1].model):
         console.say(f"\ntune {job.name}: has ended before ({earlier[1].model}, {earlier[0].uri})")
         return earlier[1].model
 
@@ -110,7 +110,8 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
     with lease:
         # 4. Connect to MLflow, and show the job's facts.
         trials_at_once = job.tune.trials_at_once or min(job.tune.num_trials, _count_fitting_trials(job.cluster))
-        session = SearchSession(job, run, Tracker(job, run.name, earlier[1].mlflow_run if earlier else None), console)
+        tracker = Tracker(job, run.name, earlier[1].mlflow_run if earlier else None, None, run, console.say)
+        session = SearchSession(job, run, tracker, console)
         facts = _describe_search(session, trials_at_once, cluster)
         if resume:
             facts["resume"] = "no earlier search: begins" if earlier is None else "resumes this search"
@@ -124,6 +125,9 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
             with explain_stop(lambda: f"the search: {run.uri}; --resume continues it"):
                 model = _search(session, data, folder, trials_at_once)
             succeeded = True
+        except TrackingError as error:
+            lines = [str(error), *tracker.list_missing(), f"the run: {run.uri}; --resume sends all of it"]
+            raise JobFailed("\n".join(lines)) from None
         finally:
             session.tracker.finish(succeeded)
 
@@ -370,7 +374,7 @@ class ProgressCallback(Callback):
 def _close_stopped_runs(session: SearchSession, trials: Sequence[TrialResult]) -> None:
     """Close the MLflow runs of trials without a model.
 
-    Where a trial falls behind, Tune kills its process, which cannot close the run.
+    Where a trial falls behind, Tune kills its process, which cannot close the run. A trial with an error has failed.
     """
     for trial in trials:
         if trial.model is not None:
@@ -378,7 +382,8 @@ def _close_stopped_runs(session: SearchSession, trials: Sequence[TrialResult]) -
         overrides = build_overrides(session.job, session.run, trial.name)
         run = find_last_run(build_trial_job(session.job, {**trial.values, **overrides}))
         if run is not None:
-            session.tracker.end_run(read_record(run).mlflow_run)
+            status = "KILLED" if trial.error is None else "FAILED"
+            session.tracker.end_run(read_record(run).mlflow_run, status)
 
 
 def _store_results(session: SearchSession, trials: Sequence[TrialResult]) -> str:

@@ -88,7 +88,7 @@ def test_five_broken_things_are_named_each_with_what_to_do(needs, tmp_path, monk
     assert "the job asks for 2 GPUs, Ray has 0" in said["gpus"]
     assert "2 GPUs are needed in all, Ray has 0" in said["workers"]
     assert "no-such-bucket" in said["storage"] and "AWS_ENDPOINT_URL" in said["storage"]
-    assert "does not work as MLflow" in said["mlflow"]
+    assert "does not answer as MLflow" in said["mlflow"]
     assert "vgg19-dcbb9e9d.pth" in said["weights"] or "weights.json" in said["weights"]
     assert "MLflow -" in said["clock"] and "NTP" in said["clock"]
     assert not any("Traceback" in text for text in said.values())

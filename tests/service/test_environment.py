@@ -1,0 +1,17 @@
+from corun_ray.service.environment import drop_variables, name_variables
+
+
+def test_what_would_take_a_job_over_is_dropped_with_a_line():
+    environment = {"MLFLOW_RUN_ID": "abc", "WORLD_SIZE": "4", "RANK": "1", "RAY_TRAIN_V2_ENABLED": "0", "HOME": "/x"}
+    lines = drop_variables("MLFLOW_", environment)
+    assert len(lines) == 1 and "MLFLOW_RUN_ID=abc is ignored" in lines[0] and "WORLD_SIZE" in environment
+    lines = drop_variables(environment=environment)
+    assert environment == {"HOME": "/x"} and len(lines) == 2
+    assert "RANK=1, WORLD_SIZE=4 is ignored" in lines[0] and "torchrun" in lines[0]
+
+
+def test_what_changes_a_job_is_named_and_stays():
+    environment = {"CUDA_VISIBLE_DEVICES": "1", "TORCH_COMPILE_DISABLE": "0", "RAY_TRAIN_V2_ENABLED": "1"}
+    assert drop_variables(environment=environment) == []
+    (line,) = name_variables(environment)
+    assert line.startswith("environment: CUDA_VISIBLE_DEVICES=1: ") and len(environment) == 3
