@@ -9,13 +9,13 @@ import torch
 
 from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
 from corun_ray.service.data.manifest import ManifestError, build_manifest
+from corun_ray.service.errors import JobFailed
 from corun_ray.service.models.sources import ModelSourceError, fetch_model
 from corun_ray.service.pool import snapshots
 from corun_ray.service.runs.held_out import ValidationLog, find_pictured_steps
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import prepare, run_training
-from corun_ray.service.train.failures import FailedForGood
 from tests.conftest import write_image
 from tests.service.jobs import assert_plain_pyfunc_runs, small_job
 from tests.unusable import draw_damaged_validation
@@ -129,7 +129,7 @@ def test_too_many_bad_images_fail_the_job_and_are_named(local_ray, dataset, tmp_
         prepare(job, FOLDER)
 
     monkeypatch.setattr("corun_ray.service.train.driver.prepare_data", build_manifest)
-    with pytest.raises(FailedForGood, match="2 of 6 images cannot be used") as error:
+    with pytest.raises(JobFailed, match="2 of 6 images cannot be used") as error:
         run_training(job, Console(), FOLDER)
     assert "restart" not in str(error.value)
     assert b"bad_1.png\tnot an image" in run_folder(job).child("bad_files.tsv").read()
@@ -143,7 +143,7 @@ def test_a_mistake_in_a_network_s_code_is_told_once_and_restarts_nothing(local_r
     train = {"steps": 6, "checkpoint_every": 2, "validate_every": 2}
     cluster = {"max_failures": 3}
     job = small_job("pretrain", root, tmp_path, network=network, data=data, train=train, cluster=cluster)
-    with pytest.raises(FailedForGood) as error:
+    with pytest.raises(JobFailed) as error:
         run_training(job, Console(), Path(__file__).parent)
     failed, cause, rest = str(error.value).splitlines()
     assert failed == "training failed; not restarted, for it would fail again:"
