@@ -11,7 +11,8 @@ NOISE = ("[SQL:", "[parameters:", "(Background on this error at:", "Compile with
 """How lines of libraries begin that no user can use."""
 TRACEBACK = "Traceback (most recent call last)"
 FRAME = '  File "'
-IN_FRAME = "    "
+HEADING = "Traceback"
+INDENT = "  "
 SENTENCE_ENDS = (".", ":", ";", ",", "!", "?")
 
 # The package of an error's class, as in `ray.exceptions.RpcError: …`; the class itself says something. Names of files,
@@ -35,9 +36,9 @@ def find_root_cause(traceback: str) -> str:
     """
     lines = traceback.split(CAUSED_BY)[0].strip().splitlines()
 
-    # The error comes after the last frame, which is its place and some lines of code.
-    begin = max((i + 1 for i, line in enumerate(lines) if line.startswith(FRAME)), default=0)
-    while begin < len(lines) - 1 and begin > 0 and lines[begin].startswith(IN_FRAME):
+    # The error comes after the heading and the last frame, which is its place and some lines of code.
+    begin = max((i + 1 for i, line in enumerate(lines) if line.startswith((FRAME, HEADING))), default=0)
+    while 0 < begin < len(lines) - 1 and lines[begin].startswith(INDENT):
         begin += 1
     return join_lines("\n".join(lines[begin:]))
 
