@@ -62,7 +62,8 @@ def try_storage(place: Location) -> StorageSpeed:
             raise StorageError(f"cannot trust {place.uri}: it gives back other bytes than were written")
 
         # A store that keeps versions gives each of them an id.
-        with place.filesystem.open_input_stream(folder.child("trial.bin").path) as file:
+        keeps_versions = False
+        with suppress(OSError), place.filesystem.open_input_stream(folder.child("trial.bin").path) as file:
             keeps_versions = "VersionId" in (file.metadata() or {})
 
         # List.
