@@ -156,7 +156,7 @@ def _measure_http_clock(url: str) -> float:
     """
     asked_s = time.time()
     answer = requests.head(url, timeout=ANSWER_TIMEOUT_S)
-    server_s = email.utils.parsedate_to_datetime(answer.headers.get("Date")).timestamp()
+    server_s = email.utils.parsedate_to_datetime(answer.headers.get("Date", "")).timestamp()
     answered_s = time.time()
 
     # The date is cut to the second, half a second on average, and was written halfway between question and answer.
