@@ -113,7 +113,7 @@ def test_a_role_for_one_prefix_reads_writes_lists_and_deletes(role, tmp_path, mo
     assert place.list_files() == ["data/a.png"]
     with pytest.raises(MissingFile, match="^cannot list s3://corp/team/alice/none: no such folder$"):
         place.child("none").list_files()
-    try_storage(place)
+    assert not try_storage(place).keeps_versions
 
     # What Ray does with checkpoints: many files in threads, from C++.
     for number in range(20):
@@ -149,3 +149,11 @@ def test_keys_that_cannot_be_read_are_named(s3_server):
     (name,) = locate("s3://odd/fine").list_files()
     child = locate("s3://odd/fine").child(name)
     assert child.read() == locate(child.uri).read() == child.read_range(0, 99) == f"fine/{name}".encode()
+
+
+def test_a_trial_sees_that_a_bucket_keeps_versions(s3_server, monkeypatch):
+    monkeypatch.setattr("corun_ray.service.doctor.places.TRIAL_MIB", 1)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="versions")
+    client.put_bucket_versioning(Bucket="versions", VersioningConfiguration={"Status": "Enabled"})
+    assert try_storage(locate("s3://versions/runs")).keeps_versions

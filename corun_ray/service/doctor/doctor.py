@@ -233,7 +233,10 @@ class Doctor:
         read = min(speed.read_mb_per_s for speed in speeds)
         num_nodes = len(speeds) - 1
         tried_from = f"here and {format_nodes(num_nodes)}" if num_nodes else "here"
-        return f"{place.uri} from {tried_from}: write {write:.0f} MB/s, read {read:.0f} MB/s at least, list, delete"
+        text = f"{place.uri} from {tried_from}: write {write:.0f} MB/s, read {read:.0f} MB/s at least, list, delete"
+        if speeds[0].keeps_versions:
+            text += "; keeps what is deleted, so it needs a lifecycle rule (docs/operating.md)"
+        return text
 
     def _examine_mlflow(self) -> str:
         """Log a run and read it back."""

@@ -30,6 +30,8 @@ class StorageSpeed:
 
     write_mb_per_s: float
     read_mb_per_s: float
+    keeps_versions: bool = False
+    """Whether the store keeps what is deleted or replaced."""
 
 
 def shorten_patience() -> None:
@@ -59,6 +61,11 @@ def try_storage(place: Location) -> StorageSpeed:
         if not is_same:
             raise StorageError(f"cannot trust {place.uri}: it gives back other bytes than were written")
 
+        # A store that keeps versions gives each of them an id.
+        keeps_versions = False
+        with suppress(OSError), place.filesystem.open_input_stream(folder.child("trial.bin").path) as file:
+            keeps_versions = "VersionId" in (file.metadata() or {})
+
         # List.
         if folder.list_files() != ["trial.bin"]:
             raise StorageError(f"cannot list {place.uri}: a file that was written is not in it")
@@ -71,7 +78,7 @@ def try_storage(place: Location) -> StorageSpeed:
         raise StorageError(f"cannot delete in {place.uri}: a file that was deleted is still there")
 
     num_mb = len(content) / MB
-    return StorageSpeed(num_mb / (written_s - started_s), num_mb / (read_s - written_s))
+    return StorageSpeed(num_mb / (written_s - started_s), num_mb / (read_s - written_s), keeps_versions)
 
 
 def try_mlflow(uri: str) -> str:
