@@ -143,10 +143,10 @@ def check_tracking(jobs: Sequence[Job], say: Say = print_line) -> None:
     # Compare before connecting, which sets the variable.
     recorded = [job for job in jobs if isinstance(job, TrainingJob | EvaluateJob)]
     named = os.environ.get(URI_VARIABLE, "")
-    for job in recorded:
-        used = get_tracking_uri(job)
+    for one in recorded:
+        used = get_tracking_uri(one)
         if named and named != used and not holds_credentials(named):
-            say(f"environment: {URI_VARIABLE}={named} is not used: tracking.uri of {job.name} is {used}")
+            say(f"environment: {URI_VARIABLE}={named} is not used: tracking.uri of {one.name} is {used}")
 
     for job in jobs:
         values = flatten(job.model_dump(mode="json")).values()
