@@ -19,7 +19,7 @@ WINGS = ("cli", "bench", "service", "config", "core")
 """A wing may import the wings after it; `demo` stands alone."""
 
 GROUND = {
-    "core": {"core.errors", "core.choices", "core.home", "core.timing", "core.weights"},
+    "core": {"core.errors", "core.choices", "core.foreign", "core.home", "core.timing", "core.weights"},
     "service": {
         "service.environment",
         "service.errors",

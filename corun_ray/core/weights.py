@@ -19,20 +19,18 @@ import numpy as np
 from torch import Tensor
 
 from corun_ray.core.errors import UserError, format_error
+from corun_ray.core.foreign import HEAD_BYTES, recognise_foreign
 
 RECORD_KEY = "corun_ray"
 """The file's only metadata entry: the record, as a JSON object."""
 
-HEAD_BYTES = 512
-"""The bytes from which a file that is no weights file is recognised."""
-
-MAX_ANSWER_CHARS = 120
-
-LFS_START = b"version https://git-lfs"
-"""The first bytes of the small text file that stands for a large file in a Git repository."""
+ZIP_START = b"PK\x03\x04"
 
 OBJECT_PATTERN = re.compile(r"GLOBAL (?:\S+\.)?(\w+)")
 """Where torch's error names the class of an object that is not plain data."""
+
+CUT_WORDS = ("zip archive", "central directory", "incomplete metadata", "file not fully covered")
+"""Words of torch and safetensors for a file that ends too early."""
 
 NOT_PLAIN = "save its state dict alone (model.state_dict()) with torch.save, or as .safetensors"
 """The advice for a file that holds objects beside tensors and plain values."""
@@ -64,26 +62,29 @@ def read_weights(path: Path) -> Any:
 
     Raises `WeightsError` for a file that holds anything else; such a file is never run.
     """
-    _refuse_other_files(path)
+    head = _read_head(path)
     try:
-        if path.suffix == ".safetensors":
+        # A header of safetensors, after the 8 bytes of its length: people rename files.
+        if path.suffix == ".safetensors" or head[8:9] == b"{":
             from safetensors.torch import load_file
 
             return load_file(path)
 
         import torch
 
-        # torch warns of TorchScript programs, which are then refused.
+        # torch warns of TorchScript programs, which are then refused. Files of the zip format can be mapped; those of
+        # the format before it cannot.
+        is_zip = head.startswith(ZIP_START)
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_list_plain_types()):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
         raise WeightsError(f"{path}: {_explain(error)}") from None
 
 
-def _refuse_other_files(path: Path) -> None:
-    """Refuse what is often saved in the place of weights: a page, a pointer, an answer of a server, nothing.
+def _read_head(path: Path) -> bytes:
+    """Read the first bytes of a file of weights.
 
-    Raises `WeightsError`.
+    Raises `WeightsError` also for what is often saved in its place: a page, a pointer, an answer of a server, nothing.
     """
     try:
         with path.open("rb") as file:
@@ -93,17 +94,13 @@ def _refuse_other_files(path: Path) -> None:
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({format_error(error)})") from None
 
-    again = "not weights; the file must be downloaded again"
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if not head:
-        raise WeightsError(f"{path}: an empty file, {again}")
-    if start.startswith((b"<!doctype html", b"<html")):
-        raise WeightsError(f"{path}: a web page (HTML) that was saved under this name, {again}")
-    if start.startswith(LFS_START):
-        raise WeightsError(f"{path}: a Git LFS pointer, not weights; `git lfs pull` fetches the file itself")
-    if start.startswith((b"<?xml", b"<error", b'{"')) and path.suffix != ".json":
-        answer = " ".join(head.decode("utf-8", "replace").split())[:MAX_ANSWER_CHARS]
-        raise WeightsError(f"{path}: a server's answer that was saved under this name ({answer}), {again}")
+    # torch, too, goes by this suffix.
+    if path.suffix == ".safetensors" and head.startswith(ZIP_START):
+        raise WeightsError(f"{path}: a file of torch.save, not of safetensors; rename it to .pth")
+    foreign = recognise_foreign(head)
+    if foreign is not None and path.suffix != ".json":
+        raise WeightsError(f"{path}: {foreign.what}, not weights; {foreign.advice}")
+    return head
 
 
 def _list_plain_types() -> list[Any]:
@@ -134,20 +131,11 @@ def _explain(error: Exception) -> str:
         return f"holds objects of the class {found[1]}, which are code; {NOT_PLAIN}"
     if "not in a subdirectory" in text:
         return "a zip archive, but not one of torch.save; unpack it first"
-    if "zip archive" in text or "central directory" in text:
+    if any(words in text for words in CUT_WORDS):
         return "not whole: the end of the file is missing; the file must be downloaded or copied again"
     if "weights_only" in text or isinstance(error, EOFError):
         return "not a file of plain tensors (of torch.save or .safetensors), or not a whole one"
     return f"not a file of plain tensors ({format_error(error)})"
-
-
-def _is_zip(path: Path) -> bool:
-    """Return whether a torch file can be memory-mapped.
-
-    Files of the zip format can be mapped; those of the format before it cannot.
-    """
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
 
 
 # --- Tensors with a record ---
@@ -204,6 +192,7 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, 
     """
     from safetensors import safe_open
 
+    _read_head(path)
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -211,8 +200,6 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, 
             if with_tensors:
                 for name in file.keys():  # noqa: SIM118
                     tensors[name] = file.get_tensor(name)
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file") from None
     except Exception as error:
         raise WeightsError(f"{path}: not a whole safetensors file ({format_error(error)})") from None
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from corun_ray.core.weights import WeightsError, read_weights
@@ -20,6 +21,12 @@ FOREIGN: dict[str, tuple[bytes, str]] = {
         "a server's answer that was saved under this name (<?xml version='1.0'?> <Error><Code>AccessDenied</Code>",
     ),
     "answer of a hub": (b'{"error": "Not Found"}', 'a server\'s answer that was saved under this name ({"error": "Not'),
+    "indented answer": (
+        b'{\n  "message": "Not Found"}',
+        'a server\'s answer that was saved under this name ({ "message"',
+    ),
+    "line of a server": (b"404: Not Found\n", "a text that was saved under this name (404: Not Found), not weights"),
+    "archive": (b"\x1f\x8b\x08\0" + bytes(40), "a compressed file (gzip), not weights; unpack it first"),
     "nothing": (b"", "an empty file, not weights"),
 }
 
@@ -65,6 +72,18 @@ def test_programs_archives_and_halves_are_called_what_they_are(tmp_path: Path) -
     content = (tmp_path / "half.pth").read_bytes()
     (tmp_path / "half.pth").write_bytes(content[: len(content) // 2])
     assert read_error(tmp_path / "half.pth").startswith("not whole: the end of the file is missing")
+
+
+def test_the_content_of_a_file_tells_its_format_and_whether_it_is_whole(tmp_path: Path) -> None:
+    weights = {"weight": torch.arange(6.0)}
+    torch.save(weights, tmp_path / "a.safetensors")
+    save_file(weights, tmp_path / "b.pth")
+    assert read_error(tmp_path / "a.safetensors") == "a file of torch.save, not of safetensors; rename it to .pth"
+    assert read_weights(tmp_path / "b.pth")["weight"].tolist() == weights["weight"].tolist()
+
+    content = (tmp_path / "b.pth").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(content[:-4])
+    assert read_error(tmp_path / "half.safetensors").startswith("not whole: the end of the file is missing")
 
 
 @pytest.mark.parametrize("is_zip", [True, False])

@@ -13,12 +13,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from corun_ray.core.foreign import list_brands
+
 PNG_START = b"\x89PNG\r\n\x1a\n"
 # A chunk of a PNG file holds four bytes each of length, type and checksum, besides its data.
 PNG_CHUNK_BYTES = 12
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """The first bytes of TIFF and BigTIFF files, of either byte order."""
-AVIF_BRANDS = (b"ftypavif", b"ftypavis")
+AVIF_BRANDS = frozenset({b"avif", b"avis"})
 GIF_STARTS = (b"GIF87a", b"GIF89a")
 
 SEVERAL_FRAMES = "it has several frames or pages, expected one image"
@@ -214,8 +216,8 @@ def _divide_by_alpha(rgb: NDArray, alpha: NDArray) -> NDArray:
 
 
 def is_avif(data: bytes) -> bool:
-    """Return whether a file begins as an AVIF does."""
-    return data[4:12] in AVIF_BRANDS
+    """Return whether a file begins as an AVIF does: that is its main brand, or one that it also fits."""
+    return not AVIF_BRANDS.isdisjoint(list_brands(data))
 
 
 def decode_avif(data: bytes) -> NDArray[np.uint8]:

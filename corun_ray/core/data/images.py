@@ -24,6 +24,7 @@ from corun_ray.core.data.formats import (
     is_tiff,
     refuse_several_frames,
 )
+from corun_ray.core.foreign import HEAD_BYTES, recognise_foreign
 
 MIN_SIDE_PX = 8
 MAX_REASON_CHARS = 120
@@ -119,6 +120,16 @@ def encode_png(rgb: ImageU8) -> bytes:
     return cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
+def _refuse_foreign(data: bytes, expected: str) -> None:
+    """Refuse what is often saved in the place of an image or a map: a page, a pointer, an answer of a server.
+
+    Raises `BadImage`.
+    """
+    foreign = recognise_foreign(data[:HEAD_BYTES])
+    if data and foreign is not None:
+        raise BadImage(f"{foreign.what}, not {expected}; {foreign.advice}")
+
+
 def _decode(data: bytes, flags: int) -> NDArray:
     """Decode a whole image file with OpenCV.
 
@@ -127,6 +138,7 @@ def _decode(data: bytes, flags: int) -> NDArray:
     # OpenCV's version decides whether half an image passes, so look for the end of the file here.
     if not data:
         raise BadImage("empty file")
+    _refuse_foreign(data, "an image")
     if is_jpeg(data) and not has_jpeg_end(data):
         raise BadImage("truncated JPEG")
     if data.startswith(PNG_START) and not _has_png_end(data):
@@ -228,6 +240,7 @@ def _decode_npy(data: bytes) -> NDArray:
 
     Raises `BadImage` for a damaged file.
     """
+    _refuse_foreign(data, "a depth map")
     # Unlike numpy's `read_array`, `frombuffer` makes no copy.
     try:
         file = io.BytesIO(data)
@@ -283,6 +296,7 @@ def _decode_mat(data: bytes) -> NDArray:
 
     Raises `BadImage` for a damaged file, and for one without such an array.
     """
+    _refuse_foreign(data, "a depth map")
     is_hdf5 = _HDF5_START in (data[: len(_HDF5_START)], data[_MAT_HEADER_BYTES:][: len(_HDF5_START)])
     try:
         return _read_hdf5_array(data) if is_hdf5 else _read_older_mat_array(data)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from corun_ray.core.errors import format_error
 from corun_ray.core.networks.corun import CORUN, Restoration, as_restoration
+from corun_ray.core.networks.finite import NotFinite, refuse_not_finite
 from corun_ray.core.networks.spandrel import EXTRA_PACKAGE, build_spandrel_network, is_extra, list_classes
 from corun_ray.core.networks.spec import CORUN_TYPE, NetworkError, NetworkSpec, compute_padded_size, construct
 
@@ -60,7 +61,8 @@ def list_required_packages(spec: NetworkSpec) -> list[str]:
 def probe_network(network: nn.Module, patch_px: int) -> Restoration:
     """Check that a network restores square images of `patch_px`.
 
-    Returns what it made of random images. Raises `NetworkError` unless they come back as scenes of their own size.
+    Returns what it made of random images. Raises `NetworkError` unless they come back as finite scenes of their own
+    size.
     """
     parameter = next(network.parameters(), None)
     if parameter is None:
@@ -86,6 +88,12 @@ def probe_network(network: nn.Module, patch_px: int) -> Restoration:
         raise NetworkError(f"it fails on {patch_px} px RGB images in a batch of 2 ({format_error(error)})") from None
     finally:
         network.train(was_training)
+
+    # No training mends it: the first loss would be no number either.
+    try:
+        refuse_not_finite(restoration.scene, "what it makes of random images")
+    except NotFinite as error:
+        raise NetworkError(str(error)) from None
     return restoration
 
 

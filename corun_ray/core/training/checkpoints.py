@@ -54,6 +54,9 @@ COMPILED_PART = "_orig_mod"
 COUNTERS = ("total_ops", "total_params")
 """The last parts of the names under which a profiler leaves its counts among the weights."""
 
+OPTIMIZER = "optim"
+"""The names of optimizers' states begin so; these hold tensors too."""
+
 RECORD_TYPES = {"step": int, "num_images_seen": int, "param_groups": list, "extra": dict}
 """The entries of a training file's record, and their types."""
 
@@ -65,6 +68,10 @@ T = TypeVar("T")
 
 class CheckpointError(UserError):
     """A file that is no checkpoint or does not fit; the message says what was found and expected."""
+
+
+class DivergedCheckpoint(CheckpointError):
+    """A checkpoint with weights that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -264,12 +271,12 @@ def _read_params(path: Path) -> dict[str, Tensor]:
     """
     content: Any = _read_file(path, read_weights)
 
-    # Unwrap: take the first wrapping that holds a dict, as deep as there are some.
+    # Unwrap, as deep as there are wrappings.
     while isinstance(content, dict):
-        inner = next((content[name] for name in WRAPPINGS if isinstance(content.get(name), dict)), None)
-        if inner is None:
+        wrapping = _find_wrapping(content, path)
+        if wrapping is None:
             break
-        content = inner
+        content = content[wrapping]
 
     params = {}
     if isinstance(content, dict):
@@ -282,6 +289,39 @@ def _read_params(path: Path) -> dict[str, Tensor]:
     return params
 
 
+def _find_wrapping(content: Mapping[Any, Any], path: Path) -> Any | None:
+    """Find the entry that holds the state dict: the first of `WRAPPINGS`, or else the only one with weights.
+
+    Returns None where the weights are not wrapped, or there are none. Raises `CheckpointError` for several entries.
+    """
+    for name in WRAPPINGS:
+        if isinstance(content.get(name), dict):
+            return name
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return None
+
+    found = []
+    for name, value in content.items():
+        if not str(name).startswith(OPTIMIZER) and _holds_weights(value):
+            found.append(name)
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path}: {len(found)} state dicts in it ({_shorten(list(map(str, found)))}), none under a known name "
+            f"({', '.join(WRAPPINGS)}); save the network's alone"
+        )
+    return found[0] if found else None
+
+
+def _holds_weights(value: object) -> bool:
+    """Tell whether an entry is a dict that holds tensors under names, at any depth."""
+    if not isinstance(value, dict):
+        return False
+    for name, inner in value.items():
+        if isinstance(name, str) and (isinstance(inner, Tensor) or _holds_weights(inner)):
+            return True
+    return False
+
+
 def _is_weight(name: str, value: object) -> bool:
     """Tell whether an entry of a state dict is a weight: a tensor or a NumPy array, and no counter."""
     return isinstance(value, Tensor | np.ndarray) and name.rpartition(".")[2] not in COUNTERS
@@ -290,15 +330,17 @@ def _is_weight(name: str, value: object) -> bool:
 def _list_unprefixed(params: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """List a state dict under its own names, and without the parts that all names begin with, one part less each.
 
-    Wrappers of a network (data-parallel training, a trainer's class) put a part before every name.
+    Wrappers of a network (data-parallel training, an average, a trainer's class) put a part before every name. Single
+    numbers beside these are a wrapper's own: how many networks are averaged, by which decay.
     """
     versions = [params]
     while True:
         last = versions[-1]
-        heads = {name.partition(".")[0] for name in last}
-        if len(heads) > 1 or any("." not in name for name in last):
+        own = [name for name in last if "." not in name]
+        heads = {name.partition(".")[0] for name in last if "." in name}
+        if len(heads) != 1 or any(last[name].ndim for name in own):
             return versions
-        versions.append({name.partition(".")[2]: tensor for name, tensor in last.items()})
+        versions.append({name.partition(".")[2]: tensor for name, tensor in last.items() if "." in name})
 
 
 def _strip_to_fit(params: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -378,11 +420,11 @@ def _is_like(value: Any, example: Any) -> bool:
 def _refuse_bad_weights(weights: Mapping[str, Tensor], network: nn.Module, file: Path) -> None:
     """Refuse weights of a network that are not finite: its training has diverged.
 
-    Raises `CheckpointError`.
+    Raises `DivergedCheckpoint`.
     """
     bad_weight = find_bad_weight(weights, network)
     if bad_weight is not None:
-        raise CheckpointError(
+        raise DivergedCheckpoint(
             f"{file}: {bad_weight}, not finite: its training has diverged; take an earlier checkpoint"
         )
 

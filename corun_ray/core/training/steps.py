@@ -158,6 +158,8 @@ class Colabator:
         with span("teacher"):
             scene, transmission = as_restoration(self.teacher(real.weak))
             is_finite = scene.isfinite().flatten(1).all(1)
+            if transmission is not None:
+                is_finite &= transmission.isfinite().flatten(1).all(1)
             scene = scene.float().clamp(0, 1)
 
         # Global coherence. All numbers leave the device in one copy, so that a step waits for the device once.

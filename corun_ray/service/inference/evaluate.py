@@ -25,6 +25,7 @@ from corun_ray.core.inference.pictures import BACKGROUND, PictureRow, draw_grid
 from corun_ray.core.inference.restore import to_image, to_tensor
 from corun_ray.core.metrics.measure import Unmeasured, load_measure
 from corun_ray.core.networks.corun import restore_by_closed_form
+from corun_ray.core.networks.finite import NotFinite
 from corun_ray.service.cluster.join import join_cluster
 from corun_ray.service.data.actors import iterate_rows, plan_actor_pool
 from corun_ray.service.data.annotations import Truth
@@ -237,12 +238,15 @@ class ImageEvaluator(RestorerActor):
             scene = dark_channel.dehaze(hazy[0].permute(1, 2, 0).cpu().numpy())
             scenes["dark_channel"] = torch.from_numpy(scene).permute(2, 0, 1)[None].to(self.device)
 
-        # The networks, each within this actor's memory limit.
-        for name in self.networks:
-            scenes[name] = self.restore(name, hazy, self.section.self_ensemble).scene
-
-        # The results of other methods. One that cannot be used takes nothing from the others.
+        # The networks, each within this actor's memory limit. A picture that is missing takes nothing from the others.
         missing = []
+        for name in self.networks:
+            try:
+                scenes[name] = self.restore(name, hazy, self.section.self_ensemble).scene
+            except NotFinite as reason:
+                missing.append(f"{key} {name}: {reason}")
+
+        # The results of other methods.
         for name, results in self.results.items():
             try:
                 scenes[name] = self._load_result(results, key, hazy)

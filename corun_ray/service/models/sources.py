@@ -281,7 +281,9 @@ def _round_to_half(network: nn.Module, source: str) -> None:
 
     Raises `ModelSourceError` for weights beyond the range of float16.
     """
+    # Masks of attention are infinite already.
+    was_finite = {name: tensor.isfinite() for name, tensor in network.state_dict().items()}
     network.half()
     for name, tensor in network.state_dict().items():
-        if not tensor.isfinite().all():
+        if (was_finite[name] & ~tensor.isfinite()).any():
             raise ModelSourceError(f"{source}: {name} does not fit into half precision (numbers up to 65504)")

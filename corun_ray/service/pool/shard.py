@@ -229,6 +229,10 @@ class PoolShard:
             records = snapshots.select_segments(content, self._number, self._num_shards)
             index = snapshots.read_index(self._pool, content, records)
 
+            num_unrated = snapshots.drop_unrated(index)
+            if num_unrated:
+                self._log.warning("labels without a finite score left the pool", labels=num_unrated)
+
             # Take the labels whose keys fall to this shard.
             rows = []
             for key, row in index.items():

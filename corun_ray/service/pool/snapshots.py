@@ -6,6 +6,7 @@ leaves the last good snapshot. Segments that no snapshot names are deleted by th
 """
 
 import functools
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -199,6 +200,17 @@ def read_model(place: Location, model: type[Any], kind: str) -> Any:
 
 
 # --- Content of a snapshot ---
+
+
+def drop_unrated(index: Index) -> int:
+    """Drop the labels whose scores are not finite, and return their number.
+
+    An earlier version may have saved some. No candidate would be as good as NaN, so they would stay for ever.
+    """
+    unrated = [key for key, (head, _) in index.items() if not all(map(math.isfinite, head.scores))]
+    for key in unrated:
+        del index[key]
+    return len(unrated)
 
 
 def read_index(pool: Location, snapshot: Snapshot, records: Iterable[SegmentRecord] | None = None) -> Index:

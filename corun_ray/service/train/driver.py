@@ -307,7 +307,13 @@ def _publish_outcome(
 
     if job.tracking.register is not None:
         model_uri = register_model(tracker.uri, model_uri, job.tracking.register)
-    return model_uri, {} if best is None else {"best": _publish_best(session, best, model_uri, log)}
+    if job.train.best is None:
+        return model_uri, {}
+    if best is None:
+        # It was asked for: its absence is told.
+        lack = "no image has a finite value at every validation of its checkpoints"
+        return model_uri, {"best": f"none by {job.train.best}: {lack}"}
+    return model_uri, {"best": _publish_best(session, best, model_uri, log)}
 
 
 def _publish_best(session: Session, best: BestCheckpoint, last_model: str, log: ValidationLog) -> str:

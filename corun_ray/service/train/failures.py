@@ -14,6 +14,7 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from corun_ray.core.networks.finite import NotFinite
+from corun_ray.core.training.checkpoints import DivergedCheckpoint
 from corun_ray.core.training.divergence import Diverged, ScoreNotFinite
 from corun_ray.service.data.stream import DisorderedStream
 from corun_ray.service.errors import JobFailed
@@ -33,6 +34,8 @@ SMALLER_STEPS = (
     "folder: the one before is taken)"
 )
 """The advice for a training that has diverged."""
+EARLIER_CHECKPOINT = ": delete its folder, and --resume takes the one before"
+"""The advice for a run whose last checkpoint has diverged; an earlier version wrote it."""
 ANOTHER_SCORER = "; another scorer of coherence is needed, or a data set without the image"
 """The advice for a scorer that has no number for an image."""
 
@@ -78,6 +81,8 @@ def describe_cause(error: BaseException) -> str:
     text = " ".join(" ".join([str(cause), *getattr(cause, "__notes__", [])]).split())[:MAX_REASON_CHARS]
     if isinstance(cause, Diverged | NotFinite):
         text += SMALLER_STEPS
+    elif isinstance(cause, DivergedCheckpoint):
+        text += EARLIER_CHECKPOINT
     elif isinstance(cause, ScoreNotFinite):
         text += ANOTHER_SCORER
     kind = type(cause)

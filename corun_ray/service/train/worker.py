@@ -16,6 +16,7 @@ from torch import nn
 from corun_ray.config.jobs import ColabatorJob
 from corun_ray.config.training import OptimSection
 from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.networks.finite import NotFinite
 from corun_ray.core.training import checkpoints
 from corun_ray.core.training.acceleration import keep_freed_memory
 from corun_ray.core.training.state import Cycle, TrainState, compute_learning_rate
@@ -47,7 +48,10 @@ def train_worker(plan: WorkerPlan) -> None:
         worker.train()
     except Exception as error:
         # Report the cause before Ray Train ends the process.
-        log.error("worker failed", step=None if worker is None else worker.state.step)
+        step = None if worker is None else worker.state.step
+        log.error("worker failed", step=step)
+        if isinstance(error, NotFinite):
+            error.add_note(f"(after step {step})")
         cause = describe_cause(error)
         ray.get(plan.board.post_error.remote(rank, cause, traceback.format_exc()))
 
@@ -164,7 +168,11 @@ class Worker:
             return None
 
         with checkpoint.as_directory() as folder:
-            return checkpoints.load_run(Path(folder), self.state, self.model.spec)["pool_snapshot"]
+            try:
+                return checkpoints.load_run(Path(folder), self.state, self.model.spec)["pool_snapshot"]
+            except checkpoints.CheckpointError as error:
+                # A checkpoint of an object store is read from a copy, whose name says nothing.
+                raise type(error)(str(error).replace(folder, checkpoint.path)) from None
 
     def _restore_pool(self, snapshot: str | None) -> PoolClient | None:
         """Restore the label pool to a snapshot, and connect to it.

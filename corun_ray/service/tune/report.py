@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,14 +128,21 @@ class SearchSummary:
 def rank_trials(trials: Sequence[TrialResult], metric: str, mode: str) -> list[TrialResult]:
     """Sort the trials, best first.
 
-    `mode` is `min` or `max`. Trials that were stopped come after those that ended; failed trials are omitted.
+    `mode` is `min` or `max`. Trials that were stopped come after those that ended, and of both those last whose metric
+    is NaN; failed trials are omitted.
     """
     sign = 1 if mode == "min" else -1
+
+    def order(trial: TrialResult) -> tuple[bool, bool, float]:
+        value = trial.metrics[metric]
+        is_nan = math.isnan(value)
+        return trial.model is None, is_nan, 0.0 if is_nan else sign * value
+
     measured = []
     for trial in trials:
         if trial.error is None and metric in trial.metrics:
             measured.append(trial)
-    return sorted(measured, key=lambda trial: (trial.model is None, sign * trial.metrics[metric]))
+    return sorted(measured, key=order)
 
 
 def measure_cost(job: TuneJob, trial: TrialResult) -> NetworkCost:

@@ -389,7 +389,7 @@ def _close_stopped_runs(session: SearchSession, trials: Sequence[TrialResult]) -
 def _store_results(session: SearchSession, trials: Sequence[TrialResult]) -> str:
     """Show and store the results; return the best model.
 
-    Raises `StorageError`, and `JobFailed` where no trial has ended.
+    Raises `StorageError`, and `JobFailed` where no trial has ended with a value of the metric.
     """
     job, run, tracker, console = session.job, session.run, session.tracker, session.console
 
@@ -403,6 +403,11 @@ def _store_results(session: SearchSession, trials: Sequence[TrialResult]) -> str
     model = ranking[0].model if ranking else None
     if model is None:
         raise JobFailed(f"tune {job.name}: none of the {len(trials)} trials has ended\nthe run: {run.uri}")
+    if math.isnan(ranking[0].metrics[job.tune.metric]):
+        raise JobFailed(
+            f"tune {job.name}: {job.tune.metric} has no value for any image in any trial that ended, so none is the "
+            f"best\nthe run: {run.uri}"
+        )
 
     summary = summarise_search(job, ranking)
     for line in summary.lines:

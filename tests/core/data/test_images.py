@@ -124,6 +124,23 @@ def test_a_png_with_a_wrong_checksum_is_refused():
         decode_image(bytes(data))
 
 
+FOREIGN = {
+    "a web page (HTML) that was saved under this name": b"<!-- saved -->\n<HTML>Sign in</HTML>",
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\nsize 9\n",
+    'a server\'s answer that was saved under this name ({ "error": "gone" })': b'{\n "error": "gone"\n}',
+    "a text that was saved under this name (404: Not Found)": b"404: Not Found\n",
+    "a HEIC photograph, which is not read": b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(50),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_what_is_saved_in_the_place_of_an_image_or_map_is_called_what_it_is(what):
+    for decode in (decode_image, lambda data: decode_depth(data, ".npy"), lambda data: decode_depth(data, ".mat")):
+        with pytest.raises(BadImage) as refused:
+            decode(FOREIGN[what])
+        assert str(refused.value).startswith(f"{what}, not a")
+
+
 def test_what_is_no_image_is_refused():
     with pytest.raises(BadImage, match="not an image"):
         decode_image(b"<html>404 not found</html>")
@@ -278,7 +295,7 @@ def test_a_mat_file_without_a_depth_map_tells_what_it_holds(write, arrays, reaso
 
 def test_a_damaged_mat_file_is_refused():
     for whole in (matlab73({"depth": DEPTH}), older_mat({"depth": DEPTH}, "5")):
-        for data in (whole[: len(whole) // 2], whole[:129], whole[:130] + bytes(range(256)), b"", b"text"):
+        for data in (whole[: len(whole) // 2], whole[:129], whole[:130] + bytes(range(256)), b"", b"text\0"):
             with pytest.raises(BadImage, match="not a readable .mat file") as refused:
                 decode_depth(data, ".mat")
             assert "\n" not in str(refused.value)

@@ -199,6 +199,7 @@ class Wrong(nn.Module):
         (Wrong(lambda x: (x, x)), r"its transmission has shape \(2, 3, 32, 32\); \(2, 1, 32, 32\) is needed"),
         (Wrong(lambda x: [x, x]), r"it fails on 32 px .* \(the network returned list; "),
         (Wrong(lambda x: x.view(1)), "it fails on 32 px RGB images in a batch of 2"),
+        (Wrong(lambda x: x / 0), "what it makes of random images is inf at 6144 of 6144 values, not finite"),
         (Wrong(lambda x: x, size_multiple_px=24), r"does not take patches of 32 px \(the next .* is 48 px\)"),
         (Wrong(lambda x: x, size_min_px=40), "does not take patches of 32 px"),
     ],

@@ -139,11 +139,13 @@ def wrappings(params: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         "both": {"params": other, "params_ema": params},
         "student only": {"params": params},
         "average only": {"params_ema": params},
+        "other name": {"epoch": 3, "netG": params, "optimizer": {"state": {"a": {"exp_avg": torch.ones(1)}}}},
+        "other names": {"checkpoint": {"generator": params}},
         "state_dict": {"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in params.items()}},
     }
 
 
-@pytest.mark.parametrize("wrapping", ["plain", "both", "student only", "average only", "state_dict"])
+@pytest.mark.parametrize("wrapping", wrappings({}, {}))
 @pytest.mark.parametrize("spec", [corun_spec(), NAFNET], ids=lambda spec: spec.type)
 def test_the_state_dict_is_found_in_its_wrapping(tmp_path: Path, wrapping: str, spec: NetworkSpec) -> None:
     network, other = build_network(spec), build_network(spec)
@@ -221,7 +223,7 @@ def test_no_file_and_no_checkpoint(tmp_path: Path) -> None:
     whole = tmp_path / "whole.pth"
     save_network(whole, random_network(), random_network())
     content = whole.read_bytes()
-    for number, data in enumerate([b"no checkpoint", bytes(range(256)) * 9]):
+    for number, data in enumerate([b"no checkpoint\0", bytes(range(256)) * 9]):
         path = tmp_path / f"{number}.pth"
         path.write_bytes(data)
         assert error_line(path).startswith("not a file of plain tensors (")
@@ -267,6 +269,14 @@ class Wrapped(nn.Module):
 def test_a_part_that_the_network_itself_has_stays(tmp_path: Path) -> None:
     torch.save({"module." + name: tensor for name, tensor in Wrapped().state_dict().items()}, tmp_path / "a.pth")
     assert list(load_params(tmp_path / "a.pth", Wrapped())) == ["net.gain"]
+
+
+def test_the_own_numbers_of_an_average_are_left_out(tmp_path: Path) -> None:
+    network = random_network()
+    average = torch.optim.swa_utils.AveragedModel(network)
+    torch.save(average.state_dict(), tmp_path / "a.pth")
+    assert "n_averaged" in torch.load(tmp_path / "a.pth", weights_only=True)
+    assert_equal_weights(load_network(tmp_path / "a.pth").network, network)
 
 
 def test_what_stands_beside_the_tensors_is_left_out(tmp_path: Path) -> None:
@@ -373,6 +383,10 @@ def test_tensors_that_do_not_fit_are_one_line(tmp_path: Path, what: str) -> None
     [
         ([1, 2], "no state dict in it (plain, or under params_ema, "),
         ({}, "no state dict in it (plain, or under params_ema, "),
+        (
+            {"netG": {"a": torch.ones(1)}, "netD": {"a": torch.ones(1)}},
+            "2 state dicts in it (netG, netD), none under a known name (params_ema, ",
+        ),
         ({"params_ema": 3}, "no state dict in it (plain, or under params_ema, "),
         ({"params_ema": {"a": torch.ones(1)}}, "neither CORUN nor an architecture that spandrel recognises; "),
     ],

@@ -21,12 +21,19 @@ SIZE_PX = 32
 class Gain(nn.Module):
     """A network of one weight."""
 
-    def __init__(self) -> None:
+    def __init__(self, gain: float = 1.0) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.tensor(1.0))
+        self.gain = nn.Parameter(torch.tensor(gain))
 
     def forward(self, hazy: Tensor) -> Tensor:
         return self.gain * hazy
+
+
+class Seen(Gain):
+    """A network whose transmission alone is not finite."""
+
+    def forward(self, hazy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return hazy, self.gain * math.nan * hazy[:, :1]
 
 
 def make_state() -> TrainState:
@@ -90,20 +97,24 @@ class NoLabels:
 
 
 @pytest.mark.parametrize(
-    ("gain", "clarity", "block_quality", "error", "expected"),
+    ("teacher", "clarity", "block_quality", "error", "expected"),
     [
-        (math.nan, 1.0, 1.0, Diverged, "the teacher's restoration of b.jpg has nan or inf, not finite"),
-        (math.inf, 1.0, 1.0, Diverged, "the teacher's restoration of b.jpg has nan or inf, not finite"),
-        (1.0, math.nan, 1.0, ScoreNotFinite, "the clarity is nan for the restoration of b.jpg, which is finite itself"),
-        (1.0, 1.0, -math.inf, ScoreNotFinite, "the quality of a block is -inf for the restoration of b.jpg, which"),
+        (Seen(), 1.0, 1.0, Diverged, "the teacher's restoration of b.jpg has nan or inf, not finite"),
+        (Gain(math.nan), 1.0, 1.0, Diverged, "the teacher's restoration of b.jpg has nan or inf, not finite"),
+        (Gain(math.inf), 1.0, 1.0, Diverged, "the teacher's restoration of b.jpg has nan or inf, not finite"),
+        (
+            Gain(),
+            math.nan,
+            1.0,
+            ScoreNotFinite,
+            "the clarity is nan for the restoration of b.jpg, which is",
+        ),
+        (Gain(), 1.0, -math.inf, ScoreNotFinite, "the quality of a block is -inf for the restoration of b.jpg, which"),
     ],
 )
 def test_no_label_is_offered_with_a_bad_image_or_score(
-    gain: float, clarity: float, block_quality: float, error: type[Exception], expected: str
+    teacher: Gain, clarity: float, block_quality: float, error: type[Exception], expected: str
 ) -> None:
-    teacher = Gain()
-    with torch.no_grad():
-        teacher.gain.fill_(gain)
     pool = NoLabels()
     losses = Losses(LossWeights(1.0, 0.0, 0.0, 0.0))
     colabator = Colabator(teacher, FixedCoherence(clarity, block_quality), pool, losses)

@@ -127,6 +127,20 @@ def test_self_ensemble_is_measured_of_models_alone(local_ray, photographs, netwo
     torch.testing.assert_close(pictures["first"], mean, rtol=0, atol=0.6 / 255)
 
 
+def test_a_model_whose_picture_is_not_finite_is_named_and_takes_nothing_from_the_others(
+    local_ray, photographs, networks
+):
+    spec, weights = NetworkSpec("corun", {"stages": 2, "width": 4}), networks[1].state_dict()
+    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
+    models = {"first": ray.put(Model(spec, weights, {})), "broken": ray.put(Model(spec, broken, {}))}
+    section = EvaluateSection(hazy="h", models={"first": "x", "broken": "y"}, baselines=())
+    hazy = to_tensor(decode_image((photographs / "hazy" / "photo_0.png").read_bytes()))
+    pictures, missing = ImageEvaluator(models, 1, section, {}, None)._restore("photo_0.png", hazy)
+
+    assert list(pictures) == ["first"]
+    assert len(missing) == 1 and missing[0].startswith("photo_0.png broken: the restored image is nan at ")
+
+
 def test_the_tables_agree_and_parquet_has_the_same_rows(evaluated):
     rows = rows_of(evaluated)
     table = pyarrow.parquet.read_table(evaluated / "metrics.parquet").to_pylist()

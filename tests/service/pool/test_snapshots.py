@@ -38,6 +38,14 @@ def test_the_later_segment_is_right(pool):
     assert [one.name for one in snapshots.select_segments(content, 0, 3)] == ["a", "c", "b"]
 
 
+def test_labels_without_a_finite_score_are_dropped_and_counted(pool):
+    nan, inf = float("nan"), float("inf")
+    segment = write_segment(pool, "a", 1, label("x", nan), label("y"), label("z", 0.5, -inf))
+    snapshots.write(pool, 6, 3, [[segment]], [PoolCounters()])
+    index = snapshots.read_index(pool, snapshots.read(pool.child("step_00000006.json")))
+    assert snapshots.drop_unrated(index) == 2 and list(index) == ["y"]
+
+
 def test_rejected_labels_are_not_read_though_segments_hold_them(pool):
     """Neither the rejected label nor an older one of its image counts, a better one does."""
     old = write_segment(pool, "a", 1, label("x", 0.4, 0.4), label("y", 0.4, 0.4), label("z"))

@@ -11,7 +11,7 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from corun_ray.core.data.images import BadImage
-from corun_ray.core.training.checkpoints import CheckpointError
+from corun_ray.core.training.checkpoints import CheckpointError, DivergedCheckpoint
 from corun_ray.service.data.sample_maker import TooManyBadFiles
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.pool.client import PoolError
@@ -75,8 +75,12 @@ def test_the_cause_is_one_line_without_the_path_of_a_class():
         describe_cause(noted) == "RuntimeError: The size of tensor a must match (at the validation image s3://x/a.png)"
     )
     assert describe_cause(KeyError()) == "KeyError"
+    diverged = DivergedCheckpoint("x: a is nan, not finite: its training has diverged; take an earlier checkpoint")
+    assert describe_cause(diverged).endswith(
+        "an earlier checkpoint: delete its folder, and --resume takes the one before"
+    )
     text = 'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    raise x\na.b.Bad: one\n  two\nthree\n'
-    assert find_root_cause(text) == "Bad: one two three"
+    assert find_root_cause(text) == "Bad: one, two, three"
 
 
 def decide(policy: RestartPolicy, *failures: Exception) -> FailureDecision:

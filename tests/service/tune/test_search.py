@@ -19,9 +19,10 @@ from corun_ray.core.networks.corun import CORUN
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.models.tracking import get_tracking_uri
 from corun_ray.service.runs.record import find_last_run, read_record
+from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.tune.report import TrialResult, measure_cost, rank_trials, summarise_search
-from corun_ray.service.tune.search import run_search
+from corun_ray.service.tune.search import SearchSession, _store_results, run_search
 from tests.service.jobs import small_job
 
 
@@ -109,6 +110,18 @@ def test_the_best_come_first_and_those_that_were_stopped_last():
     assert [one.name for one in rank_trials(trials, "val/fade", "min")] == ["c", "a", "b"]
     assert [one.name for one in rank_trials(trials, "val/fade", "max")] == ["a", "c", "b"]
     assert rank_trials(trials, "val/psnr", "max") == []
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_trial_without_a_value_is_never_the_best(mode, tmp_path):
+    nan = float("nan")
+    trials = [trial("a", 2, nan), trial("b", 3, 0.1, model=None), trial("c", 4, 0.2), trial("d", 5, nan)]
+    assert [one.name for one in rank_trials(trials, "val/fade", mode)] == ["c", "a", "d", "b"]
+
+    job = SimpleNamespace(name="search", tune=SimpleNamespace(metric="val/fade", mode=mode))
+    session = SearchSession(job, locate(str(tmp_path)), None, Console())
+    with pytest.raises(JobFailed, match="val/fade has no value for any image in any trial that ended"):
+        _store_results(session, [trials[0], trials[1], trials[3]])
 
 
 def test_costs_are_those_of_the_network(dataset, tmp_path):
