@@ -56,9 +56,7 @@ DROPPED = (
 NAMED = (
     Variables(("MLFLOW_REGISTRY_URI",), "models are registered there, not where tracking.uri leads"),
     Variables(("MLFLOW_TRACKING_INSECURE_TLS",), "the certificate of MLflow's server is not checked", YES),
-    Variables(
-        ("MLFLOW_S3_ENDPOINT_URL",), "MLflow's artifacts go to this store; storage and data go where boto3 leads"
-    ),
+    Variables(("MLFLOW_S3_ENDPOINT_URL",), "MLflow's artifacts go to this store, whatever storage and data use"),
     Variables(("MLFLOW_S3_IGNORE_TLS",), "the certificate of MLflow's artifact store is not checked", YES),
     Variables(("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING",), "no effect: Prometheus has the machines' metrics", YES),
     Variables(("CUDA_VISIBLE_DEVICES",), "this process, and a Ray that it starts, see these GPUs alone"),
