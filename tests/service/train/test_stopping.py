@@ -24,7 +24,8 @@ def long_job(dataset, folder):
 
 def list_pictures(run):
     """The pictures of validations that the follower has written."""
-    return [name for name in run.list_files() if name.startswith("pictures/")]
+    folder = run.child("pictures")
+    return folder.list_files() if folder.is_folder() else []
 
 
 def read_status(job):
