@@ -21,8 +21,8 @@ _PACKAGE = re.compile(
     r"(?:^|(?<=[\s(]))(?:[A-Za-z_]\w*\.)+(?=[A-Z]\w*(?:Error|Exception|Failed|Timeout|Died|Exit|Interrupt)\b)"
     r"|\bcorun_ray\.(?:\w+\.)+(?=[A-Z])"
 )
-_CLASS_PATH = re.compile(r"^(?:[A-Za-z_]\w*\.)+(?=[A-Z]\w*(?::|$))")
-"""The modules before the class that a traceback's last line begins with, whatever the class is called."""
+_CLASS = re.compile(r"^(?:[A-Za-z_]\w*\.)+(?=[A-Z]\w*(?::|\s|$))")
+"""The package of the class with which the end of a traceback begins, whatever its name."""
 _OBJECT = re.compile(r"<[\w.]+(?: object)? at 0x[0-9a-f]+>(?:: )?|<[\w.]+\([^<>]*\) at 0x[0-9a-f]+>(?:: )?")
 _HTML = re.compile(r"""['"]?<(?:!doctype|html)\b.*""", re.IGNORECASE | re.DOTALL)
 
@@ -42,7 +42,8 @@ def find_root_cause(traceback: str) -> str:
     begin = max((i + 1 for i, line in enumerate(lines) if line.startswith((FRAME, HEADING))), default=0)
     while 0 < begin < len(lines) - 1 and lines[begin].startswith(INDENT):
         begin += 1
-    return _CLASS_PATH.sub("", join_lines("\n".join(lines[begin:])))
+    error = "\n".join(lines[begin:])
+    return join_lines(_CLASS.sub("", error) if begin else error)
 
 
 def format_reason(error: BaseException, url: str = "") -> str:

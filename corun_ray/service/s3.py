@@ -6,6 +6,7 @@ one store: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, then the profile's services se
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -109,6 +110,17 @@ def make_node_environment() -> dict[str, str]:
     if ca_file:
         carried[DRIVER] = ca_file
     return carried
+
+
+def share_s3_endpoint() -> None:
+    """Let boto3 (MLflow's artifacts) ask the driver's store where this process's own settings name none."""
+    endpoint = os.environ.get(DRIVER_ENDPOINT)
+    if not endpoint:
+        return
+    # Settings that cannot be used are told to a job that needs them.
+    with suppress(ValueError):
+        if read_s3_settings().endpoint_url == endpoint:
+            os.environ.setdefault(ENDPOINT_VARIABLES[0], endpoint)
 
 
 # --- The filesystem ---

@@ -15,3 +15,8 @@ def test_what_changes_a_job_is_named_and_stays():
     assert drop_variables(environment=environment) == []
     (line,) = name_variables(environment)
     assert line.startswith("environment: CUDA_VISIBLE_DEVICES=1: ") and len(environment) == 3
+
+
+def test_another_store_of_artifacts_is_named_without_a_password():
+    (line,) = name_variables({"MLFLOW_S3_ENDPOINT_URL": "http://ann:secret@minio:9000"})
+    assert line.startswith("environment: MLFLOW_S3_ENDPOINT_URL=http://***@minio:9000: ")

@@ -1,5 +1,6 @@
 """The S3 store: where it is, and what it is asked."""
 
+import os
 import pickle
 
 import boto3
@@ -7,7 +8,13 @@ import pytest
 from pyarrow import fs
 
 from corun_ray.service.doctor.places import try_storage
-from corun_ray.service.s3 import DRIVER_ENDPOINT, SINGLE_REQUEST_BYTES, make_node_environment, read_s3_settings
+from corun_ray.service.s3 import (
+    DRIVER_ENDPOINT,
+    SINGLE_REQUEST_BYTES,
+    make_node_environment,
+    read_s3_settings,
+    share_s3_endpoint,
+)
 from corun_ray.service.storage import MissingFile, StorageError, locate
 from tests.role_s3 import RoleS3
 
@@ -81,6 +88,18 @@ def test_other_nodes_are_told_what_only_the_profile_says(profile, monkeypatch):
     assert make_node_environment()[DRIVER_ENDPOINT] == "http://profile:9000"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://all:1")
     assert DRIVER_ENDPOINT not in make_node_environment()
+
+
+def test_mlflow_on_another_node_asks_the_store_of_the_driver(profile, monkeypatch):
+    monkeypatch.setenv(DRIVER_ENDPOINT, "http://driver:1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "")  # Restored at the end.
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    share_s3_endpoint()
+    assert boto3.session.Session().client("s3", "us-east-1").meta.endpoint_url == "http://driver:1"
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    profile("private")
+    share_s3_endpoint()
+    assert "AWS_ENDPOINT_URL_S3" not in os.environ, "the node has settings of its own"
 
 
 def test_a_profile_that_does_not_exist_is_one_line(profile):

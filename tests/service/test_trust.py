@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from corun_ray.service.cluster.ports import PortError, ask_for_jobs_api
 from corun_ray.service.storage import StorageError, locate
 from corun_ray.service.trust import DRIVER, VARIABLES, TrustError, find_certificate_fault, share_ca_file
 from tests.faulty_s3 import FaultyS3
@@ -100,6 +101,16 @@ def test_a_certificate_that_is_refused_is_told_at_once(s3_server, own_ca, bare):
 
     # The other way round: https:// before a server that speaks none.
     assert "begins with http://" in find_certificate_fault(s3_server.replace("http:", "https:"), None)
+
+
+def test_a_jobs_api_whose_certificate_is_refused_or_that_is_not_there_is_told(s3_server, own_ca, bare):
+    with FaultyS3(s3_server, tls=own_ca.server) as proxy:
+        with pytest.raises(PortError, match=f"^the certificate of {proxy.url} is refused .*REQUESTS_CA_BUNDLE"):
+            ask_for_jobs_api(proxy.url)
+        bare.setenv("REQUESTS_CA_BUNDLE", own_ca.file)
+        ask_for_jobs_api(proxy.url)
+    with pytest.raises(PortError, match="no Jobs API answers there .nobody listens there"):
+        ask_for_jobs_api(proxy.url)
 
 
 def test_a_client_with_a_variable_of_its_own_keeps_it(own_ca):

@@ -227,9 +227,9 @@ class JobsClient:
                 return call()
         except AuthenticationError:
             raise JobsError(f"{self.address}: {describe_token_trouble()}") from None
-        except (ConnectionError, requests.RequestException, OSError):
-            proxy = describe_proxy(str(self.address))
-            raise JobsError(f"{self.address}: no Jobs API answers there ({JOBS_EXPECTED}{proxy})") from None
+        except (ConnectionError, requests.RequestException, OSError) as error:
+            hint = f"{find_first_reason(error)}; {JOBS_EXPECTED}{describe_proxy(str(self.address))}"
+            raise JobsError(f"{self.address}: no Jobs API answers there ({hint})") from None
         except (RuntimeError, ValueError) as error:
             raise JobsError(f"{self.address}: {format_reason(error, str(self.address))}") from None
 
@@ -262,6 +262,16 @@ class LogCopy:
             self._write(fresh)
         self._position += len(text)
         self._num_written = max(self._num_written, self._position)
+
+
+def find_first_reason(error: BaseException) -> str:
+    """Return the reason of the first of a chain of errors, of which each was raised while the one before was handled.
+
+    Ray's client tells no more than that it has failed to connect.
+    """
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return format_reason(error)
 
 
 def has_name(job: JobDetails, name: str) -> bool:

@@ -16,6 +16,7 @@ from corun_ray.core.errors import UserError
 from corun_ray.service.cluster.tokens import describe_token_trouble, read_token
 from corun_ray.service.cluster.waiting import announce_wait
 from corun_ray.service.proxies import describe_proxy
+from corun_ray.service.trust import REQUESTS, find_certificate_fault
 
 PATIENCE_VARIABLE = "CORUN_CONNECT_PATIENCE_S"
 POLL_S = 1.0
@@ -129,8 +130,11 @@ def ask_for_jobs_api(address: str) -> None:
             raise PortError(f"{failure} (it has no port; {JOBS_EXPECTED})")
         port = 443 if scheme == "https" else 80
 
-    # A proxy reaches what cannot be reached from here, and TLS speaks first: Ray's client tries these itself.
-    if scheme == "https" or _is_behind_proxy(address):
+    # A proxy reaches what cannot be reached from here: Ray's client tries it itself.
+    if _is_behind_proxy(address):
+        return
+    if scheme == "https":
+        _ask_for_tls(address, host, port, failure)
         return
 
     wanted: Speaker = "client" if scheme == CLIENT_SCHEME else "jobs" if scheme else "head"
@@ -142,6 +146,22 @@ def ask_for_jobs_api(address: str) -> None:
     if speaker in ("jobs", "locked"):
         raise PortError(f"{failure} (Ray's dashboard does, by its whole address: http://{host}:{port})")
     raise PortError(f"{failure} ({_explain(speaker, host, port)}; {JOBS_EXPECTED})")
+
+
+def _ask_for_tls(address: str, host: str, port: int, failure: str) -> None:
+    """Return when a server answers by a certificate that Ray's client will trust; it asks for the rest itself.
+
+    Raises `PortError`.
+    """
+    try:
+        _open(host, port).close()
+    except _Silence as silence:
+        raise PortError(f"{failure} ({silence})") from None
+    # Ray's client reads this variable, which has the CA of any other by now. A folder of CAs is its own matter.
+    ca_file = os.environ.get(REQUESTS)
+    fault = None if ca_file and os.path.isdir(ca_file) else find_certificate_fault(address, ca_file)
+    if fault is not None:
+        raise PortError(fault)
 
 
 def _await_speaker(host: str, port: int, failure: str) -> Speaker:

@@ -128,9 +128,9 @@ class Outbox:
         self._save()
 
     def abandon(self) -> None:
-        """End the thread, and leave the run's folder as it is."""
+        """End the thread, and leave the run's folder as it is from now on, also at the end of a request under way."""
         with self._changed:
-            self._is_closing = True
+            self._run, self._is_closing = None, True
             self._changed.notify_all()
 
     def describe(self) -> str:
@@ -187,7 +187,8 @@ class Outbox:
         reason = explain_error(error, self._uri)
         if reason != self._told:
             self._told = reason
-            where = "" if self._run is None else f" in {self._run.child(FOLDER).uri}"
+            run = self._run
+            where = "" if run is None else f" in {run.child(FOLDER).uri}"
             self._say(f"  MLflow at {self._uri} takes nothing now: {reason}; it is kept{where} and sent later")
 
     def _remove(self, count: int) -> None:
@@ -201,8 +202,9 @@ class Outbox:
 
         if was_failing:
             self._say(f"  MLflow at {self._uri} answers again: what was kept is sent")
-        if not num_left and self._num_parts and self._run is not None:
-            self._try_storage(self._run.child(FOLDER).delete)
+        run = self._run
+        if not num_left and self._num_parts and run is not None:
+            self._try_storage(run.child(FOLDER).delete)
             self._num_saved, self._num_parts = 0, 0
 
     def _save_now_and_then(self) -> None:
@@ -214,12 +216,12 @@ class Outbox:
     def _save(self) -> None:
         """Write the entries that are not in the run's folder yet as one more part."""
         with self._changed:
-            fresh = self._entries[self._num_saved :]
-        if self._run is None or not fresh:
+            fresh, run = self._entries[self._num_saved :], self._run
+        if run is None or not fresh:
             return
 
         text = "".join(f"{entry.to_json()}\n" for entry in fresh)
-        place = self._run.child(FOLDER).child(f"{self._num_parts + 1:06d}.jsonl")
+        place = run.child(FOLDER).child(f"{self._num_parts + 1:06d}.jsonl")
         if not self._try_storage(lambda: place.write(text.encode())):
             return
         with self._changed:

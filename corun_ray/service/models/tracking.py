@@ -20,6 +20,7 @@ from corun_ray.service.models.mlflow_errors import explain_error
 from corun_ray.service.models.mlflow_server import Say, print_line, probe_server, telling_waits
 from corun_ray.service.models.outbox import Entry, Outbox
 from corun_ray.service.proxies import reach_loopback_directly
+from corun_ray.service.s3 import share_s3_endpoint
 from corun_ray.service.storage import Location, MissingFile, expand_home
 from corun_ray.service.trust import share_ca_file
 
@@ -86,6 +87,7 @@ def connect_to_mlflow(uri: str, say: Say = print_line) -> Any:
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     share_ca_file()
+    share_s3_endpoint()
     import mlflow
 
     # Failures are raised as errors; warnings would only clutter the job's output.
@@ -94,11 +96,16 @@ def connect_to_mlflow(uri: str, say: Say = print_line) -> Any:
     warnings.filterwarnings("ignore", module="mlflow")
 
     if uri not in _reached:
-        with translating_errors(uri, f"{uri} does not answer as MLflow"):
+        with translating_errors(uri, _describe_silence(uri)):
             _reach(mlflow, uri, say)
         _reached.add(uri)
     mlflow.set_tracking_uri(uri)
     return mlflow
+
+
+def _describe_silence(uri: str) -> str:
+    """Return what is wrong where an MLflow cannot be used."""
+    return f"MLflow's {uri} cannot be used" if uri.startswith(SQLITE) else f"{uri} does not answer as MLflow"
 
 
 def _reach(mlflow: Any, uri: str, say: Say) -> None:
@@ -159,23 +166,24 @@ def check_tracking(jobs: Sequence[Job], say: Say = print_line) -> None:
         if job not in recorded and not has_source:
             continue
         uri = get_tracking_uri(job)
-        with _asking_for_job(uri):
+        with _asking_for_job(job):
             mlflow = connect_to_mlflow(uri, say)
             if job in recorded:
                 find_experiment(mlflow, uri, job.tracking.experiment)
 
 
 @contextlib.contextmanager
-def _asking_for_job(uri: str) -> Iterator[None]:
-    """Ask the MLflow of a job; errors name the job's key.
+def _asking_for_job(job: Job) -> Iterator[None]:
+    """Ask the MLflow of a job; errors name the key that leads there.
 
     Raises `TrackingError`.
     """
+    uri = get_tracking_uri(job)
     try:
-        with translating_errors(uri, f"{uri} does not answer as MLflow"):
+        with translating_errors(uri, _describe_silence(uri)):
             yield
     except TrackingError as error:
-        raise TrackingError(f"tracking.uri: {error}") from None
+        raise TrackingError(f"{'tracking.uri' if job.tracking.uri else 'storage'}: {error}") from None
 
 
 class Tracker:
@@ -203,7 +211,7 @@ class Tracker:
         self._curves: dict[str, dict[float, float]] = {}
         """Metrics that this process has logged: name → step → value."""
 
-        with _asking_for_job(self.uri):
+        with _asking_for_job(job):
             self._mlflow = connect_to_mlflow(self.uri, say)
             self._client = self._mlflow.MlflowClient()
             found = None if earlier is None else self._find_run(earlier)

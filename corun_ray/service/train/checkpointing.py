@@ -28,7 +28,7 @@ from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolClient, PoolError
 from corun_ray.service.pool.keeper import PoolKeeper
 from corun_ray.service.pool.shard import ShardSave
-from corun_ray.service.runs.lease import refuse_taken
+from corun_ray.service.runs.lease import RunTaken, refuse_taken
 from corun_ray.service.runs.record import list_checkpoint_steps, name_checkpoint
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry.logs import Log
@@ -151,7 +151,9 @@ class Checkpointer:
         except Exception as error:
             self._log.error("checkpoint failed", step=step)
             ray.get(self._board.post_error.remote(self._rank, describe_cause(error), traceback.format_exc()))
-            with contextlib.suppress(StorageError):  # Half of a checkpoint only takes room.
+            # Half of a checkpoint only takes room. What lies there may be of another driver by now.
+            with contextlib.suppress(RunTaken, StorageError):
+                refuse_taken(self._lease)
                 self._run.child(name).delete()
             raise
         finally:
@@ -167,6 +169,7 @@ class Checkpointer:
         persisted = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
 
         # A failed sweep is no failure of the checkpoint: the next sweep deletes the rest.
+        refuse_taken(self._lease)
         if pool is not None:
             try:
                 pool.keeper.sweep([*list_checkpoint_steps(self._run), step])

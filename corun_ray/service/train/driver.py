@@ -21,7 +21,7 @@ from corun_ray.service.data.cache import start_cache
 from corun_ray.service.data.inspection import describe_excess, prepare_data
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.data.stream import plan_phases
-from corun_ray.service.errors import JobFailed
+from corun_ray.service.errors import JobFailed, format_reason
 from corun_ray.service.models.card import describe_model
 from corun_ray.service.models.registry import BEST, Registry, has_model, log_model, promote_best, register_model
 from corun_ray.service.models.sources import Model, load_starting_model
@@ -117,10 +117,8 @@ def run_training(
     except RunTaken:
         is_taken = True
         raise
-    except (JobFailed, PoolError, StorageError, TrackingError) as error:
-        unsent = [f"{line}; --resume sends it" for line in session.tracker.list_missing()]
-        rest = _describe_rest(session.run, isinstance(error, FailedForGood))
-        raise JobFailed("\n".join([str(error), *unsent, rest])) from None
+    except (JobFailed, PoolError, StorageError, TrackingError, RayError) as error:
+        raise _explain_failure(session, error) from None
     finally:
         if is_taken:
             session.tracker.hand_over()
@@ -348,6 +346,14 @@ def _publish_best(session: Session, best: BestCheckpoint, last_model: str, log: 
     decision = promote_best(registry, version, best.metric)
     outcome = f"has the alias {BEST}" if decision.moves else f"the alias {BEST} stays"
     return f"{text}, {outcome} ({decision.reason})"
+
+
+def _explain_failure(session: Session, error: Exception) -> JobFailed:
+    """Return the failure of a run: its reason, what MLflow lacks, and how to resume."""
+    reason = f"Ray: {format_reason(error)}" if isinstance(error, RayError) else str(error)
+    unsent = [f"{line}; --resume sends it" for line in session.tracker.list_missing()]
+    rest = _describe_rest(session.run, isinstance(error, FailedForGood))
+    return JobFailed("\n".join([reason, *unsent, rest]))
 
 
 def _describe_rest(run: Location, is_for_good: bool = False) -> str:

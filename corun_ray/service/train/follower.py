@@ -17,6 +17,7 @@ from corun_ray.service.runs.held_out import (
     ValidationLog,
     name_picture,
 )
+from corun_ray.service.runs.lease import RunTaken, refuse_taken
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry import prometheus
 from corun_ray.service.telemetry.console import Console
@@ -255,10 +256,14 @@ class Follower:
     def _save(self, name: str, content: bytes) -> None:
         """Write a file to the run's folder, or report the failed write.
 
-        The file is for people: the training does not end for lack of it.
+        The file is for people: the training does not end for lack of it. A run that another driver has taken is left
+        as it is.
         """
         try:
+            refuse_taken(self._session.lease.place)
             self._session.run.child(name).write(content)
+        except RunTaken:
+            return
         except StorageError as error:
             self._console.say(f"  not saved: {error}")
             self._log.warning("not kept", file=name, error=str(error))

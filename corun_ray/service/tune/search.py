@@ -110,7 +110,13 @@ def run_search(job: TuneJob, console: Console, folder: Path, resume: bool = Fals
     with lease:
         # 4. Connect to MLflow, and show the job's facts.
         trials_at_once = job.tune.trials_at_once or min(job.tune.num_trials, _count_fitting_trials(job.cluster))
-        tracker = Tracker(job, run.name, earlier[1].mlflow_run if earlier else None, None, run, console.say)
+        try:
+            tracker = Tracker(job, run.name, earlier[1].mlflow_run if earlier else None, None, run, console.say)
+        except BaseException:
+            # Nothing has begun.
+            if earlier is None:
+                run.delete()
+            raise
         session = SearchSession(job, run, tracker, console)
         facts = _describe_search(session, trials_at_once, cluster)
         if resume:

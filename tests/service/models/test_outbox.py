@@ -71,6 +71,24 @@ def test_a_later_start_sends_what_was_kept(hurried, tmp_path):
     assert not (tmp_path / FOLDER).exists()
 
 
+def test_a_run_that_another_driver_has_keeps_what_that_driver_wrote(hurried, tmp_path):
+    server, run, may_end = Server(), locate(str(tmp_path)), threading.Event()
+    server.is_away = True
+    box = Outbox(URI, run, server.take, lambda text: None)
+    box.put(Entry(1, 7, metrics={"loss": 1.0}))
+    while not (tmp_path / FOLDER).exists():
+        time.sleep(0.01)
+
+    # A request is under way when the run is handed over.
+    begun = threading.Event()
+    box._send = lambda entries: (begun.set(), may_end.wait(30))
+    assert begun.wait(30)
+    box.abandon()
+    may_end.set()
+    box._thread.join(30)
+    assert not box._thread.is_alive() and (tmp_path / FOLDER).exists(), "the other driver's, by now"
+
+
 def test_a_refusal_is_not_waited_for(hurried, tmp_path):
     def refuse(entries) -> None:
         raise ValueError("the run was deleted")

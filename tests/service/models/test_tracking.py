@@ -51,3 +51,11 @@ def test_a_run_is_the_jobs_own_and_goes_on_in_any_mlflow(tmp_path, monkeypatch):
         with pytest.raises(TrackingError, match="mlflow experiments restore -x 1") as caught:
             ask()
         assert "\n" not in str(caught.value)
+
+
+def test_the_key_that_leads_to_a_database_is_named_where_there_can_be_none(tmp_path):
+    (tmp_path / "file").write_text("")
+    tree = {"kind": "pretrain", "name": "small", "storage": str(tmp_path / "file/runs"), "data": {"clear": "x"}}
+    for key, more in (("storage", {}), ("tracking.uri", {"tracking": {"uri": f"sqlite:///{tmp_path}/file/m.db"}})):
+        with pytest.raises(TrackingError, match=f"^{key}: MLflow's sqlite:///.* cannot be used: .*file"):
+            check_tracking([build_job(tree | more)], print)

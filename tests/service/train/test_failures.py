@@ -1,6 +1,7 @@
 """Which failures of workers deserve a restart, and what is told of them. Real workers: test_driver."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,19 @@ from corun_ray.core.training.checkpoints import CheckpointError, DivergedCheckpo
 from corun_ray.service.data.sample_maker import TooManyBadFiles
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.pool.client import PoolError
-from corun_ray.service.storage import DamagedFile, MissingFile, StorageError
+from corun_ray.service.storage import DamagedFile, MissingFile, StorageError, locate
+from corun_ray.service.train.driver import _explain_failure
 from corun_ray.service.train.failures import LastingFailure, RestartPolicy, can_restart_help, describe_cause
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:6001"
+
+
+def test_an_error_of_ray_in_the_driver_tells_where_the_run_stands(tmp_path):
+    tracker = SimpleNamespace(list_missing=lambda: ["MLflow at http://m lacks 3 metrics (nobody listens)"])
+    session = SimpleNamespace(tracker=tracker, run=locate(str(tmp_path)))
+    lines = str(_explain_failure(session, ActorDiedError())).splitlines()
+    assert lines[0] == "Ray: The actor died unexpectedly before finishing this task"
+    assert lines[1].endswith("--resume sends it") and "no checkpoint yet" in lines[2]
 
 
 def in_task(error: Exception) -> RayTaskError:

@@ -73,6 +73,8 @@ def test_a_run_writes_nearly_every_object_once(team_role, watched_colabator):
     written = Counter(request.split()[1] for request in team_role.asked if re.match("PUT [^?]+[^/]$", request))
     again = {path.rpartition("/")[2] for path, times in written.items() if times > 1}
     assert len(written) > 20 and any(path.endswith("/hazy.jpg") for path in written)
+    # The driver shows every 15 s that it lives, in as many bytes.
+    again.discard("000001.json")
     assert again == {"run.json", "validation.csv", "current.json", "checkpoint_manager_snapshot.json"}
 
 

@@ -18,8 +18,14 @@ FOLDER = Path()
 
 def long_job(dataset, folder):
     """A job that would take minutes."""
-    train = {"steps": 5000, "log_every": 2, "checkpoint_every": 2, "keep_checkpoints": 2}
+    train = {"steps": 5000, "log_every": 2, "checkpoint_every": 2, "keep_checkpoints": 2, "validate_every": 2}
     return small_job("pretrain", dataset, folder, train=train)
+
+
+def list_pictures(run):
+    """The pictures of validations that the follower has written."""
+    folder = run.child("pictures")
+    return folder.list_files() if folder.is_folder() else []
 
 
 def read_status(job):
@@ -43,7 +49,7 @@ def test_a_training_that_nobody_can_follow_fails_with_the_reason(local_ray, data
 
 def test_a_driver_whose_run_was_taken_ends_and_deletes_nothing(local_ray, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "RENEW_EVERY_S", 0.1)
-    job, seen = long_job(dataset, tmp_path), []
+    job, seen, pictures = long_job(dataset, tmp_path), [], []
 
     def take_over(step, metrics):
         run = find_last_run(job)
@@ -53,6 +59,7 @@ def test_a_driver_whose_run_was_taken_ends_and_deletes_nothing(local_ray, datase
         run.child("drivers/000002.json").write(other.model_dump_json().encode())
         run.child("drivers/000001.json").delete()
         seen.append(list_checkpoint_steps(run)[-1])
+        pictures.extend(list_pictures(run))
 
     with pytest.raises(
         RunTaken, match=r"has been taken over by process 71 of \w+ on far: this process ends, and deletes"
@@ -61,5 +68,6 @@ def test_a_driver_whose_run_was_taken_ends_and_deletes_nothing(local_ray, datase
     run = find_last_run(job)
     assert run.child("drivers").list_files() == ["000002.json"]
     assert read_status(job) == "RUNNING", "the other driver has the run in MLflow, too"
+    assert list_pictures(run) == pictures, "what comes later is no longer this driver's to write"
     # What its workers tried to write after that is not there: a checkpoint may have been under way.
     assert list_checkpoint_steps(run)[-1] - seen[0] <= 4
