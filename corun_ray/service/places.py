@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs
 
+from corun_ray.service.s3 import S3Store
 from corun_ray.service.storage import Location
 
 AMAZON = "amazonaws.com"
@@ -87,17 +88,17 @@ def _identify_folder(folder: str) -> object:
 def _name_store(place: Location) -> str:
     """Return the kind of a store, with its endpoint where it is not Amazon's."""
     filesystem = place.filesystem
-    if not isinstance(filesystem, fs.S3FileSystem):
+    store = filesystem.handler if isinstance(filesystem, fs.PyFileSystem) else None
+    if not isinstance(store, S3Store):
         return filesystem.type_name
 
-    _, (options,) = filesystem.__reduce__()
-    endpoint = str(options.get("endpoint_override") or "")
+    endpoint = str(store.options.get("endpoint_override") or "")
     address = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}")
     host = address.hostname or ""
     if not host or host.endswith(AMAZON):
-        return filesystem.type_name
+        return "s3"
     host = THIS_MACHINE[0] if host in THIS_MACHINE else host
-    return f"{filesystem.type_name} {host}:{address.port}"
+    return f"s3 {host}:{address.port}"
 
 
 def _split_path(place: Location) -> list[str]:

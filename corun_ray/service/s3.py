@@ -201,8 +201,15 @@ class S3Store(fs.FileSystemHandler):
         """Return what lies below a path."""
         lenient = fs.FileSelector(selector.base_dir, allow_not_found=True, recursive=selector.recursive)
         found = self._s3.get_file_info(lenient)
-        if not found and not selector.allow_not_found and self._look_at(selector.base_dir).type == fs.FileType.NotFound:
+        if found or selector.allow_not_found:
+            return found
+
+        # An object of this name is no folder either.
+        kind = self._look_at(selector.base_dir).type
+        if kind == fs.FileType.NotFound:
             raise FileNotFoundError("no such folder")
+        if kind == fs.FileType.File:
+            raise FileNotFoundError("a file, not a folder")
         return found
 
     def create_dir(self, path: str, recursive: bool) -> None:

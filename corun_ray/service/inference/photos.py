@@ -169,7 +169,8 @@ def _correct_exif(exif: "Image.Exif", shape: tuple[int, ...]) -> bytes | None:
 
     # Turning changes width and height.
     height_px, width_px = shape[:2]
-    for tags in (exif, exif.get_ifd(IFD.Exif)):
+    inner = [exif.get_ifd(IFD.Exif)] if IFD.Exif in exif else []
+    for tags in (exif, *inner):
         tags.update({tag: width_px for tag in WIDTH_TAGS if tag in tags})
         tags.update({tag: height_px for tag in HEIGHT_TAGS if tag in tags})
     return exif.tobytes().removeprefix(b"Exif\0\0")

@@ -97,13 +97,13 @@ def test_a_bucket_is_listed_like_a_folder(s3_server, someones):
             client.upload_file(str(path), "someones", f"in/{path.relative_to(someones)}")
     client.upload_file(str(someones / "a.jpg"), "someones", "in/out/a.jpg")
 
-    found = list_image_folder("s3://someones/in", "INPUT", {"OUTPUT": "s3://someones/./in//out/"})
+    found = list_image_folder("s3://someones/in", "INPUT", {"OUTPUT": "s3://someones/in/out/"})
     assert list(found.select(IMAGE_SUFFIXES)) == ["a.jpg", "b.jfif"]
     assert found.count_others(IMAGE_SUFFIXES) == ".txt 2, .heic 1"
     one = list_image_folder("s3://someones/in/a.jpg", "INPUT")
     assert (one.root, list(one.infos)) == ("s3://someones/in", ["a.jpg"])
-    with pytest.raises(ManifestError, match="OUTPUT: s3://someones//in is the folder of INPUT: choose another"):
-        list_image_folder("s3://someones/in/", "INPUT", {"OUTPUT": "s3://someones//in"})
+    with pytest.raises(ManifestError, match="OUTPUT: s3://someones/in/ is the folder of INPUT: choose another"):
+        list_image_folder("s3://someones/in/", "INPUT", {"OUTPUT": "s3://someones/in/"})
 
 
 # --- What the job itself writes ---

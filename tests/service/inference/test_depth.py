@@ -154,7 +154,7 @@ def no_ray(*sizes):
 
 
 def test_mistakes_are_found_before_ray_starts(photographs, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(service, "connect", no_ray)
+    monkeypatch.setattr(service, "join_cluster", no_ray)
     (tmp_path / "empty").mkdir()
     for name in ("a.png", "a.jpg"):
         write_image(tmp_path / "twins" / name, photograph(np.random.default_rng(0), 16, 16))

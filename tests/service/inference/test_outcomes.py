@@ -40,7 +40,7 @@ def make_job(source, target, **options) -> DehazeJob:
 def without_ray(monkeypatch):
     """Ray must not start."""
     for module in (dehazing, depth_estimation):
-        monkeypatch.setattr(module, "connect", lambda *sizes: pytest.fail("Ray starts"))
+        monkeypatch.setattr(module, "join_cluster", lambda *job: pytest.fail("Ray starts"))
 
 
 def test_mistakes_are_told_before_ray_starts(photographs, tmp_path, without_ray):
@@ -101,7 +101,7 @@ def make_model() -> Model:
 def run_with(monkeypatch, job, rows):
     """Run a job whose images had these outcomes."""
     model = make_model()
-    monkeypatch.setattr(dehazing, "connect", lambda *sizes: "nowhere")
+    monkeypatch.setattr(dehazing, "join_cluster", lambda *job: "nowhere")
     monkeypatch.setattr(dehazing, "fetch_model", lambda *source: model)
     monkeypatch.setattr(dehazing, "MetricRecorder", lambda labels: RecordsNothing())
     monkeypatch.setattr(dehazing, "_dehaze_images", lambda section, model, keys: iter(rows))
