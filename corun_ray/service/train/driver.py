@@ -220,6 +220,8 @@ def _train(
     try:
         with Follower(session, plan.board, console, listen, stop) as follower:
             result = fit(plan, session.run, console, stop)
+    except RunTaken:
+        raise
     except JobFailed:
         # Workers find out by themselves that another driver has the run, and fail.
         with suppress(StorageError):
