@@ -261,7 +261,7 @@ def _find_load_mistake(job: Job, key: str, source: str, folder: Path) -> str | N
             fetch_model(source, job.tracking.uri)
     except UserError as error:
         # Errors of a training name its key. Those of a file name the file once more.
-        text = " ".join(str(error).split()).replace(f"{source}: {source}", source)
+        text = " ".join(str(error).split())
         return text if isinstance(job, TrainingJob) else f"{key}: {text}"
     return None
 

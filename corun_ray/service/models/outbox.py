@@ -11,7 +11,7 @@ from corun_ray.service.models.mlflow_errors import explain_error, is_passing
 from corun_ray.service.models.mlflow_server import FIRST_WORD_S, WORD_EVERY_S, Say
 from corun_ray.service.storage import Location, StorageError
 
-FOLDER = "mlflow_unsent"
+UNSENT_FOLDER = "mlflow_unsent"
 """The folder of a run that keeps what MLflow has not taken: JSON lines, in parts."""
 RETRY_EVERY_S = 15.0
 HURRIED_RETRY_S = 3.0
@@ -81,7 +81,7 @@ class Outbox:
         """
         if self._run is None:
             return 0
-        folder = self._run.child(FOLDER)
+        folder = self._run.child(UNSENT_FOLDER)
         names = sorted(folder.list_files()) if folder.is_folder() else []
         kept = []
         for name in names:
@@ -188,7 +188,7 @@ class Outbox:
         if reason != self._told:
             self._told = reason
             run = self._run
-            where = "" if run is None else f" in {run.child(FOLDER).uri}"
+            where = "" if run is None else f" in {run.child(UNSENT_FOLDER).uri}"
             self._say(f"  MLflow at {self._uri} takes nothing now: {reason}; it is kept{where} and sent later")
 
     def _remove(self, count: int) -> None:
@@ -204,7 +204,7 @@ class Outbox:
             self._say(f"  MLflow at {self._uri} answers again: what was kept is sent")
         run = self._run
         if not num_left and self._num_parts and run is not None:
-            self._try_storage(run.child(FOLDER).delete)
+            self._try_storage(run.child(UNSENT_FOLDER).delete)
             self._num_saved, self._num_parts = 0, 0
 
     def _save_now_and_then(self) -> None:
@@ -221,7 +221,7 @@ class Outbox:
             return
 
         text = "".join(f"{entry.to_json()}\n" for entry in fresh)
-        place = run.child(FOLDER).child(f"{self._num_parts + 1:06d}.jsonl")
+        place = run.child(UNSENT_FOLDER).child(f"{self._num_parts + 1:06d}.jsonl")
         if not self._try_storage(lambda: place.write(text.encode())):
             return
         with self._changed:

@@ -121,7 +121,9 @@ def load_source(source: str, path: Path) -> tuple[LoadedNetwork, UserCode]:
         install_code(code)
         return load_network(path), code
     except (CheckpointError, NetworkError) as error:
-        raise ModelSourceError(f"{source}: {error}") from None
+        # Errors of a file begin with its name, which may be the source itself.
+        text = str(error)
+        raise ModelSourceError(text if text.startswith(f"{source}: ") else f"{source}: {text}") from None
 
 
 # --- The model that a training job starts from ---

@@ -18,7 +18,7 @@ from corun_ray.service.environment import drop_variables
 from corun_ray.service.models.mlflow_database import set_up_database
 from corun_ray.service.models.mlflow_errors import explain_error
 from corun_ray.service.models.mlflow_server import Say, print_line, probe_server, telling_waits
-from corun_ray.service.models.outbox import Entry, Outbox
+from corun_ray.service.models.outbox import UNSENT_FOLDER, Entry, Outbox
 from corun_ray.service.proxies import reach_loopback_directly
 from corun_ray.service.s3 import share_s3_endpoint
 from corun_ray.service.storage import Location, MissingFile, expand_home
@@ -380,6 +380,21 @@ class Tracker:
                 self._client.set_terminated(self.run_id, "FINISHED" if succeeded else "FAILED")
         except TrackingError as error:
             self._say(f"  {error}")
+
+
+def send_unsent(job: Job, run: Location, run_id: str, say: Say) -> str | None:
+    """Send to MLflow what a finished run has kept in its folder.
+
+    `run_id` is that of the run in MLflow. Returns what MLflow still lacks, None where it has all.
+
+    Raises `TrackingError` and `StorageError`.
+    """
+    if not run.child(UNSENT_FOLDER).is_folder():
+        return None
+    tracker = Tracker(job, run.name, run_id, run=run, say=say)
+    missing = tracker.list_missing()
+    tracker.finish(True)
+    return missing[0] if missing else None
 
 
 def _read_clock_ms() -> int:

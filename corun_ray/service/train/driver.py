@@ -25,7 +25,7 @@ from corun_ray.service.errors import JobFailed, format_reason
 from corun_ray.service.models.card import describe_model
 from corun_ray.service.models.registry import BEST, Registry, has_model, log_model, promote_best, register_model
 from corun_ray.service.models.sources import Model, load_starting_model
-from corun_ray.service.models.tracking import Tracker, TrackingError, get_tracking_uri
+from corun_ray.service.models.tracking import Tracker, TrackingError, get_tracking_uri, send_unsent
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.client import PoolError
 from corun_ray.service.pool.keeper import start_pool
@@ -90,6 +90,9 @@ def run_training(
         model_uri = _find_finished_model(job, *earlier)
         if model_uri is not None:
             console.say(f"\n{job.kind} {job.name}: has ended before ({model_uri}, {earlier[0].uri})")
+            lacking = send_unsent(job, earlier[0], earlier[1].mlflow_run, console.say)
+            if lacking is not None:
+                raise JobFailed(f"{lacking}; --resume sends it")
             return model_uri
 
         # A review that cannot be read is found here, not by the workers.

@@ -4,7 +4,7 @@ import time
 import pytest
 
 from corun_ray.service.models import outbox as module
-from corun_ray.service.models.outbox import FOLDER, Entry, Outbox
+from corun_ray.service.models.outbox import UNSENT_FOLDER, Entry, Outbox
 from corun_ray.service.storage import locate
 
 URI = "http://mlflow"
@@ -38,12 +38,12 @@ def test_what_is_logged_while_mlflow_is_away_comes_later_in_its_order(hurried, t
         box.put(Entry(step, step, metrics={"loss": float("nan")}))
     box.put(Entry(3, file="a.png", content=b"png"))
     assert not box.wait(0.2) and box.describe() == "3 metrics, 1 file"
-    assert "nobody listens" in box.failure and len(said) == 1 and FOLDER in said[0]
+    assert "nobody listens" in box.failure and len(said) == 1 and UNSENT_FOLDER in said[0]
 
     server.is_away = False
     assert box.wait(30) and [entry.step for entry in server.taken[:3]] == [0, 1, 2] and server.taken[3].file == "a.png"
     box.close()
-    assert "answers again" in said[1] and not (tmp_path / FOLDER).exists()
+    assert "answers again" in said[1] and not (tmp_path / UNSENT_FOLDER).exists()
 
 
 def test_a_later_start_sends_what_was_kept(hurried, tmp_path):
@@ -56,7 +56,7 @@ def test_a_later_start_sends_what_was_kept(hurried, tmp_path):
     box.put(Entry(3, tags={"kind": "x"}))
     box.close()
     assert box.failure is not None and b"pixels" not in b"".join(
-        file.read_bytes() for file in (tmp_path / FOLDER).iterdir()
+        file.read_bytes() for file in (tmp_path / UNSENT_FOLDER).iterdir()
     )
 
     server.is_away = False
@@ -68,7 +68,7 @@ def test_a_later_start_sends_what_was_kept(hurried, tmp_path):
         (0, "a.png", None),
         (0, None, {"kind": "x"}),
     ]
-    assert not (tmp_path / FOLDER).exists()
+    assert not (tmp_path / UNSENT_FOLDER).exists()
 
 
 def test_a_run_that_another_driver_has_keeps_what_that_driver_wrote(hurried, tmp_path):
@@ -76,7 +76,7 @@ def test_a_run_that_another_driver_has_keeps_what_that_driver_wrote(hurried, tmp
     server.is_away = True
     box = Outbox(URI, run, server.take, lambda text: None)
     box.put(Entry(1, 7, metrics={"loss": 1.0}))
-    while not (tmp_path / FOLDER).exists():
+    while not (tmp_path / UNSENT_FOLDER).exists():
         time.sleep(0.01)
 
     # A request is under way when the run is handed over.
@@ -86,7 +86,7 @@ def test_a_run_that_another_driver_has_keeps_what_that_driver_wrote(hurried, tmp
     box.abandon()
     may_end.set()
     box._thread.join(30)
-    assert not box._thread.is_alive() and (tmp_path / FOLDER).exists(), "the other driver's, by now"
+    assert not box._thread.is_alive() and (tmp_path / UNSENT_FOLDER).exists(), "the other driver's, by now"
 
 
 def test_a_refusal_is_not_waited_for(hurried, tmp_path):

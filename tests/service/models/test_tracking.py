@@ -4,7 +4,14 @@ import pytest
 
 from corun_ray.config.loading import build_job
 from corun_ray.service.models import tracking
-from corun_ray.service.models.tracking import Tracker, TrackingError, check_tracking, connect_to_mlflow
+from corun_ray.service.models.outbox import UNSENT_FOLDER, Entry
+from corun_ray.service.models.tracking import (
+    Tracker,
+    TrackingError,
+    check_tracking,
+    connect_to_mlflow,
+    send_unsent,
+)
 from corun_ray.service.storage import locate
 
 
@@ -51,6 +58,23 @@ def test_a_run_is_the_jobs_own_and_goes_on_in_any_mlflow(tmp_path, monkeypatch):
         with pytest.raises(TrackingError, match="mlflow experiments restore -x 1") as caught:
             ask()
         assert "\n" not in str(caught.value)
+
+
+def test_a_finished_run_sends_what_it_has_kept(tmp_path):
+    job, run, said = make_job(tmp_path), locate(str(tmp_path / "run")), []
+    tracker = Tracker(job, "small-1", run=run, say=said.append)
+    tracker.finish(True)
+    said.clear()
+    assert send_unsent(job, run, tracker.run_id, said.append) is None and said == []
+
+    # What an MLflow that was away has not taken.
+    kept = Entry(1, 7, metrics={"loss": 0.5}).to_json()
+    run.child(UNSENT_FOLDER).child("000001.jsonl").write(f"{kept}\n".encode())
+    assert send_unsent(job, run, tracker.run_id, said.append) is None
+    assert "1 metric" in said[0] and not run.child(UNSENT_FOLDER).exists()
+    client = connect_to_mlflow(job.tracking.uri).MlflowClient()
+    found = client.get_run(tracker.run_id)
+    assert found.data.metrics == {"loss": 0.5} and found.info.status == "FINISHED"
 
 
 def test_the_key_that_leads_to_a_database_is_named_where_there_can_be_none(tmp_path):
