@@ -4,6 +4,7 @@ Downloads that went wrong leave such files in the place of images and of weights
 """
 
 import codecs
+import re
 from typing import NamedTuple
 
 HEAD_BYTES = 512
@@ -18,6 +19,9 @@ LFS_START = b"version https://git-lfs"
 GZIP_START = b"\x1f\x8b\x08"
 HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"})
 """Kinds of HEIF files that cameras of telephones write (ISO/IEC 23008-12)."""
+
+ANSWER = re.compile(r"[<{[]|\d{3}\b|not found\b|forbidden\b|access ?denied\b|unauthorized\b", re.IGNORECASE)
+"""How JSON, XML, and the plain refusals of servers begin."""
 
 AGAIN = "the file must be downloaded again"
 
@@ -44,11 +48,11 @@ def recognise_foreign(head: bytes) -> Foreign | None:
     if start.startswith(b"<") and any(mark in start.lower() for mark in PAGE_MARKS):
         return Foreign("a web page (HTML) that was saved under this name", AGAIN)
 
+    # Of texts, only answers of servers are known for what they are.
     text = _read_text(head)
-    if text is None:
+    if text is None or not ANSWER.match(text):
         return None
-    kind = "a server's answer" if text.startswith(("<", "{", "[")) else "a text"
-    return Foreign(f"{kind} that was saved under this name ({text[:MAX_TEXT_CHARS]})", AGAIN)
+    return Foreign(f"a server's answer that was saved under this name ({text[:MAX_TEXT_CHARS]})", AGAIN)
 
 
 def list_brands(data: bytes) -> list[bytes]:

@@ -128,7 +128,7 @@ FOREIGN = {
     "a web page (HTML) that was saved under this name": b"<!-- saved -->\n<HTML>Sign in</HTML>",
     "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\nsize 9\n",
     'a server\'s answer that was saved under this name ({ "error": "gone" })': b'{\n "error": "gone"\n}',
-    "a text that was saved under this name (404: Not Found)": b"404: Not Found\n",
+    "a server's answer that was saved under this name (404: Not Found)": b"404: Not Found\n",
     "a HEIC photograph, which is not read": b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(50),
 }
 
