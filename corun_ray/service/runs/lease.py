@@ -268,17 +268,13 @@ class Lease:
             with suppress(Exception):
                 numbers = _list_numbers(self.place.parent().list_infos())
                 if max(numbers, default=0) > self._number or self._number not in numbers:
-                    self._lose(max(numbers, default=0))
+                    self._lose()
                     return
                 self.place.write(self._content)
 
-    def _lose(self, number: int) -> None:
+    def _lose(self) -> None:
         """Tell that the run has another driver."""
-        record = None
-        with suppress(StorageError):
-            record = _read_record(self.place.parent().child(_name_file(number)))
-        who = "another driver" if record is None else record.describe()
-        loss = RunTaken(f"{self._folder.uri} has been taken over by {who}: this process ends, and deletes nothing")
+        loss = _describe_loss(self._folder)
         with self._lock:
             self._loss = loss
             on_loss = self._on_loss
@@ -305,7 +301,18 @@ def refuse_taken(file: Location | None) -> None:
     # A machine that does not see the run at all cannot tell.
     run = file.parent().parent()
     if run.child(RUN_FILE).exists():
-        raise RunTaken(f"{run.uri} has been taken over by another driver: this process ends, and deletes nothing")
+        raise _describe_loss(run)
+
+
+def _describe_loss(folder: Location) -> RunTaken:
+    """Return the error of a driver whose folder has another driver by now."""
+    record = None
+    with suppress(StorageError):
+        drivers = folder.child(DRIVERS_FOLDER)
+        numbers = _list_numbers(drivers.list_infos())
+        record = _read_record(drivers.child(_name_file(max(numbers)))) if numbers else None
+    who = "another driver" if record is None else record.describe()
+    return RunTaken(f"{folder.uri} has been taken over by {who}: this process ends, and deletes nothing")
 
 
 def _create_once(place: Location, content: bytes) -> bool:
