@@ -27,6 +27,7 @@ from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.models.sources import fetch_model
 from corun_ray.service.pool.source import find_saved_pool
 from corun_ray.service.runs.record import ResumeError, find_last_run, read_record, write_record
+from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.console import Console
 from corun_ray.service.train.driver import run_training
 from corun_ray.service.tune.search import run_search
@@ -112,7 +113,9 @@ def test_a_checkpoint_is_a_model(earlier: Path, tracking: str) -> None:
 def test_a_run_resumes(
     earlier: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Places are remembered by their text, and a relative one is elsewhere now.
     monkeypatch.chdir(earlier)
+    locate.cache_clear()
     here = [f"data.{name}={earlier / name}" for name in ("clear", "depth", "hazy")]
     (job,) = load_jobs(earlier / "colabator.yaml", ["train.steps=8", *here])
     run = find_last_run(job)
@@ -137,7 +140,9 @@ def test_a_search_that_names_modules_of_old_is_refused_in_a_line(
     earlier: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray Tune keeps a search as a pickle, which names functions by their modules."""
+    # Places are remembered by their text, and a relative one is elsewhere now.
     monkeypatch.chdir(earlier)
+    locate.cache_clear()
     tree = yaml.safe_load((earlier / "colabator.yaml").read_text())
     tree |= {"kind": "tune", "name": "search", "tune": {"search": {"network.stages": [2, 3]}, "metric": "val/fade"}}
     tree["data"]["validation"] = {"hazy": "hazy"}

@@ -25,7 +25,10 @@ FOREIGN: dict[str, tuple[bytes, str]] = {
         b'{\n  "message": "Not Found"}',
         'a server\'s answer that was saved under this name ({ "message"',
     ),
-    "line of a server": (b"404: Not Found\n", "a server's answer that was saved under this name (404: Not Found), not weights"),
+    "line of a server": (
+        b"404: Not Found\n",
+        "a server's answer that was saved under this name (404: Not Found), not weights",
+    ),
     "archive": (b"\x1f\x8b\x08\0" + bytes(40), "a compressed file (gzip), not weights; unpack it first"),
     "nothing": (b"", "an empty file, not weights"),
 }

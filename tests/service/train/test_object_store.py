@@ -105,4 +105,4 @@ def test_a_bucket_is_dehazed_into_a_bucket_and_what_is_there_is_passed_over(loca
     locate(f"{bucket}/clean/photo_1.png").delete()
     again = dehaze(section, model, resume=True)
     assert (again.written, again.already_written) == (1, 1)
-    assert locate(f"{bucket}/clean").list_files() == ["photo_0.png", "photo_1.png"]
+    assert locate(f"{bucket}/clean").list_files() == [".model.json", "photo_0.png", "photo_1.png"]
