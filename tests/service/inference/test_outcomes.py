@@ -103,7 +103,9 @@ def run_with(monkeypatch, job, rows):
     model = make_model()
     monkeypatch.setattr(dehazing, "join_cluster", lambda *job: "nowhere")
     monkeypatch.setattr(dehazing, "fetch_model", lambda *source: model)
+    # Both would start Ray.
     monkeypatch.setattr(dehazing, "MetricRecorder", lambda labels: RecordsNothing())
+    monkeypatch.setattr(dehazing, "Log", lambda component, labels: RecordsNothing())
     monkeypatch.setattr(dehazing, "_dehaze_images", lambda section, model, keys: iter(rows))
     run_dehazing(job, Console())
 
@@ -111,6 +113,8 @@ def run_with(monkeypatch, job, rows):
 class RecordsNothing:
     def add(self, *arguments, **labels):
         """Take anything."""
+
+    info = warning = add
 
 
 def test_a_job_of_which_nothing_can_be_used_fails_with_the_reasons(photographs, tmp_path, monkeypatch, capsys):
