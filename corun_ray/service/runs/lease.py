@@ -296,12 +296,22 @@ def refuse_taken(file: Location | None) -> None:
 
     Raises `RunTaken` and `StorageError`.
     """
-    if file is None or file.exists():
+    if file is None or _is_last(file):
         return
     # A machine that does not see the run at all cannot tell.
     run = file.parent().parent()
     if run.child(RUN_FILE).exists():
         raise _describe_loss(run)
+
+
+def _is_last(file: Location) -> bool:
+    """Tell whether a driver's file is there, without that of a later driver beside it.
+
+    Its own file alone says too little: a renewal under way may write it again after the next driver has deleted it.
+    """
+    folder = file.parent()
+    numbers = _list_numbers(folder.list_infos()) if folder.is_folder() else []
+    return bool(numbers) and file.name == _name_file(max(numbers))
 
 
 def _describe_loss(folder: Location) -> RunTaken:

@@ -61,11 +61,13 @@ def test_a_driver_whose_run_was_taken_ends_and_deletes_nothing(local_ray, datase
         seen.append(list_checkpoint_steps(run)[-1])
         pictures.extend(list_pictures(run))
 
-    with pytest.raises(RunTaken, match=r"has been taken over by .*: this process ends, and deletes nothing"):
+    with pytest.raises(
+        RunTaken, match=r"has been taken over by process 71 of \w+ on far: this process ends, and deletes"
+    ):
         run_training(job, Console(), FOLDER, listen=take_over)
     run = find_last_run(job)
     assert run.child("drivers").list_files() == ["000002.json"]
     assert read_status(job) == "RUNNING", "the other driver has the run in MLflow, too"
-    # What comes later is no longer this driver's to write: only what was under way may have been finished.
-    assert len(list_pictures(run)) <= 2 * len(pictures) + 2
-    assert list_checkpoint_steps(run)[-1] - seen[0] <= 40
+    assert list_pictures(run) == pictures, "what comes later is no longer this driver's to write"
+    # What its workers tried to write after that is not there: a checkpoint may have been under way.
+    assert list_checkpoint_steps(run)[-1] - seen[0] <= 4
