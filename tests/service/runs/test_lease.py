@@ -90,6 +90,11 @@ def test_a_driver_that_lost_its_run_says_so_and_writes_no_more(run):
     run.child("run.json").write(b"")
     with pytest.raises(RunTaken):
         refuse_taken(first.place)
+
+    # A renewal that was under way may write it after all; the run is the other's nevertheless.
+    first.place.write(b"{}")
+    with pytest.raises(RunTaken):
+        refuse_taken(first.place)
     first.release()
     assert find_driver(run).number == 2, "the other's file stays"
 
