@@ -50,7 +50,7 @@ def measure_gradient(losses: Sequence[Mapping[str, Tensor]], network: nn.Module,
     values: list[Tensor] = []
     for part in losses:
         terms += part.keys()
-        values += [loss.detach().float() for loss in part.values()]
+        values += [loss.float() for loss in part.values()]
     *found, found_norm = torch.stack([*values, norm.float()]).tolist()
 
     # The losses come first, since a bad loss makes bad gradients.

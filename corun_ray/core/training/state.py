@@ -73,7 +73,7 @@ class TrainState:
             raise ValueError("nothing to learn from: every loss has weight 0 or lacks the network it needs")
         with span("backward"):
             (share * sum(losses.values())).backward()  # type: ignore[union-attr]
-        self._losses.append(losses)
+        self._losses.append({name: loss.detach() for name, loss in losses.items()})
 
     def update(self, lr: float, ema: float, batch_images: int, clip_norm: float = 0.0) -> None:
         """Update the student by AdamW, and the teacher by EMA.
