@@ -28,6 +28,7 @@ GROUND = {
         "service.s3",
         "service.storage",
         "service.trust",
+        "service.waiting",
     },
 }
 """Files of a wing that all of its rooms may import."""
@@ -80,6 +81,7 @@ NARROWER = {
         "service.s3",
         "service.storage",
         "service.trust",
+        "service.waiting",
         "service.telemetry",
         "service.data",
         "service.pool",

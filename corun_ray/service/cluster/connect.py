@@ -35,9 +35,9 @@ from corun_ray.service.cluster.ports import (
     read_ray_address,
 )
 from corun_ray.service.cluster.tokens import describe_token_trouble, send_token
-from corun_ray.service.cluster.waiting import GaveUp, announce_wait, limit_wait
 from corun_ray.service.errors import JobFailed, format_reason
 from corun_ray.service.s3 import make_node_environment
+from corun_ray.service.waiting import GaveUp, announce_wait, limit_wait
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job, whose runtime environment then holds our code already."""

@@ -20,9 +20,9 @@ from corun_ray.core.errors import UserError
 from corun_ray.service.cluster.ports import JOBS_EXPECTED, PortError, ask_for_jobs_api, find_jobs_address
 from corun_ray.service.cluster.submission import EXCLUDED_PATTERNS, Submission
 from corun_ray.service.cluster.tokens import describe_token_trouble, send_token
-from corun_ray.service.cluster.waiting import announce_wait
 from corun_ray.service.errors import format_reason
 from corun_ray.service.proxies import describe_proxy, reach_loopback_directly
+from corun_ray.service.waiting import announce_wait
 
 NAME_KEY = "corun_name"
 """Key of a job's metadata that holds its name."""

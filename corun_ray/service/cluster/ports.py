@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 from corun_ray.core.errors import UserError
 from corun_ray.service.cluster.tokens import describe_token_trouble, read_token
-from corun_ray.service.cluster.waiting import announce_wait
 from corun_ray.service.proxies import describe_proxy
 from corun_ray.service.trust import REQUESTS, find_certificate_fault
+from corun_ray.service.waiting import announce_wait
 
 PATIENCE_VARIABLE = "CORUN_CONNECT_PATIENCE_S"
 POLL_S = 1.0

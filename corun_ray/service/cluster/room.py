@@ -17,14 +17,12 @@ from ray.util.placement_group import PlacementGroup
 from corun_ray.config.jobs import ClusterSection, Job, ServeJob, TrainingJob
 from corun_ray.service.cluster.autoscaling import can_autoscale
 from corun_ray.service.cluster.connect import ClusterError
+from corun_ray.service.waiting import FIRST_WORD_S, WORD_EVERY_S, Say
 
 Amounts = Mapping[str, float]
 """Resources by kind: `{"CPU": 4.0, "GPU": 1.0}`."""
 
 KINDS = ("CPU", "GPU")
-FIRST_WORD_S = 3.0
-"""How long something waits before a person is told."""
-WORD_EVERY_S = 15.0
 LOOK_EVERY_S = 1.0
 FORGET_S = 10.0
 """Ray Train gives a placement group up after a minute and asks for another: a gap of less ends no wait."""
@@ -244,7 +242,7 @@ class RoomWatch:
         return 0.0 if self._since_s is None else self._clock() - self._since_s
 
 
-def await_room(request: RoomRequest, say: Callable[[str], None], limit_s: float = math.inf) -> None:
+def await_room(request: RoomRequest, say: Say, limit_s: float = math.inf) -> None:
     """Wait until the connected cluster has room for a request, and say so.
 
     The room is not held: who called takes it at once. Raises `ClusterError` for what can never fit, and where there is

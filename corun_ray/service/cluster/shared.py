@@ -5,7 +5,7 @@ their own, or find no image. So the driver leaves a mark, and every other node l
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +18,10 @@ from corun_ray.service.cluster.connect import ClusterError, format_nodes
 from corun_ray.service.cluster.paths import list_folders
 from corun_ray.service.cluster.submission import SQLITE
 from corun_ray.service.storage import Location, locate
+from corun_ray.service.waiting import FIRST_WORD_S, WORD_EVERY_S, Say
 
 ANSWER_TIMEOUT_S = 180.0
 """A node that is busy takes long to start a process."""
-FIRST_WORD_S = 3.0
-WORD_EVERY_S = 15.0
 MARK_BYTES = 16
 ADVICE = "expected a URI (s3://…) or a folder that all nodes share"
 DRIVER_KEYS = ("storage", "evaluate.boxes", "depth.weights")
@@ -40,7 +39,7 @@ class Mark(NamedTuple):
     size_bytes: int
 
 
-def refuse_unshared(job: Job, say: Callable[[str], None], more: Mapping[str, str]) -> None:
+def refuse_unshared(job: Job, say: Say, more: Mapping[str, str]) -> None:
     """Refuse a job with local places that some node of the connected cluster does not see.
 
     `more` are places that its nodes read and no key of `paths.FOLDER_KEYS` names, by the key to report.
@@ -82,7 +81,7 @@ def list_other_nodes(has_pool: bool = False) -> dict[str, str]:
 
 
 def refuse_unshared_places(
-    nodes: Mapping[str, str], written: Mapping[str, str], read: Mapping[str, str], say: Callable[[str], None]
+    nodes: Mapping[str, str], written: Mapping[str, str], read: Mapping[str, str], say: Say
 ) -> None:
     """Refuse local places, by key, that one of the nodes (id → address) does not see.
 
@@ -159,7 +158,7 @@ def _find_file(path: Path) -> Path | None:
     return None
 
 
-def _ask_nodes(nodes: Mapping[str, str], marks: list[Mark], say: Callable[[str], None]) -> dict[str, list[int]]:
+def _ask_nodes(nodes: Mapping[str, str], marks: list[Mark], say: Say) -> dict[str, list[int]]:
     """Let each node look for the marks; return the numbers of those that it does not see, by its address.
 
     Raises `ClusterError` for a node that does not answer.
@@ -182,7 +181,7 @@ def _ask_nodes(nodes: Mapping[str, str], marks: list[Mark], say: Callable[[str],
     return unseen
 
 
-def _await_answers(answers: list["ray.ObjectRef[list[int]]"], say: Callable[[str], None]) -> None:
+def _await_answers(answers: list["ray.ObjectRef[list[int]]"], say: Say) -> None:
     """Wait for the answers of all nodes, with words, for some minutes at most."""
     waited_s, pause_s = 0.0, FIRST_WORD_S
     pending = answers

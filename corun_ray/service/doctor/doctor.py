@@ -10,12 +10,12 @@ from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster.connect import ClusterError, connect, format_nodes
 from corun_ray.service.cluster.ports import read_ray_address
 from corun_ray.service.cluster.room import await_room, request_workers
-from corun_ray.service.cluster.waiting import announce_wait
 from corun_ray.service.doctor.nodes import ClusterNodes, NodeTrouble, collect_local_facts, measure_all_reduce
 from corun_ray.service.doctor.places import is_listening, measure_server_clocks, try_mlflow, try_storage
 from corun_ray.service.errors import JobFailed, format_reason
 from corun_ray.service.models.tracking import TrackingError, get_tracking_uri
 from corun_ray.service.storage import StorageError, locate
+from corun_ray.service.waiting import announce_wait
 from corun_ray.service.weights.needed import NeededFiles, describe_missing_weights, find_needed_files
 
 MAX_CLOCK_OFFSET_S = 5.0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from corun_ray.service.models.mlflow_server import WORD_EVERY_S, Say, print_line, telling_waits
+from corun_ray.service.waiting import WORD_EVERY_S, Say, announce_wait, print_line
 
 PATIENCE_S = 60.0
 """The longest wait for another process."""
@@ -36,7 +36,7 @@ def set_up_database(path: Path, open_store: Callable[[str], object], say: Say = 
     try:
         _take(lock, path, say)
         if not path.exists():
-            with telling_waits(f"setting up MLflow's database {path}", say):
+            with announce_wait(f"MLflow's database {path} to be set up", say):
                 _create(path, open_store)
         # A file without experiments: an `mlflow server` may be at work in it at this moment.
         _wait_while_it_grows(path, say)

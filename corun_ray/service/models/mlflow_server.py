@@ -1,31 +1,19 @@
-"""Asking an MLflow server for the first time, and telling a person who waits for one."""
+"""Asking an MLflow server for the first time, with words for the person who waits."""
 
-import contextlib
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 
 import requests
 
 from corun_ray.service.models.mlflow_errors import PASSING_STATUSES, UnexpectedAnswer, is_timeout
+from corun_ray.service.waiting import WORD_EVERY_S, Say, print_line
 
-Say = Callable[[str], None]
-"""Shows a line to the person who waits."""
-
-FIRST_WORD_S = 5.0
-WORD_EVERY_S = 15.0
-"""A wait is told after the first, then again after each of the second."""
+FIRST_TRY_S = 5.0
+"""How long the first try waits for an answer."""
 PAUSE_S = 2.0
 """Before the second try of a server that answers as overloaded."""
 PROBE = "/api/2.0/mlflow/experiments/get-by-name"
 PROBED_NAME = "corun-ray"
 MISSING = "RESOURCE_DOES_NOT_EXIST"
-
-
-def print_line(text: str) -> None:
-    """Show a line where there is no console of a job."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def probe_server(uri: str, patience_s: float, say: Say = print_line) -> None:
@@ -38,7 +26,7 @@ def probe_server(uri: str, patience_s: float, say: Say = print_line) -> None:
     waited_s, has_paused = 0.0, False
     while True:
         # The first word comes early; no try lasts beyond the patience.
-        limit_s = FIRST_WORD_S if not waited_s else WORD_EVERY_S - waited_s % WORD_EVERY_S
+        limit_s = FIRST_TRY_S if not waited_s else WORD_EVERY_S - waited_s % WORD_EVERY_S
         limit_s = min(limit_s, patience_s - waited_s)
         try:
             _ask(uri, limit_s)
@@ -84,25 +72,3 @@ def _read_json(response: requests.Response) -> object:
         return response.json()
     except ValueError:
         return None
-
-
-@contextlib.contextmanager
-def telling_waits(what: str, say: Say = print_line) -> Iterator[None]:
-    """Tell a person when what is done within takes long: after 5 s, and every 15 s."""
-    ended = threading.Event()
-    started_s = time.monotonic()
-
-    def tell() -> None:
-        """Say a line at each due time until the work has ended."""
-        due_s = FIRST_WORD_S
-        while not ended.wait(started_s + due_s - time.monotonic()):
-            say(f"{what}: takes {due_s:.0f} s so far")
-            due_s = due_s + WORD_EVERY_S if due_s > FIRST_WORD_S else WORD_EVERY_S
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from corun_ray.service.models.mlflow_errors import explain_error, is_passing
-from corun_ray.service.models.mlflow_server import FIRST_WORD_S, WORD_EVERY_S, Say
 from corun_ray.service.storage import Location, StorageError
+from corun_ray.service.waiting import FIRST_WORD_S, WORD_EVERY_S, Say
 
 UNSENT_FOLDER = "mlflow_unsent"
 """The folder of a run that keeps what MLflow has not taken: JSON lines, in parts."""

@@ -17,12 +17,13 @@ from corun_ray.core.errors import UserError
 from corun_ray.service.environment import drop_variables
 from corun_ray.service.models.mlflow_database import set_up_database
 from corun_ray.service.models.mlflow_errors import explain_error
-from corun_ray.service.models.mlflow_server import Say, print_line, probe_server, telling_waits
+from corun_ray.service.models.mlflow_server import probe_server
 from corun_ray.service.models.outbox import UNSENT_FOLDER, Entry, Outbox
 from corun_ray.service.proxies import reach_loopback_directly
 from corun_ray.service.s3 import share_s3_endpoint
 from corun_ray.service.storage import Location, MissingFile, expand_home
 from corun_ray.service.trust import share_ca_file
+from corun_ray.service.waiting import Say, announce_wait, print_line
 
 SQLITE = "sqlite:///"
 MLFLOW_SCHEMES = ("models:/", "runs:/")
@@ -141,7 +142,7 @@ def asking_mlflow(uri: str, problem: str, say: Say = print_line) -> Iterator[Non
 
     Raises errors as `TrackingError`: the problem, and what the error means.
     """
-    with telling_waits(f"asking MLflow at {uri}", say), translating_errors(uri, problem):
+    with announce_wait(f"MLflow at {uri}", say), translating_errors(uri, problem):
         yield
 
 

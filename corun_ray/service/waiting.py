@@ -4,12 +4,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+Say = Callable[[str], None]
+"""Shows a line to the person who waits."""
+
 FIRST_WORD_S = 4.0
 WORD_EVERY_S = 15.0
+"""A wait is told after the first, then again after each of the second."""
 LAST_RESORT_S = 10.0
 """How much longer a wait within a library's own code may take, which heeds no signal."""
 WRONG_REQUEST = 2
@@ -19,23 +23,30 @@ class GaveUp(BaseException):
     """A wait that took too long. It is no `Exception`, since libraries catch those and try again."""
 
 
+def print_line(text: str) -> None:
+    """Show a line on stderr, where there is no console of a job."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def announce_wait(what: str) -> Iterator[None]:
-    """Say on stderr what is awaited, as long as the block takes."""
+def announce_wait(what: str, say: Say = print_line) -> Iterator[None]:
+    """Say what is awaited, as long as the block takes."""
     is_over = threading.Event()
-    threading.Thread(target=_announce, args=(what, is_over), daemon=True).start()
+    thread = threading.Thread(target=_announce, args=(what, say, is_over), daemon=True)
+    thread.start()
     try:
         yield
     finally:
         is_over.set()
+        thread.join()
 
 
-def _announce(what: str, is_over: threading.Event) -> None:
+def _announce(what: str, say: Say, is_over: threading.Event) -> None:
     """Say what is awaited until it is over."""
     waited_s, pause_s = 0.0, FIRST_WORD_S
     while not is_over.wait(pause_s):
         waited_s, pause_s = waited_s + pause_s, WORD_EVERY_S
-        print(f"waiting for {what}: {waited_s:.0f} s", file=sys.stderr, flush=True)
+        say(f"waiting for {what}: {waited_s:.0f} s")
 
 
 @contextmanager
@@ -67,5 +78,5 @@ def limit_wait(limit_s: float, failure: str) -> Iterator[None]:
 
 def _end_process(failure: str) -> None:
     """End this process at once, with a line."""
-    print(failure, file=sys.stderr, flush=True)
+    print_line(failure)
     os._exit(WRONG_REQUEST)

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from corun_ray.service.cluster import waiting
-from corun_ray.service.cluster.waiting import GaveUp, announce_wait, limit_wait
+from corun_ray.service import waiting
+from corun_ray.service.waiting import GaveUp, announce_wait, limit_wait
 
 
 def test_a_wait_is_said_within_5_s_and_then_every_15_s():
