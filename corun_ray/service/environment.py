@@ -60,7 +60,7 @@ NAMED = (
     Variables(("MLFLOW_S3_IGNORE_TLS",), "the certificate of MLflow's artifact store is not checked", YES),
     Variables(("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING",), "no effect: Prometheus has the machines' metrics", YES),
     Variables(("CUDA_VISIBLE_DEVICES",), "this process, and a Ray that it starts, see these GPUs alone"),
-    Variables(("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"), "train.compile has no effect", YES),
+    Variables(("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"), "optim.compile has no effect", YES),
     Variables(("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"), "changes the precision of sums on GPUs"),
     Variables(("RAY_TRAIN_CALLBACKS",), "Ray Train runs this code in the driver of every training"),
     Variables(("TUNE_MAX_PENDING_TRIALS_PG",), "limits the trials that start at once, beside tune.trials_at_once"),

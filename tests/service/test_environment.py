@@ -1,4 +1,7 @@
-from corun_ray.service.environment import drop_variables, name_variables
+import re
+
+from corun_ray.config.reference import format_reference
+from corun_ray.service.environment import DROPPED, NAMED, drop_variables, name_variables
 
 
 def test_what_would_take_a_job_over_is_dropped_with_a_line():
@@ -20,3 +23,10 @@ def test_what_changes_a_job_is_named_and_stays():
 def test_another_store_of_artifacts_is_named_without_a_password():
     (line,) = name_variables({"MLFLOW_S3_ENDPOINT_URL": "http://ann:secret@minio:9000"})
     assert line.startswith("environment: MLFLOW_S3_ENDPOINT_URL=http://***@minio:9000: ")
+
+
+def test_reasons_name_keys_that_exist():
+    known = format_reference()
+    for variables in (*DROPPED, *NAMED):
+        for key in re.findall(r"\b(?:cluster|optim|tracking|train|tune)\.[a-z_]+", variables.reason):
+            assert key in known, key

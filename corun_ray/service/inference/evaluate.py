@@ -38,6 +38,7 @@ from corun_ray.service.data.manifest import (
     use_folders,
 )
 from corun_ray.service.data.results import ResultImages, find_results
+from corun_ray.service.data.unusable import join_first_reasons
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.inference.detection import DetectionResult, PictureDetector, assess_detections, plan_detection
 from corun_ray.service.inference.measurements import (
@@ -51,7 +52,7 @@ from corun_ray.service.inference.measurements import (
     format_comparisons,
     format_intervals,
 )
-from corun_ray.service.inference.outcome import MAX_NAMED_REASONS, merge_reasons, name_passed_over
+from corun_ray.service.inference.outcome import merge_reasons, name_passed_over
 from corun_ray.service.inference.restorers import RestorerActor
 from corun_ray.service.models.sources import Model, fetch_model
 from corun_ray.service.models.tracking import Tracker, get_tracking_uri
@@ -328,8 +329,8 @@ def evaluate(
 
     bad_files = merge_reasons(bad_rows)
     if not values:
-        first = "; ".join(f"{uri}: {reason}" for uri, reason in list(bad_files.items())[:MAX_NAMED_REASONS])
-        raise StorageError(f"evaluate.hazy: none of the {len(pairs)} images can be used ({first})")
+        reasons = join_first_reasons(bad_files)
+        raise StorageError(f"evaluate.hazy: none of the {len(pairs)} images can be used ({reasons})")
 
     # Stack the values into images x models x metrics.
     images = sorted(values)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from corun_ray.service.data.unusable import join_first_reasons
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.runs.lease import Lease, RunDriven
 from corun_ray.service.storage import locate
@@ -13,8 +14,8 @@ from corun_ray.service.telemetry.console import Console
 
 MAX_NAMED_BAD_FILES = 20
 """More skipped images go into a file of the output folder."""
-MAX_NAMED_REASONS = 3
-"""Images that one line names."""
+MAX_NAMED_NOTED = 3
+"""Images that a line names for what they lack."""
 BAD_FILES_LIST = "left_out.tsv"
 
 
@@ -42,8 +43,7 @@ class Outcome:
         """
         if self.written or self.already_written or not self.bad_files:
             return
-        first = list(self.bad_files.items())[:MAX_NAMED_REASONS]
-        reasons = "; ".join(f"{uri}: {reason}" for uri, reason in first)
+        reasons = join_first_reasons(self.bad_files)
         raise JobFailed(f"not one of the {self.num_images} images can be used ({reasons})")
 
 
@@ -68,8 +68,8 @@ def name_passed_over(others: str, console: Console) -> None:
 def name_notes(notes: dict[str, list[str]], console: Console) -> None:
     """Tell what the written files lack, with the first images of each kind."""
     for note, uris in sorted(notes.items()):
-        named = ", ".join(posixpath.basename(uri) for uri in uris[:MAX_NAMED_REASONS])
-        more = f" and {len(uris) - MAX_NAMED_REASONS} more" if len(uris) > MAX_NAMED_REASONS else ""
+        named = ", ".join(posixpath.basename(uri) for uri in uris[:MAX_NAMED_NOTED])
+        more = f" and {len(uris) - MAX_NAMED_NOTED} more" if len(uris) > MAX_NAMED_NOTED else ""
         console.say(f"  {note}: {named}{more}")
 
 

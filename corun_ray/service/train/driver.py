@@ -89,10 +89,7 @@ def run_training(
     if earlier is not None:
         model_uri = _find_finished_model(job, *earlier)
         if model_uri is not None:
-            console.say(f"\n{job.kind} {job.name}: has ended before ({model_uri}, {earlier[0].uri})")
-            lacking = send_unsent(job, earlier[0], earlier[1].mlflow_run, console.say)
-            if lacking is not None:
-                raise JobFailed(f"{lacking}; --resume sends it")
+            _report_finished_run(job, *earlier, model_uri, console)
             return model_uri
 
         # A review that cannot be read is found here, not by the workers.
@@ -109,31 +106,12 @@ def run_training(
         facts["resume"] = "no earlier run: begins" if earlier is None else "resumes this run"
     console.header(f"{job.kind} {job.name}", facts)
 
-    # 4. Train. However training ends, MLflow's run is closed, and a failure says how to resume. A run that another
-    # driver has taken over is left as it is.
-    succeeded = is_taken = False
-    try:
-        with explain_stop(lambda: _describe_rest(session.run)):
-            model_uri, summary = _train(session, facts, console, listen)
-            missing = session.tracker.list_missing()
-        succeeded = True
-    except RunTaken:
-        is_taken = True
-        raise
-    except (JobFailed, PoolError, StorageError, TrackingError, RayError) as error:
-        raise _explain_failure(session, error) from None
-    finally:
-        if is_taken:
-            session.tracker.hand_over()
-        else:
-            session.tracker.finish(succeeded)
-        session.lease.release()
+    # 4. Train.
+    model_uri, summary = _train_and_close(session, facts, console, listen)
 
     # 5. Show the result and the next command.
     results = {"model": model_uri, "run": session.run.uri, "report": session.run.child(REPORT_FILE).uri}
     results |= summary
-    if missing:
-        results["missing"] = missing[0]
     results["took"] = format_duration(time.monotonic() - started_s)
     next_command = f"corun-ray dehaze PHOTOS OUT --model {model_uri} --tracking {session.tracker.uri}"
     console.footer("done", results, [next_command])
@@ -165,6 +143,17 @@ def _find_finished_model(job: TrainingJob, run: Location, record: RunRecord) -> 
     if not is_finished or record.model is None or not has_model(get_tracking_uri(job), record.model):
         return None
     return record.model
+
+
+def _report_finished_run(job: TrainingJob, run: Location, record: RunRecord, model_uri: str, console: Console) -> None:
+    """Tell that a run has ended before, and send to MLflow what it has kept.
+
+    Raises `TrackingError`, `StorageError`, and `JobFailed` where MLflow does not take it now.
+    """
+    console.say(f"\n{job.kind} {job.name}: has ended before ({model_uri}, {run.uri})")
+    lacking = send_unsent(job, run, record.mlflow_run, console.say)
+    if lacking is not None:
+        raise JobFailed(f"{lacking}; --resume sends it")
 
 
 def _open_session(
@@ -203,6 +192,36 @@ def _open_session(
         samples=SAMPLES_VERSION,
     )
     return Session(job, manifest, model, run, tracker, record, lease)
+
+
+def _train_and_close(
+    session: Session, facts: Mapping[str, str], console: Console, listen: Listener | None
+) -> tuple[str, dict[str, str]]:
+    """Train, and close MLflow's run and the lease, however training ends.
+
+    Returns the model's URI and lines of the footer. A failure says how to resume. A run that another driver has taken
+    over is left as it is.
+
+    Raises `JobFailed`.
+    """
+    succeeded = is_taken = False
+    try:
+        with explain_stop(lambda: _describe_rest(session.run)):
+            model_uri, summary = _train(session, facts, console, listen)
+            missing = session.tracker.list_missing()
+        succeeded = True
+    except RunTaken:
+        is_taken = True
+        raise
+    except (JobFailed, PoolError, StorageError, TrackingError, RayError) as error:
+        raise _explain_failure(session, error) from None
+    finally:
+        if is_taken:
+            session.tracker.hand_over()
+        else:
+            session.tracker.finish(succeeded)
+        session.lease.release()
+    return model_uri, summary | ({"missing": missing[0]} if missing else {})
 
 
 def _train(
