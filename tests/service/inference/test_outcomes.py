@@ -137,7 +137,7 @@ def test_what_is_dropped_and_passed_over_is_said(photographs, tmp_path, monkeypa
 def test_a_job_that_wrote_something_has_not_failed():
     Outcome(written=1, bad_files={"a": "empty file"}).refuse_nothing()
     Outcome(already_written=1, bad_files={"a": "empty file"}).refuse_nothing()
-    with pytest.raises(JobFailed, match=r"not one of the 4 images can be used \(1: bad; 2: bad; 3: bad\)"):
+    with pytest.raises(JobFailed, match=r"not one of the 4 images can be used \(1: bad; 2: bad; 3: bad; and 1 more\)"):
         Outcome(bad_files=dict.fromkeys("1234", "bad")).refuse_nothing()
 
 
