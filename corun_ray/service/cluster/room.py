@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
-from ray._private.state import available_resources_per_node
+from ray import ActorID, PlacementGroupID
+from ray._private.state import available_resources_per_node, state
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]  # made at import
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
@@ -286,3 +288,27 @@ def find_waiting_workers() -> list[RoomRequest]:
         if group_id.endswith(job_id) and group["state"] in PENDING_STATES:
             counts.update(tuple(bundle.items()) for bundle in group["bundles"].values())
     return [RoomRequest("worker", count, dict(each)) for each, count in counts.items()]
+
+
+# --- Room that the dead hold ---
+
+
+def free_left_room() -> int:
+    """Give back the room that dead actors of this job hold or wait for; return the number of placement groups.
+
+    A placement group lives as long as its creator *or* the job. That of a controller of Ray Train that died would keep
+    room from all that comes after it: Ray Train's own cleaner asks the dashboard, which a local Ray has not, and knows
+    of no group that still waits.
+    """
+    job_id = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    left = []
+    for encoded in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(encoded)
+        has_creator = not ActorID(group.creator_actor_id).is_nil()
+        is_left = has_creator and group.creator_actor_dead and group.creator_job_id == job_id
+        if is_left and group.state != PlacementGroupTableData.REMOVED:
+            left.append(PlacementGroup(PlacementGroupID(group.placement_group_id)))
+
+    for group in left:
+        _remove_group(group)
+    return len(left)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import ray
 from ray.actor import ActorProxy
 
-from corun_ray.service.cluster.room import RoomWatch, describe_free, find_waiting_workers, read_nodes
+from corun_ray.service.cluster.room import RoomWatch, describe_free, find_waiting_workers, free_left_room, read_nodes
 from corun_ray.service.errors import JobFailed, describe_error
 from corun_ray.service.runs.held_out import (
     EXAMPLES,
@@ -281,7 +281,10 @@ class Follower:
 
     def _report_waiting(self, step: int) -> None:
         """Report that the workers wait for room on the cluster, or for their first batch."""
-        for text in (self._room.update(find_waiting_workers()), self._first_step.update(step, self._num_attempts)):
+        waiting = find_waiting_workers()
+        if waiting:
+            free_left_room()
+        for text in (self._room.update(waiting), self._first_step.update(step, self._num_attempts)):
             if text is not None:
                 self._console.say(f"  {text}")
 

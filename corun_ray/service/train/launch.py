@@ -21,6 +21,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from corun_ray.config.jobs import ClusterSection
 from corun_ray.config.training import TrainSection
 from corun_ray.core.metrics.catalog import choose_mode
+from corun_ray.service.cluster.room import free_left_room
 from corun_ray.service.errors import JobFailed, find_root_cause, format_reason
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console
@@ -58,6 +59,9 @@ def _fit_again_and_again(plan: WorkerPlan, run: Location, console: Console, stop
             resumed = replace(plan, start_from=find_start_checkpoint(run))
             return _make_trainer(resumed, run.name).fit()
         except (RayActorError, TrainingFailedError) as error:
+            # A controller that died, or was killed to stop, still holds the room of its workers.
+            if isinstance(error, RayActorError):
+                free_left_room()
             stop.refuse_stopped()
             num_failures += 1
             _refuse_lasting_failures(error)

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import ray
+from ray.util import placement_group, placement_group_table
 
 from corun_ray.config.jobs import ClusterSection
 from corun_ray.service.cluster import room
@@ -17,6 +18,7 @@ from corun_ray.service.cluster.room import (
     await_room,
     count_fitting,
     find_waiting_workers,
+    free_left_room,
     refuse_misfit,
     request_actor,
     request_workers,
@@ -92,20 +94,20 @@ def test_a_wait_is_told_within_seconds_and_every_15_s_with_what_has_become_free(
         return watch.update(requests)
 
     asked = workers(2, 2)
-    assert [at(100), at(101, asked), at(103, asked)] == [None] * 3
-    assert at(104, asked) == (
+    assert [at(100), at(101, asked), at(104, asked)] == [None] * 3
+    assert at(105, asked) == (
         "waiting for room for 2 workers of 2 CPUs each; the largest node has 3 CPUs, 2 nodes together 6 CPUs; "
         "free now: 1 of 6 CPUs"
     )
     free["CPU"] = 1.0
-    assert at(118, asked) is None
-    assert at(119, asked) == "still waiting for room after 18 s; free now: 2 of 6 CPUs (at most 1 on one node)"
+    assert at(119, asked) is None
+    assert at(120, asked) == "still waiting for room after 19 s; free now: 2 of 6 CPUs (at most 1 on one node)"
 
     # Ray Train asks anew every minute: that is no other wait. A wait that has ended is.
     assert [at(125), at(130, asked)] == [None, None]
-    assert at(134, asked).startswith("still waiting")
-    assert [at(150), at(151, asked), at(153, asked)] == [None] * 3
-    assert at(154, asked).startswith("waiting for room for 2 workers")
+    assert at(135, asked).startswith("still waiting")
+    assert [at(150), at(151, asked), at(154, asked)] == [None] * 3
+    assert at(155, asked).startswith("waiting for room for 2 workers")
 
 
 def test_a_cluster_that_may_add_nodes_is_called_that():
@@ -144,7 +146,41 @@ def test_a_wait_ends_when_another_job_ends_and_its_workers_are_found_meanwhile(l
     assert lines[1].startswith("  waiting for room for 1 worker of 1 CPU; the largest node has")
     assert lines[-1].startswith("  there is room, after ")
 
+    assert wait_for_cpus(cpus) == cpus, "the room is given back"
+
+
+class GroupMaker:
+    """An actor that holds room, and waits for more than there will be."""
+
+    def take(self, cpus: int) -> None:
+        self.placed, self.waiting = placement_group([{"CPU": 1}]), placement_group([{"CPU": cpus}])
+        assert self.placed.wait(30)
+
+
+def test_room_that_a_dead_actor_holds_or_waits_for_is_given_back(local_ray):
+    cpus = int(ray.cluster_resources()["CPU"])
+    makers = [ray.remote(num_cpus=0)(GroupMaker).remote() for _ in range(2)]
+    ray.get([maker.take.remote(cpus) for maker in makers])
+    own = placement_group([{"CPU": 1}])
+    assert own.wait(30) and free_left_room() == 0, "all of them live"
+
+    ray.kill(makers[0])
+    given_back, deadline_s = 0, time.monotonic() + 30
+    while given_back < 2 and time.monotonic() < deadline_s:
+        given_back += free_left_room()
+    assert given_back == 2 and find_waiting_workers() == [RoomRequest("worker", 1, {"CPU": float(cpus)})]
+
+    ray.kill(makers[1])
+    while given_back < 4 and time.monotonic() < deadline_s:
+        given_back += free_left_room()
+    assert given_back == 4 and placement_group_table(own)["state"] == "CREATED"
+    room._remove_group(own)
+    assert wait_for_cpus(cpus) == cpus
+
+
+def wait_for_cpus(cpus: float) -> float:
+    """Waits until so many CPUs are free, at most 10 s; returns how many are."""
     deadline_s = time.monotonic() + 10
     while ray.available_resources().get("CPU") != cpus and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    assert ray.available_resources()["CPU"] == cpus, "the room is given back"
+    return ray.available_resources().get("CPU", 0)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from ray.util import placement_group_table
 
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.runs import lease
@@ -28,6 +29,11 @@ def list_pictures(run):
     return folder.list_files() if folder.is_folder() else []
 
 
+def find_held_room():
+    """The states of the placement groups that hold room, or wait for it."""
+    return [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
 def read_status(job):
     client = mlflow.MlflowClient(f"sqlite:///{job.storage}/mlflow.db")
     return client.get_run(read_record(find_last_run(job)).mlflow_run).info.status
@@ -37,7 +43,8 @@ def test_a_training_that_nobody_can_follow_fails_with_the_reason(local_ray, data
     job = long_job(dataset, tmp_path)
 
     def fail(step, metrics):
-        raise SystemExit("no room for this line")
+        if list_checkpoint_steps(find_last_run(job)):
+            raise SystemExit("no room for this line")
 
     with pytest.raises(JobFailed) as failed:
         run_training(job, Console(), FOLDER, listen=fail)
@@ -45,6 +52,7 @@ def test_a_training_that_nobody_can_follow_fails_with_the_reason(local_ray, data
     assert text.startswith("the training cannot be followed any more: SystemExit: no room for this line\nthe run: ")
     assert "--resume continues it" in text and read_status(job) == "FAILED"
     assert not find_last_run(job).child("drivers").exists()
+    assert find_held_room() == [], "what comes next in this process has room"
 
 
 def test_a_driver_whose_run_was_taken_ends_and_deletes_nothing(local_ray, dataset, tmp_path, monkeypatch):
@@ -71,3 +79,4 @@ def test_a_driver_whose_run_was_taken_ends_and_deletes_nothing(local_ray, datase
     assert list_pictures(run) == pictures, "what comes later is no longer this driver's to write"
     # What its workers tried to write after that is not there: a checkpoint may have been under way.
     assert list_checkpoint_steps(run)[-1] - seen[0] <= 4
+    assert find_held_room() == []
