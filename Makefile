@@ -22,7 +22,7 @@ demo: $(STAMP)
 
 # Two processes: one has the tests of the local Ray, which mostly wait for Ray's processes, the other computes.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --durations 10 $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 2 --max-worker-restart 0 --durations 10 $(PYTEST)
 
 # The fault matrix: nine faults at random moments, five seeds each (45 runs of 50 to 80 s on 2 cores).
 # make faults FAULTS='--faults driver --seeds 7 8'
