@@ -281,10 +281,9 @@ class Follower:
 
     def _report_waiting(self, step: int) -> None:
         """Report that the workers wait for room on the cluster, or for their first batch."""
-        waiting = find_waiting_workers()
-        if waiting:
-            free_left_room()
-        for text in (self._room.update(waiting), self._first_step.update(step, self._num_attempts)):
+        # In a search, the controller of a trial that was stopped has left its room.
+        free_left_room()
+        for text in (self._room.update(find_waiting_workers()), self._first_step.update(step, self._num_attempts)):
             if text is not None:
                 self._console.say(f"  {text}")
 

@@ -23,7 +23,7 @@ from corun_ray.config.trials import build_trial_job, list_example_trials
 from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.core.errors import explain_stop
 from corun_ray.service.cluster.join import join_cluster
-from corun_ray.service.cluster.room import RoomWatch, find_waiting_workers, free_left_room
+from corun_ray.service.cluster.room import RoomWatch, find_waiting_workers
 from corun_ray.service.errors import JobFailed, format_reason
 from corun_ray.service.models.registry import has_model, register_model
 from corun_ray.service.models.sources import load_starting_model
@@ -331,11 +331,8 @@ class ProgressCallback(Callback):
         self._room = RoomWatch()
 
     def on_step_end(self, iteration: int, trials: Sequence[Trial], **info: Any) -> None:
-        """Tell that trials wait for room on the cluster, and give them what stopped trials have left."""
-        waiting = find_waiting_workers()
-        if waiting:
-            free_left_room()
-        text = self._room.update(waiting)
+        """Tell that trials wait for room on the cluster."""
+        text = self._room.update(find_waiting_workers())
         if text is not None:
             self._console.say(f"  {text}")
 

@@ -70,6 +70,18 @@ def test_a_search_trains_compares_and_registers_the_best(local_ray, dataset, tmp
 
 
 @pytest.mark.slow
+def test_a_trial_that_is_stopped_early_leaves_its_room_to_the_next(local_ray, dataset, tmp_path, capsys):
+    """The local Ray has three CPUs: two for the workers of one trial, one that decodes."""
+    tune = {"search": {"optim.lr": [1e-6, 1e-3, 2e-3]}, "trials_at_once": 1, "scheduler": "asha"}
+    tune |= {"grace_steps": 2, "reduction": 2}
+    job = search_job(dataset, tmp_path, tune=tune, cluster={"workers": 2})
+    run_search(job, Console(), tmp_path)
+    _, files = files_of(job)
+    steps = [int(row["steps"]) for row in csv.DictReader(io.StringIO(files["trials.csv"].decode()))]
+    assert len(steps) == 3 and 2 in steps, "one was stopped, and another came after it"
+
+
+@pytest.mark.slow
 def test_when_no_trial_comes_to_an_end_the_reason_is_told(local_ray, dataset, tmp_path, capsys):
     (tmp_path / "user_net.py").write_text(
         "import torch\n\n\nclass Net(torch.nn.Module):\n    def __init__(self, size):\n        super().__init__()\n"
