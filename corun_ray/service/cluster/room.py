@@ -293,8 +293,11 @@ def find_waiting_workers() -> list[RoomRequest]:
 # --- Room that the dead hold ---
 
 
-def free_left_room() -> int:
+def free_left_room(dead_actor: str | None = None) -> int:
     """Give back the room that dead actors of this job hold or wait for; return the number of placement groups.
+
+    `dead_actor` is the hexadecimal id of one that the caller knows to be dead: Ray notes a death a moment after it
+    tells it.
 
     A placement group lives as long as its creator *or* the job. That of a controller of Ray Train that died would keep
     room from all that comes after it: Ray Train's own cleaner asks the dashboard, which a local Ray has not, and knows
@@ -304,9 +307,11 @@ def free_left_room() -> int:
     left = []
     for encoded in state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(encoded)
-        has_creator = not ActorID(group.creator_actor_id).is_nil()
-        is_left = has_creator and group.creator_actor_dead and group.creator_job_id == job_id
-        if is_left and group.state != PlacementGroupTableData.REMOVED:
+        # What the job itself asked for has no actor as its creator.
+        creator = ActorID(group.creator_actor_id)
+        if creator.is_nil() or group.creator_job_id != job_id or group.state == PlacementGroupTableData.REMOVED:
+            continue
+        if group.creator_actor_dead or creator.hex() == dead_actor:
             left.append(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
     for group in left:

@@ -61,7 +61,7 @@ def _fit_again_and_again(plan: WorkerPlan, run: Location, console: Console, stop
         except (RayActorError, TrainingFailedError) as error:
             # A controller that died, or was killed to stop, still holds the room of its workers.
             if isinstance(error, RayActorError):
-                free_left_room()
+                free_left_room(error.actor_id)
             stop.refuse_stopped()
             num_failures += 1
             _refuse_lasting_failures(error)
