@@ -60,9 +60,10 @@ def main() -> None:
         for kind in ("pretrain", "colabator"):
             for depth in depths(folder):
                 jobs.append(job_of(kind, folder, depth))
+        rates = []
         for job in jobs:
             keeper = start_cache(4096, start_board())
-            print_table(job, arguments.samples, ray.get(by_turns.remote(job, keeper, arguments.samples)))
+            rates.append(print_table(job, arguments.samples, ray.get(by_turns.remote(job, keeper, arguments.samples))))
             ray.kill(keeper)
 
         # The whole stream, with all cores.
@@ -71,6 +72,12 @@ def main() -> None:
         for job in jobs:
             cells = [f"{streamed(job, cache_mib, arguments.samples):.1f}" for cache_mib in (0, 4096)]
             print(f"| {title(job)} | " + " | ".join(cells) + " |", flush=True)
+
+        print(
+            "\nOne task by turns\n\n| samples | decoded | from the cache | times as many |\n| --- | --- | --- | --- |"
+        )
+        for job, (decoded, cached) in zip(jobs, rates, strict=True):
+            print(f"| {title(job)} | {decoded:.1f} | {cached:.1f} | {cached / decoded:.1f} |")
 
 
 def depths(folder: Path) -> tuple[Path | None, ...]:
@@ -138,8 +145,11 @@ def by_turns(job: TrainingJob, keeper: ray.actor.ActorHandle, samples: int) -> d
     return {row: (times, dict(listeners[row].seconds)) for row, times in times_ms.items()}
 
 
-def print_table(job: TrainingJob, samples: int, measured: dict[str, tuple[list[float], dict]]) -> None:
-    """Print a table with one row for each way, times in ms."""
+def print_table(job: TrainingJob, samples: int, measured: dict[str, tuple[list[float], dict]]) -> tuple[float, float]:
+    """Print a table with one row for each way, times in ms.
+
+    Returns the samples per second, decoded and from the cache.
+    """
     print(f"\n{title(job)}: {samples} samples\n")
     print("| | " + " | ".join((*PHASES, "whole, mean", "median", "samples/s")) + " |")
     print("| --- " * (len(PHASES) + 4) + "|")
@@ -150,6 +160,8 @@ def print_table(job: TrainingJob, samples: int, measured: dict[str, tuple[list[f
         parts = [1000 * seconds.get(part, 0.0) / len(times) for part in PHASES]
         cells = [f"{value:.1f}" for value in (*parts, mean, statistics.median(times), 1000 / mean)]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    decoded, cached = (1000 / statistics.mean(measured[name][0]) for name in ("decoded", "from the cache"))
+    return decoded, cached
 
 
 def streamed(job: TrainingJob, cache_mib: int, samples: int) -> float:

@@ -8,6 +8,7 @@ Prints a Markdown table:
     python docs/evidence/lazy_coherence.py --steps 7 --warm 3 --size 288 --plain --precision bf16
 
 The second command compares the whole published step, including its plain network, with ours once the pool is warm.
+`--json` also writes the figures: medians, the memory that a step takes beside what stays, and our step by part.
 
 The eager order is that of the published code of arXiv 2406.07966. It rates every candidate's blocks before it decides,
 computes features again for every term that needs them, and rates both restorations once more for a logged number.
@@ -20,8 +21,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from corun_ray.bench.machine import time_call, track_peak_memory
 from corun_ray.core.data.depth import DepthMap
 from corun_ray.core.data.haze import HazeRange
 from corun_ray.core.data.images import decode_image
@@ -37,6 +37,7 @@ from corun_ray.core.networks.corun import CORUN, Restoration
 from corun_ray.core.scoring.coherence import BlockScores, Coherence
 from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
 from corun_ray.core.scoring.quality import load_quality
+from corun_ray.core.timing import SpanTimes
 from corun_ray.core.training.acceleration import compile_network
 from corun_ray.core.training.labels import Label, LocalPool, Scores, decode, encode
 from corun_ray.core.training.losses import (
@@ -58,6 +59,8 @@ ROOT = Path(__file__).parents[2]
 KEY = "photograph"
 MUSIQ_FILE = "musiq_koniq_ckpt-e95806b9.pth"
 LR, EMA = 5e-5, 0.999
+TIMED_STEPS = 3
+"""Steps of ours whose parts are timed, after all others."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +110,16 @@ class EagerOrder:
 
         # Offer the candidate.
         assert candidate.transmission is not None
-        label, transmission = (encode(unit[0].numpy(), "uint8") for unit in (scene, candidate.transmission))
-        new = Label(KEY, scores, step, label, transmission, blocks.clarity[0].numpy(), blocks.quality[0].numpy())
+        label, transmission = (encode(unit[0].cpu().numpy(), "uint8") for unit in (scene, candidate.transmission))
+        clarity, quality = blocks.clarity[0].cpu().numpy(), blocks.quality[0].cpu().numpy()
+        new = Label(KEY, scores, step, label, transmission, clarity, quality)
         self.pool.offer([new])
 
         # Take the label that the pool now holds, and build its trust map.
         kept = self.pool.labels[KEY]
         kept_blocks = BlockScores(*(torch.from_numpy(s)[None] for s in (kept.block_clarity, kept.block_quality)))
         trust = self.coherence.build_trust_map(kept_blocks, *scene.shape[-2:])
-        return torch.from_numpy(decode(kept.scene))[None], trust, kept is new
+        return torch.from_numpy(decode(kept.scene))[None].to(hazy.device), trust.to(hazy.device), kept is new
 
 
 def main() -> None:
@@ -127,6 +131,9 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="the eager order runs the plain form of the network")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of our order's network")
     parser.add_argument("--compile", action="store_true", help="compile our order's networks")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay them as CUDA graphs; with --compile")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
     parser.add_argument("--image", type=Path, default=ROOT / "tests/data/fade/lhd_4.png")
     parser.add_argument("--daclip-keys", type=Path, default=ROOT / "tests/data/daclip/daclip_keys.json")
     arguments = parser.parse_args()
@@ -140,7 +147,8 @@ def main() -> None:
         clarity = load_daclip(Path(folder) / DACLIP_FILE)
         quality = load_quality("musiq", lambda name: Path(folder) / name)
         features = load_vgg19(Path(folder) / VGG_FILE)
-        measure(photograph, Coherence(clarity, quality), features, arguments)
+        coherence = Coherence(clarity.to(arguments.device), quality.to(arguments.device))
+        measure(photograph, coherence, features.to(arguments.device), arguments)
 
 
 class PlainNetwork(nn.Module):
@@ -160,17 +168,19 @@ def measure(
 ) -> None:
     """Run both orders by turns, step by step; print the table."""
     # Both orders start from the same weights, each with a state of its own.
-    network, steps = CORUN(stages=4, width=30), arguments.steps
+    network, steps, device = CORUN(stages=4, width=30), arguments.steps, arguments.device
     published = PlainNetwork(network) if arguments.plain else copy.deepcopy(network)
-    states = [TrainState.start(published), TrainState.start(network)]
+    states = [TrainState.start(published, device), TrainState.start(network, device)]
     student, teacher = states[1].student, states[1].teacher
     if arguments.compile:
-        student, teacher = compile_network(student), compile_network(teacher)
+        student = compile_network(student, arguments.cuda_graphs)
+        teacher = compile_network(teacher, arguments.cuda_graphs)
     eager = EagerOrder(states[0].teacher, coherence, features)
     lazy = Colabator(teacher, coherence, LocalPool(), Losses(COLABATOR_WEIGHTS, features))
 
     rng = np.random.default_rng(0)
     times_s: list[list[float]] = [[], []]
+    peaks_bytes: list[list[int]] = [[], []]
     wins: list[list[bool]] = [[], []]
     saved = 0
 
@@ -184,7 +194,8 @@ def measure(
     def step_lazily() -> None:
         """Take one step in our order."""
         nonlocal saved
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bf16"):
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
             output = lazy.step(student, synthetic, real, step)
         states[1].backward(output.losses)
         states[1].update(LR, EMA, 1)
@@ -195,17 +206,42 @@ def measure(
     # Each order goes first every other time.
     orders = (step_eagerly, step_lazily)
     for step in range(steps):
-        synthetic, real = batch(photograph, arguments.size, rng)
+        synthetic, real = batch(photograph, arguments.size, rng, device)
         for which in (0, 1) if step % 2 else (1, 0):
-            times_s[which].append(seconds(orders[which]))
+            kept_bytes = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+            with track_peak_memory(device) as read_peak_bytes:
+                times_s[which].append(time_call(orders[which], device))
+                peaks_bytes[which].append(read_peak_bytes() - kept_bytes)
 
     total = steps * (arguments.size // coherence.block_px) ** 2
     # The first steps also allocate memory and the optimizer's state, and fill the pool.
-    print_table([times[arguments.warm :] for times in times_s], arguments.warm, total, saved)
+    counted = [times[arguments.warm :] for times in times_s]
+    print_table(counted, arguments.warm, total, saved)
 
     same = sum(a == b for a, b in zip(*wins, strict=True))
     print(f"\n{same} of {steps} decisions were the same, {sum(wins[1])} of ours for the candidate.")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} cores")
+    if arguments.json is None:
+        return
+    share_saved = saved / total
+
+    # A few more steps of ours, part by part.
+    times = SpanTimes(device)
+    with times.listen():
+        for _ in range(TIMED_STEPS):
+            step_lazily()
+    parts_s = {name: total_s / TIMED_STEPS for name, total_s in times.seconds.items()}
+    memory_mib = [statistics.median(peaks[arguments.warm :]) / 2**20 for peaks in peaks_bytes]
+    figures = {
+        "published_s": statistics.median(counted[0]),
+        "ours_s": statistics.median(counted[1]),
+        "published_mib": memory_mib[0],
+        "ours_mib": memory_mib[1],
+        "parts_s": parts_s,
+        "block_ratings_saved": share_saved,
+        "same_decisions": same / steps,
+    }
+    arguments.json.write_text(json.dumps(figures, indent=1))
 
 
 def print_table(times_s: list[list[float]], warm: int, total: int, saved: int) -> None:
@@ -220,7 +256,9 @@ def print_table(times_s: list[list[float]], warm: int, total: int, saved: int) -
     print(f"| ratio, saved | {medians[0] / medians[1]:.2f} | {ratio:.2f} | {saved} ({saved / total:.0%}) |")
 
 
-def batch(photograph: np.ndarray, side_px: int, rng: np.random.Generator) -> tuple[SyntheticBatch, RealBatch]:
+def batch(
+    photograph: np.ndarray, side_px: int, rng: np.random.Generator, device: torch.device
+) -> tuple[SyntheticBatch, RealBatch]:
     """Make a batch of one synthetic and one real image, as the stream makes them.
 
     The depth is a ramp from the upper to the lower edge.
@@ -241,16 +279,9 @@ def batch(photograph: np.ndarray, side_px: int, rng: np.random.Generator) -> tup
     # H W C bytes to B C H W in [0, 1].
     batches = []
     for image in (pair.hazy, pair.clear, views.weak, views.strong):
-        batches.append(torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255)
+        batches.append(torch.from_numpy(image.copy()).to(device).permute(2, 0, 1)[None] / 255)
     hazy, clear, weak, strong = batches
     return SyntheticBatch(hazy, clear), RealBatch(weak, strong, [KEY])
-
-
-def seconds(run: Callable[[], None]) -> float:
-    """Measure the seconds of a call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def write_weights(folder: Path, daclip_shapes: dict[str, list[int]]) -> None:

@@ -105,17 +105,22 @@ def main() -> None:
             enlarge(arguments.photographs, folder)
 
         # Both orders from the same files.
+        rows = []
         depths = [folder / kind for kind in ("png", "npy") if (folder / kind).is_dir()]
         for depth, kind in itertools.product([*depths, None], ("pretrain", "colabator")):
-            compare(job_of(kind, folder, depth), arguments.samples)
+            rows.append(compare(job_of(kind, folder, depth), arguments.samples))
 
         # Ours from packs of the files with PNG.
         if (folder / "png").is_dir():
             pack_here(plan_pack(str(folder / "clear"), str(folder / "pack"), str(folder / "png"), 128, False))
             pack_here(plan_pack(str(folder / "hazy"), str(folder / "hazy_pack"), None, 128, False))
             for kind in ("pretrain", "colabator"):
-                compare(job_of(kind, folder, folder / "png"), arguments.samples, packed_job(kind, folder))
+                rows.append(compare(job_of(kind, folder, folder / "png"), arguments.samples, packed_job(kind, folder)))
 
+    print("\n| samples, depth | straightforward, samples/s | ours, samples/s | times as many |")
+    print("| --- | --- | --- | --- |")
+    for title, plain, ours in sorted(rows, key=lambda row: "pretrain" not in row[0]):
+        print(f"| {title} | {plain:.1f} | {ours:.1f} | {ours / plain:.1f} |")
     print(f"\nOpenCV {cv2.__version__}, numpy {np.__version__}, one thread of {os.cpu_count()} cores")
 
 
@@ -160,10 +165,10 @@ def packed_job(kind: str, folder: Path) -> TrainingJob:
     return job.model_copy(update={"data": job.data.model_copy(update=packs)})
 
 
-def compare(job: TrainingJob, samples: int, packed: TrainingJob | None = None) -> None:
+def compare(job: TrainingJob, samples: int, packed: TrainingJob | None = None) -> tuple[str, float, float]:
     """Make samples in both orders by turns; print the table.
 
-    With `packed`, our order reads packs.
+    With `packed`, our order reads packs. Returns what was made, and the samples per second of both orders.
     """
     ours = packed or job
     makers = (PlainMaker(job, build_manifest(job)), SampleMaker(ours, build_manifest(ours), PATCH_PX, fail))
@@ -189,6 +194,7 @@ def compare(job: TrainingJob, samples: int, packed: TrainingJob | None = None) -
         cells = [f"{value:.1f}" for value in (*parts, mean, statistics.median(times), 1000 / mean)]
         print(f"| {name} | " + " | ".join(cells) + " |")
     print(f"\n{means[0] / means[1]:.1f} times as many a second", flush=True)
+    return f"{job.kind}, {kind}", 1000 / means[0], 1000 / means[1]
 
 
 def fail(bad_files: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -29,12 +30,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, MAX_THRESHOLD)
 
 
-def compile_network(network: nn.Module) -> nn.Module:
+def compile_network(network: nn.Module, cuda_graphs: bool = False) -> nn.Module:
     """Compile a network at its first call.
 
     Other image sizes compile it again. CORUN becomes one graph without a break. The first call raises torch's own
-    errors where compiling fails.
+    errors where compiling fails. On a GPU, `cuda_graphs` replays the kernels of a call as one: then call
+    `torch.compiler.cudagraph_mark_step_begin` before each step.
     """
     # With its own choice, torch 2.14 turns the input of a depthwise convolution's backward pass into another layout.
     whole = isinstance(network, CORUN)
-    return cast(nn.Module, torch.compile(network, fullgraph=whole, options={"force_layout_optimization": True}))
+    options: dict[str, str | int | bool | Callable] = {
+        "force_layout_optimization": True,
+        "triton.cudagraphs": cuda_graphs,
+    }
+    return cast(nn.Module, torch.compile(network, fullgraph=whole, options=options))

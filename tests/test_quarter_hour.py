@@ -1,0 +1,102 @@
+"""The prepared measurements of a GPU: what a stop keeps, what a failure costs, and what the tables show."""
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests import ROOT
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("quarter_hour", ROOT / "docs/evidence/quarter_hour.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    # Its dataclasses look their module up.
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def python(code: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code, *arguments)
+
+
+def run_part(script: ModuleType, runs: list, folder: Path, left_s: float = 100) -> None:
+    report = script.read_report(folder, "tests") or script.PartReport("tests", "a card", {"torch": "2"})
+    script.run_part(report, runs, folder, time.monotonic() + left_s)
+
+
+def test_each_run_is_saved_at_once_and_a_stop_loses_the_one_under_way(script, tmp_path):
+    write = "import json, sys; json.dump({'ms': 2.5}, open(sys.argv[1], 'w')); print('3 passed')"
+    stop = "import os, signal; os.kill(os.getppid(), signal.SIGINT); import time; time.sleep(60)"
+    runs = [script.Run("first", python(write, script.FIGURES), 60), script.Run("second", python(stop), 60)]
+    with pytest.raises(KeyboardInterrupt):
+        run_part(script, runs, tmp_path)
+    saved = json.loads((tmp_path / "tests.json").read_text())
+    assert [(run["name"], run["state"], run["figures"]) for run in saved["runs"]] == [("first", "done", {"ms": 2.5})]
+    assert saved["device"] == "a card" and saved["runs"][0]["output"] == "3 passed\n"
+
+
+def test_a_run_has_a_limit_and_fails_alone_and_what_is_done_is_not_repeated(script, tmp_path, capsys):
+    count = "import sys; open(sys.argv[1], 'a').write('x'); print('1 passed')"
+    wait = "import signal; print('ready', flush=True); signal.signal(15, lambda *_: exit(0)); signal.pause()"
+    runs = [
+        script.Run("counted", python(count, str(tmp_path / "count")), 60),
+        script.Run("fails", python("raise SystemExit('no such card')"), 60),
+        script.Run("hangs", python("import time; time.sleep(60)"), 1),
+        script.Run("rest", python(wait), 900, True),
+    ]
+    run_part(script, runs, tmp_path, script.END_S + 4)
+    run_part(script, runs[:1], tmp_path)
+    outcomes = {run.name: run for run in script.read_report(tmp_path, "tests").runs}
+    states = {name: run.state for name, run in outcomes.items()}
+    assert states == {"counted": "done", "fails": "failed", "hangs": "stopped at its limit", "rest": "done"}
+    assert (tmp_path / "count").read_text() == "x" and "no such card" in outcomes["fails"].output
+
+    # Without time, nothing is begun.
+    run_part(script, [script.Run("late", python("1/0"), 60)], tmp_path, left_s=script.LEAST_S - 1)
+    assert "late: no time left" in capsys.readouterr().out
+    assert "tests, hangs: stopped at its limit after 1 s" in script.format_tables(tmp_path)
+
+
+def test_the_tables_name_the_card_and_compare_with_the_published_step(script, tmp_path):
+    figures = {"published_s": 0.9, "ours_s": 0.3, "published_mib": 4000.0, "ours_mib": 1500.0}
+    figures["parts_s"] = {"global scores": 0.05, "block scores": 0.05, "backward": 0.3}
+    floor = {"work": {"flops": 2e12, "bytes": 1e12}, "machine": {"flops_per_s": 1e13, "bytes_per_s": 4e12}}
+    floor |= {"step_s": 0.4, "peak_bytes": 2**30}
+    runs = [
+        script.Outcome("bf16", "command", "done", 9.0, figures),
+        script.Outcome("floor, bf16", "c", "done", 9, [floor]),
+    ]
+    script.save_report(script.PartReport("step", "NVIDIA H200", {"torch": "2.11.0"}, runs), tmp_path)
+    text = script.format_tables(tmp_path)
+    assert text.startswith("NVIDIA H200; torch 2.11.0.\n")
+    assert "| bf16 | 900.0 | 300.0 | 3.00 | 25% | 4000 | 1500 |" in text
+    assert "| floor, bf16 | 400.0 | 200.0 (50%) | 250.0 (62%) | 10.00 | 4000 | 1024 |" in text
+
+    page = tmp_path / "page.md"
+    page.write_text(f"Before.\n\n{script.BEGIN}\nold\n{script.END}\n\nAfter.\n")
+    for _ in range(2):
+        script.write_tables(page, text)
+    assert page.read_text() == f"Before.\n\n{script.BEGIN}\n{text}\n{script.END}\n\nAfter.\n"
+    with pytest.raises(SystemExit, match="expected the marks"):
+        script.write_tables(tmp_path / "step.json", text)
+    with pytest.raises(SystemExit, match="no results yet"):
+        script.format_tables(tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_all_parts_run_in_small_without_a_gpu(script, tmp_path):
+    arguments = ["quarter_hour.py", str(tmp_path / "gpu"), "--device", "cpu", "--tiny", "--minutes", "25"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", arguments)
+        script.main()
+    for part in ("tests", "step", "dehaze", "stream", "service"):
+        runs = script.read_report(tmp_path / "gpu", part).runs
+        assert runs and [(run.name, run.state) for run in runs] == [(run.name, "done") for run in runs], runs
