@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.training.compilers import CannotCompile, explain_failure
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of `mallopt`, as malloc.h numbers them."""
@@ -38,3 +39,18 @@ def compile_network(network: nn.Module) -> nn.Module:
     # With its own choice, torch 2.14 turns the input of a depthwise convolution's backward pass into another layout.
     whole = isinstance(network, CORUN)
     return cast(nn.Module, torch.compile(network, fullgraph=whole, options={"force_layout_optimization": True}))
+
+
+def try_compiling(device: torch.device, key: str) -> None:
+    """Compile and run a sum, so that what torch.compile lacks on this machine is found before a training.
+
+    Takes some seconds, at a machine's first time as long as g++ takes for torch's headers, which later compilations
+    use too. `key` is what asks for it.
+
+    Raises `CannotCompile`.
+    """
+    ones = torch.ones(8, device=device)
+    try:
+        torch.compile(torch.add)(ones, ones)
+    except Exception as error:
+        raise CannotCompile(f"{key}: {explain_failure(error)}") from None
