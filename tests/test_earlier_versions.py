@@ -17,14 +17,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from mlflow import MlflowClient
 
 from corun_ray.cli import main
 from corun_ray.config.jobs import TuneJob
 from corun_ray.config.loading import load_jobs
 from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.core.inference.restore import restore, to_image, to_tensor
+from corun_ray.core.training.precision import choose_precision, judge_bfloat16, read_processor
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.models.sources import fetch_model
+from corun_ray.service.models.tracking import get_tracking_uri
 from corun_ray.service.pool.source import find_saved_pool
 from corun_ray.service.runs.record import ResumeError, find_last_run, read_record, write_record
 from corun_ray.service.storage import locate
@@ -130,6 +133,14 @@ def test_a_run_resumes(
     said = capsys.readouterr().out
     assert STOPPED in said and "step 8/8" in said and "step 1/8" not in said
     assert (earlier / "runs" / STOPPED / "checkpoint_00000008" / "network.pth").exists()
+
+    # That version knew no `auto`. What the workers choose is told, recorded with the run and in MLflow.
+    chosen = str(choose_precision("auto", judge_bfloat16(read_processor(torch.device("cpu")))))
+    assert "optim.precision fp32 -> auto" in said and f"\n  precision {chosen}\n" in said
+    record = read_record(run)
+    assert record.precision == chosen
+    tags = MlflowClient(get_tracking_uri(job)).get_run(record.mlflow_run).data.tags
+    assert tags["corun_ray.precision"] == chosen
 
     # A run that has all its steps needs no more samples.
     (job,) = load_jobs(earlier / "pretrain.yaml", here[:2])

@@ -17,7 +17,7 @@ from corun_ray.bench.machine import (
 from corun_ray.core.inference.memory import fit_in_memory
 from corun_ray.core.inference.restore import restore
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.core.training.acceleration import compile_network
+from corun_ray.core.training.acceleration import compile_network, try_compiling
 
 COUNTED_PX = 256
 """Side of the image whose operations are counted; the count grows in proportion to the pixels."""
@@ -62,10 +62,13 @@ def bench_dehaze(settings: DehazeSettings) -> DehazeReport:
 
     The first run is not counted.
 
-    Raises `ValueError` where the image does not fit into the memory, and where bands or tiles are to be compiled.
+    Raises `ValueError` where the image does not fit into the memory, and where bands or tiles are to be compiled, and
+    `CannotCompile`.
     """
     if settings.compile and settings.memory_mib is not None:
         raise ValueError("--memory-mib: bands and tiles cannot be compiled; omit either --memory-mib or --compile")
+    if settings.compile:
+        try_compiling(settings.device, "--compile")
 
     # A network with random weights; bf16 works by autocast.
     torch.manual_seed(0)

@@ -17,7 +17,9 @@ from corun_ray.bench.scaling import ScalingSettings, bench_scaling, read_measure
 from corun_ray.bench.scaling_model import WorkerStep
 from corun_ray.bench.step import StepSettings, bench_step
 from corun_ray.bench.tables import format_dehaze, format_scaling, format_step
+from corun_ray.core.choices import Precision
 from corun_ray.core.errors import format_error
+from corun_ray.core.training.precision import choose_precision, judge_bfloat16, read_processor
 
 
 def run_step(settings: StepSettings, json_file: Path | None = None, trace: Path | None = None) -> None:
@@ -97,6 +99,14 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name} cannot be used ({format_error(error)})") from None
     return device
+
+
+def resolve_precision(asked: Precision, device: torch.device) -> str:
+    """Return the precision to measure; one that is chosen for the device is printed, with the reason."""
+    choice = choose_precision(asked, judge_bfloat16(read_processor(device)))
+    if asked == "auto":
+        print(f"precision {choice}")
+    return choice.name
 
 
 def name_device(device: torch.device) -> str:

@@ -22,7 +22,7 @@ from corun_ray.bench.machine import (
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.timing import SpanTimes, synchronize
-from corun_ray.core.training.acceleration import compile_network, keep_freed_memory
+from corun_ray.core.training.acceleration import compile_network, keep_freed_memory, try_compiling
 from corun_ray.core.training.labels import Label, ReadyLabels, Scores
 from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses, Vgg19Features
 from corun_ray.core.training.state import TrainState
@@ -76,7 +76,12 @@ def bench_step(settings: StepSettings, trace: Path | None = None) -> StepReport:
     """Measure training steps on random images.
 
     With `trace`, also write a profiler's trace of one more step, for chrome://tracing.
+
+    Raises `CannotCompile`.
     """
+    if settings.compile:
+        try_compiling(settings.device, "--compile")
+
     # As a training worker does on a CPU.
     if settings.device.type == "cpu":
         keep_freed_memory()

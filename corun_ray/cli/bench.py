@@ -25,7 +25,7 @@ from corun_ray.cli.common import (
     parse_share,
     using_ray,
 )
-from corun_ray.core.choices import DepthKind, Encoding
+from corun_ray.core.choices import DepthKind, Encoding, Precision
 from corun_ray.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +86,6 @@ bench = App(help="Measure parts of the service on this machine.")
 app.add_typer(bench, name="bench")
 
 Method = Literal["pretrain", "colabator"]
-Precision = Literal["fp32", "bf16"]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=WRITE_JSON)]
 Device = Annotated[
     str | None,
@@ -95,6 +94,7 @@ Device = Annotated[
 Stages = Annotated[int, typer.Option("--stages", metavar="K", parser=at_least(2), help="of the network")]
 Width = Annotated[int, typer.Option("--width", metavar="W", parser=at_least(2), help="of the network")]
 Repeats = Annotated[int, typer.Option("--repeats", metavar="N", parser=at_least(1), help="medians are of these")]
+Arithmetic = Annotated[Precision, typer.Option("--precision", help="of the network; auto: bf16 where it is fast")]
 Compile = Annotated[bool, typer.Option("--compile", help="by torch.compile; takes minutes at first")]
 Batch = Annotated[int, typer.Option("--batch", metavar="B", parser=at_least(1), help="images of each kind and GPU")]
 WinRate = Annotated[
@@ -145,7 +145,7 @@ def measure_step(
     # The network and how it is run.
     stages: Stages = 4,
     width: Width = 30,
-    precision: Annotated[Precision, typer.Option("--precision", help="of the network's arithmetic")] = "fp32",
+    precision: Arithmetic = "fp32",
     compile_network: Compile = False,
     repeats: Repeats = 10,
     device: Device = None,
@@ -159,23 +159,24 @@ def measure_step(
     The floor says what the counted arithmetic would take at the measured rate of large matrix products, and what the
     memory traffic would take at that of a copy if every operation had its own pass. Compiled code may need fewer.
     """
-    from corun_ray.bench.run import find_device, run_step
+    from corun_ray.bench.run import find_device, resolve_precision, run_step
     from corun_ray.bench.step import StepSettings
 
     with telling_mistakes():
+        torch_device = find_device(device)
         settings = StepSettings(
             method=method,
             size_px=size_px,
             batch=batch,
             stages=stages,
             width=width,
-            precision=precision,
+            precision=resolve_precision(precision, torch_device),
             compile=compile_network,
             perceptual=not no_perceptual,
             win_rate=win_rate,
             checkpoint_activations=checkpoint_activations,
             repeats=repeats,
-            device=find_device(device),
+            device=torch_device,
         )
         run_step(settings, json_file, trace)
     return DONE
@@ -205,7 +206,7 @@ def measure_dehazing(
     # The network and how it is run.
     stages: Stages = 4,
     width: Width = 30,
-    precision: Annotated[Precision, typer.Option("--precision", help="of the network's arithmetic")] = "fp32",
+    precision: Arithmetic = "fp32",
     compile_network: Compile = False,
     repeats: Repeats = 3,
     device: Device = None,
@@ -217,10 +218,11 @@ def measure_dehazing(
     tensors or of the whole process.
     """
     from corun_ray.bench.dehaze import DehazeSettings
-    from corun_ray.bench.run import find_device, run_dehaze
+    from corun_ray.bench.run import find_device, resolve_precision, run_dehaze
 
     with telling_mistakes():
         torch_device = find_device(device)
+        chosen = resolve_precision(precision, torch_device)
 
         # The same network on images of each size.
         settings: list[DehazeSettings] = []
@@ -230,7 +232,7 @@ def measure_dehazing(
                 width_px=size.width_px,
                 stages=stages,
                 width=width,
-                precision=precision,
+                precision=chosen,
                 compile=compile_network,
                 memory_mib=memory_mib,
                 repeats=repeats,

@@ -45,6 +45,7 @@ from corun_ray.core.choices import (
     DepthKind,
     Encoding,
     NetworkStart,
+    Precision,
     ResizeKind,
 )
 from corun_ray.core.metrics.catalog import (
@@ -296,8 +297,15 @@ class OptimSection(Section):
     schedule_steps: ScheduleSteps = 30_000
     ema: float = Field(0.999, ge=0, lt=1, description="decay per step of the averaged weights, which are the teacher's")
     clip_norm: float = Field(0.0, ge=0, description="largest norm of a step's gradient; 0: no limit, as published")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the network")
-    compile: bool = Field(False, description="compile the network with torch.compile")
+    precision: Precision = Field(
+        "auto",
+        description="arithmetic of the network; auto: bf16 on GPUs of compute capability 8.0 and up and on processors "
+        "with AMX or AVX512-BF16, fp32 elsewhere",
+    )
+    compile: bool = Field(
+        False,
+        description="compile the network with torch.compile, which needs a C++ compiler on CPUs, a C compiler on GPUs",
+    )
     warmup_steps: Count = Field(
         0, ge=0, description="number of first steps, in which the learning rate rises from near 0"
     )

@@ -48,6 +48,11 @@ NetworkStart = Literal["closed_form", "published"]
 REFERENCE_MODEL = "corun-small"
 """The one whose restorations candidates are compared with by `coherence.clarity: reference`."""
 
+# --- Training ---
+
+Precision = Literal["auto", "fp32", "bf16"]
+"""Arithmetic of a network in training; auto: bf16 where the device is fast at it, else fp32."""
+
 # --- Detectors ---
 
 DetectorName = Literal[

@@ -9,6 +9,7 @@ from corun_ray.config.trials import list_data_examples, list_example_trials
 from corun_ray.core.choices import QUALITY_NAMES, SHIPPED_MODELS
 from corun_ray.core.errors import UserError
 from corun_ray.core.metrics.catalog import OWN_METRICS, TRANSMISSION_METRICS
+from corun_ray.service.cluster.compilers import refuse_impossible_compiling
 from corun_ray.service.cluster.gpus import count_driver_gpus
 from corun_ray.service.cluster.ports import read_ray_address
 from corun_ray.service.data.inspection import Inspection, Inspector, find_largest_patch_px, refuse_unusable
@@ -53,6 +54,7 @@ def check_job(
     checks += [_check_models(example, earlier, folder) for example in _list_examples(job, "network", "data")]
     checks += [_check_weights(example) for example in _list_examples(job, "coherence", "loss", "train")]
     checks += [_check_schedule(example) for example in _list_examples(job, "optim", "train")]
+    checks += [_check_compiler(example) for example in _list_examples(job, "optim")]
     checks += [_check_storage(job), _check_machines(job)]
 
     found = []
@@ -336,6 +338,12 @@ def _check_storage(job: Job) -> Notes:
     state = "exists" if storage.exists() else "will be made"
     yield "storage", f"{storage.uri} ({state})"
     yield "mlflow", f"{job.tracking.uri or 'mlflow.db in the storage folder'}, experiment {job.tracking.experiment}"
+
+
+def _check_compiler(job: Job) -> Notes:
+    """Check that a network which is to be compiled can be."""
+    refuse_impossible_compiling(job)
+    yield from ()
 
 
 def _check_machines(job: Job) -> Notes:

@@ -7,6 +7,7 @@ from corun_ray.config.jobs import DehazeJob, DepthJob, EvaluateJob, Job, ServeJo
 from corun_ray.config.trials import list_data_examples, list_example_trials
 from corun_ray.core.errors import explain_stop
 from corun_ray.core.weights import WeightsError
+from corun_ray.service.cluster.compilers import refuse_impossible_compiling
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.cluster.paths import make_paths_absolute
 from corun_ray.service.cluster.room import refuse_misfits
@@ -41,6 +42,8 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
         examples = list_example_trials(job, "coherence", "loss", "train") if isinstance(job, TuneJob) else [job]
         for example in examples:
             _check_weights(example)
+        for example in list_example_trials(job, "optim") if isinstance(job, TuneJob) else [job]:
+            refuse_impossible_compiling(example)
 
     # What another driver is at needs no second one.
     if resume:

@@ -52,6 +52,7 @@ def write_job(folder: Path, arguments: argparse.Namespace, workers: int) -> Path
         "storage": str(folder / "runs"),
         "data": data,
         "network": {"stages": arguments.stages, "width": 30},
+        "optim": {"precision": "fp32"},
         "train": {
             "steps": arguments.steps,
             "batch_per_worker": 1,

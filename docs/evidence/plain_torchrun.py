@@ -32,6 +32,7 @@ from corun_ray.service.data.sample_maker import Batch, SampleMaker
 from corun_ray.service.data.stream import plan_remaining_phases
 from corun_ray.service.train.coherence import build_coherence, build_losses
 from corun_ray.service.train.learner import Learner
+from corun_ray.service.train.precision import agree_on_precision
 from corun_ray.service.train.worker import list_learning_cycles
 from corun_ray.service.weights.needed import open_weights
 
@@ -79,7 +80,9 @@ def train(job: TrainingJob, rank: int, workers: int) -> list[float]:
     state = TrainState.start(network)
     coherence = build_coherence(job.coherence, open_weights(None)) if job.kind == "colabator" else None
     losses = build_losses(job, open_weights(None), coherence)
-    learner = Learner(job, state, losses, coherence, LocalPool(), rank, torch.device("cpu"))
+    device = torch.device("cpu")
+    precision, _ = agree_on_precision(job.optim.precision, device)
+    learner = Learner(job, state, losses, coherence, LocalPool(), rank, device, precision)
 
     # Steps as in a worker's loop, with the rate of every `log_every` of them.
     cycles, rates, since_s = list_learning_cycles(job.optim), [], time.perf_counter()

@@ -13,6 +13,7 @@ from corun_ray.bench.machine import Machine, Work, count_work
 from corun_ray.bench.step import StepSettings, _WarmPool
 from corun_ray.cli import main as command_line
 from corun_ray.core.training.labels import Scores, supersedes
+from corun_ray.core.training.precision import choose_precision, judge_bfloat16, read_processor
 
 PARTS = ["pool", "teacher", "global scores", "local scores", "student", "losses", "backward", "optimizer", "ema"]
 ABSENT = (
@@ -83,8 +84,10 @@ def test_a_step_is_told_part_by_part(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_pretraining_has_fewer_parts(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--size", "32", "--stages", "2", "--width", "4", "--repeats", "1", "--no-perceptual"]
-    assert main(["step", *small, "--method", "pretrain", "--device", "cpu"]) == 0
+    assert main(["step", *small, "--method", "pretrain", "--device", "cpu", "--precision", "auto"]) == 0
     said = capsys.readouterr().out
+    precision = choose_precision("auto", judge_bfloat16(read_processor(torch.device("cpu"))))
+    assert f"precision {precision}\n" in said and f", {precision.name}, eager" in said
     assert "    student" in said and "    teacher" not in said
 
 

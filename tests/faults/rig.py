@@ -161,7 +161,7 @@ def write_job(folder: Path, data: Path | str, storage: str, name: str, **section
         "storage": storage,
         "data": {"clear": f"{data}/clear", "depth": f"{data}/depth", "hazy": f"{data}/hazy", "patch_px": 64},
         "network": {"stages": 2, "width": 8},
-        "optim": {"ema": 0.5, "lr": 1e-3},
+        "optim": {"ema": 0.5, "lr": 1e-3, "precision": "fp32"},
         "pool": {"shards": 2},
         "train": {
             "steps": STEPS,

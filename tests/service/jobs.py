@@ -12,7 +12,7 @@ from corun_ray.config.loading import load_jobs
 
 
 def small_job(kind: str, root: Path, folder: Path, /, **sections: dict[str, Any]) -> TrainingJob:
-    """A job of a few steps on 32 px patches; `sections` are merged over the defaults below.
+    """A job of a few steps on 32 px patches, alike on every processor; `sections` are merged over the defaults below.
 
     `data.paired` takes the place of clear and depth, another `network.type` that of stages and width.
     """
@@ -22,12 +22,13 @@ def small_job(kind: str, root: Path, folder: Path, /, **sections: dict[str, Any]
         "storage": str(folder / "runs"),
         "data": {"clear": str(root / "clear"), "depth": str(root / "depth"), "patch_px": 32},
         "network": {"stages": 2, "width": 4},
+        "optim": {"precision": "fp32"},
         "train": {"steps": 4, "batch_per_worker": 1, "log_every": 2, "checkpoint_every": 2, "validate_every": 100},
         "cluster": {"workers": 1, "max_failures": 1},
     }
     if kind == "colabator":
         tree["data"]["hazy"] = str(root / "hazy")
-        tree["optim"] = {"ema": 0.5, "lr": 1e-3}
+        tree["optim"] |= {"ema": 0.5, "lr": 1e-3}
     for name, section in sections.items():
         tree.setdefault(name, {}).update(section)
     if "paired" in tree["data"]:

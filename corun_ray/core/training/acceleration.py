@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from corun_ray.core.networks.corun import CORUN
+from corun_ray.core.training.compilers import CannotCompile, explain_failure
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of `mallopt`, as malloc.h numbers them."""
@@ -44,3 +45,18 @@ def compile_network(network: nn.Module, cuda_graphs: bool = False) -> nn.Module:
         "triton.cudagraphs": cuda_graphs,
     }
     return cast(nn.Module, torch.compile(network, fullgraph=whole, options=options))
+
+
+def try_compiling(device: torch.device, key: str) -> None:
+    """Compile and run a sum, so that what torch.compile lacks on this machine is found before a training.
+
+    Takes some seconds, at a machine's first time as long as g++ takes for torch's headers, which later compilations
+    use too. `key` is what asks for it.
+
+    Raises `CannotCompile`.
+    """
+    ones = torch.ones(8, device=device)
+    try:
+        torch.compile(torch.add)(ones, ones)
+    except Exception as error:
+        raise CannotCompile(f"{key}: {explain_failure(error)}") from None

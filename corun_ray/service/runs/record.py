@@ -86,6 +86,11 @@ class RunRecord(BaseModel):
     samples: Annotated[int, Field(description="the way that samples are made; 1 where a run does not say")] = 1
     files: Annotated[str | None, Field(description="digest of names and sizes; None where a run does not say")] = None
     model: str | None = None
+    precision: Annotated[str | None, Field(description="what the workers last chose; None where none did")] = None
+
+    def encode(self) -> bytes:
+        """Return the content of the file."""
+        return self.model_dump_json(indent=1).encode()
 
 
 # --- Checkpoint folders ---
@@ -210,7 +215,7 @@ def read_record(run: Location) -> RunRecord:
 
 def write_record(run: Location, record: RunRecord) -> None:
     """Replace the record of a run."""
-    run.child(RUN_FILE).write(record.model_dump_json(indent=1).encode())
+    run.child(RUN_FILE).write(record.encode())
 
 
 # --- Changes between a run and its resumption ---
@@ -229,6 +234,9 @@ def refuse_changes(job: TrainingJob, run: Location, record: RunRecord, data: Dat
     changeable = CHANGEABLE_KEYS + STEP_SIZE_KEYS if has_more else CHANGEABLE_KEYS
     reasons = []
     for key, (old, new) in _compare_keys(before, job).items():
+        # `auto` takes any precision, that of a finished run too.
+        if key == "optim.precision" and new == "auto":
+            continue
         if not key.startswith(changeable) and key not in DATA_KEYS:
             reasons.append(f"{key}: {new} now, {old} in the run to resume")
 

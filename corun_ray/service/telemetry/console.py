@@ -24,7 +24,7 @@ RATE_SPAN_S = 30.0
 FEW_MARKS = 5
 """Counts that a rate rests on where they are older than its span."""
 INDENT = "  "
-LABEL_WIDTH = 8
+LABEL_WIDTH = 9
 """Of the labels of facts: header and footer have the facts themselves in one column."""
 
 

@@ -22,6 +22,8 @@ class Attempt:
     first_sample: int
     """Position in the run's sample stream where the attempt begins, counted per kind of image."""
     workers: int
+    precision: str
+    """The arithmetic of the workers, and why, such as `bf16 (auto: AVX512-BF16)`."""
 
 
 @dataclass

@@ -190,6 +190,7 @@ def _open_session(
         data=manifest.compute_digest(),
         files=manifest.files,
         samples=SAMPLES_VERSION,
+        precision=None if earlier is None else earlier[1].precision,
     )
     return Session(job, manifest, model, run, tracker, record, lease)
 
@@ -272,8 +273,10 @@ def _train(
         snapshots.sweep(session.run.child(POOL_FOLDER), kept, ())
 
     # Publish, and only then mark the run as finished.
+    facts = {**facts, "precision": follower.precision or session.job.optim.precision}
     model_uri, best = _publish_outcome(session, facts, result, follower.validation)
-    finished = session.record.model_copy(update={"state": "finished", "model": model_uri})
+    update = {"state": "finished", "model": model_uri, "precision": follower.precision}
+    finished = session.record.model_copy(update=update)
     write_record(session.run, finished)
     return model_uri, follower.summarise() | best
 
@@ -409,6 +412,7 @@ def _describe_session(session: Session, cluster: str) -> dict[str, str]:
         "network": _describe_network(job, session.model),
         "training": _describe_steps(job),
         **({} if schedule is None else {"schedule": schedule}),
+        "precision": _describe_precision(job),
         "workers": f"{size.workers_text} x {device} on {cluster}",
         "run": session.run.uri,
         "mlflow": f"{session.tracker.uri} (experiment {job.tracking.experiment})",
@@ -469,6 +473,12 @@ def _describe_steps(job: TrainingJob) -> str:
     batches = " then ".join(str(phase.batch) for phase in spans)
     patches = " then ".join(str(phase.patch_px) for phase in spans)
     return f"{job.train.steps} steps of {batches} x {job.cluster.workers_text} images at {patches} px"
+
+
+def _describe_precision(job: TrainingJob) -> str:
+    """Describe what was asked for: only the workers know their processors."""
+    text = "auto: the workers choose by their processors" if job.optim.precision == "auto" else job.optim.precision
+    return f"{text}, compiled" if job.optim.compile else text
 
 
 # --- Bad files ---

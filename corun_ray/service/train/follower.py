@@ -18,6 +18,7 @@ from corun_ray.service.runs.held_out import (
     name_picture,
 )
 from corun_ray.service.runs.lease import RunTaken, refuse_taken
+from corun_ray.service.runs.record import RUN_FILE
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry import prometheus
 from corun_ray.service.telemetry.console import Console
@@ -79,6 +80,8 @@ class Follower:
         # The content of the files that are written again with each addition.
         self.validation = _read_validation(session.run)
         """Values of every validation image, those of earlier attempts of the run included."""
+        self.precision = session.record.precision
+        """The arithmetic that the workers last chose, and why; None as long as that is not known."""
         self._errors = ""
         self._has_unsaved_values = False
         self._saved_inputs: set[str] = set()
@@ -209,7 +212,8 @@ class Follower:
         if self._num_attempts > 1:
             event = "workers restarted"
             self._console.say(f"  workers restarted: resuming from step {attempt.first_step} with {attempt.workers}")
-        self._log.info(event, step=attempt.first_step, workers=attempt.workers)
+        self._log.info(event, step=attempt.first_step, workers=attempt.workers, precision=attempt.precision)
+        self._pass_on_precision(attempt.precision)
 
         self._gauges.hold(prometheus.RESTARTS, self._num_attempts - 1)
         self._gauges.hold(prometheus.WORKERS, attempt.workers)
@@ -227,6 +231,18 @@ class Follower:
         self._session.tracker.log_metrics(step, metrics)
         if self._listen is not None:
             self._listen(step, metrics)
+
+    def _pass_on_precision(self, precision: str) -> None:
+        """Report the precision that the workers have chosen, and note it with the run, where it is news."""
+        line = describe_precision(precision, self._session.job.optim.precision, self.precision, self._num_attempts == 1)
+        if line is not None:
+            self._console.say(f"  {line}")
+        if precision == self.precision:
+            return
+
+        self.precision = precision
+        self._save(RUN_FILE, self._session.record.model_copy(update={"precision": precision}).encode())
+        self._session.tracker.set_tags({"corun_ray.precision": precision})
 
     def _save_measured(self, step: int, measured: list[MeasuredImage]) -> None:
         """Note values of validation images, and save their pictures."""
@@ -299,6 +315,18 @@ class Follower:
         if num_bad_files:
             details.append(f"{num_bad_files} bad files")
         return details
+
+
+def describe_precision(chosen: str, asked: str, before: str | None, is_first: bool) -> str | None:
+    """Return the line on the workers' precision, such as `precision bf16 (auto: AVX512-BF16)`.
+
+    `before` is what the run had before this start of the workers, if known; `is_first` tells whether this driver has
+    not shown one yet. None where there is nothing to tell: the header has what was asked for.
+    """
+    if chosen == asked or (chosen == before and not is_first):
+        return None
+    changed = before is not None and before.split()[0] != chosen.split()[0]
+    return f"precision {chosen}; so far {before}" if changed else f"precision {chosen}"
 
 
 def select_validation(metrics: Mapping[str, float]) -> dict[str, float]:

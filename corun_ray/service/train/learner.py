@@ -15,6 +15,7 @@ from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.training.acceleration import compile_network
 from corun_ray.core.training.labels import LabelPool
 from corun_ray.core.training.losses import Losses
+from corun_ray.core.training.precision import PrecisionChoice
 from corun_ray.core.training.state import TrainState
 from corun_ray.core.training.steps import (
     Colabator,
@@ -52,9 +53,10 @@ class Learner:
         pool: LabelPool | None,
         rank: int,
         device: torch.device,
+        precision: PrecisionChoice,
     ) -> None:
         self._job, self._state, self._losses = job, state, losses
-        self._rank, self._device = rank, device
+        self._rank, self._device, self._precision = rank, device, precision
         self._student = self._wrap_student(state.student)
 
         self.colabator: Colabator | None = None
@@ -108,8 +110,8 @@ class Learner:
         return torch.from_numpy(images.copy()).to(self._device).permute(0, 3, 1, 2).float() / 255
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        """Compute in bfloat16 where the job says so."""
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._job.optim.precision == "bf16")
+        """Compute in bfloat16 where that is the precision."""
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision.name == "bf16")
 
     def _wrap_student(self, student: nn.Module) -> nn.Module:
         """Wrap the student for compilation, and for gradients averaged over ranks."""

@@ -18,7 +18,8 @@ from corun_ray.config.training import OptimSection
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.finite import NotFinite
 from corun_ray.core.training import checkpoints
-from corun_ray.core.training.acceleration import keep_freed_memory
+from corun_ray.core.training.acceleration import keep_freed_memory, try_compiling
+from corun_ray.core.training.precision import PrecisionChoice
 from corun_ray.core.training.state import Cycle, TrainState, compute_learning_rate
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.data.sample_maker import Batch
@@ -35,6 +36,7 @@ from corun_ray.service.train.failures import LastingFailure, can_restart_help, d
 from corun_ray.service.train.learner import Learner
 from corun_ray.service.train.meter import Meter, WorkerTelemetry
 from corun_ray.service.train.plan import WorkerPlan
+from corun_ray.service.train.precision import agree_on_precision
 from corun_ray.service.train.validation import Validator
 from corun_ray.service.weights.needed import open_weights
 
@@ -76,6 +78,7 @@ class Worker:
         self.plan, self.job, self.log = plan, plan.job, log
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.device = self._prepare_device()
+        self.precision = self._prepare_arithmetic()
         self.manifest: Manifest = ray.get(plan.manifest)
         self.model: Model = ray.get(plan.model)
 
@@ -96,7 +99,9 @@ class Worker:
         # The method.
         self.coherence = self._build_coherence()
         losses = build_losses(self.job, open_weights(self.job.loss.weights), self.coherence, self.device)
-        self.learner = Learner(self.job, self.state, losses, self.coherence, self.pool, self.rank, self.device)
+        self.learner = Learner(
+            self.job, self.state, losses, self.coherence, self.pool, self.rank, self.device, self.precision
+        )
         self.cycles = list_learning_cycles(self.job.optim)
 
         # What is watched along the way.
@@ -149,6 +154,18 @@ class Worker:
             keep_freed_memory()
             torch.set_num_threads(max(1, int(self.job.cluster.cpus_per_worker)))
         return device
+
+    def _prepare_arithmetic(self) -> PrecisionChoice:
+        """Agree with the other workers on the precision; refuse a compilation that is not to be had.
+
+        Raises `CannotCompile`.
+        """
+        choice, warning = agree_on_precision(self.job.optim.precision, self.device)
+        if warning is not None and self.rank == 0:
+            self.plan.board.post_note.remote(warning)
+        if self.job.optim.compile:
+            try_compiling(self.device, "optim.compile")
+        return choice
 
     def _build_network(self) -> nn.Module:
         """Build the network to start from."""
@@ -206,7 +223,8 @@ class Worker:
         """Yield this rank's batches to the end of the run."""
         state, plan = self.state, self.plan
         if self.rank == 0:
-            plan.board.post_attempt.remote(Attempt(state.step, state.num_images_seen, self.num_workers))
+            attempt = Attempt(state.step, state.num_images_seen, self.num_workers, str(self.precision))
+            plan.board.post_attempt.remote(attempt)
 
         for phase, layout in plan_remaining_phases(self.job, state.step, state.num_images_seen, self.num_workers):
             # Rank 0 starts the stream of a phase and hands every rank its iterator.

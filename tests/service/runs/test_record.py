@@ -137,6 +137,18 @@ def test_the_size_of_the_steps_may_change_and_is_named(dataset, tmp_path):
         refuse_changes(smaller, run, RECORD.model_copy(update={"state": "finished"}), DATA)
 
 
+def test_a_run_of_any_precision_resumes_as_auto(dataset, tmp_path):
+    """Runs of earlier versions say fp32, which was the default."""
+    run = begun(variant(dataset, tmp_path / "a", optim={"precision": "fp32"}), "test-colabator-20260101-000000")
+    auto = variant(dataset, tmp_path / "b", optim={"precision": "auto"})
+    finished = RECORD.model_copy(update={"state": "finished"})
+    for record in (RECORD, finished):
+        refuse_changes(auto, run, record, DATA)
+    assert list_step_size_changes(run, auto) == ["optim.precision fp32 -> auto"]
+    with pytest.raises(ResumeError, match="optim.precision: bf16 now, fp32 in the run to resume"):
+        refuse_changes(variant(dataset, tmp_path / "b", optim={"precision": "bf16"}), run, finished, DATA)
+
+
 def test_other_data_is_refused(job):
     run = begun(job, "test-colabator-20260101-000000")
     with pytest.raises(ResumeError, match="data: not the files that the run began with"):

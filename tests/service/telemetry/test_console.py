@@ -50,10 +50,10 @@ def read_screen(said: str) -> list[str]:
 
 def test_a_terminal_has_one_live_line_and_every_note_whole() -> None:
     *lines, last = read_screen(run_on_a_terminal(JOB))
-    assert lines[:4] == ["", "a job", "  data      here [1]", "  storage   there"]
+    assert lines[:4] == ["", "a job", "  data       here [1]", "  storage    there"]
     assert lines[4] == "  a note [red]"
     assert re.match(r"\S+ step 10/10 .* loss 0\.1  x+…$", lines[5]) and len(lines[5]) == 80
-    assert lines[6:] == ["  done", "  took      0:01", "  next      look"] and last == ""
+    assert lines[6:] == ["  done", "  took       0:01", "  next       look"] and last == ""
 
 
 def test_the_cursor_comes_back_where_a_job_dies() -> None:

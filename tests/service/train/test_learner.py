@@ -10,6 +10,7 @@ from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.training.labels import LocalPool
 from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
+from corun_ray.core.training.precision import PrecisionChoice
 from corun_ray.core.training.state import TrainState
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.data.sample_maker import SampleMaker
@@ -43,7 +44,7 @@ def gradients(kind, dataset, folder, network, workers, batch, mixup=0.0):
     found, of_parts, pool = [], [], LocalPool()
     for rank in range(workers):
         state = TrainState.start(copy.deepcopy(network))
-        learner = Learner(job, state, losses, Coherence(block_px=16), pool, rank, CPU)
+        learner = Learner(job, state, losses, Coherence(block_px=16), pool, rank, CPU, PrecisionChoice("fp32"))
         share = slice(rank * batch * accumulate, (rank + 1) * batch * accumulate)
         outputs = [*learner.learn({name: column[share] for name, column in batch_of_all.items()})]
         assert len(outputs) == accumulate
