@@ -108,3 +108,10 @@ def test_the_service_beside_torchrun() -> None:
     small = ("--size", 32, "--steps", 6, "--warm", 2, "--every", 2, "--turns", 1)
     said = ran("beside_torchrun.py", "--kind", "colabator", "--workers", 1, 2, *small)
     assert [line.split("|")[1].strip() for line in said.splitlines()[2:]] == ["1", "2"] and said.count(" % |") == 2
+
+
+def test_the_first_step_beside_torchrun() -> None:
+    said = ran("first_step.py", "--turns", 1)
+    ways = [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("| ")]
+    assert ways[2:5] == ["torchrun", "service, new storage folder", "service, again"]
+    assert ways[7:] == ["service: `--help`", "service: `check JOB`", "service: `pool ls RUN`"]

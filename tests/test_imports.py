@@ -26,6 +26,7 @@ GROUND = {
         "service.places",
         "service.proxies",
         "service.s3",
+        "service.start_times",
         "service.storage",
         "service.trust",
         "service.waiting",
@@ -360,10 +361,22 @@ def test_the_front_door_is_light(module: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["data.cache", "data.manifest", "data.sample_maker", "pool.shard", "pool.keeper", "train.board", "storage"],
+    ["data.cache", "data.manifest", "data.sample_maker", "pool.shard", "pool.keeper", "train.board", "storage", "jobs"],
 )
 def test_the_many_small_processes_of_a_run_do_without_torch(module: str) -> None:
-    """Each task of the stream, cache, shard and board is a process: torch would cost it seconds and half a gigabyte."""
+    """Each task of the stream, cache, shard and board is a process: torch would cost it seconds and half a gigabyte.
+
+    `jobs` stands for what the driver imports before Ray starts.
+    """
     heavy = "torch", "mlflow", "ray.data", "ray.train"
     code = f"import sys, corun_ray.service.{module}; print(*(name for name in {heavy} if name in sys.modules))"
+    assert run(code) == []
+
+
+@pytest.mark.parametrize("module", ["train.controller", "train.process_group", "data.stream"])
+def test_ray_s_own_processes_of_a_training_do_without_torch(module: str) -> None:
+    """The controller starts before any worker, and the stream's coordinator before the first sample."""
+    code = (
+        f"import sys, corun_ray.service.{module}; print(*(name for name in ('torch', 'mlflow') if name in sys.modules))"
+    )
     assert run(code) == []

@@ -119,19 +119,26 @@ def ask_for_cluster() -> None:
         ask_for_ray(address)
 
 
-def run_with_ray(jobs: "Sequence[Job]", folder: Path = Path(), resume: bool = False) -> None:
+def run_with_ray(
+    jobs: "Sequence[Job]", folder: Path = Path(), resume: bool = False, profile_start: bool = False
+) -> None:
     """Run jobs from a job file in `folder`, or of the command line.
+
+    With `profile_start`, the first training tells what took how long until its first step.
 
     Raises the errors of `check_tracking` and `run_jobs`.
     """
     from corun_ray.service.models.tracking import check_tracking
+    from corun_ray.service.start_times import timing_phase
     from corun_ray.service.telemetry.console import Console
 
-    with using_ray(), Console() as console:
+    with using_ray(), Console(profile_start) as console:
         # A wrong password need not wait for the imports of torch and Ray, which take seconds.
+        console.say("  looking at MLflow and the data")
         check_tracking(jobs, console.say)
 
-        from corun_ray.service.jobs import run_jobs
+        with timing_phase("imports: Ray"):
+            from corun_ray.service.jobs import run_jobs
 
         run_jobs(jobs, console, folder, resume)
 

@@ -24,6 +24,8 @@ from corun_ray.core.errors import UserError
 
 app = App()
 
+TRAINING_KINDS = ("pretrain", "colabator")
+"""Kinds of jobs whose first step is the end of a start; a search has many."""
 OPENED_LINE_EVERY_S = 4.0
 """Seconds between two lines of `check` on the images opened."""
 
@@ -45,18 +47,27 @@ def run(
             "optimizer; jobs that had ended are skipped, jobs without a run begin",
         ),
     ] = False,
+    profile_start: Annotated[
+        bool,
+        typer.Option("--profile-start", help="at the first step, show what took how long until then"),
+    ] = False,
 ) -> int:
     """Run the jobs of a file.
 
     A file of several YAML documents is a pipeline.
     """
     from corun_ray.config.loading import load_jobs
+    from corun_ray.service.start_times import note_python, timing_phase
 
     # Report mistakes in the file before the imports of the service, which take seconds.
-    jobs = load_jobs(job, overrides)
+    note_python()
+    with timing_phase("job file"):
+        jobs = load_jobs(job, overrides)
+    if profile_start and not any(one.kind in TRAINING_KINDS for one in jobs):
+        raise UserError("--profile-start: no job of the file trains")
     ask_for_cluster()
 
-    run_with_ray(jobs, job.parent.absolute(), resume)
+    run_with_ray(jobs, job.parent.absolute(), resume, profile_start)
     return DONE
 
 

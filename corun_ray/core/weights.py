@@ -13,13 +13,15 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from corun_ray.core.errors import UserError, format_error
 from corun_ray.core.foreign import HEAD_BYTES, recognise_foreign
+
+if TYPE_CHECKING:  # Who only checks that files are there need not wait for torch.
+    from torch import Tensor
 
 RECORD_KEY = "corun_ray"
 """The file's only metadata entry: the record, as a JSON object."""
@@ -141,7 +143,7 @@ def _explain(error: Exception) -> str:
 # --- Tensors with a record ---
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+def write_tensors(path: Path, tensors: "dict[str, Tensor]", record: dict[str, Any]) -> None:
     """Write tensors and a record to one safetensors file.
 
     Writes the file whole or not at all.
@@ -167,7 +169,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]
         partial.unlink(missing_ok=True)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, Any]]":
     """Read a file of `write_tensors`.
 
     Returns the tensors, memory-mapped on the CPU, and the record.
@@ -185,7 +187,7 @@ def read_tensors_record(path: Path) -> dict[str, Any]:
     return _read(path, with_tensors=False)[1]
 
 
-def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path, with_tensors: bool) -> "tuple[dict[str, Tensor], dict[str, Any]]":
     """Read a file of `write_tensors`.
 
     Without `with_tensors`, only its record.

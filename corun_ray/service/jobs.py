@@ -1,4 +1,8 @@
-"""Run the jobs of a file, one after the other."""
+"""Run the jobs of a file, one after the other.
+
+Ray's processes take seconds to start, and torch takes seconds to import. Neither waits for the other, so nothing here
+imports torch before Ray starts.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +12,17 @@ from corun_ray.config.trials import list_data_examples, list_example_trials
 from corun_ray.core.errors import explain_stop
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster.compilers import refuse_impossible_compiling
-from corun_ray.service.cluster.connect import connect
+from corun_ray.service.cluster.connect import connect, describe_start
 from corun_ray.service.cluster.paths import make_paths_absolute
 from corun_ray.service.cluster.room import refuse_misfits
 from corun_ray.service.data.inspection import prepare_data
-from corun_ray.service.inference.dehaze import run_dehazing
-from corun_ray.service.inference.depth import run_depth_estimation
-from corun_ray.service.inference.evaluate import run_evaluation
+from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.runs.lease import refuse_driven
 from corun_ray.service.runs.record import find_last_run
+from corun_ray.service.start_times import timing_phase
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.console import Console
-from corun_ray.service.train.driver import run_training
+from corun_ray.service.waiting import importing_meanwhile
 from corun_ray.service.weights.needed import describe_missing_weights, find_needed_files
 
 
@@ -35,15 +38,8 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
     jobs = [make_paths_absolute(job) for job in jobs]
 
     # Report mistakes in the data or weights of any job before the first job starts, and before a cluster is needed.
-    for job in jobs:
-        for example in list_data_examples(job):
-            if isinstance(example, TrainingJob):
-                prepare_data(example)
-        examples = list_example_trials(job, "coherence", "loss", "train") if isinstance(job, TuneJob) else [job]
-        for example in examples:
-            _check_weights(example)
-        for example in list_example_trials(job, "optim") if isinstance(job, TuneJob) else [job]:
-            refuse_impossible_compiling(example)
+    with timing_phase("data and weights of all jobs"):
+        manifests = [_check_job(job) for job in jobs]
 
     # What another driver is at needs no second one.
     if resume:
@@ -53,12 +49,34 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
     # Connect once, with the needs of all jobs, where one trains. Jobs without training connect themselves once they
     # have their models: mistakes in these are found without Ray.
     if any(isinstance(job, TrainingJob) for job in jobs):
-        connect(*(job.whole_cluster for job in jobs))
+        console.say(f"  {describe_start()}")
+        with timing_phase("Ray starts, torch is imported"), importing_meanwhile("torch"):
+            connect(*(job.whole_cluster for job in jobs))
         refuse_misfits(jobs)
 
-    for job in jobs:
+    for number, job in enumerate(jobs):
+        # The data of a later job may change until its turn.
+        manifest = manifests[number] if number == 0 else None
         with explain_stop(lambda: f"job {job.name}: this call has added nothing"):  # noqa: B023  # called within the loop
-            _run_job(job, console, folder, resume)
+            _run_job(job, console, folder, resume, manifest)
+
+
+def _check_job(job: Job) -> Manifest | None:
+    """Check a job's data, weights and compiler; return the manifest of a job that trains once.
+
+    Raises the errors of `prepare_data` and `refuse_impossible_compiling`, and `WeightsError`.
+    """
+    manifest = None
+    for example in list_data_examples(job):
+        if isinstance(example, TrainingJob):
+            manifest = prepare_data(example)
+
+    examples = list_example_trials(job, "coherence", "loss", "train") if isinstance(job, TuneJob) else [job]
+    for example in examples:
+        _check_weights(example)
+    for example in list_example_trials(job, "optim") if isinstance(job, TuneJob) else [job]:
+        refuse_impossible_compiling(example)
+    return manifest
 
 
 def _check_weights(job: Job) -> None:
@@ -87,10 +105,10 @@ def _refuse_driven(job: Job) -> None:
         refuse_driven(place)
 
 
-def _run_job(job: Job, console: Console, folder: Path, resume: bool) -> None:
-    """Run a job by its kind.
+def _run_job(job: Job, console: Console, folder: Path, resume: bool, manifest: Manifest | None) -> None:
+    """Run a job by its kind. `manifest` is that of a training job whose data was checked a moment ago.
 
-    Ray Tune and Ray Serve take seconds to import, so only their jobs do.
+    Each kind is imported by its jobs alone: torch, Ray Data, Ray Tune and Ray Serve take seconds.
     """
     # A search is a training job too, so it comes first.
     if isinstance(job, TuneJob):
@@ -98,12 +116,21 @@ def _run_job(job: Job, console: Console, folder: Path, resume: bool) -> None:
 
         run_search(job, console, folder, resume)
     elif isinstance(job, TrainingJob):
-        run_training(job, console, folder, resume)
+        with timing_phase("imports: Ray Data, Ray Train"):
+            from corun_ray.service.train.driver import run_training
+
+        run_training(job, console, folder, resume, manifest=manifest)
     elif isinstance(job, EvaluateJob):
+        from corun_ray.service.inference.evaluate import run_evaluation
+
         run_evaluation(job, console)
     elif isinstance(job, DehazeJob):
+        from corun_ray.service.inference.dehaze import run_dehazing
+
         run_dehazing(job, console, resume)
     elif isinstance(job, DepthJob):
+        from corun_ray.service.inference.depth import run_depth_estimation
+
         run_depth_estimation(job, console, resume)
     elif isinstance(job, ServeJob):
         from corun_ray.service.serve.deployment import run_serving

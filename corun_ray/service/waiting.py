@@ -1,11 +1,12 @@
 """Waiting in words: what is awaited is said after some seconds, and again now and then."""
 
+import importlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 Say = Callable[[str], None]
@@ -47,6 +48,26 @@ def _announce(what: str, say: Say, is_over: threading.Event) -> None:
     while not is_over.wait(pause_s):
         waited_s, pause_s = waited_s + pause_s, WORD_EVERY_S
         say(f"waiting for {what}: {waited_s:.0f} s")
+
+
+@contextmanager
+def importing_meanwhile(module: str) -> Iterator[None]:
+    """Import a module in another thread while the block waits for something else.
+
+    An import that fails does so again, and is reported, where the module is needed.
+    """
+    thread = threading.Thread(target=_import, args=(module,))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def _import(module: str) -> None:
+    """Import a module if that works."""
+    with suppress(Exception):
+        importlib.import_module(module)
 
 
 @contextmanager

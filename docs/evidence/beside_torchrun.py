@@ -94,7 +94,7 @@ def by_torchrun(job: Path, workers: int) -> tuple[list[float], float]:
     script = str(ROOT / "docs" / "evidence" / "plain_torchrun.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--standalone"]
     seconds = run([*launch, script, str(job), str(out)], job.parent)
-    return json.loads(out.read_text()), seconds
+    return json.loads(out.read_text())["rates"], seconds
 
 
 def by_service(job: Path) -> tuple[list[float], float]:

@@ -5,7 +5,8 @@ from `corun_ray.core` and the stream's `SampleMaker`. There is no Ray process, s
 
     torchrun --nproc-per-node 2 docs/evidence/plain_torchrun.py job.yaml rates.json
 
-Writes the steps per second of every `train.log_every` steps, as the service's `rate/steps_per_s` counts them.
+Writes the steps per second of every `train.log_every` steps, as the service's `rate/steps_per_s` counts them, and when
+the first step ended.
 """
 
 import contextlib
@@ -72,8 +73,8 @@ def batches(job: TrainingJob, rank: int, workers: int) -> Iterator[Batch]:
     return iter(loader)
 
 
-def train(job: TrainingJob, rank: int, workers: int) -> list[float]:
-    """Train to the last step; return the rates."""
+def train(job: TrainingJob, rank: int, workers: int) -> tuple[list[float], float]:
+    """Train to the last step; return the rates, and the time at the end of the first step."""
     # Network, losses and pool, as a worker of the service builds them.
     torch.manual_seed(job.seed)
     network = CORUN(job.network.stages, job.network.width)
@@ -86,15 +87,17 @@ def train(job: TrainingJob, rank: int, workers: int) -> list[float]:
 
     # Steps as in a worker's loop, with the rate of every `log_every` of them.
     cycles, rates, since_s = list_learning_cycles(job.optim), [], time.perf_counter()
+    first_step_at_s = 0.0
     for batch in batches(job, rank, workers):
         for _ in learner.learn(batch):
             pass
         lr = compute_learning_rate(state.step, cycles, job.optim.warmup_steps)
         state.update(lr, job.optim.ema, len(batch["index"]) * workers)
+        first_step_at_s = first_step_at_s or time.time()
         if state.step % job.train.log_every == 0:
             rates.append(job.train.log_every / (time.perf_counter() - since_s))
             since_s = time.perf_counter()
-    return rates
+    return rates, first_step_at_s
 
 
 def main() -> None:
@@ -110,10 +113,10 @@ def main() -> None:
         if workers > 1:
             dist.init_process_group("gloo")
             stack.callback(dist.destroy_process_group)
-        rates = train(job, rank, workers)
+        rates, first_step_at_s = train(job, rank, workers)
 
     if rank == 0:
-        out.write_text(json.dumps(rates))
+        out.write_text(json.dumps({"rates": rates, "first_step_at_s": first_step_at_s}))
 
 
 if __name__ == "__main__":

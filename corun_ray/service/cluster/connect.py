@@ -41,6 +41,8 @@ from corun_ray.service.waiting import GaveUp, announce_wait, limit_wait
 
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job, whose runtime environment then holds our code already."""
+LOCAL_MARK = "CORUN_LOCAL_RAY"
+"""Set in this process and in all processes of the local Ray that it has started."""
 JOIN_LIMIT_S = 60.0
 """How long joining a cluster that answers may take, unless CORUN_CONNECT_PATIENCE_S gives more."""
 VERSION_MISMATCH = "Version mismatch"
@@ -60,6 +62,17 @@ LOG_LEVELS = {
 
 class ClusterError(UserError):
     """A cluster that cannot be reached, or has less than the job needs; the message is one line."""
+
+
+def is_local_ray() -> bool:
+    """Return whether this process belongs to a local Ray that `connect` has started."""
+    return LOCAL_MARK in os.environ
+
+
+def describe_start() -> str:
+    """Return what `connect` is about to do, for the person who waits."""
+    address = read_ray_address()
+    return f"joining the cluster at {address}" if address else "starting a local Ray"
 
 
 def connect(*sizes: ClusterSection) -> str:
@@ -195,6 +208,8 @@ def _start_local_ray(min_cpus: float, options: Mapping[str, Any]) -> None:
     except LocalRayError as error:
         raise ClusterError(str(error)) from None
 
+    # Ray's processes inherit the environment.
+    os.environ[LOCAL_MARK] = "1"
     # Nobody takes the one node of a local Ray away, so a training starts no process that looks for notices.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 

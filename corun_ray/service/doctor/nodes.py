@@ -26,7 +26,9 @@ from corun_ray.service.cluster.gpus import count_driver_gpus
 from corun_ray.service.doctor.places import StorageSpeed, shorten_patience, try_storage
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.storage import Location, StorageError
-from corun_ray.service.train.launch import NodeTorchConfig, StoppableTrainer, describe_failure, make_scaling_config
+from corun_ray.service.train.launch import describe_failure, make_scaling_config
+from corun_ray.service.train.process_group import NodeTorchConfig
+from corun_ray.service.train.trainer import StoppableTrainer
 
 ANSWER_TIMEOUT_S = 60.0
 CLOCK_QUESTIONS = 5

@@ -21,6 +21,7 @@ from corun_ray.service.models.mlflow_server import probe_server
 from corun_ray.service.models.outbox import UNSENT_FOLDER, Entry, Outbox
 from corun_ray.service.proxies import reach_loopback_directly
 from corun_ray.service.s3 import share_s3_endpoint
+from corun_ray.service.start_times import timing_phase
 from corun_ray.service.storage import Location, MissingFile, expand_home
 from corun_ray.service.trust import share_ca_file
 from corun_ray.service.waiting import Say, announce_wait, print_line
@@ -89,7 +90,8 @@ def connect_to_mlflow(uri: str, say: Say = print_line) -> Any:
         os.environ.setdefault(variable, value)
     share_ca_file()
     share_s3_endpoint()
-    import mlflow
+    with timing_phase("imports: MLflow"):
+        import mlflow
 
     # Failures are raised as errors; warnings would only clutter the job's output.
     for name in ("mlflow", "alembic"):
@@ -97,7 +99,7 @@ def connect_to_mlflow(uri: str, say: Say = print_line) -> Any:
     warnings.filterwarnings("ignore", module="mlflow")
 
     if uri not in _reached:
-        with translating_errors(uri, _describe_silence(uri)):
+        with translating_errors(uri, _describe_silence(uri)), timing_phase("MLflow's database or server"):
             _reach(mlflow, uri, say)
         _reached.add(uri)
     mlflow.set_tracking_uri(uri)

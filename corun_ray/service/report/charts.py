@@ -1,12 +1,12 @@
-"""Line charts as SVG text: small enough for many on a page, large enough to read on a phone."""
+"""Line charts as SVG text: small enough for many on a page, large enough to read on a phone.
+
+matplotlib takes half a second to import, and is first needed when a training has ended.
+"""
 
 import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-
-import matplotlib
-from matplotlib.figure import Figure
 
 MAX_POINTS = 400
 """Points of a line that are drawn."""
@@ -19,6 +19,9 @@ Points = Sequence[tuple[float, float]]
 
 def draw_line_chart(title: str, lines: Mapping[str, Points], x_label: str = "step") -> str:
     """Draw an `<svg>` element with one line for each name that has points."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
     # Text stays text, and the ids in the file follow from the title: the same chart gives the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
         figure = Figure(figsize=SIZE_INCH, layout="constrained")

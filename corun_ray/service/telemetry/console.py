@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
+from corun_ray.service.start_times import StartPhase, list_rows, read_birth_s, take_phases
 from corun_ray.service.telemetry.tables import format_table
 
 if TYPE_CHECKING:
@@ -63,9 +64,13 @@ class Rate:
 
 
 class Console:
-    """The job's output on stdout; leaving it ends the live line."""
+    """The job's output on stdout; leaving it ends the live line.
 
-    def __init__(self) -> None:
+    With `shows_start`, it also shows the timeline from the birth of this process to the first step of the workers.
+    """
+
+    def __init__(self, shows_start: bool = False) -> None:
+        self._shows_start = shows_start
         self._is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._live: Progress | None = None
         self._rate = Rate()
@@ -104,6 +109,11 @@ class Console:
             print(INDENT + INDENT.join(parts), flush=True)
             self._last_done, self._last_line_s = done, now
 
+    def wait(self, text: str, total: int) -> None:
+        """Show in the live line what the job waits for before the first of `total` items; a log has no such line."""
+        if self._is_terminal:
+            self._draw(0, total, text, time.monotonic())
+
     def say(self, text: str) -> None:
         """Print lines above the live line, which stays."""
         if self._live is not None and self._live.finished:
@@ -113,6 +123,14 @@ class Console:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
+
+    def show_start(self, phases: Sequence[StartPhase]) -> None:
+        """Print the timeline of the start once, where it was asked for; `phases` are those of the other processes."""
+        if self._shows_start:
+            rows = list_rows([*take_phases(), *phases], read_birth_s())
+            table = format_table(rows, ("second", "phase", "seconds"), right=(0, 2), indent=INDENT)
+            self.say(f"{INDENT}the start, to the end of the first step:\n{table}")
+            self._shows_start = False
 
     def footer(self, title: str, facts: Mapping[str, str], next_commands: Sequence[str] = ()) -> None:
         """Print the result, and the commands that one would run next."""

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import ray
-from ray.actor import ActorHandle, ActorProxy
+from ray.actor import ActorProxy
+
+from corun_ray.service.start_times import StartPhase
 
 if TYPE_CHECKING:  # Importing it at run time would triple the start-up time of the board's process.
     from corun_ray.service.runs.held_out import MeasuredImage
@@ -48,6 +50,8 @@ class Events:
     """Path → reason of newly skipped files."""
     num_bad_files: int = 0
     """Number of all files skipped so far."""
+    start: list[StartPhase] = field(default_factory=list)
+    """Phases of the start of controller and workers."""
 
 
 class BoardState:
@@ -56,17 +60,6 @@ class BoardState:
     def __init__(self) -> None:
         self._bad_files: dict[str, str] = {}
         self._events = Events()
-        self._controller: ActorHandle | None = None
-
-    @ray.method
-    def post_controller(self, controller: ActorHandle) -> None:
-        """Post the actor of Ray Train that has just started, and owns the workers."""
-        self._controller = controller
-
-    @ray.method
-    def get_controller(self) -> ActorHandle | None:
-        """Return the last controller; None before the first."""
-        return self._controller
 
     @ray.method
     def report_bad(self, bad_files: dict[str, str]) -> None:
@@ -124,6 +117,11 @@ class BoardState:
     def post_note(self, text: str) -> None:
         """Post a line for the console."""
         self._events.notes.append(text)
+
+    @ray.method
+    def post_start(self, phases: list[StartPhase]) -> None:
+        """Post phases of the start."""
+        self._events.start += phases
 
     @ray.method
     def take_events(self) -> Events:

@@ -47,6 +47,7 @@ from corun_ray.service.runs.record import (
     name_checkpoint,
     write_record,
 )
+from corun_ray.service.start_times import timing_phase
 from corun_ray.service.storage import Location, StorageError, locate
 from corun_ray.service.telemetry.console import Console, format_duration
 from corun_ray.service.train.best import BestCheckpoint, find_best_checkpoint
@@ -70,19 +71,21 @@ def run_training(
     resume: bool = False,
     parent: str | None = None,
     listen: Listener | None = None,
+    manifest: Manifest | None = None,
 ) -> str:
     """Run the job to its end and return the URI of its model.
 
     `folder` is the job file's. With `resume`, the job's last run continues from its last checkpoint; a finished run is
     only reported, and without an earlier run a new one begins. `parent` is the id of the MLflow run above this one;
-    `listen` is called with all metrics.
+    `listen` is called with all metrics. `manifest` is what `prepare_data` has just returned, if it was called.
 
     Raises the errors of `prepare`, `ClusterError`, `TrackingError`, `ResumeError` and `JobFailed`.
     """
     started_s = time.monotonic()
 
     # 1. Check everything that can be checked without a cluster.
-    manifest, model = prepare(job, folder)
+    with timing_phase("data, metrics and network of the job"):
+        manifest, model = prepare(job, folder, manifest)
 
     # 2. Find the run to resume, and stop if it has done all steps.
     earlier = find_run_to_resume(job, DataDigest(manifest.compute_digest(), manifest.files)) if resume else None
@@ -100,7 +103,8 @@ def run_training(
     with explain_stop(lambda: "no run has begun yet" if earlier is None else _describe_rest(earlier[0])):
         # A search has looked for its trials.
         cluster = join_cluster(job, console.say) if parent is None else connect(job.cluster)
-    session = _open_session(job, manifest, model, earlier, parent, console)
+    with timing_phase("the run's folder, the run in MLflow"):
+        session = _open_session(job, manifest, model, earlier, parent, console)
     facts = _describe_session(session, cluster) | changes
     if resume:
         facts["resume"] = "no earlier run: begins" if earlier is None else "resumes this run"
@@ -118,14 +122,16 @@ def run_training(
     return model_uri
 
 
-def prepare(job: TrainingJob, folder: Path) -> tuple[Manifest, Model]:
+def prepare(job: TrainingJob, folder: Path, manifest: Manifest | None = None) -> tuple[Manifest, Model]:
     """Check data, weights and network before any worker starts.
 
-    Returns the manifest and the model to start from. A network's own class may lie in `folder`.
+    Returns the manifest and the model to start from. A network's own class may lie in `folder`. With a `manifest`, the
+    data has been checked.
 
     Raises `StorageError`, `ManifestError`, `ModelSourceError` and `WeightsError`.
     """
-    manifest = prepare_data(job)
+    if manifest is None:
+        manifest = prepare_data(job)
 
     # Metrics and scorers are only tried here; each worker loads its own.
     load_measures(job)
@@ -237,8 +243,10 @@ def _train(
     session.tracker.set_tags({"corun_ray.data": session.record.data, "corun_ray.kind": session.job.kind})
 
     # Start the actors, then train while the follower passes the board's events on.
-    plan = _start_actors(session)
-    stop = TrainingStop(plan.board)
+    with timing_phase("board, label pool, cache"):
+        plan = _start_actors(session)
+    console.say("  starting the workers")
+    stop = TrainingStop()
     session.lease.call_on_loss(stop.stop)
     try:
         with Follower(session, plan.board, console, listen, stop) as follower:

@@ -5,13 +5,9 @@ a mistake in the job or in a user's own network, a scorer that refuses an image.
 the code of the next start are the same, so it would fail at the same step.
 """
 
-from collections.abc import Mapping
-
 import torch
 import torch.distributed as dist
 from ray.exceptions import RayTaskError
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from corun_ray.core.networks.finite import NotFinite
 from corun_ray.core.training.checkpoints import DivergedCheckpoint
@@ -38,10 +34,6 @@ EARLIER_CHECKPOINT = ": delete its folder, and --resume takes the one before"
 """The advice for a run whose last checkpoint has diverged; an earlier version wrote it."""
 ANOTHER_SCORER = "; another scorer of coherence is needed, or a data set without the image"
 """The advice for a scorer that has no number for an image."""
-
-
-class LastingFailure(Exception):
-    """A failure of a worker that every restart would meet again; the message is the reason on one line."""
 
 
 class FailedForGood(JobFailed):
@@ -89,28 +81,3 @@ def describe_cause(error: BaseException) -> str:
     if text and kind.__module__.partition(".")[0] == "corun_ray":
         return text
     return f"{kind.__name__}: {text}" if text else kind.__name__
-
-
-def find_lasting_failures(failures: Mapping[int, Exception]) -> dict[int, str]:
-    """Return rank → reason of the workers whose failure would come again.
-
-    `failures` are Ray Train's, by rank.
-    """
-    found = {}
-    for rank, failure in sorted(failures.items()):
-        # Ray Train wraps what a worker raised.
-        cause = getattr(failure, "_base_exc", failure)
-        if isinstance(cause, LastingFailure):
-            found[rank] = str(cause)
-    return found
-
-
-class RestartPolicy(DefaultFailurePolicy):
-    """Ray Train's policy, but for failures that a restart would meet again."""
-
-    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        """Decide whether the workers start again."""
-        error = training_failed_error
-        if isinstance(error, WorkerGroupError) and find_lasting_failures(error.worker_failures):
-            return FailureDecision.RAISE
-        return super().make_decision(training_failed_error)

@@ -19,6 +19,7 @@ from corun_ray.service.runs.held_out import (
 )
 from corun_ray.service.runs.lease import RunTaken, refuse_taken
 from corun_ray.service.runs.record import RUN_FILE
+from corun_ray.service.start_times import StartPhase
 from corun_ray.service.storage import Location, StorageError
 from corun_ray.service.telemetry import prometheus
 from corun_ray.service.telemetry.console import Console
@@ -89,6 +90,9 @@ class Follower:
 
         # The state that lines and gauges are made of.
         self._latest: dict[str, float] = {}
+        self._since_s = time.monotonic()
+        self._start: list[StartPhase] = []
+        """Phases of the workers' start, until the first step."""
         self._num_attempts = 0
         self._num_failed_writes = 0
         self._num_bad_files = 0
@@ -182,10 +186,15 @@ class Follower:
             self._save_values()
             self._gauges.hold(prometheus.CHECKPOINT_STEP, events.saved_step)
         self._gauges.hold(prometheus.BAD_IMAGES, events.num_bad_files)
+        self._start += events.start
         if events.step:
+            self._console.show_start(self._start)
             self._gauges.hold(prometheus.STEP, events.step)
             details = self._list_details(events.num_bad_files)
             self._console.progress(events.step, self._num_steps, "step", details)
+        else:
+            waited_s = time.monotonic() - self._since_s
+            self._console.wait(f"step 0/{self._num_steps}  the workers start: {waited_s:.0f} s", self._num_steps)
         self._gauges.refresh()
 
     def _pass_on_error(self, rank: int, cause: str, traceback: str) -> None:

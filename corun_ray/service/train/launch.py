@@ -1,20 +1,10 @@
 """Starts the workers by Ray Train: their number, which failures are retried, and what a failure means for a person."""
 
 import functools
-import os
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import psutil
-import ray
-import ray.util
-from ray.actor import ActorHandle, ActorProxy
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
-from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
@@ -25,15 +15,14 @@ from corun_ray.service.cluster.room import free_left_room
 from corun_ray.service.errors import JobFailed, find_root_cause, format_reason
 from corun_ray.service.storage import Location, locate
 from corun_ray.service.telemetry.console import Console
-from corun_ray.service.train.board import BoardState
-from corun_ray.service.train.failures import FailedForGood, RestartPolicy, find_lasting_failures
+from corun_ray.service.train.controller import find_lasting_failures
+from corun_ray.service.train.failures import FailedForGood
 from corun_ray.service.train.plan import WorkerPlan
+from corun_ray.service.train.process_group import NodeTorchConfig
 from corun_ray.service.train.recovery import find_start_checkpoint
 from corun_ray.service.train.stopping import TrainingStop
+from corun_ray.service.train.trainer import LeanTrainer
 from corun_ray.service.train.worker import train_worker
-
-GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-"""The environment variable that names gloo's network interface."""
 
 
 def fit(plan: WorkerPlan, run: Location, console: Console, stop: TrainingStop) -> Result:
@@ -57,7 +46,7 @@ def _fit_again_and_again(plan: WorkerPlan, run: Location, console: Console, stop
         try:
             # Ray Train resumes by its own list of checkpoints; `start_from` takes its place where it is damaged.
             resumed = replace(plan, start_from=find_start_checkpoint(run))
-            return _make_trainer(resumed, run.name).fit()
+            return _make_trainer(resumed, run.name, stop).fit()
         except (RayActorError, TrainingFailedError) as error:
             # A controller that died, or was killed to stop, still holds the room of its workers.
             if isinstance(error, RayActorError):
@@ -102,31 +91,13 @@ def describe_failure(error: Exception) -> list[str]:
     return [f"Ray Train's controller died: {format_reason(error)}"]
 
 
-class StoppableTrainer(TorchTrainer):
-    """Leaves Ctrl-C to the command.
-
-    Ray Train's own handler waits for its controller, which heeds nothing while it waits for room, and ends the process
-    with exit code 0.
-    """
-
-    def _register_sigint_handler(self, controller: ActorHandle) -> None:
-        """Register nothing."""
-
-
-class _Trainer(StoppableTrainer):
-    """Ray Train's trainer with our policy of restarts, for which Ray Train has no option."""
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Result:
-        policy = RestartPolicy(arguments["failure_policy"].failure_config)
-        arguments["failure_policy"] = policy
-        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]  # the stubs are of Ray Train 1
-
-
-def _make_trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
+def _make_trainer(plan: WorkerPlan, name: str, stop: TrainingStop) -> LeanTrainer:
     """Make the trainer of the run `name` in the job's storage."""
     job, storage = plan.job, locate(plan.job.storage)
-    return _Trainer(
-        functools.partial(train_worker, plan),
+    return LeanTrainer(
+        plan.board,
+        stop,
+        train_loop_per_worker=functools.partial(train_worker, plan),
         torch_config=NodeTorchConfig(),
         scaling_config=make_scaling_config(job.cluster),
         run_config=RunConfig(
@@ -135,20 +106,8 @@ def _make_trainer(plan: WorkerPlan, name: str) -> TorchTrainer:
             storage_filesystem=storage.filesystem,
             failure_config=FailureConfig(max_failures=job.cluster.max_failures),
             checkpoint_config=make_checkpoint_config(job.train),
-            callbacks=[ControllerNotice(plan.board)],  # type: ignore[list-item]  # the stubs know those of Tune
         ),
     )
-
-
-class ControllerNotice(ControllerCallback):
-    """Tells the board which actor is Ray Train's controller: `fit` does not, and only its end ends the workers."""
-
-    def __init__(self, board: ActorProxy[BoardState]) -> None:
-        self._board = board
-
-    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
-        """Post the actor that calls."""
-        self._board.post_controller.remote(ray.get_runtime_context().current_actor)
 
 
 def make_checkpoint_config(train: TrainSection) -> CheckpointConfig:
@@ -175,45 +134,3 @@ def make_scaling_config(cluster: ClusterSection) -> ScalingConfig:
         resources_per_worker=resources,
         elastic_resize_monitor_interval_s=cluster.resize_every_s,
     )
-
-
-# --- The network interface of gloo ---
-#
-# gloo carries gradients where there are no GPUs. It looks up the address of its machine's own name. On many machines
-# this is a loopback address (Debian's /etc/hosts says 127.0.1.1), which no other machine can reach: workers would wait
-# for each other until they time out. NCCL finds interfaces by itself.
-
-
-@dataclass
-class NodeTorchConfig(TorchConfig):
-    """Sets up the process group as Ray Train does, after telling each worker its network interface."""
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        """The backend that Ray Train starts."""
-        return _NodeBackend
-
-
-class _NodeBackend(_TorchBackend):
-    """Ray Train's backend, with `use_interface_of_node` before its start."""
-
-    def on_start(self, worker_group, backend_config) -> None:  # type: ignore[no-untyped-def]  # as in Ray
-        """Choose gloo's interface in every worker, then start."""
-        worker_group.execute(use_interface_of_node)
-        super().on_start(worker_group, backend_config)
-
-
-def use_interface_of_node() -> None:
-    """Tell gloo, in this process, the node's network interface.
-
-    It is the interface of the address by which Ray knows the node. A value that the environment already has stays. An
-    address of none of the interfaces changes nothing.
-    """
-    if GLOO_INTERFACE in os.environ:
-        return
-
-    node_address = ray.util.get_node_ip_address()
-    for name, addresses in psutil.net_if_addrs().items():
-        if node_address in [one.address for one in addresses]:
-            os.environ[GLOO_INTERFACE] = name
-            return

@@ -4,24 +4,27 @@ import threading
 from contextlib import suppress
 
 import ray
-from ray.actor import ActorProxy
-from ray.exceptions import GetTimeoutError, RayError
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from corun_ray.service.errors import JobFailed
-from corun_ray.service.train.board import BoardState
 
 POLL_S = 0.5
-ANSWER_S = 10.0
 
 
 class TrainingStop:
     """Ends the workers at once; the training then fails for the first reason that was given."""
 
-    def __init__(self, board: ActorProxy[BoardState]) -> None:
-        self._board = board
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._reason: JobFailed | None = None
+        self._controller: ActorHandle | None = None
+        """Ray Train's last controller, which owns the workers."""
         self._ended = threading.Event()
+
+    def watch(self, controller: ActorHandle) -> None:
+        """Remember the controller that `stop` is to end."""
+        self._controller = controller
 
     def stop(self, reason: JobFailed) -> None:
         """End the training, from any thread but that of `fit`.
@@ -35,9 +38,9 @@ class TrainingStop:
 
         # The controller may start only now.
         while not self._ended.wait(POLL_S):
-            with suppress(GetTimeoutError, RayError):
-                controller = ray.get(self._board.get_controller.remote(), timeout=ANSWER_S)
-                if controller is not None:
+            controller = self._controller
+            if controller is not None:
+                with suppress(RayError):
                     ray.kill(controller)
                     return
 
@@ -49,3 +52,5 @@ class TrainingStop:
     def mark_ended(self) -> None:
         """Tell that there is nothing left to end."""
         self._ended.set()
+        # An actor lives as long as somebody holds a handle to it.
+        self._controller = None

@@ -1,6 +1,7 @@
 """One training worker: the loop over the stream, and the work that is due every so many steps."""
 
 import math
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +28,14 @@ from corun_ray.service.data.stream import StreamTask, iterate_batches, plan_rema
 from corun_ray.service.models.sources import Model
 from corun_ray.service.pool.client import PoolClient
 from corun_ray.service.pool.keeper import PoolKeeper, collect_counters
+from corun_ray.service.start_times import note_phase, take_phases, timing_phase
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.train.board import Attempt
 from corun_ray.service.train.checkpointing import Checkpointer, PreemptionWatch
 from corun_ray.service.train.coherence import SharedCoherence, TimedCoherence, build_coherence, build_losses
-from corun_ray.service.train.failures import LastingFailure, can_restart_help, describe_cause
+from corun_ray.service.train.controller import LastingFailure
+from corun_ray.service.train.failures import can_restart_help, describe_cause
 from corun_ray.service.train.learner import Learner
 from corun_ray.service.train.meter import Meter, WorkerTelemetry
 from corun_ray.service.train.plan import WorkerPlan
@@ -46,7 +49,8 @@ def train_worker(plan: WorkerPlan) -> None:
     rank, worker = ray.train.get_context().get_world_rank(), None
     log = Log("worker", plan.labels, rank=rank)
     try:
-        worker = Worker(plan, log)
+        with timing_phase("worker: network, label pool, scorers, losses"):
+            worker = Worker(plan, log)
         worker.train()
     except Exception as error:
         # Report the cause before Ray Train ends the process.
@@ -109,13 +113,15 @@ class Worker:
         self.telemetry = WorkerTelemetry(plan.labels, self.rank, self.device, self.pool, self.coherence)
         self.validator = Validator(self.job, self.manifest, self.rank, self.num_workers, self.device)
         self.preemption = PreemptionWatch(self.rank, plan.board, log)
+        self.first_step_since_s: float | None = None
+        """When the first step began; None before it, and after it was posted."""
 
     def train(self) -> None:
         """Train on this rank's batches, one optimizer step each."""
         job, state = self.job, self.state
         self.log.info("worker started", step=state.step, workers=self.num_workers, device=str(self.device))
 
-        for batch in self.telemetry.watch(self._stream()):
+        for batch in self.telemetry.watch(self._note_first_batch(self._stream())):
             # Add up the gradients of the batch's parts, then update student and teacher.
             for output in self.learner.learn(batch):
                 self.meter.add(output)
@@ -125,7 +131,7 @@ class Worker:
             # Report progress. The driver fails the job for too many bad images; there is no use in going further.
             self.meter.end_step(lr)
             if self.rank == 0:
-                self.plan.board.post_step.remote(state.step)
+                self._post_step()
             if self._is_due(job.train.log_every):
                 num_bad_files = self._post_metrics()
                 if num_bad_files > job.data.max_bad_fraction * self.manifest.num_images:
@@ -233,6 +239,23 @@ class Worker:
                 task = StreamTask(plan.job, plan.manifest, plan.board, layout, phase.patch_px, plan.labels, plan.cache)
                 iterators = split_stream(task)
             yield from iterate_batches(broadcast_from_rank_zero(iterators)[self.rank], layout, self.rank)
+
+    def _note_first_batch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches; note how long the first is in coming."""
+        since_s, is_first = time.time(), True
+        for batch in batches:
+            if is_first:
+                note_phase("worker: first batch", since_s)
+                self.first_step_since_s, is_first = time.time(), False
+            yield batch
+
+    def _post_step(self) -> None:
+        """Post the number of steps, with the first one also what the start took."""
+        if self.first_step_since_s is not None:
+            note_phase("worker: first step", self.first_step_since_s)
+            self.first_step_since_s = None
+            self.plan.board.post_start.remote(take_phases())
+        self.plan.board.post_step.remote(self.state.step)
 
     def _is_due(self, every: int) -> bool:
         """Tell whether work of every so many steps is due.

@@ -1,18 +1,16 @@
-"""The weight files that a job needs: those of its scorers, losses, metrics and detector."""
+"""The weight files that a job needs: those of its scorers, losses, metrics and detector.
+
+What builds a scorer or a metric imports torch, so it is imported where a job names one.
+"""
 
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
 
 from corun_ray.config.jobs import ColabatorJob, DepthJob, EvaluateJob, Job, TrainingJob
+from corun_ray.config.training import CoherenceSection
 from corun_ray.core.choices import QUALITY_NAMES
-from corun_ray.core.inference.depth import find_model_files
-from corun_ray.core.metrics.catalog import TRANSMISSION_METRICS
-from corun_ray.core.metrics.detector import get_detector_file
-from corun_ray.core.metrics.measure import load_measure
-from corun_ray.core.scoring.daclip import DACLIP_FILE
-from corun_ray.core.scoring.quality import load_quality
-from corun_ray.core.training.losses import VGG_FILE
+from corun_ray.core.metrics.catalog import OWN_METRICS, TRANSMISSION_METRICS
 from corun_ray.core.weights import WeightsError, WeightsSource, refuse_weights
 from corun_ray.service.weights.folder import RecordingSource, WeightsFolder, describe_lacking, locate_model
 
@@ -56,41 +54,59 @@ def find_needed_files(job: Job) -> NeededFiles:
     if isinstance(job, ColabatorJob):
         section = job.coherence
         if section.clarity == "daclip":
+            from corun_ray.core.scoring.daclip import DACLIP_FILE
+
             add(section.weights, [DACLIP_FILE], "coherence.clarity daclip")
         if section.quality not in QUALITY_NAMES:
-            files = _record_files(
-                section.weights, lambda source: load_quality(section.quality, source, section.quality_range)
-            )
-            add(section.weights, files, f"coherence.quality {section.quality}")
+            add(section.weights, _record_scorer_files(section), f"coherence.quality {section.quality}")
 
     # The features of the perceptual loss.
     if isinstance(job, TrainingJob) and job.loss.perceptual == "vgg19":
+        from corun_ray.core.training.losses import VGG_FILE
+
         add(job.loss.weights, [VGG_FILE], "loss.perceptual vgg19")
 
     # The metrics of a validation during training.
     if isinstance(job, TrainingJob):
         weights = job.train.validation_weights
         for metric in job.train.validation_metrics or ():
-            if metric not in TRANSMISSION_METRICS:
-                files = _record_files(weights, functools.partial(load_measure, metric))
-                add(weights, files, f"train.validation_metrics {metric}")
+            add(weights, _record_metric_files(metric, weights), f"train.validation_metrics {metric}")
 
     # The metrics and the detector of an evaluation.
     if isinstance(job, EvaluateJob):
         weights = job.evaluate.weights
         for metric in job.evaluate.metrics:
-            files = _record_files(weights, functools.partial(load_measure, metric))
-            add(weights, files, f"evaluate.metrics {metric}")
+            add(weights, _record_metric_files(metric, weights), f"evaluate.metrics {metric}")
         if job.evaluate.detector is not None:
+            from corun_ray.core.metrics.detector import get_detector_file
+
             file = job.evaluate.detector_file or get_detector_file(job.evaluate.detector)
             add(weights, [file], f"evaluate.detector {job.evaluate.detector}")
 
     # The model of a depth job, a folder of weights by itself.
     if isinstance(job, DepthJob):
+        from corun_ray.core.inference.depth import find_model_files
+
         folder = locate_model(job.depth.weights, job.depth.model)
         add(folder, _record_files(folder, find_model_files), f"depth.model {job.depth.model}")
 
     return needed
+
+
+def _record_scorer_files(section: CoherenceSection) -> list[str]:
+    """Record the files of a quality scorer of pyiqa."""
+    from corun_ray.core.scoring.quality import load_quality
+
+    return _record_files(section.weights, lambda source: load_quality(section.quality, source, section.quality_range))
+
+
+def _record_metric_files(metric: str, folder: str | None) -> list[str]:
+    """Record the files of a metric; this package's own have none."""
+    if metric in OWN_METRICS or metric in TRANSMISSION_METRICS:
+        return []
+    from corun_ray.core.metrics.measure import load_measure
+
+    return _record_files(folder, functools.partial(load_measure, metric))
 
 
 def _record_files(folder: str | None, load: Callable[[WeightsSource], object]) -> list[str]:

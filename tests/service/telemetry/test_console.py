@@ -16,6 +16,7 @@ from corun_ray.service.telemetry.console import Console
 
 with Console() as console:
     console.header("a job", {"data": "here [1]", "storage": "there"})
+    console.wait("the workers start: 3 s", 10)
     for step in range(1, 11):
         console.progress(step, 10, "step", ["loss 0.1", "x" * 200])
         if step == 5:
@@ -49,7 +50,9 @@ def read_screen(said: str) -> list[str]:
 
 
 def test_a_terminal_has_one_live_line_and_every_note_whole() -> None:
-    *lines, last = read_screen(run_on_a_terminal(JOB))
+    said = run_on_a_terminal(JOB)
+    assert "the workers start: 3 s" in said, "until the first step"
+    *lines, last = read_screen(said)
     assert lines[:4] == ["", "a job", "  data       here [1]", "  storage    there"]
     assert lines[4] == "  a note [red]"
     assert re.match(r"\S+ step 10/10 .* loss 0\.1  x+…$", lines[5]) and len(lines[5]) == 80

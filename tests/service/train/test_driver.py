@@ -130,10 +130,15 @@ def test_too_many_bad_images_fail_the_job_and_are_named(local_ray, dataset, tmp_
 
     monkeypatch.setattr("corun_ray.service.train.driver.prepare_data", build_manifest)
     with pytest.raises(JobFailed, match="2 of 6 images cannot be used") as error:
-        run_training(job, Console(), FOLDER)
+        run_training(job, Console(shows_start=True), FOLDER)
     assert "restart" not in str(error.value)
     assert b"bad_1.png\tnot an image" in run_folder(job).child("bad_files.tsv").read()
-    assert f"  skipped: {data}/clear/bad_0.png: not an image" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"  skipped: {data}/clear/bad_0.png: not an image" in said
+
+    # Which phases the start had, in every process.
+    phases = ("Ray Train's controller starts", "worker processes start", "worker: first batch", "worker: first step")
+    assert all(said.count(f" {phase} ") == 1 for phase in phases), said
 
 
 def test_a_mistake_in_a_network_s_code_is_told_once_and_restarts_nothing(local_ray, tmp_path, capsys):

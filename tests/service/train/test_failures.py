@@ -17,8 +17,9 @@ from corun_ray.service.data.sample_maker import TooManyBadFiles
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.pool.client import PoolError
 from corun_ray.service.storage import DamagedFile, MissingFile, StorageError, locate
+from corun_ray.service.train.controller import LastingFailure, RestartPolicy
 from corun_ray.service.train.driver import _explain_failure
-from corun_ray.service.train.failures import LastingFailure, RestartPolicy, can_restart_help, describe_cause
+from corun_ray.service.train.failures import can_restart_help, describe_cause
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:6001"
 

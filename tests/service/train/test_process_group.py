@@ -6,7 +6,7 @@ import psutil
 import pytest
 import ray.util
 
-from corun_ray.service.train.launch import GLOO_INTERFACE, use_interface_of_node
+from corun_ray.service.train.process_group import GLOO_INTERFACE, use_interface_of_node
 
 
 @pytest.fixture

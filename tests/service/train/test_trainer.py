@@ -4,7 +4,7 @@ import signal
 
 from ray.train.torch import TorchTrainer
 
-from corun_ray.service.train.launch import StoppableTrainer
+from corun_ray.service.train.trainer import StoppableTrainer
 
 
 def test_ctrl_c_stays_the_command_s():

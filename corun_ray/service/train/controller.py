@@ -1,0 +1,91 @@
+"""What Ray Train's controller loads of this service: which failures it answers with a restart, and notes of its start.
+
+The controller does without torch, whose import would delay every training by seconds.
+"""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray.actor import ActorProxy
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, WorkerGroupContext
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from corun_ray.service.start_times import StartPhase
+from corun_ray.service.train.board import BoardState
+
+
+class LastingFailure(Exception):
+    """A failure of a worker that every restart would meet again; the message is the reason on one line."""
+
+
+def find_lasting_failures(failures: Mapping[int, Exception]) -> dict[int, str]:
+    """Return rank → reason of the workers whose failure would come again.
+
+    `failures` are Ray Train's, by rank.
+    """
+    found = {}
+    for rank, failure in sorted(failures.items()):
+        # Ray Train wraps what a worker raised.
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, LastingFailure):
+            found[rank] = str(cause)
+    return found
+
+
+class RestartPolicy(DefaultFailurePolicy):
+    """Ray Train's policy, but for failures that a restart would meet again."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Decide whether the workers start again."""
+        error = training_failed_error
+        if isinstance(error, WorkerGroupError) and find_lasting_failures(error.worker_failures):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+class StartNotes(ControllerCallback, WorkerGroupCallback):
+    """Posts to the board how long controller and workers take to start. The driver makes it when the start begins."""
+
+    def __init__(self, board: ActorProxy[BoardState]) -> None:
+        self._board, self._since_s = board, time.time()
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        """Note the start of the controller."""
+        self._post("Ray Train's controller starts")
+
+    def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
+        """Begin to count the start of the workers."""
+        self._since_s = time.time()
+
+    def before_init_train_context(self, workers: Sequence[Worker]) -> dict[str, list[Any]]:
+        """Note the start of the workers' processes; Ray Train wants nothing from this."""
+        self._post("worker processes start")
+        return {}
+
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        """Note what Ray Train did in the workers."""
+        self._post("workers import torch and join each other")
+
+    def _post(self, name: str) -> None:
+        """Post the phase that ends now; the next one begins."""
+        phase = StartPhase(self._since_s, time.time(), name)
+        self._since_s = phase.end_s
+        self._board.post_start.remote([phase])
+
+
+class ForgetLocalSettings(ControllerCallback):
+    """Removes from the controller's environment what it has read there, on a local Ray.
+
+    Ray Train would hand the variable to the workers once more, as a runtime environment. Processes of such an
+    environment import Ray twice, and none of those that Ray keeps ready can be one of them.
+    """
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        """Remove the variable that `connect` has set."""
+        os.environ.pop(ENABLE_PREEMPTION_WATCHER_ENV_VAR, None)
