@@ -86,7 +86,7 @@ class MemoryNeed:
 
 _memory_needs: "weakref.WeakKeyDictionary[nn.Module, MemoryNeed]" = weakref.WeakKeyDictionary()
 _reaches: "weakref.WeakKeyDictionary[nn.Module, dict[int, Reach]]" = weakref.WeakKeyDictionary()
-"""What is known of networks, by side where it depends on the largest image tried."""
+"""What is known of networks; the reach by the side of the largest image that it may be tried on."""
 
 
 def measure_memory(network: nn.Module) -> MemoryNeed:
@@ -105,11 +105,11 @@ def measure_memory(network: nn.Module) -> MemoryNeed:
 def count_bytes(network: nn.Module, image: Tensor) -> int:
     """Count the most bytes of tensors that exist at a time while a network restores an image.
 
-    Neither the weights nor the image count.
+    Neither the weights nor the image count; at the least, there is a scene as large as the image.
     """
     with _LiveTensors([image, *network.parameters(), *network.buffers()]) as tensors:
         network(image)
-    return tensors.peak_bytes
+    return max(tensors.peak_bytes, image.nbytes)
 
 
 class _LiveTensors(TorchDispatchMode):
@@ -167,17 +167,20 @@ class Reach:
 
 def measure_reach(network: nn.Module, max_side_px: int) -> Reach:
     """Measure how far a network looks, on images of at most `max_side_px` a side, once for each network."""
-    known = _reaches.setdefault(network, {})
-    if max_side_px not in known:
-        known[max_side_px] = _find_reach(network, max_side_px)
-    return known[max_side_px]
-
-
-def _find_reach(network: nn.Module, max_side_px: int) -> Reach:
-    """Find a network's reach on larger and larger images, until it is known or fades no more."""
+    # The smallest image shows little of what fades; it is for networks that have no memory for larger ones.
     smallest_px, *larger_px = list_tried_sides(network)
-    for side_px in [smallest_px, *itertools.takewhile(lambda side: side <= max_side_px, larger_px)]:
-        reach = judge_differences(measure_differences(network, side_px), find_grid_px(network))
+    sides = [side for side in larger_px if side <= max_side_px] or [smallest_px]
+
+    known = _reaches.setdefault(network, {})
+    if sides[-1] not in known:
+        known[sides[-1]] = _find_reach(network, sides)
+    return known[sides[-1]]
+
+
+def _find_reach(network: nn.Module, sides: list[int]) -> Reach:
+    """Find a network's reach on larger and larger images, until it is exact or does not fade."""
+    for side_px in sides:
+        reach = judge_differences(measure_differences(network, side_px))
         if reach.is_exact or reach.seen_px is None:
             break
     return reach
@@ -208,7 +211,7 @@ def measure_differences(network: nn.Module, side_px: int) -> list[float]:
     return lines.flip(0).cummax(0).values.flip(0).tolist()
 
 
-def judge_differences(differences: list[float], grid_px: int) -> Reach:
+def judge_differences(differences: list[float]) -> Reach:
     """Judge a network's reach by the differences at each distance, none greater than the one before.
 
     The last quarter of the distances is left for comparison: there are few pixels so far away.

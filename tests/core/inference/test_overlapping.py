@@ -139,7 +139,7 @@ def test_the_worse_tiles_are_kept() -> None:
     ],
 )
 def test_a_reach_is_judged_by_the_differences_at_each_distance(differences: list[float], reach: Reach) -> None:
-    assert judge_differences(differences, 16) == reach
+    assert judge_differences(differences) == reach
 
 
 def test_memory_decides() -> None:
