@@ -100,9 +100,11 @@ def dehaze(
     (TIFF: the profile alone). An alpha channel and a profile of other colours than RGB are dropped with a word.
 
     An image too large for --memory-mib is restored in bands, a much too large one in tiles, which takes several times
-    as long. Bands and tiles use the attention of the whole image, so that there are no seams. Files that cannot be
-    used are skipped and named at the end, files of other kinds are counted; where not one image can be used, the exit
-    code is 1. An OUTPUT inside INPUT is no input.
+    as long. Bands and tiles use the attention of the whole image, so that there are no seams. Networks other than CORUN
+    work in tiles that overlap; where one looks further than their margins, a line says so.
+
+    Files that cannot be used are skipped and named at the end, files of other kinds are counted; where not one image
+    can be used, the exit code is 1. An OUTPUT inside INPUT is no input.
     """
     # The keys of a job file's section.
     section = {

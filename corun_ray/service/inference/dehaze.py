@@ -19,6 +19,7 @@ from corun_ray.config.tasks import DehazeSection
 from corun_ray.core.data.images import BadImage, encode_png
 from corun_ray.core.errors import explain_stop
 from corun_ray.core.inference.memory import fit_in_memory
+from corun_ray.core.inference.overlapping import find_worse
 from corun_ray.core.inference.pictures import build_stage_rows, draw_grid
 from corun_ray.core.inference.restore import restore, restore_stages, to_image, to_tensor
 from corun_ray.core.networks.corun import Restoration
@@ -28,9 +29,16 @@ from corun_ray.service.data.listing import IMAGE_SUFFIXES, ManifestError
 from corun_ray.service.data.manifest import list_image_folder
 from corun_ray.service.data.pairing import strip_suffix
 from corun_ray.service.inference.made_with import record_settings, refuse_other_ensemble, refuse_other_model
-from corun_ray.service.inference.outcome import Outcome, hold_output, name_bad_files, name_notes, name_passed_over
+from corun_ray.service.inference.outcome import (
+    Outcome,
+    hold_output,
+    name_bad_files,
+    name_notes,
+    name_passed_over,
+    name_tiles,
+)
 from corun_ray.service.inference.photos import read_photo, write_photo
-from corun_ray.service.inference.restorers import RestorerActor
+from corun_ray.service.inference.restorers import RestorerActor, read_tilings
 from corun_ray.service.models.sources import Model, ModelSourceError, fetch_model
 from corun_ray.service.models.tracking import get_tracking_uri
 from corun_ray.service.places import find_overwritten
@@ -62,20 +70,22 @@ class ImageDehazer(RestorerActor):
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Dehaze the images whose keys are in `item`.
 
-        Returns `key`, the `error` of each image, empty where all went well, the number of `pixels` written, and in
-        `notes`, one a line, what the file written lacks.
+        Returns `key`, the `error` of each image, empty where all went well, the number of `pixels` written, in `notes`,
+        one a line, what the file written lacks, and in `tilings` how its tiles disagreed, if they did.
         """
-        errors, pixels, notes = [], [], []
+        errors, pixels, notes, tilings = [], [], [], []
         for key in batch["item"].tolist():
             error, num_pixels, note = self._dehaze(key)
             errors.append(error)
             pixels.append(num_pixels)
             notes.append(note)
+            tilings.append(self.take_tilings())
         return {
             "key": batch["item"],
             "error": np.array(errors, dtype=object),
             "pixels": np.array(pixels),
             "notes": np.array(notes, dtype=object),
+            "tilings": np.array(tilings, dtype=object),
         }
 
     def _dehaze(self, key: str) -> tuple[str, int, str]:
@@ -225,6 +235,9 @@ def dehaze_planned(
             result.written += 1
         for note in row["notes"].splitlines():
             result.notes.setdefault(note, []).append(uri)
+        for tiling in read_tilings(row["tilings"]).values():
+            result.tiled += 1
+            result.tiling = find_worse(result.tiling, tiling)
         recorder.add(DEHAZED, outcome="left_out" if row["error"] else "written")
         recorder.add(DEHAZED_PIXELS, int(row["pixels"]))
         if progress:
@@ -279,6 +292,7 @@ def run_dehazing(job: DehazeJob, console: Console, resume: bool = False) -> Outc
     log.info("dehazing ended", written=result.written, left_out=len(result.bad_files))
     name_bad_files(section.output, result.bad_files, console)
     name_notes(result.notes, console)
+    name_tiles(result, model.spec.type.rpartition(":")[2], console)
     result.refuse_nothing()
 
     # Tell the outcome.

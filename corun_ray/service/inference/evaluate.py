@@ -7,7 +7,7 @@ report.
 import posixpath
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from corun_ray.config.loading import dump_job
 from corun_ray.config.tasks import EvaluateSection
 from corun_ray.core.data.images import BadImage, decode_image, encode_png
 from corun_ray.core.inference import dark_channel
+from corun_ray.core.inference.overlapping import Tiling, find_worse
 from corun_ray.core.inference.pictures import BACKGROUND, PictureRow, draw_grid
 from corun_ray.core.inference.restore import to_image, to_tensor
 from corun_ray.core.metrics.measure import Unmeasured, load_measure
@@ -53,7 +54,7 @@ from corun_ray.service.inference.measurements import (
     format_intervals,
 )
 from corun_ray.service.inference.outcome import merge_reasons, name_passed_over
-from corun_ray.service.inference.restorers import RestorerActor
+from corun_ray.service.inference.restorers import RestorerActor, read_tilings
 from corun_ray.service.models.sources import Model, fetch_model
 from corun_ray.service.models.tracking import Tracker, get_tracking_uri
 from corun_ray.service.report.page import REPORT_FILE, Listing, PageSection, PictureItem, Table, render
@@ -94,6 +95,12 @@ class Evaluation:
     """PNG."""
     detection: DetectionResult | None = None
     """What a detector found; None without one."""
+    tilings: dict[str, Tiling] = field(default_factory=dict)
+    """Model → its tiles that disagree most, of models that were restored in tiles and depend on them."""
+
+    def list_tiles(self) -> list[str]:
+        """List a line for each model whose pictures depend on tiles."""
+        return [tiling.describe(name) for name, tiling in sorted(self.tilings.items())]
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,8 @@ class ImageEvaluator(RestorerActor):
         `batch` holds the image's `key`, the key of its `truth` (empty without one), and whether it is `shown`.
         Returns `key`, an `error` (empty where all went well) of the file `bad_file`, `values` (models x metrics, NaN
         where missing), the reasons of missing values in `unmeasured`, for a shown image a `strip`: all pictures side by
-        side, as PNG, and with a detector its `findings` (empty where a picture is missing).
+        side, as PNG, with a detector its `findings` (empty where a picture is missing), and in `tilings` how far the
+        networks' tiles disagreed, if they did.
         """
         key, truth_key = batch["key"][0], batch["truth"][0]
         values = np.full((len(self.section.names), len(self.measures)), np.nan)
@@ -181,6 +189,7 @@ class ImageEvaluator(RestorerActor):
             "unmeasured": "\n".join(unmeasured),
             "strip": strip,
             "findings": findings,
+            "tilings": self.take_tilings(),
         }
         for name, cell in cells.items():
             row[name] = np.array([cell], dtype=object)
@@ -313,6 +322,7 @@ def evaluate(
     unmeasured: list[str] = []
     strips: dict[str, bytes] = {}
     findings: dict[str, str] = {}
+    tilings: dict[str, Tiling] = {}
     classes = None if boxes is None else boxes.classes
     for done, row in enumerate(_measure_items(section, items, models, results, classes), 1):
         if row["error"]:
@@ -324,6 +334,8 @@ def evaluate(
             strips[row["key"]] = row["strip"]
         if row["findings"]:
             findings[row["key"]] = row["findings"]
+        for name, tiling in read_tilings(row["tilings"]).items():
+            tilings[name] = find_worse(tilings.get(name), tiling) or tiling
         if progress:
             progress(done, len(pairs))
 
@@ -338,7 +350,7 @@ def evaluate(
     measurements = Measurements(images, list(section.names), list(section.metrics), cube)
     sheet = _draw_contact_sheet(section, dict(pairs), strips)
     detection = None if boxes is None else assess_detections(section, boxes, findings, strips)
-    return Evaluation(measurements, bad_files, sorted(unmeasured), sheet, detection)
+    return Evaluation(measurements, bad_files, sorted(unmeasured), sheet, detection, tilings)
 
 
 def _measure_items(
@@ -443,6 +455,8 @@ def run_evaluation(job: EvaluateJob, console: Console) -> Evaluation:
     # Show the results.
     for line in account.to_lines():
         console.say(f"  {line}")
+    for line in evaluation.list_tiles():
+        console.say(f"  {line}")
     if evaluation.detection is not None:
         for line in evaluation.detection.to_lines():
             console.say(f"  {line}".rstrip())
@@ -526,12 +540,14 @@ def _make_files(job: EvaluateJob, run: Location, evaluation: Evaluation, account
     # The page omits sections without items.
     differences = [Table([""] * 6, account.differences)] if account.differences else []
     missing = [Listing("\n".join(account.missing))] if account.missing else []
+    tiles = [Listing("\n".join(evaluation.list_tiles()))] if evaluation.tilings else []
     pictures = PictureItem([("contact sheet", evaluation.contact_sheet)], is_wide=True)
     sections = [
         PageSection("Result", account.means_note, [Table(account.means[0], account.means[1:])]),
         PageSection("Differences", account.differences_note, differences),
         *detection_sections,
         PageSection("Pictures", "Some of the images.", [pictures]),
+        PageSection("Tiles", "Models whose pictures depend on the tiles that large images were cut into.", tiles),
         PageSection("Missing", "Images and values not in the tables.", missing),
         PageSection("Job", "The job file with every default filled in.", [Listing(dump_job(job))]),
     ]

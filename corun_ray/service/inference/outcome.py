@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from corun_ray.core.inference.overlapping import Tiling
 from corun_ray.service.data.unusable import join_first_reasons
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.runs.lease import Lease, RunDriven
@@ -30,6 +31,10 @@ class Outcome:
     """URI → reason, of skipped images."""
     notes: dict[str, list[str]] = field(default_factory=dict)
     """What the written files lack, such as an alpha channel → URIs of the images."""
+    tiled: int = 0
+    """Images in tiles that do not give what the whole image would give."""
+    tiling: Tiling | None = None
+    """Of these, the tiles that disagree most."""
 
     @property
     def num_images(self) -> int:
@@ -71,6 +76,13 @@ def name_notes(notes: dict[str, list[str]], console: Console) -> None:
         named = ", ".join(posixpath.basename(uri) for uri in uris[:MAX_NAMED_NOTED])
         more = f" and {len(uris) - MAX_NAMED_NOTED} more" if len(uris) > MAX_NAMED_NOTED else ""
         console.say(f"  {note}: {named}{more}")
+
+
+def name_tiles(outcome: Outcome, network: str, console: Console) -> None:
+    """Tell, in one line, that images depend on their tiles; `network` is the network's name."""
+    if outcome.tiling is not None:
+        images = "1 image" if outcome.tiled == 1 else f"{outcome.tiled} images"
+        console.say(f"  {images} in {outcome.tiling.describe(network)}")
 
 
 def name_bad_files(output: str, bad_files: dict[str, str], console: Console) -> None:

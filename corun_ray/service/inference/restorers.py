@@ -1,12 +1,15 @@
 """Networks that restore images in Ray Data: each actor loads its networks once."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import ray
 import torch
 from torch import Tensor
 
 from corun_ray.core.inference.memory import MIB, fit_in_memory
+from corun_ray.core.inference.overlapping import OverlappingTiles, Tiling, find_worse
 from corun_ray.core.inference.restore import restore
 from corun_ray.core.inference.self_ensemble import restore_by_self_ensemble
 from corun_ray.core.networks.corun import Restoration
@@ -39,6 +42,9 @@ class RestorerActor:
             total_bytes = torch.cuda.get_device_properties(self.device).total_memory
             self.memory_mib = int(total_bytes * GPU_MEMORY_SHARE / MIB)
 
+        self.tilings: dict[str, Tiling] = {}
+        """Tiles by network, where they do not give what the whole image would."""
+
         self.networks: dict[str, torch.nn.Module] = {}
         for name, reference in models.items():
             model = ray.get(reference)
@@ -53,8 +59,29 @@ class RestorerActor:
 
         def restore_view(view: Tensor) -> Restoration:
             """Restore the image as it is, or one of its turned views."""
-            return restore(fit_in_memory(self.networks[name], view, self.memory_mib), view)
+            network = fit_in_memory(self.networks[name], view, self.memory_mib)
+            restoration = restore(network, view)
+            self.note_tiles(name, network)
+            return restoration
 
         if self_ensemble:
             return restore_by_self_ensemble(restore_view, hazy)
         return restore_view(hazy)
+
+    def note_tiles(self, name: str, network: torch.nn.Module) -> None:
+        """Keep how the tiles of a network disagreed on its last image, if this is the worst so far."""
+        tiling = network.tiling if isinstance(network, OverlappingTiles) else None
+        worse = find_worse(self.tilings.get(name), tiling)
+        if worse is not None:
+            self.tilings[name] = worse
+
+    def take_tilings(self) -> str:
+        """Return what `note_tiles` has kept, as JSON for `read_tilings`, and forget it."""
+        tilings = {name: asdict(tiling) for name, tiling in self.tilings.items()}
+        self.tilings.clear()
+        return json.dumps(tilings)
+
+
+def read_tilings(text: str) -> dict[str, Tiling]:
+    """Read tiles by network from JSON."""
+    return {name: Tiling(**values) for name, values in json.loads(text).items()}

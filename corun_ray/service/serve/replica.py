@@ -142,6 +142,7 @@ class Replica(RestorerActor):
             hazy = torch.cat([to_tensor(image) for image in images]).to(self.device)
             network = fit_in_memory(self.networks["model"], hazy, self.memory_mib)
             scene = restore(network, hazy).scene
+            self._tell_tiles(network)
 
             # Every image keeps its own number of bits.
             pixels = [to_image(scene[n : n + 1], image.dtype.type) for n, image in enumerate(images)]
@@ -159,6 +160,13 @@ class Replica(RestorerActor):
 
         took_s = time.monotonic() - started
         return [(restored, len(images), took_s) for restored in pixels]
+
+    def _tell_tiles(self, network: torch.nn.Module) -> None:
+        """Log that images depend on their tiles; the first time alone."""
+        was_told = "model" in self.tilings
+        self.note_tiles("model", network)
+        if not was_told and "model" in self.tilings:
+            log.warning("large images in %s", self.tilings["model"].describe("the network"))
 
 
 def group_by_size(sizes: Sequence[Size], choose_group_size: Callable[[Size], int]) -> list[list[int]]:

@@ -120,7 +120,7 @@ def test_whole_comes_before_bands_and_bands_before_tiles() -> None:
         assert type(fit_in_memory(net, small, memory_mib).first.dehaze_net) is kind
 
 
-def test_other_networks_take_images_whole() -> None:
+def test_other_networks_take_whole_what_fits() -> None:
     other = nn.Identity()
     assert fit_in_memory(other, torch.rand(1, 3, 2000, 2000), 512) is other
 

@@ -1,12 +1,17 @@
 """What `dehaze` and `depth` tell before Ray starts and at their end; the work on the images is left out."""
 
+import json
 import unicodedata
+from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 
 from corun_ray.config.jobs import DehazeJob
 from corun_ray.config.loading import build_job
+from corun_ray.core.inference.overlapping import Tiling
+from corun_ray.core.networks.build import build_network
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.service.data.listing import ManifestError
@@ -16,6 +21,7 @@ from corun_ray.service.inference import depth as depth_estimation
 from corun_ray.service.inference.dehaze import plan_dehazing, run_dehazing
 from corun_ray.service.inference.made_with import SELF_ENSEMBLE_FILE, record_settings
 from corun_ray.service.inference.outcome import Outcome, merge_reasons
+from corun_ray.service.inference.restorers import RestorerActor, read_tilings
 from corun_ray.service.models.sources import Model
 from corun_ray.service.storage import MissingFile, StorageError
 from corun_ray.service.telemetry.console import Console
@@ -118,7 +124,9 @@ class RecordsNothing:
 
 
 def test_a_job_of_which_nothing_can_be_used_fails_with_the_reasons(photographs, tmp_path, monkeypatch, capsys):
-    rows = [{"key": key, "error": "truncated PNG", "pixels": 0, "notes": ""} for key in ("a.png", "b.png")]
+    rows = [
+        {"key": key, "error": "truncated PNG", "pixels": 0, "notes": "", "tilings": "{}"} for key in ("a.png", "b.png")
+    ]
     with pytest.raises(JobFailed, match=r"not one of the 2 images can be used \(\S+/a.png: truncated PNG; \S+/b.png: "):
         run_with(monkeypatch, make_job(photographs, tmp_path / "out"), rows)
     assert f"skipped: {photographs}/a.png: truncated PNG" in capsys.readouterr().out
@@ -127,11 +135,40 @@ def test_a_job_of_which_nothing_can_be_used_fails_with_the_reasons(photographs, 
 def test_what_is_dropped_and_passed_over_is_said(photographs, tmp_path, monkeypatch, capsys):
     (photographs / "c.heic").touch()
     (photographs / "lost.png").symlink_to("nowhere")
-    rows = [{"key": key, "error": "", "pixels": 1280, "notes": "alpha channel dropped"} for key in ("a.png", "b.png")]
+    row = {"error": "", "pixels": 1280, "notes": "alpha channel dropped", "tilings": "{}"}
+    rows = [{**row, "key": key} for key in ("a.png", "b.png")]
     run_with(monkeypatch, make_job(photographs, tmp_path / "out"), rows)
     said = capsys.readouterr().out
     assert "passed over: .heic 1" in said and "alpha channel dropped: a.png, b.png" in said
     assert f"skipped: {photographs}/lost.png: a link that leads nowhere" in said
+
+
+def test_that_images_depend_on_their_tiles_is_said_once(photographs, tmp_path, monkeypatch, capsys):
+    rows = []
+    for key, difference in (("a.png", 0.01), ("b.png", 0.02)):
+        tilings = json.dumps({"model": asdict(Tiling(640, "at the whole picture", difference, difference / 10))})
+        rows.append({"key": key, "error": "", "pixels": 1280, "notes": "", "tilings": tilings})
+    run_with(monkeypatch, make_job(photographs, tmp_path / "out"), rows)
+    said = capsys.readouterr().out
+    assert said.count("tiles of 640 px") == 1 and "2 images in tiles of 640 px: " in said
+    assert "looks at the whole picture" in said and "by up to 5.1 of 255 levels (mean 0.51)" in said
+
+
+def test_an_actor_tells_of_tiles_by_network():
+    torch.manual_seed(0)
+    actor = RestorerActor({}, threads=1, memory_mib=12)
+    network = build_network(
+        NetworkSpec("NAFNet", {"width": 4, "middle_blk_num": 1, "enc_blk_nums": [1], "dec_blk_nums": [1]})
+    )
+    for name, parameter in network.named_parameters():
+        if name.endswith(("beta", "gamma")):
+            torch.nn.init.ones_(parameter)
+    actor.networks["new"] = network.eval()
+    actor.restore("new", torch.rand(1, 3, 300, 400))
+
+    tilings = read_tilings(actor.take_tilings())
+    assert tilings["new"].looks == "at the whole picture" and tilings["new"].side_px < 400
+    assert actor.take_tilings() == "{}"
 
 
 def test_a_job_that_wrote_something_has_not_failed():
