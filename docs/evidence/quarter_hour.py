@@ -157,7 +157,7 @@ def plan_photographs(wish: Wish) -> list[Run]:
 
 def plan_service(wish: Wish) -> list[Run]:
     """Return the run of both trainings through Ray."""
-    tiny = "--steps 12 --size 64 --stages 2 --width 8 --precision fp32 --no-weights"
+    tiny = "--steps 24 --size 64 --stages 2 --width 8 --precision fp32 --no-weights"
     common = ("--device", wish.device, "--timeout", "300")
     command = script_command("gpu_service.py", FIGURES, *common, *wish.choose("--steps 60", tiny))
     return [Run("pre-training, then Colabator", command, 330)]
