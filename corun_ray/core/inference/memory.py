@@ -29,7 +29,7 @@ GPU_BAND_PX = 2**21
 """Pixels of a band on a GPU: enough to keep it busy (not measured)."""
 SMALLEST_CORE_PX = 64
 SMALL_IMAGE_PX = 2**16
-"""Pixels of the images that any other network than CORUN takes whole: its need is tried on as many."""
+"""Pixels of the images that any other network than CORUN takes whole, without a look at what it needs."""
 IMAGE_BYTES_PER_PX = 48
 """Memory of an image beside a network at work: padded, the result, and the clamped result (12 to 16 each)."""
 

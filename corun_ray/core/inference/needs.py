@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from corun_ray.core.networks.corun import as_restoration
 from corun_ray.core.networks.spec import PAD_MULTIPLE_PX
 
-SMALL_SIDE_PX = 128
-"""Least side of the first image that a network is tried on; the second has twice the side."""
+COUNTED_SIDE_PX = 64
+"""Least side of the first image on which memory is counted; the second has twice the side."""
+SMALLEST_TILE_PX = 128
 MAX_TRIED_SIDE_PX = 512
 """Side of the largest image on which margins are sought."""
 MEMORY_FACTOR = 1.3
@@ -27,7 +28,7 @@ ROUNDING = 1e-5
 """Differences of a scene in [0, 1] that are rounding: kernels add up in another order for another size."""
 MAX_GLOBAL_MARGIN_PX = 64
 """Widest margin where no margin makes tiles exact."""
-SETTLED = 1.25
+SETTLED = 2.0
 """A margin is wide enough if the difference falls no further than by this factor with wider ones."""
 FADING = 4.0
 """A difference that falls by this factor over half of the tried distances fades with the distance."""
@@ -52,14 +53,20 @@ def find_grid_px(network: nn.Module) -> int:
 
 
 def list_tried_sides(network: nn.Module) -> list[int]:
-    """List the sides of the square images on which a network is tried, in pixels; each is twice the one before."""
-    grid_px = find_grid_px(network)
-    # A tile must get on by one step of the grid, at the least.
-    least_px = max(SMALL_SIDE_PX, 2 * grid_px, getattr(network, "size_min_px", 0))
-    sides = [math.ceil(least_px / grid_px) * grid_px]
+    """List the sides of the square images on which margins are sought, in pixels; each is twice the one before.
+
+    The first is that of the smallest tile, which must get on by one step of the grid.
+    """
+    sides = [_round_up_side(network, max(SMALLEST_TILE_PX, 2 * find_grid_px(network)))]
     while len(sides) < 2 or 2 * sides[-1] <= MAX_TRIED_SIDE_PX:
         sides.append(2 * sides[-1])
     return sides
+
+
+def _round_up_side(network: nn.Module, side_px: int) -> int:
+    """Return the least side on the grid that is not below `side_px`, and that the network takes."""
+    grid_px = find_grid_px(network)
+    return math.ceil(max(side_px, getattr(network, "size_min_px", 0)) / grid_px) * grid_px
 
 
 # --- Memory ---
@@ -92,12 +99,12 @@ _reaches: "weakref.WeakKeyDictionary[nn.Module, dict[int, Reach]]" = weakref.Wea
 def measure_memory(network: nn.Module) -> MemoryNeed:
     """Measure the memory that a network takes, once for each network."""
     if network not in _memory_needs:
-        small_px, large_px = list_tried_sides(network)[:2]
-        small, large = (count_bytes(network, _draw_image(network, side)) for side in (small_px, large_px))
+        side_px = _round_up_side(network, COUNTED_SIDE_PX)
+        small, large = (count_bytes(network, _draw_image(network, side)) for side in (side_px, 2 * side_px))
 
         # The sides differ by 2, the pixels by 4. What does not grow with the pixels counts as if it did.
         power = max(1.0, math.log(large / small, 4))
-        _memory_needs[network] = MemoryNeed(large_px**2, MEMORY_FACTOR * large, power)
+        _memory_needs[network] = MemoryNeed((2 * side_px) ** 2, MEMORY_FACTOR * large, power)
     return _memory_needs[network]
 
 

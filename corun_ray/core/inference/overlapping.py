@@ -133,10 +133,11 @@ class OverlappingTiles(nn.Module):
         if self.has_square_tiles:
             self.size_multiple_px, self.size_min_px = grid_px, side_px
 
-        # Wider margins than a quarter of a tile would cost more than the tile; and each tile must get on by a grid.
+        # Wider margins than a quarter of a tile would cost more than the tile, and those that mend little are not worth
+        # as much. Each tile must get on by a step of the grid.
         self.blend_px = min(BLEND_PX, side_px // 8)
         widest_px = (side_px - self.blend_px - max(self.blend_px, grid_px)) // 2
-        self.margin_px = min(reach.margin_px, side_px // 4, widest_px)
+        self.margin_px = min(reach.margin_px, side_px // (4 if reach.is_exact else 8), widest_px)
 
     @torch.no_grad()
     def forward(self, hazy: Tensor) -> Restoration:
