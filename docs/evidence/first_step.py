@@ -105,6 +105,11 @@ def read_processor() -> str:
     return "an unknown processor"
 
 
+def tell(way: str, seconds: float) -> None:
+    """Tell a person who waits the last measurement, and how busy the machine is."""
+    print(f"{way}: {seconds:.1f} s (load {os.getloadavg()[0]:.1f})", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Measure all ways by turns; print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,11 +128,13 @@ def main() -> None:
             folder = Path(root)
             write_demo(folder / "data", 0, DEMO, lambda done, total: None)
             steps["torchrun"].append(time_torchrun(write_job(folder, arguments.kind, "plain")))
+            tell("torchrun", steps["torchrun"][-1])
 
             for number, (name, checkout) in enumerate(checkouts.items()):
                 job = write_job(folder, arguments.kind, f"runs{number}")
                 for way in (f"{name}, new storage folder", f"{name}, again"):
                     steps[way].append(time_service(job, checkout))
+                    tell(way, steps[way][-1])
                 for command, seconds in time_commands(job, checkout).items():
                     commands[name, command].append(seconds)
 

@@ -16,8 +16,12 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, WorkerGroupContext
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
+from corun_ray.service.cluster.warm_up import warm_up
 from corun_ray.service.start_times import StartPhase
 from corun_ray.service.train.board import BoardState
+
+STREAM_PROCESSES = 2
+"""The stream's coordinator, and its first task."""
 
 
 class LastingFailure(Exception):
@@ -49,8 +53,11 @@ class RestartPolicy(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
 
-class StartNotes(ControllerCallback, WorkerGroupCallback):
-    """Posts to the board how long controller and workers take to start. The driver makes it when the start begins."""
+class StartCallback(ControllerCallback, WorkerGroupCallback):
+    """Posts to the board how long controller and workers take to start, and has the stream's processes start early.
+
+    The driver makes it when the start begins.
+    """
 
     def __init__(self, board: ActorProxy[BoardState]) -> None:
         self._board, self._since_s = board, time.time()
@@ -64,8 +71,11 @@ class StartNotes(ControllerCallback, WorkerGroupCallback):
         self._since_s = time.time()
 
     def before_init_train_context(self, workers: Sequence[Worker]) -> dict[str, list[Any]]:
-        """Note the start of the workers' processes; Ray Train wants nothing from this."""
+        """Note the start of the workers' processes, and begin that of the stream's; return nothing for Ray Train."""
         self._post("worker processes start")
+
+        # The workers take seconds until rank 0 starts the stream's coordinator and its first task.
+        warm_up("corun_ray.service.data.stream", STREAM_PROCESSES)
         return {}
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:

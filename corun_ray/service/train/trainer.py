@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 
 from corun_ray.service.cluster.connect import is_local_ray
 from corun_ray.service.train.board import BoardState
-from corun_ray.service.train.controller import ForgetLocalSettings, RestartPolicy, StartNotes
+from corun_ray.service.train.controller import ForgetLocalSettings, RestartPolicy, StartCallback
 from corun_ray.service.train.stopping import TrainingStop
 
 
@@ -44,7 +44,7 @@ class LeanTrainer(StoppableTrainer):
         """Return Ray Train's callbacks, and ours."""
         # The workers stream their samples themselves: no dataset is handed to Ray Train.
         unused: list[type[RayTrainCallback]] = [DatasetsCallback]
-        added: list[RayTrainCallback] = [StartNotes(self._board)]
+        added: list[RayTrainCallback] = [StartCallback(self._board)]
         if is_local_ray():
             # The cleaner looks after the room of dead controllers, and asks the dashboard, which a local Ray has not.
             unused.append(PlacementGroupCleanerCallback)

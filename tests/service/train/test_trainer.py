@@ -1,10 +1,22 @@
-"""What Ray Train leaves to the command that starts it."""
+"""What Ray Train leaves to the command that starts it, and what it does without."""
 
 import signal
 
+import pytest
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from corun_ray.service.train.trainer import StoppableTrainer
+from corun_ray.service.cluster.connect import LOCAL_MARK
+from corun_ray.service.train.process_group import NodeTorchConfig
+from corun_ray.service.train.stopping import TrainingStop
+from corun_ray.service.train.trainer import LeanTrainer, StoppableTrainer
+
+ARGUMENTS = {
+    "train_loop_per_worker": print,
+    "torch_config": NodeTorchConfig(),
+    "scaling_config": ScalingConfig(num_workers=1),
+    "run_config": RunConfig(),
+}
 
 
 def test_ctrl_c_stays_the_command_s():
@@ -12,3 +24,19 @@ def test_ctrl_c_stays_the_command_s():
     StoppableTrainer._register_sigint_handler(None, None)
     assert signal.getsignal(signal.SIGINT) is handler
     assert hasattr(TorchTrainer, "_register_sigint_handler"), "Ray calls it by another name now"
+
+
+@pytest.mark.parametrize(
+    ("is_local", "left_out", "added"),
+    [
+        (False, {"DatasetsCallback"}, {"StartCallback"}),
+        (True, {"DatasetsCallback", "PlacementGroupCleanerCallback"}, {"StartCallback", "ForgetLocalSettings"}),
+    ],
+)
+def test_what_a_training_has_no_use_for_is_not_started(is_local, left_out, added, monkeypatch):
+    monkeypatch.delenv(LOCAL_MARK, raising=False)
+    if is_local:
+        monkeypatch.setenv(LOCAL_MARK, "1")
+    theirs = {type(one).__name__ for one in TorchTrainer(**ARGUMENTS)._create_default_callbacks()}
+    ours = {type(one).__name__ for one in LeanTrainer(None, TrainingStop(), **ARGUMENTS)._create_default_callbacks()}
+    assert (theirs - ours, ours - theirs) == (left_out, added)

@@ -1,0 +1,22 @@
+"""Processes that Ray starts before they are asked for."""
+
+from types import SimpleNamespace
+
+import ray
+
+from corun_ray.service.cluster.connect import LOCAL_MARK
+from corun_ray.service.cluster.warm_up import warm_up
+
+
+def test_processes_start_early_on_a_local_ray_alone(monkeypatch):
+    asked = []
+    task = SimpleNamespace(remote=asked.append)
+    monkeypatch.setattr(ray, "remote", lambda **options: lambda function: task)
+
+    monkeypatch.delenv(LOCAL_MARK, raising=False)
+    warm_up("json", 2)
+    assert asked == []
+
+    monkeypatch.setenv(LOCAL_MARK, "1")
+    warm_up("json", 2)
+    assert asked == ["json", "json"]
