@@ -11,6 +11,7 @@ before any worker starts, only to name the functions that the workers call. Here
 import os
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import ray
@@ -67,7 +68,7 @@ class _NodeBackend(Backend):
 
     def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
         """End the process group, as long as the workers take to say that they did."""
-        left = worker_group.execute_async(_leave_group)
+        left: list[Any] = worker_group.execute_async(_leave_group)
         with suppress(GetTimeoutError):
             ray.get(left, timeout=LEAVE_S)
 
@@ -77,6 +78,7 @@ def _join_group(config: NodeTorchConfig, address: str, port: int) -> None:
 
     Address and port are those of rank 0.
     """
+    assert config.backend is not None, "the trainer has chosen it"
     use_interface_of_node()
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
 
