@@ -1,6 +1,7 @@
 """Run the jobs of a file, one after the other."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from corun_ray.config.jobs import DehazeJob, DepthJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
@@ -10,6 +11,7 @@ from corun_ray.core.weights import WeightsError
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.cluster.paths import make_paths_absolute
 from corun_ray.service.cluster.room import refuse_misfits
+from corun_ray.service.data.cache import JobCaches
 from corun_ray.service.data.inspection import prepare_data
 from corun_ray.service.inference.dehaze import run_dehazing
 from corun_ray.service.inference.depth import run_depth_estimation
@@ -53,9 +55,10 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
         connect(*(job.whole_cluster for job in jobs))
         refuse_misfits(jobs)
 
-    for job in jobs:
-        with explain_stop(lambda: f"job {job.name}: this call has added nothing"):  # noqa: B023  # called within the loop
-            _run_job(job, console, folder, resume)
+    with closing(JobCaches(jobs)) as caches:
+        for job in jobs:
+            with explain_stop(lambda: f"job {job.name}: this call has added nothing"):  # noqa: B023  # called within the loop
+                _run_job(job, console, folder, resume, caches)
 
 
 def _check_weights(job: Job) -> None:
@@ -84,7 +87,7 @@ def _refuse_driven(job: Job) -> None:
         refuse_driven(place)
 
 
-def _run_job(job: Job, console: Console, folder: Path, resume: bool) -> None:
+def _run_job(job: Job, console: Console, folder: Path, resume: bool, caches: JobCaches) -> None:
     """Run a job by its kind.
 
     Ray Tune and Ray Serve take seconds to import, so only their jobs do.
@@ -95,7 +98,7 @@ def _run_job(job: Job, console: Console, folder: Path, resume: bool) -> None:
 
         run_search(job, console, folder, resume)
     elif isinstance(job, TrainingJob):
-        run_training(job, console, folder, resume)
+        run_training(job, console, folder, resume, caches=caches)
     elif isinstance(job, EvaluateJob):
         run_evaluation(job, console)
     elif isinstance(job, DehazeJob):
