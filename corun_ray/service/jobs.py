@@ -5,6 +5,7 @@ imports torch before Ray starts.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from corun_ray.config.jobs import DehazeJob, DepthJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
@@ -15,6 +16,7 @@ from corun_ray.service.cluster.compilers import refuse_impossible_compiling
 from corun_ray.service.cluster.connect import connect, describe_start
 from corun_ray.service.cluster.paths import make_paths_absolute
 from corun_ray.service.cluster.room import refuse_misfits
+from corun_ray.service.data.cache import JobCaches
 from corun_ray.service.data.inspection import prepare_data
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.runs.lease import refuse_driven
@@ -54,11 +56,12 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
             connect(*(job.whole_cluster for job in jobs))
         refuse_misfits(jobs)
 
-    for number, job in enumerate(jobs):
-        # The data of a later job may change until its turn.
-        manifest = manifests[number] if number == 0 else None
-        with explain_stop(lambda: f"job {job.name}: this call has added nothing"):  # noqa: B023  # called within the loop
-            _run_job(job, console, folder, resume, manifest)
+    with closing(JobCaches(jobs)) as caches:
+        for number, job in enumerate(jobs):
+            # The data of a later job may change until its turn.
+            manifest = manifests[number] if number == 0 else None
+            with explain_stop(lambda: f"job {job.name}: this call has added nothing"):  # noqa: B023  # called within the loop
+                _run_job(job, console, folder, resume, caches, manifest)
 
 
 def _check_job(job: Job) -> Manifest | None:
@@ -105,8 +108,12 @@ def _refuse_driven(job: Job) -> None:
         refuse_driven(place)
 
 
-def _run_job(job: Job, console: Console, folder: Path, resume: bool, manifest: Manifest | None) -> None:
-    """Run a job by its kind. `manifest` is that of a training job whose data was checked a moment ago.
+def _run_job(
+    job: Job, console: Console, folder: Path, resume: bool, caches: JobCaches, manifest: Manifest | None
+) -> None:
+    """Run a job by its kind.
+
+    `manifest` is that of a training job whose data was checked a moment ago.
 
     Each kind is imported by its jobs alone: torch, Ray Data, Ray Tune and Ray Serve take seconds.
     """
@@ -119,7 +126,7 @@ def _run_job(job: Job, console: Console, folder: Path, resume: bool, manifest: M
         with timing_phase("imports: Ray Data, Ray Train"):
             from corun_ray.service.train.driver import run_training
 
-        run_training(job, console, folder, resume, manifest=manifest)
+        run_training(job, console, folder, resume, caches=caches, manifest=manifest)
     elif isinstance(job, EvaluateJob):
         from corun_ray.service.inference.evaluate import run_evaluation
 

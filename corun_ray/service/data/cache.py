@@ -7,15 +7,17 @@ No eviction. An epoch takes each image once, in another order than the epoch bef
 is the one that comes next: with room for half of the images, LRU would serve 15 % of the reads, no eviction half.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import ray
-from ray.actor import ActorProxy
+from ray.actor import ActorHandle, ActorProxy
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
+from corun_ray.config.jobs import ColabatorJob, Job, TrainingJob, TuneJob
 from corun_ray.core.data.depth import DepthMap
 from corun_ray.core.timing import phase
 
@@ -39,6 +41,13 @@ class CacheUpdate(NamedTuple):
     """What a node's cache has taken since the last look."""
 
     entries: list[tuple[Hashable, ray.ObjectRef]]
+    has_room: bool
+
+
+class CacheState(NamedTuple):
+    """What one cache, or all those of a keeper, hold."""
+
+    num_entries: int
     has_room: bool
 
 
@@ -71,6 +80,11 @@ class NodeCache:
         entries = list(self._entries.items())
         return CacheUpdate(entries[count:], self._has_room)
 
+    @ray.method
+    def get_state(self) -> CacheState:
+        """Return how much the cache holds."""
+        return CacheState(len(self._entries), self._has_room)
+
 
 class CacheKeeper:
     """Actor that knows the caches of a job's nodes and starts each when a task of its node first asks for it."""
@@ -94,6 +108,17 @@ class CacheKeeper:
             )
 
         return self._caches[node_id]
+
+    @ray.method
+    def get_state(self) -> CacheState:
+        """Return what all nodes' caches hold; a cache that has died holds nothing."""
+        num_entries, has_room = 0, True
+        for cache in self._caches.values():
+            with suppress(RayActorError):
+                state = ray.get(cache.get_state.remote())
+                num_entries += state.num_entries
+                has_room &= state.has_room
+        return CacheState(num_entries, has_room)
 
 
 def compute_max_bytes(node: Mapping[str, Any]) -> int:
@@ -213,3 +238,86 @@ class CacheView:
 def get_cache_view(keeper: ActorProxy[CacheKeeper]) -> CacheView:
     """Return the view that all tasks of this process share."""
     return CacheView(keeper)
+
+
+# --- The jobs of one file ---
+
+
+class JobCaches:
+    """The caches of the training jobs of a file, which run one after the other.
+
+    A job's cache stays for the next job with a cache where that job reads the same data. Otherwise its memory is given
+    back when the job ends.
+    """
+
+    def __init__(self, jobs: Sequence[Job] = ()) -> None:
+        """Begin; `jobs` are those of the file, in their order."""
+        self._ahead = [job for job in jobs if isinstance(job, TrainingJob) and job.data.cache_mib]
+        self._keeper: ActorProxy[CacheKeeper] | None = None
+        self._cache_mib = 0
+        self._held: set[tuple[str, str]] = set()
+        """Data roots, each with its version, of whose files the cache may hold any."""
+
+    def start(
+        self, job: TrainingJob, versions: Mapping[str, str], board: NoticeBoard
+    ) -> ActorProxy[CacheKeeper] | None:
+        """Return the keeper of a job's caches: that of the job before, or a new one; None for a job without a cache.
+
+        `versions` are those of the job's manifest. Posts a note as `start_cache` does, and one of what is held already.
+        """
+        # The jobs before this one are over, or were skipped.
+        names = [other.name for other in self._ahead]
+        if job.name in names:
+            del self._ahead[: names.index(job.name) + 1]
+        if job.data.cache_mib == 0:
+            return None
+
+        wanted = set(versions.items())
+        num_held = self._count_held(job.data.cache_mib, wanted)
+        if num_held:
+            board.post_note.remote(f"data.cache_mib: {num_held} decoded images and maps of the job before are at hand")
+        else:
+            self.close()
+            self._keeper = start_cache(job.data.cache_mib, board)
+        self._cache_mib, self._held = job.data.cache_mib, self._held | wanted
+        return self._keeper
+
+    def finish_job(self) -> None:
+        """End the cache, unless the next job that has one may use what it holds."""
+        later = self._ahead[0] if self._ahead else None
+        is_shared = later is not None and not isinstance(later, TuneJob) and later.data.cache_mib == self._cache_mib
+        roots = {root for root, _ in self._held}
+        if later is None or not is_shared or not roots & set(list_roots(later)):
+            self.close()
+
+    def close(self) -> None:
+        """Give all memory back."""
+        # Idle processes of Ray keep a handle to the cache, which would stay alive otherwise.
+        if self._keeper is not None:
+            ray.kill(cast(ActorHandle, self._keeper))
+        self._keeper, self._held = None, set()
+
+    def _count_held(self, cache_mib: int, wanted: set[tuple[str, str]]) -> int:
+        """Count what a cache of this size holds for a job that reads these roots; 0 where it must begin anew.
+
+        What the job does not read must take no room from what it reads.
+        """
+        if self._keeper is None or self._cache_mib != cache_mib:
+            return 0
+        try:
+            state = ray.get(self._keeper.get_state.remote(), timeout=READ_TIMEOUT_S)
+        except (GetTimeoutError, RayActorError):
+            return 0
+        serves = self._held <= wanted or (wanted <= self._held and state.has_room)
+        return state.num_entries if serves else 0
+
+
+def list_roots(job: TrainingJob) -> list[str]:
+    """List the data roots of which a training caches images and depth maps."""
+    data = job.data
+    roots = [data.clear, data.depth]
+    if data.paired is not None:
+        roots += [data.paired.hazy, data.paired.clear]
+    if isinstance(job, ColabatorJob):
+        roots.append(job.data.hazy)
+    return [root for root in roots if root is not None]

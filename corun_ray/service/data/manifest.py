@@ -61,6 +61,8 @@ class Manifest:
     """Data root → `.heic 2, .txt 1`: files of other kinds, by number."""
     files: str = ""
     """SHA-256 over names and sizes of the images, and over the depth maps' names without suffix."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Data root → SHA-256 over names, sizes and times of its files: another one where any file is another."""
 
     @property
     def num_images(self) -> int:
@@ -98,7 +100,7 @@ def build_manifest(job: TrainingJob) -> Manifest:
     """
     roots = _DataRoots({"storage": job.storage})
     manifest = _pair_files(job, roots)
-    return replace(manifest, files=_compute_files_digest(job, manifest, roots))
+    return replace(manifest, files=_compute_files_digest(job, manifest, roots), versions=roots.versions)
 
 
 def _pair_files(job: TrainingJob, roots: "_DataRoots") -> Manifest:
@@ -182,6 +184,8 @@ class _DataRoots:
         """URI → reason, of links that cannot be followed."""
         self.passed_over: dict[str, str] = {}
         """Data root → numbers of its files of other kinds."""
+        self.versions: dict[str, str] = {}
+        """Data root → digest of its files, as of `Manifest.versions`."""
         self._sizes: dict[str, dict[str, int]] = {}
         """`Location.uri` of a root → size of each of its files, or of each image of its pack."""
 
@@ -233,12 +237,19 @@ class _DataRoots:
         found = list_folder(uri, key, self.outputs)
         if found.root != place.uri:
             raise ManifestError(f"{key}: {uri} is a file, expected a folder")
+        self.versions[uri] = _compute_version(found)
         if not is_pack(found.infos):
             self._sizes[place.uri] = {file: info.size for file, info in found.infos.items()}
             return found
         pack = self.packs[place.uri] = open_pack(place, found.infos)
         self._sizes[place.uri] = {file: image.num_bytes for file, image in pack.images.items()}
         return self.packs[place.uri]
+
+
+def _compute_version(found: Listing) -> str:
+    """Compute a digest of the files of a folder, as far as their names, sizes and times tell them apart."""
+    content = [(file, info.size, info.mtime_ns) for file, info in found.infos.items()]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 # --- Listing folders ---

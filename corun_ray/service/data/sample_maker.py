@@ -259,7 +259,7 @@ class SampleMaker:
                 with phase("decode"):
                     return decode_image(content, least_px)
 
-        return self._get_cached((root, key, least_px), decode)
+        return self._get_cached(root, (key, least_px), decode)
 
     def _load_depth(self, root: str, key: str) -> DepthMap:
         """Return a depth map, decoded or from the cache."""
@@ -273,11 +273,13 @@ class SampleMaker:
                     raw = decode_depth(content, posixpath.splitext(key)[1].lower())
                     return DepthMap.from_pixels(raw, self.job.data.depth_kind)
 
-        return self._get_cached((root, key, "depth"), decode)
+        return self._get_cached(root, (key, self.job.data.depth_kind), decode)
 
-    def _get_cached(self, key: Hashable, decode: Callable[[], Decoded]) -> Decoded:
-        """Return what the cache holds, else what `decode` returns."""
-        return decode() if self.cache is None else self.cache.get(key, decode)
+    def _get_cached(self, root: str, key: Hashable, decode: Callable[[], Decoded]) -> Decoded:
+        """Return what the cache holds of a data root as it was listed, else what `decode` returns."""
+        if self.cache is None:
+            return decode()
+        return self.cache.get((root, self.manifest.versions[root], key), decode)
 
     def _read_image(self, root: str, key: str) -> bytes:
         """Read an image's file."""

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import ray
-from ray.actor import ActorHandle, ActorProxy
+from ray.actor import ActorProxy
 from ray.exceptions import RayError
 from ray.train import Result
 
@@ -17,7 +17,7 @@ from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.core.errors import explain_stop
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.cluster.join import join_cluster
-from corun_ray.service.data.cache import start_cache
+from corun_ray.service.data.cache import JobCaches
 from corun_ray.service.data.inspection import describe_excess, prepare_data
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.data.stream import plan_phases
@@ -71,13 +71,15 @@ def run_training(
     resume: bool = False,
     parent: str | None = None,
     listen: Listener | None = None,
+    caches: JobCaches | None = None,
     manifest: Manifest | None = None,
 ) -> str:
     """Run the job to its end and return the URI of its model.
 
     `folder` is the job file's. With `resume`, the job's last run continues from its last checkpoint; a finished run is
     only reported, and without an earlier run a new one begins. `parent` is the id of the MLflow run above this one;
-    `listen` is called with all metrics. `manifest` is what `prepare_data` has just returned, if it was called.
+    `listen` is called with all metrics. `caches` are those of the jobs of its file. `manifest` is what `prepare_data`
+    has just returned, if it was called.
 
     Raises the errors of `prepare`, `ClusterError`, `TrackingError`, `ResumeError` and `JobFailed`.
     """
@@ -104,7 +106,7 @@ def run_training(
         # A search has looked for its trials.
         cluster = join_cluster(job, console.say) if parent is None else connect(job.cluster)
     with timing_phase("the run's folder, the run in MLflow"):
-        session = _open_session(job, manifest, model, earlier, parent, console)
+        session = _open_session(job, manifest, model, earlier, parent, console, caches or JobCaches())
     facts = _describe_session(session, cluster) | changes
     if resume:
         facts["resume"] = "no earlier run: begins" if earlier is None else "resumes this run"
@@ -169,6 +171,7 @@ def _open_session(
     earlier: tuple[Location, RunRecord] | None,
     parent: str | None,
     console: Console,
+    caches: JobCaches,
 ) -> Session:
     """Open the earlier run, or a new one, in storage and in MLflow, as its driver.
 
@@ -198,7 +201,7 @@ def _open_session(
         samples=SAMPLES_VERSION,
         precision=None if earlier is None else earlier[1].precision,
     )
-    return Session(job, manifest, model, run, tracker, record, lease)
+    return Session(job, manifest, model, run, tracker, record, lease, caches)
 
 
 def _train_and_close(
@@ -263,9 +266,7 @@ def _train(
             _save_bad_files(session, plan.board)
         raise
     finally:
-        # Idle processes of Ray keep a handle to the cache, which would stay alive otherwise.
-        if isinstance(plan.cache, ActorHandle):
-            ray.kill(plan.cache)
+        session.caches.finish_job()
 
     # What follows writes to the run's folder and deletes there.
     refuse_taken(session.lease.place)
@@ -307,7 +308,7 @@ def _start_actors(session: Session) -> WorkerPlan:
         model=ray.put(session.model),
         board=board,
         shards=tuple(shards),
-        cache=start_cache(job.data.cache_mib, board),
+        cache=session.caches.start(job, session.manifest.versions, board),
         lease_uri=session.lease.place.uri,
     )
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from corun_ray.config.jobs import TrainingJob
+from corun_ray.service.data.cache import JobCaches
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.models.sources import Model
 from corun_ray.service.models.tracking import Tracker
@@ -27,6 +28,8 @@ class Session:
     record: RunRecord
     lease: Lease
     """What says that this process drives the run."""
+    caches: JobCaches
+    """The caches of decoded images of the job and of those beside it in its file."""
 
     @property
     def labels(self) -> dict[str, str]:

@@ -6,9 +6,10 @@ import time
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from corun_ray.core.data.depth import DepthMap
-from corun_ray.service.data.cache import MIB, CacheView, NodeCache, start_cache
+from corun_ray.service.data.cache import MIB, CacheView, JobCaches, NodeCache, start_cache
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.data.sample_maker import SampleMaker
 from corun_ray.service.data.stream import StreamTask, iterate_batches, plan_remaining_phases, split_stream
@@ -151,7 +152,7 @@ def test_an_unusable_image_is_named_each_time_and_not_kept(keeper, dataset, tmp_
         maker = cached(job, keeper, bad.update)
         maker(INDICES)
         assert list(bad) == [str(data / "clear" / "view_3.png")]
-        assert (str(data / "clear"), "view_3.png", None) not in maker.cache._known
+        assert ("view_3.png", None) not in [key for _, _, key in maker.cache._known]
 
 
 def test_the_stream_is_the_same_with_a_cache(keeper, dataset, tmp_path):
@@ -162,7 +163,8 @@ def test_the_stream_is_the_same_with_a_cache(keeper, dataset, tmp_path):
     here = ray.get_runtime_context().get_node_id()
     cache = ray.get(keeper.get_cache.remote(here, None))
     assert ray.get(cache.list_since.remote(0)).entries == []
-    wanted = {(str(dataset / "clear"), "view_0.png", None), (str(dataset / "depth"), "view_0.npy", "depth")}
+    clear, depth = str(dataset / "clear"), str(dataset / "depth")
+    wanted = {(clear, ("view_0.png", None)), (depth, ("view_0.npy", "inverse"))}
 
     def stream(cache):
         task = StreamTask(job, manifest, board, layout, phase.patch_px, cache=cache)
@@ -173,10 +175,67 @@ def test_the_stream_is_the_same_with_a_cache(keeper, dataset, tmp_path):
     for _ in range(5):
         for one, other in zip(plain, stream(keeper), strict=True):
             assert_same(one, other)
-        kept_keys = {key for key, _ in ray.get(cache.list_since.remote(0)).entries}
+        kept_keys = {(root, key) for (root, _, key), _ in ray.get(cache.list_since.remote(0)).entries}
         if wanted <= kept_keys:
             break
     assert wanted <= kept_keys
+
+
+def test_jobs_of_one_file_share_a_cache_where_they_read_the_same_data(local_ray, dataset, tmp_path, monkeypatch):
+    data = shutil.copytree(dataset, tmp_path / "data")
+    first, third = (small_job("pretrain", data, tmp_path, data={"cache_mib": 64}) for _ in range(2))
+    second = small_job("colabator", data, tmp_path, data={"cache_mib": 64})
+    third = third.model_copy(update={"name": "third"})
+    caches, board = JobCaches([first, second, third]), start_board()
+
+    def start(job):
+        return caches.start(job, build_manifest(job).versions, board)
+
+    # The second job has all but its hazy photographs.
+    keeper = start(first)
+    fill(first, keeper)
+    caches.finish_job()
+    assert start(second) is keeper
+    (note,) = ray.get(board.take_events.remote()).notes
+    assert note == "data.cache_mib: 16 decoded images and maps of the job before are at hand"
+    decoded = SampleMaker(second, build_manifest(second), 32, ignore)(INDICES)
+    assert_same(fill(second, keeper)(INDICES), decoded)
+
+    # What the third reads has changed meanwhile, so its cache begins anew; the memory of the last is given back.
+    caches.finish_job()
+    (data / "clear" / "view_0.png").touch()
+    last = start(third)
+    assert last not in (None, keeper) and ray.get(last.get_state.remote()) == (0, True)
+    assert_dead(keeper)
+    caches.finish_job()
+    assert_dead(last)
+
+
+def assert_dead(keeper):
+    with pytest.raises(RayActorError):
+        ray.get(keeper.get_state.remote(), timeout=30)
+
+
+def test_a_cache_ends_with_its_job_where_the_next_has_no_use_for_it(local_ray, dataset, tmp_path):
+    job = small_job("pretrain", dataset, tmp_path, data={"cache_mib": 8})
+
+    def later(**data):
+        section = job.data.model_copy(update=data)
+        return job.model_copy(update={"name": "later", "data": section})
+
+    for other, is_kept in [
+        (later(), True),
+        (later(cache_mib=9), False),
+        (later(clear="elsewhere", depth=None), False),
+        (later(cache_mib=0), False),
+    ]:
+        caches = JobCaches([job, other])
+        keeper = caches.start(job, {job.data.clear: "1"}, start_board())
+        caches.finish_job()
+        if is_kept:
+            assert ray.get(keeper.get_state.remote()) == (0, True)
+            caches.close()
+        assert_dead(keeper)
 
 
 def test_no_cache_unless_asked_for():
