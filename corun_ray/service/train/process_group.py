@@ -67,7 +67,7 @@ class _NodeBackend(Backend):
 
     def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
         """End the process group, as long as the workers take to say that they did."""
-        left = worker_group.execute_async(_leave_group)
+        left: list[ray.ObjectRef[None]] = worker_group.execute_async(_leave_group)
         with suppress(GetTimeoutError):
             ray.get(left, timeout=LEAVE_S)
 
@@ -83,6 +83,7 @@ def _join_group(config: NodeTorchConfig, address: str, port: int) -> None:
     from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
 
     _set_torch_distributed_env_vars()
+    assert config.backend is not None
     context = ray.train.get_context()
     _setup_torch_process_group(
         backend=config.backend,
