@@ -30,16 +30,13 @@ DEMO = DemoSize(clear_images=12, hazy_images=12, width_px=640, height_px=480)
 TIMEOUT_S = 900
 
 
-def write_job(folder: Path, kind: str, storage: str) -> Path:
-    """Write the job file that all ways run: few small steps, one worker."""
-    data = {"clear": str(folder / "data" / "clear"), "depth": str(folder / "data" / "depth"), "patch_px": 96}
-    if kind == "colabator":
-        data["hazy"] = str(folder / "data" / "hazy")
+def write_job(folder: Path, storage: str) -> Path:
+    """Write the job file that all ways run: Colabator, few small steps, one worker."""
     job = {
-        "kind": kind,
+        "kind": "colabator",
         "name": "first",
         "storage": str(folder / storage),
-        "data": data,
+        "data": {name: str(folder / "data" / name) for name in ("clear", "depth", "hazy")} | {"patch_px": 96},
         "network": {"stages": 2, "width": 8},
         "train": {"steps": 2, "batch_per_worker": 1, "log_every": 1, "checkpoint_every": 2, "validate_every": 2},
         "cluster": {"workers": 1, "cpus_per_worker": 1, "data_cpus": 1},
@@ -113,7 +110,6 @@ def tell(way: str, seconds: float) -> None:
 def main() -> None:
     """Measure all ways by turns; print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=("pretrain", "colabator"), default="colabator")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--beside", type=Path, help="another checkout of this project")
     arguments = parser.parse_args()
@@ -127,11 +123,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:
             folder = Path(root)
             write_demo(folder / "data", 0, DEMO, lambda done, total: None)
-            steps["torchrun"].append(time_torchrun(write_job(folder, arguments.kind, "plain")))
+            steps["torchrun"].append(time_torchrun(write_job(folder, "plain")))
             tell("torchrun", steps["torchrun"][-1])
 
             for number, (name, checkout) in enumerate(checkouts.items()):
-                job = write_job(folder, arguments.kind, f"runs{number}")
+                job = write_job(folder, f"runs{number}")
                 for way in (f"{name}, new storage folder", f"{name}, again"):
                     steps[way].append(time_service(job, checkout))
                     tell(way, steps[way][-1])

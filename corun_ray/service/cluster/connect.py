@@ -65,8 +65,11 @@ class ClusterError(UserError):
 
 
 def is_local_ray() -> bool:
-    """Return whether this process belongs to a local Ray that `connect` has started."""
-    return LOCAL_MARK in os.environ
+    """Return whether this process belongs to a local Ray that `connect` has started.
+
+    The mark alone may come from a process that had one, and has started this one for another Ray.
+    """
+    return LOCAL_MARK in os.environ and not read_ray_address()
 
 
 def describe_start() -> str:

@@ -230,7 +230,7 @@ def measure_all_reduce(size: ClusterSection, mib: int) -> str:
         trainer = StoppableTrainer(
             functools.partial(_sum_on_worker, mib),  # type: ignore[arg-type]
             scaling_config=make_scaling_config(size),
-            torch_config=NodeTorchConfig(timeout_s=int(ANSWER_TIMEOUT_S)),  # type: ignore[arg-type]  # any backend
+            torch_config=NodeTorchConfig(timeout_s=int(ANSWER_TIMEOUT_S)),  # type: ignore[arg-type]
             run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=0)),
         )
         try:

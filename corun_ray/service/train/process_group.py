@@ -78,13 +78,13 @@ def _join_group(config: NodeTorchConfig, address: str, port: int) -> None:
 
     Address and port are those of rank 0.
     """
-    assert config.backend is not None, "the trainer has chosen it"
     use_interface_of_node()
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
 
     from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
 
     _set_torch_distributed_env_vars()
+    assert config.backend is not None
     context = ray.train.get_context()
     _setup_torch_process_group(
         backend=config.backend,

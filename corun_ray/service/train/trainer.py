@@ -62,10 +62,11 @@ class LeanTrainer(StoppableTrainer):
             variables = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0"} | get_env_vars_to_propagate()
             options["runtime_env"] = {"env_vars": variables}
         node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        # Ray's annotations know no actor of a class whose methods are coroutines.
-        controller: Any = ray.remote(num_cpus=0, label_selector=node, **options)(TrainController).remote(**arguments)
+        actor_class: Any = ray.remote(num_cpus=0, label_selector=node, **options)(TrainController)
+        controller = actor_class.remote(**arguments)
 
         # Only the end of the controller ends the workers.
         self._stop.watch(controller)
         ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
+        result: Result = ray.get(controller.get_result.remote())
+        return result

@@ -13,7 +13,8 @@ def test_processes_start_early_on_a_local_ray_alone(monkeypatch):
     task = SimpleNamespace(remote=asked.append)
     monkeypatch.setattr(ray, "remote", lambda **options: lambda function: task)
 
-    monkeypatch.delenv(LOCAL_MARK, raising=False)
+    for name in (LOCAL_MARK, "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
     warm_up("json", 2)
     assert asked == []
 

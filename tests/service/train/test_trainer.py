@@ -34,7 +34,8 @@ def test_ctrl_c_stays_the_command_s():
     ],
 )
 def test_what_a_training_has_no_use_for_is_not_started(is_local, left_out, added, monkeypatch):
-    monkeypatch.delenv(LOCAL_MARK, raising=False)
+    for name in (LOCAL_MARK, "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
     if is_local:
         monkeypatch.setenv(LOCAL_MARK, "1")
     theirs = {type(one).__name__ for one in TorchTrainer(**ARGUMENTS)._create_default_callbacks()}
