@@ -10,10 +10,12 @@ from typing import Any
 
 from ray.actor import ActorProxy
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, WorkerGroupContext
+from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from corun_ray.service.cluster.warm_up import warm_up
@@ -22,6 +24,8 @@ from corun_ray.service.train.board import BoardState
 
 STREAM_PROCESSES = 2
 """The stream's coordinator, and its first task."""
+
+DIED = "its process has ended: killed, out of memory, or with its node"
 
 
 class LastingFailure(Exception):
@@ -43,13 +47,22 @@ def find_lasting_failures(failures: Mapping[int, Exception]) -> dict[int, str]:
 
 
 class RestartPolicy(DefaultFailurePolicy):
-    """Ray Train's policy, but for failures that a restart would meet again."""
+    """Ray Train's policy, but for failures that a restart would meet again. Posts to the board which workers died."""
+
+    def __init__(self, failure_config: FailureConfig, board: ActorProxy[BoardState]) -> None:
+        super().__init__(failure_config)
+        self._board = board
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Decide whether the workers start again."""
         error = training_failed_error
-        if isinstance(error, WorkerGroupError) and find_lasting_failures(error.worker_failures):
-            return FailureDecision.RAISE
+        if isinstance(error, WorkerGroupError):
+            # A worker that died says nothing itself, and the others may be ended before they say what they saw of it.
+            for rank, failure in sorted(error.worker_failures.items()):
+                if isinstance(failure, WorkerHealthCheckFailedError):
+                    self._board.post_error.remote(rank, DIED, str(failure))
+            if find_lasting_failures(error.worker_failures):
+                return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
 
 

@@ -54,7 +54,7 @@ class LeanTrainer(StoppableTrainer):
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
         """Run the training in a controller on this node."""
-        arguments["failure_policy"] = RestartPolicy(arguments["failure_policy"].failure_config)
+        arguments["failure_policy"] = RestartPolicy(arguments["failure_policy"].failure_config, self._board)
 
         # The processes of a local Ray have this process's environment. Those of a cluster are given Ray Train's part.
         options: dict[str, Any] = {}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ray.exceptions import ActorDiedError, RayTaskError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
@@ -17,7 +17,7 @@ from corun_ray.service.data.sample_maker import TooManyBadFiles
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.pool.client import PoolError
 from corun_ray.service.storage import DamagedFile, MissingFile, StorageError, locate
-from corun_ray.service.train.controller import LastingFailure, RestartPolicy
+from corun_ray.service.train.controller import DIED, LastingFailure, RestartPolicy
 from corun_ray.service.train.driver import _explain_failure
 from corun_ray.service.train.failures import can_restart_help, describe_cause
 
@@ -100,8 +100,25 @@ def decide(policy: RestartPolicy, *failures: Exception) -> FailureDecision:
     return policy.make_decision(pickle.loads(pickle.dumps(WorkerGroupError("failed", wrapped))))
 
 
+class ListedErrors:
+    """A board that lists what is posted."""
+
+    def __init__(self) -> None:
+        self.posted: list[tuple[int, str, str]] = []
+        self.post_error = SimpleNamespace(remote=lambda *error: self.posted.append(error))
+
+
+def test_a_worker_that_died_is_named_by_the_controller():
+    board = ListedErrors()
+    policy = RestartPolicy(FailureConfig(max_failures=2), board)
+    died = WorkerHealthCheckFailedError("A worker health check failed.", RuntimeError("exit code 137"))
+    assert policy.make_decision(WorkerGroupError("failed", {1: died, 0: RuntimeError(GLOO)})) is FailureDecision.RETRY
+    ((rank, cause, text),) = board.posted
+    assert rank == 1 and cause == DIED and "exit code 137" in text
+
+
 def test_ray_train_restarts_workers_but_for_lasting_failures():
-    policy = RestartPolicy(FailureConfig(max_failures=2))
+    policy = RestartPolicy(FailureConfig(max_failures=2), ListedErrors())
     assert decide(policy, RuntimeError(GLOO)) is FailureDecision.RETRY
     assert decide(policy, RuntimeError(GLOO), LastingFailure("truncated JPEG")) is FailureDecision.RAISE
     assert decide(policy, RuntimeError(GLOO)) is FailureDecision.RETRY
