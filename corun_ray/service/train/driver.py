@@ -487,7 +487,7 @@ def _describe_steps(job: TrainingJob) -> str:
 def _describe_precision(job: TrainingJob) -> str:
     """Describe what was asked for: only the workers know their processors."""
     text = "auto: the workers choose by their processors" if job.optim.precision == "auto" else job.optim.precision
-    return f"{text}, compiled" if job.optim.compile else text
+    return f"{text}; compiled" if job.optim.compile else text
 
 
 # --- Bad files ---
