@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from tests import ROOT
+from tests.conftest import heeding_ctrl_c
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_each_run_is_saved_at_once_and_a_stop_loses_the_one_under_way(script, tm
     write = "import json, sys; json.dump({'ms': 2.5}, open(sys.argv[1], 'w')); print('3 passed')"
     stop = "import os, signal; os.kill(os.getppid(), signal.SIGINT); import time; time.sleep(60)"
     runs = [script.Run("first", python(write, script.FIGURES), 60), script.Run("second", python(stop), 60)]
-    with pytest.raises(KeyboardInterrupt):
+    with heeding_ctrl_c(), pytest.raises(KeyboardInterrupt):
         run_part(script, runs, tmp_path)
     saved = json.loads((tmp_path / "tests.json").read_text())
     assert [(run["name"], run["state"], run["figures"]) for run in saved["runs"]] == [("first", "done", {"ms": 2.5})]

@@ -168,7 +168,7 @@ def _read_until(terminal: int, text: str) -> str:
 @pytest.mark.parametrize(("refusals", "said"), [(2, None), (99, "No available agent"), (0, "no such folder")])
 def test_a_cluster_that_has_just_started_is_asked_again(refusals, said, monkeypatch):
     monkeypatch.setattr(jobs_api, "POLL_S", 0.01)
-    monkeypatch.setattr(jobs_api, "STARTING_S", 0.1)
+    monkeypatch.setattr(jobs_api, "STARTING_S", 1.0)
     client, answers = JobsClient.__new__(JobsClient), iter(range(1000))  # without a cluster to connect to
     client.address = "http://127.0.0.1:9"
 
