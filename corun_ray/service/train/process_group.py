@@ -11,6 +11,7 @@ before any worker starts, only to name the functions that the workers call. Here
 import os
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import ray
@@ -67,7 +68,7 @@ class _NodeBackend(Backend):
 
     def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
         """End the process group, as long as the workers take to say that they did."""
-        left: list[ray.ObjectRef[None]] = worker_group.execute_async(_leave_group)
+        left: list[Any] = worker_group.execute_async(_leave_group)
         with suppress(GetTimeoutError):
             ray.get(left, timeout=LEAVE_S)
 
