@@ -1,13 +1,18 @@
 """Joining a cluster for one job: connected, with its local folders on every node, and with room for it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from corun_ray.config.jobs import Job
+from corun_ray.config.jobs import DehazeJob, DepthJob, EvaluateJob, Job
+from corun_ray.service.cluster.autoscaling import can_autoscale, read_node_types
 from corun_ray.service.cluster.connect import connect
-from corun_ray.service.cluster.room import await_room, read_nodes, request_actor, request_job
+from corun_ray.service.cluster.room import NodeRoom, await_room, has_gpus, read_nodes, request_actor, request_job
 from corun_ray.service.cluster.shared import list_other_nodes, refuse_unshared, refuse_unshared_places
 
+GPU_ADVICE = (
+    "  no node has a GPU now, so this runs on CPUs; cluster.gpus_per_worker: 1 in a job file waits for the autoscaler "
+    "to add one"
+)
 NO_PLACES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -19,10 +24,28 @@ def join_cluster(job: Job, say: Callable[[str], None], places: Mapping[str, str]
 
     Raises `ClusterError` for what the job can never have, and for a local folder that some node does not see.
     """
-    place = connect(job.whole_cluster)
+    connect(job.whole_cluster)
     refuse_unshared(job, say, places)
-    await_room(request_job(job, read_nodes()), say)
-    return place
+    seen, nodes = list_other_nodes(has_pool=True), read_nodes()
+    if misses_gpus(job, nodes):
+        say(GPU_ADVICE)
+    await_room(request_job(job, nodes), say)
+
+    # Nodes that have come meanwhile may not see a local folder either.
+    if list_other_nodes(has_pool=True).keys() - seen.keys():
+        refuse_unshared(job, say, places)
+
+    # The place as it is now, with the nodes that have come.
+    return connect()
+
+
+def misses_gpus(job: Job, nodes: Sequence[NodeRoom]) -> bool:
+    """Tell whether a batch job takes CPUs because the autoscaler has added no GPU yet, and the job asks for none."""
+    is_batch = isinstance(job, EvaluateJob | DehazeJob | DepthJob)
+    if not is_batch or job.cluster.gpus_per_worker or has_gpus(nodes) or not can_autoscale():
+        return False
+    types = read_node_types()
+    return types is None or any(one.resources.get("GPU", 0) >= 1 for one in types)
 
 
 def join_for_tasks(
@@ -32,7 +55,11 @@ def join_for_tasks(
 
     The tasks write and read these places. Raises `ClusterError`.
     """
-    place = connect()
-    refuse_unshared_places(list_other_nodes(), written, read, say)
+    connect()
+    seen = list_other_nodes()
+    refuse_unshared_places(seen, written, read, say)
     await_room(request_actor([]), say)
-    return place
+
+    added = {node_id: address for node_id, address in list_other_nodes().items() if node_id not in seen}
+    refuse_unshared_places(added, written, read, say)
+    return connect()

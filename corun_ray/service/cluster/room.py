@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import ray
 from ray import ActorID, PlacementGroupID
 from ray._private.state import available_resources_per_node, state
+from ray._raylet import RAY_NODE_GROUP_KEY  # type: ignore[attr-defined]  # compiled
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]  # made at import
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
 from corun_ray.config.jobs import ClusterSection, Job, ServeJob, TrainingJob
-from corun_ray.service.cluster.autoscaling import can_autoscale
+from corun_ray.service.cluster.autoscaling import Launches, NodeType, can_autoscale, read_launches, read_node_types
 from corun_ray.service.cluster.connect import ClusterError
 from corun_ray.service.waiting import FIRST_WORD_S, WORD_EVERY_S, Say
 
@@ -86,6 +87,8 @@ class NodeRoom:
 
     total: Amounts
     free: Amounts
+    node_type: str = ""
+    """The name of its type, where an autoscaler has added it."""
 
 
 def count_fitting(each: Amounts, room: Amounts) -> int:
@@ -103,7 +106,12 @@ def count_fitting(each: Amounts, room: Amounts) -> int:
 def read_nodes() -> list[NodeRoom]:
     """Read the room of every living node of the connected cluster."""
     free = available_resources_per_node()
-    return [NodeRoom(node["Resources"], free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"]]
+    rooms = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            node_type = node["Labels"].get(RAY_NODE_GROUP_KEY, "")
+            rooms.append(NodeRoom(node["Resources"], free.get(node["NodeID"], {}), node_type))
+    return rooms
 
 
 def request_workers(size: ClusterSection, decodes: bool = True) -> RoomRequest:
@@ -114,10 +122,16 @@ def request_workers(size: ClusterSection, decodes: bool = True) -> RoomRequest:
     return RoomRequest("worker", size.min_workers, each, decodes, WORKER_KEYS)
 
 
-def request_actor(nodes: Iterable[NodeRoom]) -> RoomRequest:
-    """Return what the first actor of a batch job needs: a GPU where there is any, else a CPU."""
-    has_gpus = any(node.total.get("GPU", 0) >= 1 for node in nodes)
-    return RoomRequest("process", 1, {"GPU": 1.0} if has_gpus else {"CPU": 1.0})
+def request_actor(nodes: Iterable[NodeRoom], wants_gpu: bool = False) -> RoomRequest:
+    """Return what the first actor of a batch job needs: a GPU where there is any, or one is asked for, else a CPU."""
+    if wants_gpu:
+        return RoomRequest("process", 1, {"GPU": 1.0}, keys="cluster.gpus_per_worker")
+    return RoomRequest("process", 1, {"GPU": 1.0} if has_gpus(nodes) else {"CPU": 1.0})
+
+
+def has_gpus(nodes: Iterable[NodeRoom]) -> bool:
+    """Tell whether any node has a GPU."""
+    return any(node.total.get("GPU", 0) >= 1 for node in nodes)
 
 
 def request_job(job: Job, nodes: Iterable[NodeRoom]) -> RoomRequest:
@@ -128,7 +142,7 @@ def request_job(job: Job, nodes: Iterable[NodeRoom]) -> RoomRequest:
         size = job.whole_cluster
         each = request_workers(size).each
         return RoomRequest("replica", size.min_workers, each, keys=REPLICA_KEYS)
-    return request_actor(nodes)
+    return request_actor(nodes, job.cluster.gpus_per_worker > 0)
 
 
 # --- Text ---
@@ -171,15 +185,44 @@ def describe_free(each: Iterable[str], nodes: Sequence[NodeRoom]) -> str:
 
 
 def refuse_misfit(request: RoomRequest, owner: str = "cluster") -> None:
-    """Refuse what the connected cluster can never give, unless it may add nodes.
+    """Refuse what the connected cluster can never give, neither by its nodes nor by those that it may add.
 
-    Raises `ClusterError`.
+    Where nothing tells which nodes it may add, it is trusted to add one that fits. Raises `ClusterError`.
     """
     nodes = read_nodes()
-    if request.fits([node.total for node in nodes]) or can_autoscale():
+    if request.fits([node.total for node in nodes]):
         return
+
+    lack = f"{owner}: no room for {request}, ever: {describe_totals(request.each, nodes)}"
+    if can_autoscale():
+        types = read_node_types()
+        if types is None or request.fits(list_possible_rooms(request, nodes, types)):
+            return
+        lack = f"{lack}; {describe_largest_type(request.each, types)}"
     advice = f"ask for less ({request.keys}) or add nodes" if request.keys else "add nodes"
-    raise ClusterError(f"{owner}: no room for {request}, ever: {describe_totals(request.each, nodes)}; {advice}")
+    raise ClusterError(f"{lack}; {advice}")
+
+
+def list_possible_rooms(request: RoomRequest, nodes: Iterable[NodeRoom], types: Iterable[NodeType]) -> list[Amounts]:
+    """List the rooms of the nodes that stay and of as many others as the cluster may add, and the request can use."""
+    names = {node_type.name for node_type in types}
+    rooms = [node.total for node in nodes if node.node_type not in names]
+    for node_type in types:
+        # One node for each process, and one to decode.
+        count = int(min(node_type.max_nodes, request.count + 1))
+        rooms += [node_type.resources] * count
+    return rooms
+
+
+def describe_largest_type(each: Iterable[str], types: Sequence[NodeType]) -> str:
+    """Describe the largest type of node that the autoscaler may add, by some kinds of resources."""
+    if not types:
+        return "the autoscaler adds no nodes"
+    kinds = [kind for kind in KINDS if kind in each]
+    largest = max(types, key=lambda one: [one.resources.get(kind, 0) for kind in reversed(kinds)])
+    texts = [format_amount(kind, largest.resources.get(kind, 0)) for kind in kinds]
+    limit = "" if math.isinf(largest.max_nodes) else f", at most {largest.max_nodes:g} of it"
+    return f"the autoscaler's largest node type, {largest.name}, has {' and '.join(texts)}{limit}"
 
 
 def refuse_misfits(jobs: Sequence[Job]) -> None:
@@ -201,10 +244,11 @@ class RoomWatch:
     def __init__(
         self,
         can_grow: Callable[[], bool] = can_autoscale,
+        read_launches: Callable[[], Launches] = read_launches,
         read: Callable[[], Sequence[NodeRoom]] = read_nodes,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._can_grow, self._read, self._clock = can_grow, read, clock
+        self._can_grow, self._read_launches, self._read, self._clock = can_grow, read_launches, read, clock
         self._since_s: float | None = None
         """When the present wait began; None: nothing waits."""
         self._seen_s = 0.0
@@ -231,12 +275,21 @@ class RoomWatch:
         self._next_word_s = waited_s + WORD_EVERY_S
         nodes = self._read()
         kinds = {kind for request in requests for kind in request.each}
+        launches = self._describe_launches(requests)
         if not is_first:
-            return f"still waiting for room after {waited_s:.0f} s; {describe_free(kinds, nodes)}"
+            return f"still waiting for room after {waited_s:.0f} s; {describe_free(kinds, nodes)}{launches}"
 
         asked = " and ".join(map(str, requests))
         text = f"waiting for room for {asked}; {describe_totals(kinds, nodes)}; {describe_free(kinds, nodes)}"
-        return f"{text}; the autoscaler may add nodes" if self._can_grow() else text
+        return f"{text}; the autoscaler may add nodes{launches}" if self._can_grow() else text
+
+    def _describe_launches(self, requests: Sequence[RoomRequest]) -> str:
+        """Describe what the autoscaler is at, if anything: `; starting now: 1 gpu`."""
+        launches = self._read_launches()
+        texts = [str(launches)] if str(launches) else []
+        if any(request.each in launches.unmet for request in requests):
+            texts.append("the autoscaler can add no node for that now")
+        return "".join(f"; {text}" for text in texts)
 
     @property
     def waited_s(self) -> float:

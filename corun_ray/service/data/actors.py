@@ -1,4 +1,4 @@
-"""Actors of Ray Data: how many of them to start, and reading what they return. Also the handle of the notice board."""
+"""Actors of Ray Data: how many of them to start, reading what they return, and those that it leaves behind."""
 
 import traceback
 from collections.abc import Iterator
@@ -6,6 +6,8 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, Dataset
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+from ray.data._internal.stats import get_or_create_stats_actor
 from ray.exceptions import RayTaskError
 
 from corun_ray.service.errors import find_root_cause
@@ -62,3 +64,13 @@ def plan_actor_pool(num_images: int) -> tuple[dict[str, Any], int]:
 
     threads = min(cpus // actors, min(node_cpus, default=1))
     return {"compute": ActorPoolStrategy(size=actors), "num_cpus": 1}, threads
+
+
+def start_lasting_actors() -> None:
+    """Start the two actors of Ray Data that outlive every job, on this node.
+
+    Ray Data (2.60) starts each on the node that first needs it, for all jobs of the cluster. On a node that an
+    autoscaler has added for a training they would keep that node for good.
+    """
+    get_or_create_stats_actor()
+    get_or_create_autoscaling_coordinator()

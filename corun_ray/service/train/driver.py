@@ -15,8 +15,10 @@ from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.loading import dump_job
 from corun_ray.core.data.samples import SAMPLES_VERSION
 from corun_ray.core.errors import explain_stop
+from corun_ray.service.cluster.autoscaling import can_autoscale
 from corun_ray.service.cluster.connect import connect
 from corun_ray.service.cluster.join import join_cluster
+from corun_ray.service.data.actors import start_lasting_actors
 from corun_ray.service.data.cache import JobCaches
 from corun_ray.service.data.inspection import describe_excess, prepare_data
 from corun_ray.service.data.manifest import Manifest
@@ -293,6 +295,8 @@ def _train(
 def _start_actors(session: Session) -> WorkerPlan:
     """Start board, label pool and cache; return the workers' plan."""
     job = session.job
+    if can_autoscale():
+        start_lasting_actors()
     board = start_board()
     board.report_bad.remote(session.manifest.skipped)
 

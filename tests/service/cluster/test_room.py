@@ -1,7 +1,9 @@
 """What fits into a cluster's nodes, what can never fit, and what a person is told of a wait."""
 
+import math
 import threading
 import time
+from collections import Counter
 
 import pytest
 import ray
@@ -9,7 +11,7 @@ from ray.util import placement_group, placement_group_table
 
 from corun_ray.config.jobs import ClusterSection
 from corun_ray.service.cluster import room
-from corun_ray.service.cluster.autoscaling import has_node_types
+from corun_ray.service.cluster.autoscaling import Launches, NodeType
 from corun_ray.service.cluster.connect import ClusterError
 from corun_ray.service.cluster.room import (
     NodeRoom,
@@ -66,6 +68,7 @@ def test_what_a_job_asks_for_is_said_with_its_amounts():
     assert str(request_workers(size)) == "2 workers of 4 CPUs and 1 GPU each, and 1 CPU to decode images"
     assert str(request_actor([NodeRoom({"CPU": 4, "GPU": 1}, {})])) == "1 process of 1 GPU"
     assert str(request_actor([NodeRoom({"CPU": 4}, {})])) == "1 process of 1 CPU"
+    assert str(request_actor([NodeRoom({"CPU": 4}, {})], wants_gpu=True)) == "1 process of 1 GPU"
 
 
 def test_what_can_never_fit_is_refused_with_the_largest_node_unless_nodes_may_be_added(monkeypatch):
@@ -79,14 +82,56 @@ def test_what_can_never_fit_is_refused_with_the_largest_node_unless_nodes_may_be
         "ask for less (cluster.workers) or add nodes"
     )
 
+    # An autoscaler that does not tell its nodes is trusted; one that does is asked for the largest.
     monkeypatch.setattr(room, "can_autoscale", lambda: True)
+    monkeypatch.setattr(room, "read_node_types", lambda: None)
     refuse_misfit(workers(1, 4))
+
+
+GPU_WORKERS = RoomRequest("worker", 2, {"CPU": 4.0, "GPU": 1.0}, True, "cluster.workers")
+
+
+@pytest.mark.parametrize(
+    ("types", "reason"),
+    [
+        ([NodeType("cpu", {"CPU": 16}, 9), NodeType("gpu", {"CPU": 4, "GPU": 1}, 4)], None),
+        ([NodeType("both", {"CPU": 9, "GPU": 2}, math.inf)], None),
+        # The third node of this type has the CPU that decodes.
+        ([NodeType("gpu", {"CPU": 4, "GPU": 1}, 3)], None),
+        (
+            [NodeType("cpu", {"CPU": 16}, 9), NodeType("gpu", {"CPU": 2, "GPU": 1}, 4)],
+            "the autoscaler's largest node type, gpu, has 2 CPUs and 1 GPU, at most 4 of it",
+        ),
+        (
+            [NodeType("gpu", {"CPU": 4, "GPU": 1}, 2)],
+            "the autoscaler's largest node type, gpu, has 4 CPUs and 1 GPU, at most 2 of it",
+        ),
+        ([NodeType("cpu", {"CPU": 16}, math.inf)], "the autoscaler's largest node type, cpu, has 16 CPUs and 0 GPUs"),
+        ([], "the autoscaler adds no nodes"),
+    ],
+)
+def test_a_group_of_no_nodes_counts_and_one_that_can_never_fit_is_named(monkeypatch, types, reason):
+    # Of the type `gpu` there is a node already, and it is among the most that there can be.
+    nodes = [NodeRoom({}, {}), NodeRoom({"CPU": 4, "GPU": 1}, {}, "gpu")]
+    monkeypatch.setattr(room, "read_nodes", lambda: nodes)
+    monkeypatch.setattr(room, "can_autoscale", lambda: True)
+    monkeypatch.setattr(room, "read_node_types", lambda: types)
+    if reason is None:
+        refuse_misfit(GPU_WORKERS)
+        return
+    with pytest.raises(ClusterError) as error:
+        refuse_misfit(GPU_WORKERS)
+    assert str(error.value) == (
+        "cluster: no room for 2 workers of 4 CPUs and 1 GPU each, and 1 CPU to decode images, ever: the largest node "
+        f"has 4 CPUs and 1 GPU, 2 nodes together 4 CPUs and 1 GPU; {reason}; ask for less (cluster.workers) or add "
+        "nodes"
+    )
 
 
 def test_a_wait_is_told_within_seconds_and_every_15_s_with_what_has_become_free():
     now_s, free = 0.0, {"CPU": 0.0}
     nodes = [NodeRoom(THREE_CPUS, free), NodeRoom(THREE_CPUS, {"CPU": 1.0})]
-    watch = RoomWatch(can_grow=lambda: False, read=lambda: nodes, clock=lambda: now_s)
+    watch = RoomWatch(can_grow=lambda: False, read_launches=Launches, read=lambda: nodes, clock=lambda: now_s)
 
     def at(time_s, *requests):
         nonlocal now_s
@@ -111,16 +156,23 @@ def test_a_wait_is_told_within_seconds_and_every_15_s_with_what_has_become_free(
 
 
 def test_a_cluster_that_may_add_nodes_is_called_that():
-    watch = RoomWatch(can_grow=lambda: True, read=lambda: [NodeRoom(THREE_CPUS, {})], clock=iter([0, 4]).__next__)
+    launches = Launches()
+    watch = RoomWatch(
+        can_grow=lambda: True,
+        read_launches=lambda: launches,
+        read=lambda: [NodeRoom(THREE_CPUS, THREE_CPUS)],
+        clock=iter([0, 4, 20, 40]).__next__,
+    )
     watch.update([workers(1, 4)])
     assert watch.update([workers(1, 4)]).endswith("; the autoscaler may add nodes")
 
-
-def test_an_autoscaler_is_known_by_the_types_of_its_nodes():
-    assert not has_node_types({})
-    assert not has_node_types({"autoscaler_report": {"node_type_mapping": {"07be": "node_07be"}}})
-    assert has_node_types({"autoscaler_report": {"node_type_mapping": {"07be": "ray.head.default"}}})
-    assert has_node_types({"autoscaler_report": {"node_type_mapping": {}, "pending_launches": {"small": 2}}})
+    # What it is at is said, too.
+    launches = Launches(Counter({"large": 1}), {"spot": "none left"})
+    assert watch.update([workers(1, 4)]) == (
+        "still waiting for room after 20 s; free now: 3 of 3 CPUs; starting now: 1 large; spot did not start: none left"
+    )
+    launches = Launches(unmet=[{"CPU": 4.0}])
+    assert watch.update([workers(1, 4)]).endswith("3 of 3 CPUs; the autoscaler can add no node for that now")
 
 
 def test_a_wait_ends_when_another_job_ends_and_its_workers_are_found_meanwhile(local_ray, monkeypatch):
