@@ -97,7 +97,7 @@ def test_a_training_waits_for_the_first_node_and_the_node_goes_after_it(dataset,
         run.read_until("there is room, after")
         assert run.finish() == 0, run.lines
         output = "\n".join(run.lines)
-        assert f"1 x 1 CPU on {cluster.address} (2 nodes)" in output and "\ndone\n" in output
+        assert f"1 x 1 CPU on {cluster.address} (2 nodes)" in output and "\n  done\n" in output
 
         # A GPU is asked for while no node has one.
         cluster.hold_autoscaler()
