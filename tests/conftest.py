@@ -1,6 +1,7 @@
 """What several test files share: one real local Ray, and a small dataset on disk."""
 
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import cv2
 import numpy as np
@@ -111,6 +113,17 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def load_evidence(name: str) -> ModuleType:
+    """A script of docs/evidence as a module."""
+    specification = importlib.util.spec_from_file_location(name, ROOT / "docs" / "evidence" / f"{name}.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    # Its dataclasses look their module up.
+    sys.modules[name] = module
+    specification.loader.exec_module(module)
+    return module
 
 
 @contextlib.contextmanager

@@ -1,12 +1,11 @@
 """The tables of the docs are what their commands print."""
 
-import importlib.util
-import sys
 from types import ModuleType
 
 import pytest
 
 from tests import ROOT
+from tests.conftest import load_evidence
 
 PAGE = """\
 Text.
@@ -27,13 +26,7 @@ The end.
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("figures", ROOT / "docs/evidence/figures.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    # Its dataclasses look their module up.
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
+    return load_evidence("figures")
 
 
 def test_a_table_belongs_to_the_command_above_it(script):

@@ -1,6 +1,5 @@
 """The prepared measurements of a GPU: what a stop keeps, what a failure costs, and what the tables show."""
 
-import importlib.util
 import json
 import sys
 import time
@@ -9,19 +8,12 @@ from types import ModuleType
 
 import pytest
 
-from tests import ROOT
-from tests.conftest import heeding_ctrl_c
+from tests.conftest import heeding_ctrl_c, load_evidence
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("quarter_hour", ROOT / "docs/evidence/quarter_hour.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    # Its dataclasses look their module up.
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
+    return load_evidence("quarter_hour")
 
 
 def python(code: str, *arguments: str) -> tuple[str, ...]:
