@@ -126,20 +126,16 @@ def run_with_ray(
 
     With `profile_start`, the first training tells what took how long until its first step.
 
-    Raises the errors of `check_tracking` and `run_jobs`.
+    Raises the errors of `run_jobs`.
     """
     from corun_ray.config.jobs import TrainingJob
-    from corun_ray.service.models.tracking import check_tracking
     from corun_ray.service.start_times import timing_phase
     from corun_ray.service.telemetry.console import Console
 
     with using_ray(), Console(profile_start) as console:
         # A training says early what it is at; others are soon there.
         if any(isinstance(job, TrainingJob) for job in jobs):
-            console.say("  looking at MLflow and the data")
-
-        # A wrong password need not wait for the imports of torch and Ray, which take seconds.
-        check_tracking(jobs, console.say)
+            console.say("  looking at the data")
 
         with timing_phase("imports: Ray"):
             from corun_ray.service.jobs import run_jobs

@@ -197,7 +197,7 @@ def _read(path: Path, with_tensors: bool) -> "tuple[dict[str, Tensor], dict[str,
     _read_head(path)
     tensors: dict[str, Tensor] = {}
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt" if with_tensors else "np") as file:
             metadata = file.metadata() or {}
             if with_tensors:
                 for name in file.keys():  # noqa: SIM118

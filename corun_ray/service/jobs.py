@@ -1,11 +1,12 @@
 """Run the jobs of a file, one after the other.
 
-Ray's processes take seconds to start, and torch takes seconds to import. Neither waits for the other, so nothing here
-imports torch before Ray starts.
+Ray's processes take seconds to start, and so do the imports of MLflow and torch. Neither waits for the other, so
+nothing here imports these before Ray starts.
 """
 
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from corun_ray.config.jobs import DehazeJob, DepthJob, EvaluateJob, Job, ServeJob, TrainingJob, TuneJob
@@ -19,12 +20,13 @@ from corun_ray.service.cluster.room import refuse_misfits
 from corun_ray.service.data.cache import JobCaches
 from corun_ray.service.data.inspection import prepare_data
 from corun_ray.service.data.manifest import Manifest
+from corun_ray.service.models.tracking import check_tracking
 from corun_ray.service.runs.lease import refuse_driven
 from corun_ray.service.runs.record import find_last_run
 from corun_ray.service.start_times import timing_phase
 from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.console import Console
-from corun_ray.service.waiting import importing_meanwhile
+from corun_ray.service.waiting import Meanwhile, try_import
 from corun_ray.service.weights.needed import describe_missing_weights, find_needed_files
 
 
@@ -34,8 +36,8 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
     The first job that fails ends the pipeline. With `resume`, each job resumes where its last run stopped, and work
     that is done is skipped.
 
-    Raises the errors of `run_training`, `run_search`, `run_evaluation`, `run_dehazing`, `run_depth_estimation` and
-    `run_serving`.
+    Raises the errors of `check_tracking`, `run_training`, `run_search`, `run_evaluation`, `run_dehazing`,
+    `run_depth_estimation` and `run_serving`.
     """
     jobs = [make_paths_absolute(job) for job in jobs]
 
@@ -50,11 +52,14 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
 
     # Connect once, with the needs of all jobs, where one trains. Jobs without training connect themselves once they
     # have their models: mistakes in these are found without Ray.
+    look_at_mlflow = partial(check_tracking, jobs, console.say)
     if any(isinstance(job, TrainingJob) for job in jobs):
-        console.say(f"  {describe_start()}")
-        with timing_phase("Ray starts, torch is imported"), importing_meanwhile("torch"):
+        console.say(f"  looking at MLflow; {describe_start()}")
+        with Meanwhile(look_at_mlflow, _import_torch), timing_phase("Ray starts"):
             connect(*(job.whole_cluster for job in jobs))
         refuse_misfits(jobs)
+    else:
+        look_at_mlflow()
 
     with closing(JobCaches(jobs)) as caches:
         for number, job in enumerate(jobs):
@@ -62,6 +67,12 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
             manifest = manifests[number] if number == 0 else None
             with explain_stop(lambda: f"job {job.name}: this call has added nothing"):  # noqa: B023  # called within the loop
                 _run_job(job, console, folder, resume, caches, manifest)
+
+
+def _import_torch() -> None:
+    """Import torch."""
+    with timing_phase("imports: torch"):
+        try_import("torch")
 
 
 def _check_job(job: Job) -> Manifest | None:

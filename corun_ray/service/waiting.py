@@ -50,22 +50,48 @@ def _announce(what: str, say: Say, is_over: threading.Event) -> None:
         say(f"waiting for {what}: {waited_s:.0f} s")
 
 
-@contextmanager
-def importing_meanwhile(module: str) -> Iterator[None]:
-    """Import a module in another thread while the block waits for something else.
+class Meanwhile:
+    """Does things one after the other in another thread, while the block of a `with` waits for something else.
+
+    The end of the block waits for them. The first error of theirs ends them, and is raised there. An error of the block
+    itself comes first; what has not begun is then left out, and what hangs is left behind.
+    """
+
+    def __init__(self, *things: Callable[[], object]) -> None:
+        self._things, self._is_given_up = things, False
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._do, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            self._is_given_up = True
+            self._thread.join(LAST_RESORT_S)
+            return
+
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _do(self) -> None:
+        """Do all things, until one fails or the block has failed."""
+        for thing in self._things:
+            if self._is_given_up:
+                return
+            try:
+                thing()
+            except Exception as error:
+                self._error = error
+                return
+
+
+def try_import(module: str) -> None:
+    """Import a module if that works.
 
     An import that fails does so again, and is reported, where the module is needed.
     """
-    thread = threading.Thread(target=_import, args=(module,))
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-
-
-def _import(module: str) -> None:
-    """Import a module if that works."""
     with suppress(Exception):
         importlib.import_module(module)
 

@@ -22,7 +22,7 @@ from corun_ray.service.storage import locate
 from tests import ROOT
 from tests.service.jobs import small_job
 from tests.service.labels import photo_label
-from tests.service.pool.test_summary import save_pool
+from tests.service.pool.test_summary import save_checkpoint, save_pool
 
 
 @pytest.fixture
@@ -54,8 +54,10 @@ def pool_command(capsys):
 
 
 def test_a_process_reads_a_pool_and_starts_no_ray(run):
-    pool = run / "pool"
-    for args, without in ((["ls", pool], ["ray", "mlflow", "torch"]), (["export", pool, "out"], ["ray", "mlflow"])):
+    # A run's snapshot is named by its last checkpoint.
+    pool, heavy = run / "pool", ["ray", "mlflow", "torch", "pandas"]
+    save_checkpoint(run, 20, "step_00000020.json")
+    for args, without in ((["ls", pool], heavy), (["ls", run], heavy), (["export", pool, "out"], ["ray", "mlflow"])):
         code = f"import sys; sys.modules |= dict.fromkeys({without}); from corun_ray.cli.app import main; main()"
         command = [sys.executable, "-c", code, "pool", *map(str, args)]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}

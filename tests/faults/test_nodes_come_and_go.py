@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from corun_ray.core.training.checkpoints import read_record
+from corun_ray.core.training.checkpoint_record import read_record
 from corun_ray.service.runs.record import list_checkpoint_steps, name_checkpoint
 from corun_ray.service.storage import locate
 from corun_ray.service.train.recovery import STATE_FILE

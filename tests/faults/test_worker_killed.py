@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from corun_ray.core.training.checkpoints import read_record
+from corun_ray.core.training.checkpoint_record import read_record
 from corun_ray.service.pool import snapshots
 from corun_ray.service.runs.record import find_last_run, list_checkpoint_steps, name_checkpoint
 from corun_ray.service.telemetry.console import Console

@@ -5,7 +5,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from corun_ray.core.training.checkpoints import load_network, read_record
+from corun_ray.core.training.checkpoint_record import read_record
+from corun_ray.core.training.checkpoints import load_network
 from corun_ray.core.training.labels import supersedes
 from corun_ray.service.pool import snapshots
 from corun_ray.service.pool.index import Head

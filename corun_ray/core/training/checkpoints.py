@@ -9,28 +9,30 @@ optimizer. So the folder holds the weights twice: the price of resuming without 
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from corun_ray.core.errors import UserError
 from corun_ray.core.networks.build import build_network
 from corun_ray.core.networks.finite import find_bad_weight
 from corun_ray.core.networks.spandrel import recognise
 from corun_ray.core.networks.spec import CORUN_TYPE, NetworkError, NetworkSpec
+from corun_ray.core.training.checkpoint_record import (
+    NETWORK_FILE,
+    SPEC_FILE,
+    TRAINING_FILE,
+    CheckpointError,
+    check_record,
+    find_training_file,
+    read_file,
+)
 from corun_ray.core.training.state import TrainState
-from corun_ray.core.weights import WeightsError, read_tensors, read_tensors_record, read_weights, write_tensors
-
-# A run's checkpoint folder.
-NETWORK_FILE = "network.pth"
-SPEC_FILE = "network.json"
-TRAINING_FILE = "training.safetensors"
-EARLIER_TRAINING_FILE = "training.pt"
+from corun_ray.core.weights import read_tensors, read_weights, write_tensors
 
 # A plain model folder, with the names that other tools expect.
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -57,17 +59,8 @@ COUNTERS = ("total_ops", "total_params")
 OPTIMIZER = "optim"
 """The names of optimizers' states begin so; these hold tensors too."""
 
-RECORD_TYPES = {"step": int, "num_images_seen": int, "param_groups": list, "extra": dict}
-"""The entries of a training file's record, and their types."""
-
 NAMES_SHOWN = 3
 NAMES_MAX_CHARS = 300
-
-T = TypeVar("T")
-
-
-class CheckpointError(UserError):
-    """A file that is no checkpoint or does not fit; the message says what was found and expected."""
 
 
 class DivergedCheckpoint(CheckpointError):
@@ -201,9 +194,9 @@ def load_run(folder: Path, state: TrainState, spec: NetworkSpec) -> dict[str, An
         raise CheckpointError(f"{folder}: a run of {found.type} {found.args}, not of {spec.type} {spec.args}")
 
     # Check everything before anything changes: the record's entries, the tensors, and AdamW's groups.
-    file = _find_training_file(folder)
-    tensors, record = _read_file(file, read_tensors)
-    _check_record(record, file)
+    file = find_training_file(folder)
+    tensors, record = read_file(file, read_tensors)
+    check_record(record, file)
 
     expected = state.list_expected_tensors(tensors.keys())
     _check_fit(tensors, expected, f"{file}: does not fit this run", same_dtypes=True)
@@ -220,19 +213,6 @@ def load_run(folder: Path, state: TrainState, spec: NetworkSpec) -> dict[str, An
     return record["extra"]
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Read the plain values of a checkpoint folder.
-
-    These are `step`, `num_images_seen` and `extra`.
-
-    Raises `CheckpointError`.
-    """
-    file = _find_training_file(folder)
-    record = _read_file(file, read_tensors_record)
-    _check_record(record, file)
-    return {name: record[name] for name in ("step", "num_images_seen", "extra")}
-
-
 # --- Finding and reading files ---
 
 
@@ -242,34 +222,12 @@ def _find_network_file(folder: Path) -> Path:
     return model_file if model_file.exists() else folder / NETWORK_FILE
 
 
-def _find_training_file(folder: Path) -> Path:
-    """Find the training state in a checkpoint folder.
-
-    Raises `CheckpointError` for the format of earlier versions.
-    """
-    file = folder / TRAINING_FILE
-    if not file.exists() and (folder / EARLIER_TRAINING_FILE).exists():
-        raise CheckpointError(
-            f"{folder}: a checkpoint of an earlier version ({EARLIER_TRAINING_FILE} instead of {TRAINING_FILE}), "
-            f"from which no run can resume; its {NETWORK_FILE} is still a model"
-        )
-    return file
-
-
-def _read_file(path: Path, reader: Callable[[Path], T]) -> T:
-    """Read a file; raise `CheckpointError` in the place of `WeightsError`."""
-    try:
-        return reader(path)
-    except WeightsError as error:
-        raise CheckpointError(str(error)) from None
-
-
 def _read_params(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a file, plain or wrapped.
 
     What stands beside the tensors (numbers, texts, a profiler's counts) is left out.
     """
-    content: Any = _read_file(path, read_weights)
+    content: Any = read_file(path, read_weights)
 
     # Unwrap, as deep as there are wrappings.
     while isinstance(content, dict):
@@ -385,18 +343,6 @@ def _recognise_corun(params: dict[str, Tensor]) -> NetworkSpec | None:
 
 
 # --- Checking what was read ---
-
-
-def _check_record(record: dict[str, Any], file: Path) -> None:
-    """Check that a record has exactly the entries of `RECORD_TYPES`.
-
-    Raises `CheckpointError`.
-    """
-    if {name: type(value) for name, value in record.items()} != RECORD_TYPES:
-        expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in RECORD_TYPES.items())
-        raise CheckpointError(f"{file}: its record is not that of a run, which is exactly {expected}")
-    if record["step"] < 0 or record["num_images_seen"] < 0:
-        raise CheckpointError(f"{file}: its step and num_images_seen are not both 0 or more")
 
 
 def _is_like(value: Any, example: Any) -> bool:

@@ -24,6 +24,7 @@ from ray.exceptions import AuthenticationError
 
 from corun_ray.config.jobs import ClusterSection
 from corun_ray.service.cluster.autoscaling import can_autoscale
+from corun_ray.service.cluster.local_node import starting_few_processes
 from corun_ray.service.cluster.local_ray import LocalRayError, check_folder, find_folder
 from corun_ray.service.cluster.object_store import describe_local_store, plan_object_store
 from corun_ray.service.cluster.ports import (
@@ -219,7 +220,7 @@ def _start_local_ray(min_cpus: float, options: Mapping[str, Any]) -> None:
     num_cpus = max(os.cpu_count() or 1, math.ceil(min_cpus))
     store_bytes = plan_object_store()
     try:
-        with announce_wait("a local Ray to start"):
+        with announce_wait("a local Ray to start"), starting_few_processes():
             ray.init(
                 address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=store_bytes, **options
             )

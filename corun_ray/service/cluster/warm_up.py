@@ -1,7 +1,7 @@
-"""Processes of a local Ray that have imported what a training is about to need.
+"""A process of a local Ray that has imported what a training is about to need.
 
-Ray starts a process when somebody asks for it, and each takes a second to import Ray Data. A process that has done a
-task stays, and becomes the next actor or does the next task.
+Ray starts a process when somebody asks for one, and each takes a second to import Ray Data. A process that has done a
+task stays and does the next one. It never becomes an actor.
 """
 
 import importlib
@@ -11,15 +11,13 @@ import ray
 from corun_ray.service.cluster.connect import is_local_ray
 
 
-def warm_up(module: str, processes: int) -> None:
-    """Let processes of a local Ray import a module; return at once.
+def warm_up(module: str) -> None:
+    """Let a process of a local Ray import a module; return at once.
 
-    Ray keeps as many idle processes as there are CPUs. Does nothing on a cluster, where each node has its own.
+    Does nothing on a cluster, where each node has its own processes.
     """
     if is_local_ray():
-        task = ray.remote(num_cpus=0)(_import_module)
-        for _ in range(processes):
-            task.remote(module)
+        ray.remote(num_cpus=0)(_import_module).remote(module)
 
 
 def _import_module(module: str) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 from corun_ray import PACKAGE
 from corun_ray.core.inference.restore import AnySize
 from corun_ray.core.networks.build import list_required_packages
-from corun_ray.core.training.checkpoints import NETWORK_FILE, SPEC_FILE, load_network
+from corun_ray.core.training.checkpoint_record import NETWORK_FILE, SPEC_FILE
+from corun_ray.core.training.checkpoints import load_network
 from corun_ray.service.models.user_code import UserCode, write_code
 
 if TYPE_CHECKING:

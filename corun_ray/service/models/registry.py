@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corun_ray.core.metrics.catalog import choose_mode, list_validation_metrics
-from corun_ray.core.training.checkpoints import NETWORK_FILE
+from corun_ray.core.training.checkpoint_record import NETWORK_FILE
 from corun_ray.service.models import flavor
 from corun_ray.service.models.flavor import ABOUT_FOLDER
 from corun_ray.service.models.tracking import ABSENT_CODES, TrackingError, asking_mlflow, connect_to_mlflow

@@ -20,14 +20,8 @@ from corun_ray.core.errors import UserError
 from corun_ray.core.networks.build import build_network, probe_network
 from corun_ray.core.networks.corun import CORUN, start_as_published
 from corun_ray.core.networks.spec import NetworkError, NetworkSpec
-from corun_ray.core.training.checkpoints import (
-    CheckpointError,
-    LoadedNetwork,
-    load_network,
-    load_params,
-    read_spec,
-    save_model,
-)
+from corun_ray.core.training.checkpoint_record import CheckpointError
+from corun_ray.core.training.checkpoints import LoadedNetwork, load_network, load_params, read_spec, save_model
 from corun_ray.service.models.flavor import ABOUT_FOLDER, CODE_FOLDER
 from corun_ray.service.models.onnx_files import OnnxError, check_packages, save_onnx
 from corun_ray.service.models.registry import download_model

@@ -96,7 +96,8 @@ def read_index(folder: Location, name: str) -> list[Head]:
     """
     place = locate_index(folder, name)
     with _translate_errors(place):
-        table = pq.read_table(pa.BufferReader(place.read()), schema=INDEX_SCHEMA)
+        # pq.read_table would import pyarrow's datasets, and pandas with them.
+        table = pq.ParquetFile(pa.BufferReader(place.read())).read().select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
         columns = [table[column].to_pylist() for column in INDEX_SCHEMA.names]
 
         # Parquet columns may hold nulls, which no label has.

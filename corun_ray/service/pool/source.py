@@ -10,6 +10,7 @@ from pyarrow import fs
 
 from corun_ray.config.jobs import ColabatorJob
 from corun_ray.config.loading import JobFileError, load_jobs
+from corun_ray.core.training.checkpoint_record import TRAINING_FILE, CheckpointError, read_record
 from corun_ray.core.training.labels import Label
 from corun_ray.service.errors import format_reason
 from corun_ray.service.pool import segments, snapshots
@@ -207,8 +208,6 @@ def _find_in_run(run: Location) -> SavedPool:
 
     Where no checkpoint is complete, this is the newest snapshot.
     """
-    from corun_ray.core.training.checkpoints import TRAINING_FILE
-
     pool = run.child(POOL_FOLDER)
     for step in reversed(list_checkpoint_steps(run)):
         checkpoint = run.child(name_checkpoint(step))
@@ -243,8 +242,6 @@ def _read_checkpoint_record(checkpoint: Location) -> dict[str, Any]:
 
     Raises `StorageError`.
     """
-    from corun_ray.core.training.checkpoints import TRAINING_FILE, CheckpointError, read_record
-
     with tempfile.TemporaryDirectory() as copy:
         # Of a checkpoint in an object store, fetch the header alone.
         folder = Path(checkpoint.path if checkpoint.is_local else copy)

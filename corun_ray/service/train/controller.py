@@ -1,9 +1,10 @@
-"""What Ray Train's controller loads of this service: which failures it answers with a restart, and notes of its start.
+"""What Ray Train's controller loads of this service: its policies, and notes of its start.
 
 The controller does without torch, whose import would delay every training by seconds.
 """
 
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, WorkerGroupContext
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -21,9 +23,6 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from corun_ray.service.cluster.warm_up import warm_up
 from corun_ray.service.start_times import StartPhase
 from corun_ray.service.train.board import BoardState
-
-STREAM_PROCESSES = 2
-"""The stream's coordinator, and its first task."""
 
 DIED = "its process has ended: killed, out of memory, or with its node"
 
@@ -67,7 +66,7 @@ class RestartPolicy(DefaultFailurePolicy):
 
 
 class StartCallback(ControllerCallback, WorkerGroupCallback):
-    """Posts to the board how long controller and workers take to start, and has the stream's processes start early.
+    """Posts to the board how long controller and workers take to start, and has a task of the stream start early.
 
     The driver makes it when the start begins.
     """
@@ -84,11 +83,11 @@ class StartCallback(ControllerCallback, WorkerGroupCallback):
         self._since_s = time.time()
 
     def before_init_train_context(self, workers: Sequence[Worker]) -> dict[str, list[Any]]:
-        """Note the start of the workers' processes, and begin that of the stream's; return nothing for Ray Train."""
+        """Note the start of the workers' processes, and begin that of the stream; return nothing for Ray Train."""
         self._post("worker processes start")
 
-        # The workers take seconds until rank 0 starts the stream's coordinator and its first task.
-        warm_up("corun_ray.service.data.stream", STREAM_PROCESSES)
+        # The workers take seconds until they want the first samples.
+        warm_up("corun_ray.service.data.stream")
         return {}
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
@@ -100,6 +99,25 @@ class StartCallback(ControllerCallback, WorkerGroupCallback):
         phase = StartPhase(self._since_s, time.time(), name)
         self._since_s = phase.end_s
         self._board.post_start.remote([phase])
+
+
+class QuickPolicy(FixedScalingPolicy):
+    """Starts the workers of a local Ray without waiting until their resources are registered.
+
+    They are registered with an actor that shares a cluster's nodes among trainings and streams. Its process takes a
+    second to start, and on a local Ray nobody else trains.
+    """
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        """Register the workers' resources in another thread."""
+        register = super().after_controller_start
+        self._registration = threading.Thread(target=register, args=(train_run_context,), daemon=True)
+        self._registration.start()
+
+    def _maybe_send_resource_request(self) -> None:
+        """Renew the registration, once there is one."""
+        if not self._registration.is_alive():
+            super()._maybe_send_resource_request()
 
 
 class ForgetLocalSettings(ControllerCallback):

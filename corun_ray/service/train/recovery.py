@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ray
 
-from corun_ray.core.training.checkpoints import CheckpointError, read_record
+from corun_ray.core.training.checkpoint_record import CheckpointError, read_record
 from corun_ray.service.runs.record import list_checkpoint_steps, name_checkpoint
 from corun_ray.service.storage import Location, MissingFile
 

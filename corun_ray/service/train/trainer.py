@@ -15,10 +15,11 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from corun_ray.service.cluster.connect import is_local_ray
 from corun_ray.service.train.board import BoardState
-from corun_ray.service.train.controller import ForgetLocalSettings, RestartPolicy, StartCallback
+from corun_ray.service.train.controller import ForgetLocalSettings, QuickPolicy, RestartPolicy, StartCallback
 from corun_ray.service.train.stopping import TrainingStop
 
 
@@ -55,6 +56,10 @@ class LeanTrainer(StoppableTrainer):
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
         """Run the training in a controller on this node."""
         arguments["failure_policy"] = RestartPolicy(arguments["failure_policy"].failure_config, self._board)
+
+        policy = arguments["scaling_policy"]
+        if is_local_ray() and isinstance(policy, FixedScalingPolicy):
+            arguments["scaling_policy"] = QuickPolicy(policy.scaling_config)
 
         # The processes of a local Ray have this process's environment. Those of a cluster are given Ray Train's part.
         options: dict[str, Any] = {}

@@ -10,6 +10,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.data import DataIterator
 from ray.train import Checkpoint
 from ray.train.collective import broadcast_from_rank_zero
 from torch import nn
@@ -24,7 +25,14 @@ from corun_ray.core.training.precision import PrecisionChoice
 from corun_ray.core.training.state import Cycle, TrainState, compute_learning_rate
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.data.sample_maker import Batch
-from corun_ray.service.data.stream import StreamTask, iterate_batches, plan_remaining_phases, split_stream
+from corun_ray.service.data.stream import (
+    BlockLayout,
+    StreamPhase,
+    StreamTask,
+    iterate_batches,
+    plan_remaining_phases,
+    split_stream,
+)
 from corun_ray.service.models.sources import Model
 from corun_ray.service.pool.client import PoolClient
 from corun_ray.service.pool.keeper import PoolKeeper, collect_counters
@@ -92,7 +100,12 @@ class Worker:
 
         # The last checkpoint: first the state, then the label pool's snapshot that belongs to it.
         self.keeper = PoolKeeper(plan.shards, locate(plan.pool_uri)) if plan.shards and self.rank == 0 else None
-        self.pool = self._restore_pool(self._restore_state())
+        snapshot = self._restore_state()
+
+        # The stream's coordinator takes seconds to start, as what follows does.
+        self.phases = plan_remaining_phases(self.job, self.state.step, self.state.num_images_seen, self.num_workers)
+        self.early_stream = self._split_stream(*self.phases[0]) if self.phases else None
+        self.pool = self._restore_pool(snapshot)
         run, spec = locate(plan.run_uri), self.model.spec
         best = self.job.train.best
         lease = None if plan.lease_uri is None else locate(plan.lease_uri)
@@ -232,13 +245,24 @@ class Worker:
             attempt = Attempt(state.step, state.num_images_seen, self.num_workers, str(self.precision))
             plan.board.post_attempt.remote(attempt)
 
-        for phase, layout in plan_remaining_phases(self.job, state.step, state.num_images_seen, self.num_workers):
-            # Rank 0 starts the stream of a phase and hands every rank its iterator.
-            iterators = None
-            if self.rank == 0:
-                task = StreamTask(plan.job, plan.manifest, plan.board, layout, phase.patch_px, plan.labels, plan.cache)
-                iterators = split_stream(task)
+        # Rank 0 hands every rank its iterator of a phase.
+        iterators = self.early_stream
+        for number, (phase, layout) in enumerate(self.phases):
+            if number > 0:
+                iterators = self._split_stream(phase, layout)
             yield from iterate_batches(broadcast_from_rank_zero(iterators)[self.rank], layout, self.rank)
+
+    def _split_stream(self, phase: StreamPhase, layout: BlockLayout) -> list[DataIterator] | None:
+        """Start the coordinator of a phase's stream, by rank 0; return one iterator per rank, None on other ranks.
+
+        Samples are made once somebody asks for them.
+        """
+        if self.rank != 0:
+            return None
+        plan = self.plan
+        return split_stream(
+            StreamTask(plan.job, plan.manifest, plan.board, layout, phase.patch_px, plan.labels, plan.cache)
+        )
 
     def _note_first_batch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches; note how long the first is in coming."""

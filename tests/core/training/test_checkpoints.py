@@ -18,12 +18,9 @@ from torch import Tensor, nn
 from corun_ray.core.networks.build import build_network
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.spec import NetworkSpec
+from corun_ray.core.training.checkpoint_record import NETWORK_FILE, SPEC_FILE, TRAINING_FILE, CheckpointError
 from corun_ray.core.training.checkpoints import (
     MODEL_FILE,
-    NETWORK_FILE,
-    SPEC_FILE,
-    TRAINING_FILE,
-    CheckpointError,
     LoadedNetwork,
     load_network,
     load_params,

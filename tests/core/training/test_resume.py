@@ -16,13 +16,8 @@ from torch import Tensor, nn
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.spec import NetworkSpec
 from corun_ray.core.training import checkpoints
-from corun_ray.core.training.checkpoints import (
-    NETWORK_FILE,
-    TRAINING_FILE,
-    load_run,
-    read_record,
-    save_run,
-)
+from corun_ray.core.training.checkpoint_record import NETWORK_FILE, TRAINING_FILE, read_record
+from corun_ray.core.training.checkpoints import load_run, save_run
 from corun_ray.core.training.state import TrainState
 from corun_ray.core.weights import RECORD_KEY
 from tests.core.training.test_checkpoints import Intruder, corun_spec, random_network, train

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corun_ray.core.networks.spec import NetworkSpec
-from corun_ray.core.training.checkpoints import TRAINING_FILE, CheckpointError, load_run, read_record
+from corun_ray.core.training.checkpoint_record import TRAINING_FILE, CheckpointError, read_record
+from corun_ray.core.training.checkpoints import load_run
 from corun_ray.core.training.state import TrainState
 from corun_ray.core.weights import RECORD_KEY
 from tests.core.training.test_checkpoints import Intruder, corun_spec, random_network

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core.training.checkpoints import TRAINING_FILE
+from corun_ray.core.training.checkpoint_record import TRAINING_FILE
 from corun_ray.core.training.labels import Scores
 from corun_ray.core.weights import write_tensors
 from corun_ray.service.pool import segments, snapshots

@@ -14,7 +14,8 @@ from playwright.sync_api import Page, sync_playwright
 from corun_ray.core.inference.pictures import encode_thumbnail
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.spec import NetworkSpec
-from corun_ray.core.training.checkpoints import SPEC_FILE, save_network
+from corun_ray.core.training.checkpoint_record import SPEC_FILE
+from corun_ray.core.training.checkpoints import save_network
 from corun_ray.service.report.charts import draw_line_chart
 from corun_ray.service.report.page import Listing, PageSection, Table, render
 from corun_ray.service.runs.held_out import EXAMPLES, HAZY_PICTURE, MeasuredImage, ValidationLog, name_picture

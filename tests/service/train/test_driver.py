@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
+from corun_ray.core.training.checkpoint_record import TRAINING_FILE, read_record
 from corun_ray.service.data.manifest import ManifestError, build_manifest
 from corun_ray.service.errors import JobFailed
 from corun_ray.service.models.sources import ModelSourceError, fetch_model

@@ -12,7 +12,8 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from corun_ray.core.data.images import BadImage
-from corun_ray.core.training.checkpoints import CheckpointError, DivergedCheckpoint
+from corun_ray.core.training.checkpoint_record import CheckpointError
+from corun_ray.core.training.checkpoints import DivergedCheckpoint
 from corun_ray.service.data.sample_maker import TooManyBadFiles
 from corun_ray.service.errors import find_root_cause
 from corun_ray.service.pool.client import PoolError

@@ -9,7 +9,7 @@ import ray
 
 from corun_ray.config.tasks import DehazeSection
 from corun_ray.core.networks.spec import NetworkSpec
-from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
+from corun_ray.core.training.checkpoint_record import TRAINING_FILE, read_record
 from corun_ray.service.inference.dehaze import dehaze
 from corun_ray.service.models.sources import Model, fetch_model
 from corun_ray.service.pool import snapshots

@@ -7,7 +7,8 @@ import ray
 from torch import nn
 
 from corun_ray.core.networks.spec import NetworkSpec
-from corun_ray.core.training.checkpoints import TRAINING_FILE, save_run
+from corun_ray.core.training.checkpoint_record import TRAINING_FILE
+from corun_ray.core.training.checkpoints import save_run
 from corun_ray.core.training.state import TrainState
 from corun_ray.service.runs.record import name_checkpoint
 from corun_ray.service.storage import locate

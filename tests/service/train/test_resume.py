@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from corun_ray.core.training.checkpoints import TRAINING_FILE, read_record
+from corun_ray.core.training.checkpoint_record import TRAINING_FILE, read_record
 from corun_ray.core.weights import read_tensors
 from corun_ray.service.pool import snapshots
 from corun_ray.service.runs.record import find_last_run, list_checkpoint_steps, name_checkpoint
