@@ -113,5 +113,5 @@ def test_the_service_beside_torchrun() -> None:
 def test_the_first_step_beside_torchrun() -> None:
     said = ran("first_step.py", "--turns", 1)
     ways = [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("| ")]
-    assert ways[2:5] == ["torchrun", "service, new storage folder", "service, again"]
-    assert ways[7:] == ["service: `--help`", "service: `check JOB`", "service: `pool ls RUN`"]
+    assert ways[2:5] == ["torchrun, to the first step", "service, in a new storage folder", "service, again"]
+    assert ways[5:] == [f"service: `{command}`, whole" for command in ("--help", "check JOB", "pool ls RUN")]

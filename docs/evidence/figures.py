@@ -14,8 +14,9 @@ All tables of a page, or some of them, are made again by
     python docs/evidence/figures.py docs/performance.md --only network step
     python docs/evidence/figures.py docs/performance.md --list
 
-A table is the last one that its command prints; the line above it names the processor and the versions. The page is
-written after each table, so a stop loses the one under way alone.
+A table is the last one that its command prints; the line above it names the processor and the versions. Variables may
+stand before a command (`NAME=value python ...`). With `ATEN_CPU_CAPABILITY=avx2` the line says so. The page is written
+after each table, so a stop loses the one under way alone.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- figures: {name} -->\n", "<!-- end of figures -->"
 BLOCK = re.compile(r"<!-- figures: (?P<name>[\w-]+) -->\n(?P<table>.*?)<!-- end of figures -->", re.DOTALL)
-COMMAND = re.compile(r"^    (python docs/evidence/\S+\.py.*?)(?:  +#.*)?$", re.MULTILINE)
+COMMAND = re.compile(r"^    ((?:[A-Z_]+=\S+ )*python docs/evidence/\S+\.py.*?)(?:  +#.*)?$", re.MULTILINE)
 INSTRUCTION_SETS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
 """Flags of /proc/cpuinfo that matter here, the fastest first."""
 
@@ -64,7 +65,7 @@ def main() -> None:
             continue
         print(f"{figures.name}: {figures.command}", flush=True)
         if not arguments.list:
-            table = f"{describe_machine()}\n\n{run(figures.command)}"
+            table = f"{describe_machine(figures.command)}\n\n{run(figures.command)}"
             arguments.page.write_text(replace_table(arguments.page.read_text(), figures.name, table))
             print(table, flush=True)
 
@@ -97,11 +98,21 @@ def run(command: str) -> str:
 
     Raises `SystemExit` where it fails, or prints none.
     """
-    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    variables, words = split_variables(command)
+    words[0] = sys.executable
+    ran = subprocess.run(words, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise SystemExit(f"{command}: exit code {ran.returncode}\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
     return take_last_table(ran.stdout.splitlines(), command)
+
+
+def split_variables(command: str) -> tuple[dict[str, str], list[str]]:
+    """Split a command into the variables before it, and its words."""
+    words, variables = shlex.split(command), {}
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        variables[name] = value
+    return variables, words
 
 
 def take_last_table(lines: Sequence[str], command: str) -> str:
@@ -117,8 +128,8 @@ def take_last_table(lines: Sequence[str], command: str) -> str:
     return "\n".join(table)
 
 
-def describe_machine() -> str:
-    """Describe the processor, the versions and the day in one line."""
+def describe_machine(command: str) -> str:
+    """Describe the processor, the kernels where the command names them, the versions and the day in one line."""
     text = Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*: (.*)", text)
     flags = set(text.split())
@@ -126,6 +137,8 @@ def describe_machine() -> str:
     missing = "" if "amx_bf16" in flags else ", no AMX"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ray"))
     processor = f"{model[1] if model else 'a processor'} ({sets[0] if sets else 'no AVX2'}{missing})"
+    if split_variables(command)[0].get("ATEN_CPU_CAPABILITY") == "avx2":
+        processor += " with the kernels of an AVX2 processor"
     return f"{processor}, {os.cpu_count()} cores; {versions}; {datetime.date.today().isoformat()}:"
 
 

@@ -1,7 +1,7 @@
 """Time what a person waits for: the first step of a training, and the commands that only look.
 
 Three ways to the first step take turns: plain `torchrun` (`plain_torchrun.py`), the service in a new storage folder,
-where MLflow's database is made, and the service again. Prints Markdown tables of medians:
+where MLflow's database is made, and the service again. Prints a Markdown table of medians:
 
     python docs/evidence/first_step.py --turns 5
     python docs/evidence/first_step.py --turns 5 --beside ../another/checkout
@@ -123,35 +123,28 @@ def main() -> None:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:
             folder = Path(root)
             write_demo(folder / "data", 0, DEMO, lambda done, total: None)
-            steps["torchrun"].append(time_torchrun(write_job(folder, "plain")))
-            tell("torchrun", steps["torchrun"][-1])
+            steps["torchrun, to the first step"].append(time_torchrun(write_job(folder, "plain")))
+            tell("torchrun", steps["torchrun, to the first step"][-1])
 
             for number, (name, checkout) in enumerate(checkouts.items()):
                 job = write_job(folder, f"runs{number}")
-                for way in (f"{name}, new storage folder", f"{name}, again"):
+                for way in (f"{name}, in a new storage folder", f"{name}, again"):
                     steps[way].append(time_service(job, checkout))
                     tell(way, steps[way][-1])
                 for command, seconds in time_commands(job, checkout).items():
                     commands[name, command].append(seconds)
 
     print(f"{os.cpu_count()} cores of {read_processor()}, {arguments.turns} turns\n")
-    print(format_steps(steps))
-    print(format_commands(commands))
-
-
-def format_steps(steps: dict[str, list[float]]) -> str:
-    """Format the Markdown table of the ways to the first step."""
-    lines = ["| to the first step | median, s | least and most, s |", "| --- | --- | --- |"]
-    for way, seconds in steps.items():
-        lines.append(f"| {way} | {statistics.median(seconds):.1f} | {min(seconds):.1f}, {max(seconds):.1f} |")
-    return "\n".join(lines) + "\n"
-
-
-def format_commands(commands: dict[tuple[str, str], list[float]]) -> str:
-    """Format the Markdown table of the commands that only look."""
-    lines = ["| command | median, s |", "| --- | --- |"]
     for (name, command), seconds in commands.items():
-        lines.append(f"| {name}: `{command}` | {statistics.median(seconds):.2f} |")
+        steps[f"{name}: `{command}`, whole"] = seconds
+    print(format_table(steps))
+
+
+def format_table(times: dict[str, list[float]]) -> str:
+    """Format the Markdown table of all ways."""
+    lines = ["| | median, s | least and most, s |", "| --- | --- | --- |"]
+    for way, seconds in times.items():
+        lines.append(f"| {way} | {statistics.median(seconds):.2f} | {min(seconds):.2f}, {max(seconds):.2f} |")
     return "\n".join(lines)
 
 

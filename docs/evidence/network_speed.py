@@ -38,8 +38,8 @@ def pair(stages: int, device: str) -> tuple[CORUN, PlainCORUN]:
     return network.to(device), plain.to(device)
 
 
-def ways(network: CORUN, plain: PlainCORUN, device: str, chosen: list[str]) -> dict[str, Way]:
-    """Return the chosen ways to restore a batch, by name."""
+def ways(network: CORUN, plain: PlainCORUN, device: str, chosen: list[str], precisions: list[str]) -> dict[str, Way]:
+    """Return the chosen ways to restore a batch, in the chosen precisions, by name."""
     whole = compile_network(network)
 
     def half(restore: nn.Module) -> Way:
@@ -58,7 +58,12 @@ def ways(network: CORUN, plain: PlainCORUN, device: str, chosen: list[str]) -> d
         "eager, bfloat16": half(network),
         "compiled, bfloat16": half(whole),
     }
-    return {name: way for name, way in every.items() if name.split(",")[0] in chosen}
+    kept = {}
+    for name, way in every.items():
+        form, *_, precision = name.split(", ")
+        if form in chosen and precision in precisions:
+            kept[name] = way
+    return kept
 
 
 def step(way: Way, networks: list[nn.Module], hazy: Tensor) -> float:
@@ -87,11 +92,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ways", nargs="+", default=["plain", "eager", "compiled"])
+    parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args()
 
     network, plain = pair(args.stages, args.device)
     hazy = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
-    every = ways(network, plain, args.device, args.ways)
+    every = ways(network, plain, args.device, args.ways, args.precisions)
 
     # Compare the outputs with the plain form's. The extra step compiles, which is not measured.
     with torch.no_grad():
