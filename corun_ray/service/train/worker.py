@@ -22,6 +22,7 @@ from corun_ray.core.training import checkpoints
 from corun_ray.core.training.acceleration import keep_freed_memory, try_compiling
 from corun_ray.core.training.precision import PrecisionChoice
 from corun_ray.core.training.state import Cycle, TrainState, compute_learning_rate
+from corun_ray.core.training.streams import Columns, copy_ahead, open_stream
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.data.sample_maker import Batch
 from corun_ray.service.data.stream import StreamTask, iterate_batches, plan_remaining_phases, split_stream
@@ -121,7 +122,9 @@ class Worker:
         job, state = self.job, self.state
         self.log.info("worker started", step=state.step, workers=self.num_workers, device=str(self.device))
 
-        for batch in self.telemetry.watch(self._note_first_batch(self._stream())):
+        # On a GPU, a batch is copied while the step before runs.
+        batches = copy_ahead(self._stream(), open_stream(self.device))
+        for batch in self.telemetry.watch(self._note_first_batch(batches)):
             # Add up the gradients of the batch's parts, then update student and teacher.
             for output in self.learner.learn(batch):
                 self.meter.add(output)
@@ -240,7 +243,7 @@ class Worker:
                 iterators = split_stream(task)
             yield from iterate_batches(broadcast_from_rank_zero(iterators)[self.rank], layout, self.rank)
 
-    def _note_first_batch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _note_first_batch(self, batches: Iterator[Columns]) -> Iterator[Columns]:
         """Yield the batches; note how long the first is in coming."""
         since_s, is_first = time.time(), True
         for batch in batches:
