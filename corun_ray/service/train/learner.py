@@ -25,7 +25,7 @@ from corun_ray.core.training.steps import (
     apply_mixup,
     run_pretraining_step,
 )
-from corun_ray.core.training.streams import Columns
+from corun_ray.core.training.streams import Columns, open_stream
 
 
 def derive_step_seed(seed: int, step: int, place: int) -> int:
@@ -63,7 +63,8 @@ class Learner:
         if isinstance(job, ColabatorJob):
             assert pool is not None and coherence is not None
             teacher = compile_network(state.teacher) if job.optim.compile else state.teacher
-            self.colabator = Colabator(teacher, coherence, pool, losses, job.pool.encoding)
+            side = open_stream(device) if "stream" in job.coherence.gpu else None
+            self.colabator = Colabator(teacher, coherence, pool, losses, job.pool.encoding, side)
 
     def learn(self, batch: Columns) -> Iterator[StepOutput]:
         """Add a step's gradients to the state, part by part.

@@ -34,7 +34,13 @@ from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.train.board import Attempt
 from corun_ray.service.train.checkpointing import Checkpointer, PreemptionWatch
-from corun_ray.service.train.coherence import SharedCoherence, TimedCoherence, build_coherence, build_losses
+from corun_ray.service.train.coherence import (
+    SharedCoherence,
+    TimedCoherence,
+    build_coherence,
+    build_losses,
+    replay_scorers,
+)
 from corun_ray.service.train.controller import LastingFailure
 from corun_ray.service.train.failures import can_restart_help, describe_cause
 from corun_ray.service.train.learner import Learner
@@ -216,12 +222,18 @@ class Worker:
         return PoolClient(self.plan.shards, broadcast_from_rank_zero(generation))
 
     def _build_coherence(self) -> TimedCoherence | None:
-        """Build the scorers of a Colabator job; None for other jobs."""
+        """Build the scorers of a Colabator job; None for other jobs.
+
+        Raises `CannotCapture`.
+        """
         if not isinstance(self.job, ColabatorJob):
             return None
 
         section = self.job.coherence
         coherence = build_coherence(section, open_weights(section.weights), self.device)
+        if "graphs" in section.gpu:
+            shape = (self.job.train.batch_per_worker, 3, self.job.data.patch_px, self.job.data.patch_px)
+            replay_scorers(coherence, torch.rand(shape, device=self.device))
         if section.share_blocks and self.num_workers > 1:
             coherence = SharedCoherence(coherence)
         return TimedCoherence(coherence, self.device)

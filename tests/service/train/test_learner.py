@@ -36,11 +36,11 @@ class Loud(torch.nn.Module):
         return self.inner((hazy + 0.1 * torch.rand_like(hazy)).clamp(0, 1))
 
 
-def gradients(kind, dataset, folder, network, workers, batch, mixup=0.0):
+def gradients(kind, dataset, folder, network, workers, batch, mixup=0.0, **keys):
     """The mean over the ranks of the gradients of one step of eight images, and the losses in the images' order."""
     accumulate = STEP_IMAGES // workers // batch
     train = {"batch_per_worker": batch, "accumulate": accumulate}
-    job = small_job(kind, dataset, folder, train=train, data={"mixup": mixup})
+    job = small_job(kind, dataset, folder, train=train, data={"mixup": mixup}, **keys)
     batch_of_all = SampleMaker(job, build_manifest(job), job.data.patch_px, print)({"id": np.arange(STEP_IMAGES)})
     losses = Losses(COLABATOR_WEIGHTS if kind == "colabator" else PRETRAIN_WEIGHTS)
     found, of_parts, pool = [], [], LocalPool()
@@ -100,3 +100,18 @@ def test_batches_copied_ahead_train_the_very_same(kind, mixup, dataset, tmp_path
         assert (state.step, state.num_images_seen) == (2, 8)
         found.append(state.collect_tensors())
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gpu", [[], ["stream"]])
+def test_the_key_gives_teacher_and_scorers_a_stream_of_their_own(gpu, dataset, tmp_path, monkeypatch):
+    """Where a GPU would have a stream, a stand-in opens; the gradients are the same."""
+    stream = LateStream()
+    monkeypatch.setattr("corun_ray.service.train.learner.open_stream", lambda device: stream)
+    torch.manual_seed(1)
+    network = Loud()
+    keys = {"coherence": {"gpu": gpu}, "cluster": {"workers": 1, "gpus_per_worker": 1}}
+    found, _ = gradients("colabator", dataset, tmp_path, network, 1, batch=4, **keys)
+    assert stream.notes == ["side waits for main", "main waits for side"] * 2 * bool(gpu)
+
+    expected, _ = gradients("colabator", dataset, tmp_path, network, 1, batch=4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
