@@ -31,7 +31,7 @@ from torch import Tensor
 from corun_ray.bench.machine import time_call, track_peak_memory
 from corun_ray.core.data.images import decode_image
 from corun_ray.core.networks.corun import CORUN
-from corun_ray.core.scoring.arithmetic import Capture, Function, capture_cuda_graph
+from corun_ray.core.scoring.arithmetic import Capture, CudaCapture, Function
 from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
 from corun_ray.core.scoring.quality import load_quality
@@ -150,7 +150,7 @@ def build_way(
 ) -> Way:
     """Build a training with the switches that `name` joins by +."""
     switches = set(name.split("+")) & {*SWITCHES}
-    coherence = set_up_scorers(coherence, switches, capture_cuda_graph if device.type == "cuda" else capture_by_copy)
+    coherence = set_up_scorers(coherence, switches, CudaCapture(device) if device.type == "cuda" else capture_by_copy)
     state = TrainState.start(network, device)
     losses = Losses(COLABATOR_WEIGHTS, features)
     side = open_side(device) if "stream" in switches else None

@@ -74,30 +74,41 @@ class Graphs:
         return self._replays[shape](images)
 
 
-def capture_cuda_graph(function: Function, images: Tensor) -> Function:
-    """Capture a function's kernels for images of one shape, as a CUDA graph.
+class CudaCapture:
+    """Captures functions as CUDA graphs.
 
-    Constants that the function makes are made on the GPU: a graph cannot copy from the host.
+    The graphs share the memory of what they make on the way, so no two of them may run at once.
     """
-    device, given = images.device, images.detach().clone()
-    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
 
-    # Warm up in the stream of the capture.
-    side.wait_stream(main)
-    with torch.cuda.stream(side), torch.no_grad(), device:
-        for _ in range(WARM_UP_CALLS):
-            function(given)
-    main.wait_stream(side)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._memory = torch.cuda.graph_pool_handle()
 
-    # Other threads of the process may use the GPU meanwhile.
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"), torch.no_grad(), device:
-        made = function(given)
+    def __call__(self, function: Function, images: Tensor) -> Function:
+        """Capture a function's kernels for images of one shape; see `Capture`.
 
-    def replay(images: Tensor) -> Tensor:
-        """Replay the kernels on other images. The next replay overwrites what they make, so hand out a copy."""
-        given.copy_(images)
-        graph.replay()
-        return made.clone()
+        Constants that the function makes are made on the GPU: a graph cannot copy from the host.
+        """
+        given, device, stream = images.detach().clone(), self._device, self._stream
 
-    return replay
+        # Warm up in the stream of the capture.
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream), torch.no_grad(), device:
+            for _ in range(WARM_UP_CALLS):
+                function(given)
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+        # Other threads of the process may use the GPU meanwhile.
+        graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local")
+        with capture, torch.no_grad(), device:
+            made = function(given)
+
+        def replay(images: Tensor) -> Tensor:
+            """Replay the kernels on other images. The next replay overwrites what they make, so hand out a copy."""
+            given.copy_(images)
+            graph.replay()
+            return made.clone()
+
+        return replay

@@ -14,7 +14,7 @@ from torch import device as Device
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.training import CoherenceSection, ColabatorLossSection
 from corun_ray.core.choices import MUSIQ_NAMES, QUALITY_NAMES, REFERENCE, REFERENCE_MODEL
-from corun_ray.core.scoring.arithmetic import CannotCapture, Capture, capture_cuda_graph
+from corun_ray.core.scoring.arithmetic import CannotCapture, Capture
 from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores
 from corun_ray.core.scoring.daclip import DACLIP_FILE, DaClip, load_daclip
 from corun_ray.core.scoring.quality import IqaScorer, load_quality, probe_scorer
@@ -61,7 +61,7 @@ def build_coherence(section: CoherenceSection, source: WeightsSource, device: De
     return Coherence(clarity, quality, section.block_px, section.combine)
 
 
-def replay_scorers(coherence: Coherence, images: Tensor, capture: Capture = capture_cuda_graph) -> None:
+def replay_scorers(coherence: Coherence, images: Tensor, capture: Capture) -> None:
     """Let DA-CLIP and MUSIQ be replayed as graphs from now on; try this on `images`, `B 3 H W` as in training.
 
     Raises `CannotCapture`.

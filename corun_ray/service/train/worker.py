@@ -18,6 +18,7 @@ from corun_ray.config.jobs import ColabatorJob
 from corun_ray.config.training import OptimSection
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.finite import NotFinite
+from corun_ray.core.scoring.arithmetic import CudaCapture
 from corun_ray.core.training import checkpoints
 from corun_ray.core.training.acceleration import keep_freed_memory, try_compiling
 from corun_ray.core.training.precision import PrecisionChoice
@@ -233,7 +234,7 @@ class Worker:
         coherence = build_coherence(section, open_weights(section.weights), self.device)
         if "graphs" in section.gpu:
             shape = (self.job.train.batch_per_worker, 3, self.job.data.patch_px, self.job.data.patch_px)
-            replay_scorers(coherence, torch.rand(shape, device=self.device))
+            replay_scorers(coherence, torch.rand(shape, device=self.device), CudaCapture(self.device))
         if section.share_blocks and self.num_workers > 1:
             coherence = SharedCoherence(coherence)
         return TimedCoherence(coherence, self.device)

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from corun_ray.core.scoring.arithmetic import (
     MAX_GRAPHS,
     CannotCapture,
+    CudaCapture,
     Function,
     Graphs,
-    capture_cuda_graph,
 )
 from corun_ray.core.scoring.daclip import DaClip
 from corun_ray.core.scoring.quality import IqaScorer
@@ -243,7 +243,7 @@ def test_a_gpu_s_graphs_give_the_scorer_s_numbers(build: Callable[[], tuple[Func
     torch.manual_seed(0)
     with torch.device("cuda"):
         function, side_px = build()
-    graphs = Graphs("scorer", function, capture_cuda_graph)
+    graphs = Graphs("scorer", function, CudaCapture(torch.device("cuda")))
     with torch.no_grad():
         for shape in ((64, 3, 32, 32), (17, 3, 32, 32), (1, 3, side_px, side_px)) * 4:
             images = torch.rand(shape, device="cuda")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -77,6 +78,26 @@ def test_a_cpu_has_no_second_stream_and_takes_no_batch_ahead() -> None:
         assert isinstance(batch["hazy"], np.ndarray)
         events.append(f"step {number}")
     assert events == ["take 0", "step 0", "take 1", "step 1", "take 2", "step 2"]
+
+
+def test_a_gpu_s_streams_wait_for_each_other_the_right_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    main, side, tensor, mark = Mock(), Mock(), Mock(), Mock()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    stream = open_stream(torch.device("cuda", 0))
+    assert stream is not None
+
+    stream.follow()
+    side.wait_stream.assert_called_once_with(main)
+    assert stream.mark() is side.record_event.return_value
+    stream.join(mark)
+    main.wait_event.assert_called_once_with(mark)
+    assert not main.wait_stream.called and not side.wait_event.called
+
+    stream.borrow([tensor])
+    tensor.record_stream.assert_called_once_with(side)
+    stream.lend([tensor])
+    tensor.record_stream.assert_called_with(main)
 
 
 @pytest.mark.gpu
