@@ -139,7 +139,8 @@ def plan_steps(wish: Wish) -> list[Run]:
 
     # Each switch for GPUs, beside none.
     common = ("--device", wish.device, *sizes, "--precision", "bf16", "--json", FIGURES)
-    runs.append(Run(SWITCHES, script_command("gpu_switches.py", *common), 900 if wish.is_tiny else 120))
+    few = wish.choose("", "--switches copies+stream+graphs bf16")
+    runs.append(Run(SWITCHES, script_command("gpu_switches.py", *common, *few), 600 if wish.is_tiny else 120))
 
     sizes = wish.choose("--size 288 --repeats 20", "--size 64 --stages 2 --repeats 1")
     for precision in ("fp32", "bf16"):
