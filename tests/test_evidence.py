@@ -74,6 +74,15 @@ def test_the_published_step_beside_ours() -> None:
     assert "median of steps 3 to 3" in said and "| ours |" in said
 
 
+def test_the_switches_for_gpus_beside_none() -> None:
+    switches = ("copies", "copies+stream+graphs", "bf16")
+    said = ran("gpu_switches.py", "--steps", 3, "--warm", 2, "--size", 64, "--switches", *switches)
+    rows = {line.split("|")[1].strip(): line.split("|")[5:7] for line in said.splitlines()[2:]}
+    moved = {name: max(float(cell) for cell in cells) for name, cells in rows.items()}
+    # One stream and no GPU: the same numbers, except in another precision.
+    assert moved.pop("bf16") > 0 and moved == dict.fromkeys(["no switch", *switches[:2]], 0.0)
+
+
 def test_blocks_rated_together_beside_each_rank_its_own() -> None:
     said = ran("shared_ratings.py", "--steps", 3, "--size", 64)
     assert "| mean of all | 3 |" in said

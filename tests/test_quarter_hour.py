@@ -63,14 +63,18 @@ def test_the_tables_name_the_card_and_compare_with_the_published_step(script, tm
     figures["parts_s"] = {"global scores": 0.05, "block scores": 0.05, "backward": 0.3}
     floor = {"work": {"flops": 2e12, "bytes": 1e12}, "machine": {"flops_per_s": 1e13, "bytes_per_s": 4e12}}
     floor |= {"step_s": 0.4, "peak_bytes": 2**30}
+    plain = {"step_s": 0.3, "mib": 1500.0, "first_loss_moved": 0.0, "losses_moved": 0.0}
+    switches = {"no switch": plain, "graphs": plain | {"step_s": 0.25, "first_loss_moved": 2e-5}}
     runs = [
         script.Outcome("bf16", "command", "done", 9.0, figures),
+        script.Outcome(script.SWITCHES, "command", "done", 9.0, switches),
         script.Outcome("floor, bf16", "c", "done", 9, [floor]),
     ]
     script.save_report(script.PartReport("step", "NVIDIA H200", {"torch": "2.11.0"}, runs), tmp_path)
     text = script.format_tables(tmp_path)
     assert text.startswith("NVIDIA H200; torch 2.11.0.\n")
     assert "| bf16 | 900.0 | 300.0 | 3.00 | 25% | 4000 | 1500 |" in text
+    assert "| no switch | 300.0 | 1.00 | 1500 | 0 |\n| graphs | 250.0 | 1.20 | 1500 | 2e-05 |" in text
     assert "| floor, bf16 | 400.0 | 200.0 (50%) | 250.0 (62%) | 10.00 | 4000 | 1024 |" in text
 
     page = tmp_path / "page.md"

@@ -227,6 +227,10 @@ class ColabatorKeys(TrainingJob):
             text = f"{data.patch_px} is not a multiple of coherence.block_px ({coherence.block_px})"
             raise Mismatch("data.patch_px", text)
 
+        cluster = info.data.get("cluster")
+        if cluster and coherence.gpu and not cluster.gpus_per_worker:
+            raise Mismatch("coherence.gpu", f"{', '.join(coherence.gpu)}, but cluster.gpus_per_worker is 0")
+
         # The loss of haze density needs a differentiable scorer.
         loss = info.data.get("loss")
         if loss and loss.haze_density_weight and coherence.clarity in ("fade", REFERENCE):

@@ -35,6 +35,7 @@ from corun_ray.config.types import (
     check_distinct,
 )
 from corun_ray.core.choices import (
+    MUSIQ_NAMES,
     QUALITY_NAMES,
     REFERENCE,
     SHIPPED_MODELS,
@@ -44,9 +45,11 @@ from corun_ray.core.choices import (
     Degradation,
     DepthKind,
     Encoding,
+    GpuWork,
     NetworkStart,
     Precision,
     ResizeKind,
+    ScorerPrecision,
 )
 from corun_ray.core.metrics.catalog import (
     OWN_METRICS,
@@ -215,6 +218,15 @@ class CoherenceSection(Section):
     share_blocks: bool = Field(
         False, description="balance the rating of blocks over the workers; faster with slow scorers"
     )
+    precision: ScorerPrecision = Field(
+        "auto",
+        description="arithmetic of daclip and musiq; auto: fp16 for daclip on GPUs, as published, else fp32",
+    )
+    gpu: tuple[GpuWork, ...] = Field(
+        (),
+        description="what GPUs do: graphs (daclip and musiq as CUDA graphs), stream (teacher and scorers beside the "
+        "student, in more memory)",
+    )
 
     @model_validator(mode="after")
     def _check_scorers(self) -> "CoherenceSection":
@@ -231,6 +243,13 @@ class CoherenceSection(Section):
             raise Mismatch("coherence.quality", f"{self.quality}, but clarity {self.clarity} (reference rates both)")
         if self.clarity == REFERENCE and self.share_blocks:
             raise Mismatch("coherence.share_blocks", "not used by reference, which rates whole images")
+
+        # Only some networks stand half precision, or a graph.
+        if self.clarity != "daclip" and self.quality not in MUSIQ_NAMES:
+            if self.precision != "auto":
+                raise Mismatch("coherence.precision", f"{self.precision} (only used by daclip and musiq)")
+            if "graphs" in self.gpu:
+                raise Mismatch("coherence.gpu", "graphs (only used by daclip and musiq)")
 
         # Quality: only a metric of pyiqa has a range, and some need one to be given.
         if self.quality in QUALITY_NAMES:

@@ -34,6 +34,15 @@ DEGRADATIONS: tuple[Degradation, ...] = get_args(Degradation)
 Combine = Literal["addition", "multiplication"]
 """Ways to combine clarity and quality into one trust weight."""
 
+ScorerPrecision = Literal["auto", "fp32", "fp16", "bf16"]
+"""Arithmetic of the networks of scorers; auto: DA-CLIP in fp16 on GPUs, as published, all else in fp32."""
+
+GpuWork = Literal["graphs", "stream"]
+"""What a GPU does for scorers: replays them as CUDA graphs; runs them and the teacher beside the student."""
+
+MUSIQ_NAMES = ("musiq", "musiq-ava", "musiq-paq2piq", "musiq-spaq")
+"""The metrics of pyiqa whose network can run in half precision and as a CUDA graph."""
+
 # --- Models ---
 
 SHIPPED_MODELS: dict[str, dict[str, int]] = {"corun-small": {"stages": 2, "width": 8}}

@@ -51,6 +51,7 @@ from corun_ray.core.training.losses import (
 )
 from corun_ray.core.training.state import TrainState
 from corun_ray.core.training.steps import Colabator, RealBatch, SyntheticBatch
+from corun_ray.core.training.streams import Columns
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.core.networks.plain_corun import PlainCORUN
@@ -206,7 +207,7 @@ def measure(
     # Each order goes first every other time.
     orders = (step_eagerly, step_lazily)
     for step in range(steps):
-        synthetic, real = batch(photograph, arguments.size, rng, device)
+        synthetic, real = make_batch(make_images(photograph, arguments.size, rng), device)
         for which in (0, 1) if step % 2 else (1, 0):
             kept_bytes = torch.cuda.memory_allocated() if device.type == "cuda" else 0
             with track_peak_memory(device) as read_peak_bytes:
@@ -256,10 +257,8 @@ def print_table(times_s: list[list[float]], warm: int, total: int, saved: int) -
     print(f"| ratio, saved | {medians[0] / medians[1]:.2f} | {ratio:.2f} | {saved} ({saved / total:.0%}) |")
 
 
-def batch(
-    photograph: np.ndarray, side_px: int, rng: np.random.Generator, device: torch.device
-) -> tuple[SyntheticBatch, RealBatch]:
-    """Make a batch of one synthetic and one real image, as the stream makes them.
+def make_images(photograph: np.ndarray, side_px: int, rng: np.random.Generator) -> dict[str, np.ndarray | Tensor]:
+    """Make one synthetic and one real image, as the stream makes them: `1 H W C` uint8 by name, on the host.
 
     The depth is a ramp from the upper to the lower edge.
     """
@@ -275,11 +274,19 @@ def batch(
         random_resize=True,
     )
     views = make_real_views(photograph, rng, patch_px=side_px, jpeg_quality=pair.jpeg_quality)
+    images = {"hazy": pair.hazy, "clear": pair.clear, "weak": views.weak, "strong": views.strong}
+    return {name: image[None] for name, image in images.items()}
 
-    # H W C bytes to B C H W in [0, 1].
+
+def make_batch(images: Columns, device: torch.device) -> tuple[SyntheticBatch, RealBatch]:
+    """Make a batch of images that are on the host, or on the device already."""
     batches = []
-    for image in (pair.hazy, pair.clear, views.weak, views.strong):
-        batches.append(torch.from_numpy(image.copy()).to(device).permute(2, 0, 1)[None] / 255)
+    for name in ("hazy", "clear", "weak", "strong"):
+        image = images[name]
+        if isinstance(image, np.ndarray):
+            image = torch.from_numpy(image.copy()).to(device)
+        # B H W C bytes to B C H W in [0, 1].
+        batches.append(image.permute(0, 3, 1, 2) / 255)
     hazy, clear, weak, strong = batches
     return SyntheticBatch(hazy, clear), RealBatch(weak, strong, [KEY])
 

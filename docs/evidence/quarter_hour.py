@@ -6,9 +6,10 @@
     python docs/evidence/quarter_hour.py gpu --table                  # the results as Markdown
     python docs/evidence/quarter_hour.py gpu --write docs/performance.md             # into that page
 
-Parts, in their order: `tests` that need a GPU, `step` (each way to train beside the published one, by turns), `dehaze`
-(1, 12 and 48 megapixels), `stream` (samples a second and core), `service` (both trainings through Ray, with a worker
-killed) and `training` (`corun-small` trained on, with `--photographs`, as long as time is left).
+Parts, in their order: `tests` that need a GPU, `step` (each way to train beside the published one, and each switch for
+GPUs beside none, by turns), `dehaze` (1, 12 and 48 megapixels), `stream` (samples a second and core), `service` (both
+trainings through Ray, with a worker killed) and `training` (`corun-small` trained on, with `--photographs`, as long as
+time is left).
 
 Each part has a JSON file in OUT, which is written again after each of its runs: a stop loses the run under way alone.
 Runs that are done are not repeated; `--again` forgets them. A run has a limit of seconds, and fails alone.
@@ -39,6 +40,8 @@ FIGURES = "FIGURES.json"
 """Stands for the file of a run's figures in its command."""
 BEGIN, END = "<!-- results of a GPU -->", "<!-- end of results -->"
 """Marks of a page between which the tables are written."""
+SWITCHES = "switches, bf16"
+"""The run of our step with each switch for GPUs and without any."""
 KEPT_CHARACTERS = 3000
 """Of a run's output, from its end."""
 LEAST_S = 15.0
@@ -121,7 +124,7 @@ def plan_tests() -> list[Run]:
 
 
 def plan_steps(wish: Wish) -> list[Run]:
-    """Return the runs of the published step beside each way of ours, then those of parts and floor."""
+    """Return the runs of the published step beside each way of ours, of our switches, and of parts and floor."""
     sizes = wish.choose("--size 288 --steps 23 --warm 8", "--size 64 --steps 3 --warm 2")
     ways = {"float32": "", "bf16": "--precision bf16"}
     # Compiling takes minutes on a CPU.
@@ -133,6 +136,11 @@ def plan_steps(wish: Wish) -> list[Run]:
         common = ("--plain", "--device", wish.device, *sizes, "--json", FIGURES)
         limit_s = 600 if wish.is_tiny else 150
         runs.append(Run(name, script_command("lazy_coherence.py", *common, *options.split()), limit_s))
+
+    # Each switch for GPUs, beside none.
+    common = ("--device", wish.device, *sizes, "--precision", "bf16", "--json", FIGURES)
+    few = wish.choose("", "--switches copies+stream+graphs bf16")
+    runs.append(Run(SWITCHES, script_command("gpu_switches.py", *common, *few), 600 if wish.is_tiny else 120))
 
     sizes = wish.choose("--size 288 --repeats 20", "--size 64 --stages 2 --repeats 1")
     for precision in ("fp32", "bf16"):
@@ -350,10 +358,13 @@ def format_tests(runs: list[Outcome]) -> list[str]:
 
 
 def format_steps(runs: list[Outcome]) -> list[str]:
-    """Format the published step beside each of ours, and the floors of ours."""
-    rows, floors = [], []
+    """Format the published step beside each of ours, our switches, and the floors of ours."""
+    rows, floors, switches = [], [], []
     for run in runs:
         found = run.figures
+        if run.name == SWITCHES:
+            switches = ["", *format_switches(found)]
+            continue
         if run.name.startswith("floor"):
             floors.append(format_floor(run.name, found[0]))
             continue
@@ -365,7 +376,16 @@ def format_steps(runs: list[Outcome]) -> list[str]:
         rows.append([*row, f"{share:.0%}", *memory])
     head = ["ours", "published, ms", "ours, ms", "times as fast", "of ours: scoring", "published, MiB", "ours, MiB"]
     floor_head = ["step, scorers without weights", "ms", "arithmetic, ms", "traffic, ms", "TFLOP/s", "GB/s", "MiB"]
-    return [*format_grid(head, rows), "", *format_grid(floor_head, floors)]
+    return [*format_grid(head, rows), *switches, "", *format_grid(floor_head, floors)]
+
+
+def format_switches(found: dict[str, dict[str, float]]) -> list[str]:
+    """Format our step with each switch, the first without any."""
+    plain_s, rows = next(iter(found.values()))["step_s"], []
+    for name, way in found.items():
+        times = [f"{1000 * way['step_s']:.1f}", f"{plain_s / way['step_s']:.2f}"]
+        rows.append([name, *times, f"{way['mib']:.0f}", f"{way['first_loss_moved']:.1g}"])
+    return format_grid(["ours in bf16 with", "ms", "times as fast", "MiB", "first loss moved by"], rows)
 
 
 def format_floor(name: str, report: dict[str, Any]) -> list[str]:

@@ -77,6 +77,12 @@ train: {steps: many}
             "coherence: {clarity: reference, share_blocks: true}",
             "coherence.share_blocks: not used by reference, which rates whole images",
         ),
+        ("coherence: {precision: fp16}", "coherence.precision: fp16 (only used by daclip and musiq)"),
+        (
+            "cluster: {gpus_per_worker: 1}\ncoherence: {gpu: [graphs]}",
+            "coherence.gpu: graphs (only used by daclip and musiq)",
+        ),
+        ("coherence: {gpu: [stream]}", "coherence.gpu: stream, but cluster.gpus_per_worker is 0"),
         (
             "coherence: {clarity: reference}\nnetwork: {init: corun-small}",
             "coherence.clarity: reference compares with corun-small, where network.init starts: the first labels "

@@ -89,6 +89,7 @@ COLABATOR = BOTH | {
     "coherence.quality_range": None,
     "coherence.block_px": 32,
     "coherence.combine": "addition",
+    "coherence.precision": "auto",
     "pool.encoding": "float32",
 }
 
@@ -100,7 +101,7 @@ OURS = {
     # How the work is laid out, and what is shown of it.
     *("cluster.gpus_per_worker", "cluster.cpus_per_worker", "cluster.data_cpus", "cluster.max_failures"),
     *("cluster.resize_every_s", "data.cache_mib", "data.max_bad_fraction", "optim.compile"),
-    *("network.checkpoint_activations", "coherence.chunk_images", "coherence.share_blocks"),
+    *("network.checkpoint_activations", "coherence.chunk_images", "coherence.share_blocks", "coherence.gpu"),
     *("pool.shards", "pool.memory_mib"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.validation_images"),
 }

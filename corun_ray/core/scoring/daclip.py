@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corun_ray.core.choices import DEGRADATIONS
+from corun_ray.core.choices import DEGRADATIONS, ScorerPrecision
+from corun_ray.core.scoring.arithmetic import Capture, Graphs, use_precision
 from corun_ray.core.weights import WeightsError, read_weights
 
 DACLIP_FILE = "daclip_ViT-B-32.pt"
@@ -36,7 +37,7 @@ CLIP_PREFIX = "clip."
 class DaClip(nn.Module):
     """Clarity, 1 − the density of the chosen degradations: `B 3 H W` RGB in [0, 1] to `B` float32 in [0, 1].
 
-    The network is frozen, but differentiable by the images. It runs in half precision on CUDA.
+    The network is frozen, but differentiable by the images. By default it runs in half precision on CUDA.
     """
 
     mean: Tensor
@@ -64,10 +65,16 @@ class DaClip(nn.Module):
         self.chosen = _find_columns(degradations)
         self.chunk_images = chunk_images
         self.antialias = antialias
+        self.precision: ScorerPrecision = "auto"
+        self._graphs: Graphs | None = None
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1))
         self.register_buffer("words", F.normalize(words.detach().float(), dim=1))
         self.eval().requires_grad_(False)
+
+    def use_graphs(self, capture: Capture) -> None:
+        """Replay the network for shapes that come again; see `Graphs`."""
+        self._graphs = Graphs("daclip", self._compute_chunk, capture)
 
     def forward(self, images: Tensor) -> Tensor:
         """Rate the clarity of images, `B` float32 in [0, 1]."""
@@ -93,8 +100,9 @@ class DaClip(nn.Module):
         Returns `B 10` float32 in [-1, 1].
         """
         # A caller's own autocast would cost the digits that the softmax multiplies by a hundred.
+        compute = self._graphs or self._compute_chunk
         with torch.autocast(images.device.type, enabled=False):
-            return torch.cat([self._compute_chunk(chunk) for chunk in images.float().split(self.chunk_images)])
+            return torch.cat([compute(chunk) for chunk in images.float().split(self.chunk_images)])
 
     def _compute_chunk(self, images: Tensor) -> Tensor:
         """Compute the cosines of one chunk of images."""
@@ -102,7 +110,7 @@ class DaClip(nn.Module):
         normalised = (crop_middle_square(images, self.side_px, self.antialias) - self.mean) / self.std
 
         # The degradation feature, then its cosine with each name.
-        with torch.autocast(images.device.type, torch.float16, enabled=images.is_cuda):
+        with use_precision(self.precision, images.device, torch.float16 if images.is_cuda else None):
             features = self.tower(normalised)
         return F.normalize(features.float(), dim=1) @ self.words.T
 

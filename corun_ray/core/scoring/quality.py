@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from corun_ray.core.choices import ScorerPrecision
 from corun_ray.core.errors import format_error
 from corun_ray.core.metrics.catalog import list_no_reference_metrics
 from corun_ray.core.metrics.pyiqa import build_metric, get_file_name
+from corun_ray.core.scoring.arithmetic import Capture, Graphs, use_precision
 from corun_ray.core.scoring.scorers import Scorer
 from corun_ray.core.weights import WeightsSource
 
@@ -16,7 +18,7 @@ class IqaScorer(nn.Module):
     """The quality of images by one metric: `B 3 H W` RGB in [0, 1] to `B` float32 in [0, 1], higher is better.
 
     An image that the metric cannot rate, such as a flat one whose statistics are undefined, scores 0. Scores are
-    computed in float32, also under autocast, and without gradients.
+    computed without gradients and, also under autocast, in float32, unless `precision` is another.
     """
 
     def __init__(self, name: str, metric: nn.Module, worst: float, best: float, chunk_images: int = 64) -> None:
@@ -28,6 +30,12 @@ class IqaScorer(nn.Module):
         super().__init__()
         self.name, self.metric, self.chunk_images = name, metric, chunk_images
         self.worst, self.best = worst, best
+        self.precision: ScorerPrecision = "auto"
+        self._graphs: Graphs | None = None
+
+    def use_graphs(self, capture: Capture) -> None:
+        """Replay the metric for shapes that come again; see `Graphs`."""
+        self._graphs = Graphs(self.name, self.metric, capture)
 
     def forward(self, images: Tensor) -> Tensor:
         """Rate images, with `B` scores in [0, 1].
@@ -50,8 +58,9 @@ class IqaScorer(nn.Module):
 
         Raises whatever the metric raises, and `ValueError` where it does not give one number for each image.
         """
-        with torch.autocast(images.device.type, enabled=False):
-            scores = self.metric(images.float())
+        compute = self._graphs or self.metric
+        with use_precision(self.precision, images.device):
+            scores = compute(images.float())
 
         if scores.numel() != len(images):
             raise ValueError(f"{scores.numel()} scores for {len(images)} images")

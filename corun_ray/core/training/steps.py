@@ -17,8 +17,9 @@ from corun_ray.core.networks.corun import Restoration, as_restoration
 from corun_ray.core.scoring.coherence import BlockScores, Coherence
 from corun_ray.core.timing import span
 from corun_ray.core.training.divergence import Diverged, refuse_bad_score
-from corun_ray.core.training.labels import Label, LabelPool, Scores, decode, encode, supersedes
+from corun_ray.core.training.labels import Label, LabelPool, PendingLabels, Scores, decode, encode, supersedes
 from corun_ray.core.training.losses import Losses
+from corun_ray.core.training.streams import SideStream
 
 
 class SyntheticBatch(NamedTuple):
@@ -56,6 +57,17 @@ class PseudoLabels(NamedTuple):
     """The number of blocks of losing candidates. The published code rates them too, before it decides."""
 
 
+class Candidates(NamedTuple):
+    """The teacher's restorations of a real batch and their global scores, which a GPU may still be computing."""
+
+    restoration: Restoration
+    """J clamped to [0, 1], and T."""
+    rated: Tensor
+    """`B 3`: clarity, quality, and 1 where the restoration is finite, else 0."""
+    stored: PendingLabels
+    """The pool's labels of the same images."""
+
+
 @dataclass(frozen=True)
 class StepOutput:
     """The losses of a step, whose sum is minimised, and its pseudo labels for the log."""
@@ -84,19 +96,21 @@ class Colabator:
     pool: LabelPool
     losses: Losses
     encoding: Encoding = "uint8"
+    side: SideStream | None = None
+    """The stream of teacher and scorers, which then work beside the student; None: before the student."""
 
     def step(self, student: nn.Module, synthetic: SyntheticBatch, real: RealBatch, step: int) -> StepOutput:
         """Run one Colabator step.
 
         The student learns from synthetic pairs and from pseudo labels.
         """
-        # The best label known of each real image: the teacher's candidate, or the label in the pool.
-        labels = self.choose_labels(real, step)
-
-        # The student restores the synthetic images and the strong views of the real ones. Both halves form one batch:
-        # the result is the same, and DDP follows one forward pass.
-        with span("student"):
-            restoration = as_restoration(student(torch.cat([synthetic.hazy, real.strong])))
+        # The best label known of each real image: the teacher's candidate, or the label in the pool. Only the losses
+        # need it, so the student can restore the images at the same time.
+        if self.side is None:
+            labels = self.choose_labels(real, step)
+            restoration = self._restore(student, synthetic, real)
+        else:
+            labels, restoration = self._restore_beside(self.side, student, synthetic, real, step)
 
         # The synthetic half is compared with the truth, the real half with its labels as far as they are trusted.
         with span("losses"):
@@ -112,23 +126,76 @@ class Colabator:
             )
         return StepOutput(losses, labels)
 
-    @torch.no_grad()
+    def _restore(self, student: nn.Module, synthetic: SyntheticBatch, real: RealBatch) -> Restoration:
+        """Restore the synthetic images and the strong views of the real ones.
+
+        Both halves form one batch: the result is the same, and DDP follows one forward pass.
+        """
+        with span("student"):
+            return as_restoration(student(torch.cat([synthetic.hazy, real.strong])))
+
+    def _restore_beside(
+        self, side: SideStream, student: nn.Module, synthetic: SyntheticBatch, real: RealBatch, step: int
+    ) -> tuple[PseudoLabels, Restoration]:
+        """Choose labels in a side stream, while the student restores in the main one.
+
+        Teacher and student run, and so draw random numbers, in the same order as without a side stream.
+        """
+        # The teacher needs the weak views, and its own weights as the last step has left them.
+        side.follow()
+        side.borrow([real.weak])
+        with side.use():
+            candidates = self._make_candidates(real)
+
+        # All this is only submitted. The host reads the scores while the student's kernels wait or run.
+        restoration = self._restore(student, synthetic, real)
+        with side.use():
+            labels = self._choose_labels(candidates, real, step)
+
+        # The losses need the labels.
+        side.join(side.mark())
+        side.lend([labels.scene, labels.trust])
+        return labels, restoration
+
     def choose_labels(self, real: RealBatch, step: int) -> PseudoLabels:
         """Choose the best label of each real image (section 3.2).
 
         This is the teacher's candidate or the pool's label. Winning candidates are offered to the pool. Only their
         blocks are rated: the trust map of a losing candidate would be thrown away.
+
+        Raises `Diverged` for a candidate that is not finite, and `ScoreNotFinite`.
         """
+        return self._choose_labels(self._make_candidates(real), real, step)
+
+    @torch.no_grad()
+    def _make_candidates(self, real: RealBatch) -> Candidates:
+        """Restore the weak views and score the results, without waiting for the device."""
         # Start reading the stored labels; the pool works while the teacher does.
         with span("pool"):
-            pending = self.pool.prefetch(real.keys)
+            stored = self.pool.prefetch(real.keys)
 
-        # Candidates and their global scores.
-        candidates, scores = self._make_candidates(real, step)
+        # The candidates: J clamped to [0, 1], and T.
+        with span("teacher"):
+            scene, transmission = as_restoration(self.teacher(real.weak))
+            is_finite = scene.isfinite().flatten(1).all(1)
+            if transmission is not None:
+                is_finite &= transmission.isfinite().flatten(1).all(1)
+            scene = scene.float().clamp(0, 1)
+
+        # Global coherence.
+        with span("global scores"):
+            scores = self.coherence.score_images(scene, real.weak)
+            rated = torch.stack([scores.clarity, scores.quality, is_finite.to(scores.clarity.dtype)], 1)
+        return Candidates(Restoration(scene, transmission), rated, stored)
+
+    @torch.no_grad()
+    def _choose_labels(self, candidates: Candidates, real: RealBatch, step: int) -> PseudoLabels:
+        """Choose between candidates and stored labels; see `choose_labels`."""
+        scores = self._read_scores(candidates, real, step)
 
         # A candidate wins if the image has no label yet, or if neither score is lower than the stored label's.
         with span("pool"):
-            stored = pending.result()
+            stored = candidates.stored.result()
         wins = []
         for candidate, old in zip(scores, stored, strict=True):
             wins.append(supersedes(candidate, old.scores if old else None))
@@ -136,7 +203,7 @@ class Colabator:
 
         # Rate the winners' blocks and make labels of them. This runs even without winners, since workers may rate each
         # other's blocks.
-        fresh = self._make_labels(winners, real, scores, candidates, step)
+        fresh = self._make_labels(winners, real, scores, candidates.restoration, step)
         if fresh:
             with span("pool"):
                 self.pool.offer(list(fresh.values()))
@@ -147,25 +214,16 @@ class Colabator:
             label = fresh.get(image, old)
             if label is not None:
                 chosen.append(label)
-        return self._to_tensors(chosen, candidates.scene, wins)
+        return self._to_tensors(chosen, candidates.restoration.scene, wins)
 
-    def _make_candidates(self, real: RealBatch, step: int) -> tuple[Restoration, list[Scores]]:
-        """Restore the weak views and score the results.
+    def _read_scores(self, candidates: Candidates, real: RealBatch, step: int) -> list[Scores]:
+        """Read the global scores of the candidates.
 
         Raises `Diverged` for a candidate that is not finite, and `ScoreNotFinite`.
         """
-        # The candidates: J clamped to [0, 1], and T.
-        with span("teacher"):
-            scene, transmission = as_restoration(self.teacher(real.weak))
-            is_finite = scene.isfinite().flatten(1).all(1)
-            if transmission is not None:
-                is_finite &= transmission.isfinite().flatten(1).all(1)
-            scene = scene.float().clamp(0, 1)
-
-        # Global coherence. All numbers leave the device in one copy, so that a step waits for the device once.
+        # All numbers leave the device in one copy, so that a step waits for the device once.
         with span("global scores"):
-            rated = self.coherence.score_images(scene, real.weak)
-            rows = torch.stack([rated.clarity, rated.quality, is_finite.to(rated.clarity.dtype)], 1).tolist()
+            rows = candidates.rated.tolist()
 
         # Stop at NaN and infinity: such a label would win the pool's first comparison and lose none after it.
         scores = []
@@ -175,14 +233,14 @@ class Colabator:
             refuse_bad_score(clarity, "clarity", key, step)
             refuse_bad_score(quality, "quality", key, step)
             scores.append(Scores(clarity, quality))
-        return Restoration(scene, transmission), scores
+        return scores
 
     def _make_labels(
         self,
         winners: list[int],
         real: RealBatch,
         scores: list[Scores],
-        candidates: Restoration,
+        restoration: Restoration,
         step: int,
     ) -> dict[int, Label]:
         """Make labels of the winning candidates.
@@ -190,7 +248,7 @@ class Colabator:
         The keys of the result are the images' places in the batch. Raises `ScoreNotFinite`.
         """
         # Local coherence, which the trust map follows from.
-        scene, transmission = candidates
+        scene, transmission = restoration
         with span("local scores"):
             blocks = self.coherence.score_blocks(scene[winners], real.weak[winners])
 

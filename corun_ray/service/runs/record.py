@@ -42,6 +42,7 @@ CHANGEABLE_KEYS = (
     "coherence.weights",
     "coherence.chunk_images",
     "coherence.share_blocks",
+    "coherence.gpu",
     "loss.weights",
     "network.init",
     "network.checkpoint_activations",

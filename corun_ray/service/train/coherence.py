@@ -13,10 +13,11 @@ from torch import device as Device
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.config.training import CoherenceSection, ColabatorLossSection
-from corun_ray.core.choices import QUALITY_NAMES, REFERENCE, REFERENCE_MODEL
+from corun_ray.core.choices import MUSIQ_NAMES, QUALITY_NAMES, REFERENCE, REFERENCE_MODEL
+from corun_ray.core.scoring.arithmetic import CannotCapture, Capture
 from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores
-from corun_ray.core.scoring.daclip import DACLIP_FILE, load_daclip
-from corun_ray.core.scoring.quality import load_quality, probe_scorer
+from corun_ray.core.scoring.daclip import DACLIP_FILE, DaClip, load_daclip
+from corun_ray.core.scoring.quality import IqaScorer, load_quality, probe_scorer
 from corun_ray.core.scoring.reference import ReferenceCoherence
 from corun_ray.core.scoring.scorers import Scorer
 from corun_ray.core.training.checkpoints import load_network
@@ -46,13 +47,36 @@ def build_coherence(section: CoherenceSection, source: WeightsSource, device: De
     clarity: str | Scorer = section.clarity
     if section.clarity == "daclip":
         file = source(DACLIP_FILE)
-        clarity = load_daclip(file, section.degradations, section.chunk_images, section.antialias).to(device)
+        network = load_daclip(file, section.degradations, section.chunk_images, section.antialias).to(device)
+        network.precision = section.precision
+        clarity = network
 
     quality: str | Scorer = section.quality
     if section.quality not in QUALITY_NAMES:
-        quality = load_quality(section.quality, source, section.quality_range, section.chunk_images).to(device)
+        metric = load_quality(section.quality, source, section.quality_range, section.chunk_images).to(device)
+        if section.quality in MUSIQ_NAMES:
+            metric.precision = section.precision
+        quality = metric
 
     return Coherence(clarity, quality, section.block_px, section.combine)
+
+
+def replay_scorers(coherence: Coherence, images: Tensor, capture: Capture) -> None:
+    """Let DA-CLIP and MUSIQ be replayed as graphs from now on; try this on `images`, `B 3 H W` as in training.
+
+    Raises `CannotCapture`.
+    """
+    for scorer in (coherence.clarity, coherence.quality):
+        if isinstance(scorer, DaClip) or (isinstance(scorer, IqaScorer) and scorer.name in MUSIQ_NAMES):
+            scorer.use_graphs(capture)
+
+    # The first call of a shape runs, the second one is captured.
+    try:
+        for _ in range(2):
+            coherence.score_images(images, images)
+            coherence.score_blocks(images[:1], images[:1])
+    except CannotCapture as error:
+        raise CannotCapture(f"coherence.gpu: graphs: {error}") from None
 
 
 @cache

@@ -25,7 +25,7 @@ from corun_ray.core.training.steps import (
     apply_mixup,
     run_pretraining_step,
 )
-from corun_ray.service.data.sample_maker import Batch
+from corun_ray.core.training.streams import Columns, open_stream
 
 
 def derive_step_seed(seed: int, step: int, place: int) -> int:
@@ -63,9 +63,10 @@ class Learner:
         if isinstance(job, ColabatorJob):
             assert pool is not None and coherence is not None
             teacher = compile_network(state.teacher) if job.optim.compile else state.teacher
-            self.colabator = Colabator(teacher, coherence, pool, losses, job.pool.encoding)
+            side = open_stream(device) if "stream" in job.coherence.gpu else None
+            self.colabator = Colabator(teacher, coherence, pool, losses, job.pool.encoding, side)
 
-    def learn(self, batch: Batch) -> Iterator[StepOutput]:
+    def learn(self, batch: Columns) -> Iterator[StepOutput]:
         """Add a step's gradients to the state, part by part.
 
         They are means over the parts of `batch` and over all ranks. Yields the losses and labels of each part.
@@ -86,7 +87,7 @@ class Learner:
                 self._state.backward(output.losses, 1 / num_parts)
             yield output
 
-    def _forward(self, batch: Batch, place: int) -> StepOutput:
+    def _forward(self, batch: Columns, place: int) -> StepOutput:
         """Return the losses of one part."""
         job = self._job
 
@@ -102,12 +103,14 @@ class Learner:
         real = RealBatch(self._to_device(batch["weak"]), self._to_device(batch["strong"]), batch["key"].tolist())
         return self.colabator.step(self._student, synthetic, real, self._state.step)
 
-    def _to_device(self, images: np.ndarray) -> Tensor:
-        """Convert uint8 `B H W C` to float `B C H W` in [0, 1].
+    def _to_device(self, images: np.ndarray | Tensor) -> Tensor:
+        """Convert uint8 `B H W C`, on the host or there already, to float `B C H W` in [0, 1].
 
         Bytes travel to the device, a quarter of the floats.
         """
-        return torch.from_numpy(images.copy()).to(self._device).permute(0, 3, 1, 2).float() / 255
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(images.copy()).to(self._device)
+        return images.permute(0, 3, 1, 2).float() / 255
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         """Compute in bfloat16 where that is the precision."""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from corun_ray.core.training.steps import StepOutput
-from corun_ray.service.data.sample_maker import Batch
+from corun_ray.core.training.streams import Columns
 from corun_ray.service.pool.client import PoolClient
 from corun_ray.service.telemetry import prometheus
 from corun_ray.service.telemetry.prometheus import MetricRecorder
@@ -37,7 +37,7 @@ class WorkerTelemetry:
         self._device, self._pool, self._coherence = device, pool, coherence
         self._last_gpu_look_s = -GPU_MEMORY_EVERY_S
 
-    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def watch(self, batches: Iterator[Columns]) -> Iterator[Columns]:
         """Yield the batches, and record each as a step.
 
         A step ends when the next batch is asked for.

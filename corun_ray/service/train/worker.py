@@ -19,10 +19,12 @@ from corun_ray.config.jobs import ColabatorJob
 from corun_ray.config.training import OptimSection
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.networks.finite import NotFinite
+from corun_ray.core.scoring.arithmetic import CudaCapture
 from corun_ray.core.training import checkpoints
 from corun_ray.core.training.acceleration import keep_freed_memory, try_compiling
 from corun_ray.core.training.precision import PrecisionChoice
 from corun_ray.core.training.state import Cycle, TrainState, compute_learning_rate
+from corun_ray.core.training.streams import Columns, copy_ahead, open_stream
 from corun_ray.service.data.manifest import Manifest
 from corun_ray.service.data.sample_maker import Batch
 from corun_ray.service.data.stream import (
@@ -41,7 +43,13 @@ from corun_ray.service.storage import locate
 from corun_ray.service.telemetry.logs import Log
 from corun_ray.service.train.board import Attempt
 from corun_ray.service.train.checkpointing import Checkpointer, PreemptionWatch
-from corun_ray.service.train.coherence import SharedCoherence, TimedCoherence, build_coherence, build_losses
+from corun_ray.service.train.coherence import (
+    SharedCoherence,
+    TimedCoherence,
+    build_coherence,
+    build_losses,
+    replay_scorers,
+)
 from corun_ray.service.train.controller import LastingFailure
 from corun_ray.service.train.failures import can_restart_help, describe_cause
 from corun_ray.service.train.learner import Learner
@@ -134,7 +142,9 @@ class Worker:
         job, state = self.job, self.state
         self.log.info("worker started", step=state.step, workers=self.num_workers, device=str(self.device))
 
-        for batch in self.telemetry.watch(self._note_first_batch(self._stream())):
+        # On a GPU, a batch is copied while the step before runs.
+        batches = copy_ahead(self._stream(), open_stream(self.device))
+        for batch in self.telemetry.watch(self._note_first_batch(batches)):
             # Add up the gradients of the batch's parts, then update student and teacher.
             for output in self.learner.learn(batch):
                 self.meter.add(output)
@@ -226,12 +236,18 @@ class Worker:
         return PoolClient(self.plan.shards, broadcast_from_rank_zero(generation))
 
     def _build_coherence(self) -> TimedCoherence | None:
-        """Build the scorers of a Colabator job; None for other jobs."""
+        """Build the scorers of a Colabator job; None for other jobs.
+
+        Raises `CannotCapture`.
+        """
         if not isinstance(self.job, ColabatorJob):
             return None
 
         section = self.job.coherence
         coherence = build_coherence(section, open_weights(section.weights), self.device)
+        if "graphs" in section.gpu:
+            shape = (self.job.train.batch_per_worker, 3, self.job.data.patch_px, self.job.data.patch_px)
+            replay_scorers(coherence, torch.rand(shape, device=self.device), CudaCapture(self.device))
         if section.share_blocks and self.num_workers > 1:
             coherence = SharedCoherence(coherence)
         return TimedCoherence(coherence, self.device)
@@ -264,7 +280,7 @@ class Worker:
             StreamTask(plan.job, plan.manifest, plan.board, layout, phase.patch_px, plan.labels, plan.cache)
         )
 
-    def _note_first_batch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _note_first_batch(self, batches: Iterator[Columns]) -> Iterator[Columns]:
         """Yield the batches; note how long the first is in coming."""
         since_s, is_first = time.time(), True
         for batch in batches:

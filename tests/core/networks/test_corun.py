@@ -1,5 +1,6 @@
 """The unfolding network: against reference outputs, against its closed form, and how it trains."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -7,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from corun_ray.core.networks import corun
 from corun_ray.core.networks.corun import (
@@ -80,6 +84,82 @@ def test_half_precision_keeps_the_closed_form_in_float32(golden: Golden) -> None
     for ours, exact in ((scene, golden.stages[-1].scene), (transmission, golden.stages[-1].transmission)):
         difference = (ours.float() - exact).abs()
         assert 0 < difference.mean() < 0.01 and difference.max() < 0.1
+
+
+class TypesOfOperations(TorchDispatchMode):
+    """Notes the types of tensors that operations read and make, in the closed-form steps and in convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_closed_form = False
+        self.closed_form: dict[str, set[torch.dtype]] = {}
+        self.convolutions: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        found = {leaf.dtype for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)}
+        if self.is_closed_form:
+            self.closed_form.setdefault(func.__name__, set()).update(found - {torch.bool})
+        elif "convolution" in str(func):
+            self.convolutions |= found
+        return result
+
+    def watch(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a closed-form step whose operations are told from others."""
+
+        def run(*inputs: Tensor) -> Tensor:
+            self.is_closed_form = True
+            result = step(*inputs)
+            self.is_closed_form = False
+            return result
+
+        return run
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_operation_of_the_closed_form_is_in_float32(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without memory, which may stand for a GPU's: its autocast has other rules than a CPU's."""
+    operations = TypesOfOperations()
+    for name in ("update_transmission", "update_scene"):
+        monkeypatch.setattr(corun, name, operations.watch(getattr(corun, name)))
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+
+    with FakeTensorMode(), torch.device(device), torch.autocast(device, torch.bfloat16):
+        network, hazy = CORUN(3, 4), torch.rand(2, 3, 16, 16)
+        with operations:
+            stages = list(network.unfold(hazy))
+    assert operations.convolutions == {torch.bfloat16}, "the learned half is in half precision"
+    assert {"div.Tensor", "sum.dim_IntList", "reciprocal.default", "clamp.default"} <= operations.closed_form.keys()
+    assert set().union(*operations.closed_form.values()) == {torch.float32}, operations.closed_form
+    # The learned corrections are added in float32 too, so no stage rounds what it hands on.
+    for scene, transmission in stages:
+        assert transmission is not None and scene.dtype == transmission.dtype == torch.float32
+
+
+def test_half_precision_hardly_moves_the_closed_form(golden: Golden) -> None:
+    network = CORUN(2)
+    network.load_state_dict(golden.network.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        stages = list(network.unfold(torch.from_numpy(golden.expected["input"])))
+    scene, transmission = stages[-1]
+    assert transmission is not None
+    loss = (scene.clamp(0, 1) * torch.linspace(0, 1, scene.shape[-1])).mean() + transmission.mean()
+    loss.backward()
+
+    # The first T is the closed form alone; what follows has the learned corrections' rounding.
+    for number, (ours, exact) in enumerate(zip(stages, golden.stages, strict=True)):
+        assert ours.transmission is not None and exact.transmission is not None
+        bound = 0 if number == 0 else 2e-3
+        torch.testing.assert_close(ours.transmission, exact.transmission, rtol=0, atol=bound)
+        torch.testing.assert_close(ours.scene, exact.scene, rtol=0, atol=2e-3)
+    # The gradients of the closed-form steps' own weights are those of the reference, too.
+    reference = dict(zip(golden.expected["grad_names"].tolist(), golden.expected["grad_norms"].tolist(), strict=True))
+    weights = {name: one.grad for name, one in network.named_parameters() if name.endswith("step_lambda")}
+    assert len(weights) == 4
+    for name, gradient in weights.items():
+        assert gradient is not None and gradient.dtype == torch.float32
+        assert gradient.norm().item() == pytest.approx(reference[name], rel=3e-3), name
 
 
 def exact_transmission(hazy: np.ndarray, transmission: np.ndarray, scene: np.ndarray, weight: float) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The two training steps, with a teacher of one weight and scripted scores in place of the real ones."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from corun_ray.core.choices import Encoding
-from corun_ray.core.networks.corun import Restoration
+from corun_ray.core.networks.corun import CORUN, Restoration
 from corun_ray.core.scoring.coherence import BlockScores, Coherence, GlobalScores
 from corun_ray.core.training.labels import Label, LocalPool, ReadyLabels, Scores, decode, encode
 from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
+from corun_ray.core.training.state import TrainState
 from corun_ray.core.training.steps import Colabator, PseudoLabels, RealBatch, SyntheticBatch, run_pretraining_step
+from corun_ray.core.training.streams import open_stream
+from tests.streams import LateStream
 
 SIDE_PX, BLOCK_PX = 32, 16
 LOSSES = Losses(COLABATOR_WEIGHTS)
@@ -243,3 +247,103 @@ def test_a_network_without_a_transmission_has_neither_its_label_nor_its_loss() -
     assert output.labels is not None
     assert_candidate(output.labels, 1, real.weak[1], 0.9)
     assert [pool.labels[key].transmission for key in "ab"] == [None, None]
+
+
+class PlacedNetwork(FakeNetwork):
+    """Notes in which stream it works, and draws a random number on the way."""
+
+    def __init__(self, gain: float, name: str, stream: LateStream) -> None:
+        super().__init__(gain)
+        self.name, self.stream = name, stream
+
+    def forward(self, hazy: Tensor) -> Restoration:
+        self.stream.notes.append(f"{self.name} in {self.stream.where}")
+        scene, transmission = super().forward(hazy * torch.rand(()))
+        return Restoration(scene, transmission)
+
+
+class PlacedCoherence(ScriptedCoherence):
+    """Notes in which stream it rates."""
+
+    def __init__(self, scores: Sequence[tuple[float, float]], stream: LateStream) -> None:
+        super().__init__(scores)
+        self.stream = stream
+
+    def score_images(self, images: Tensor, hazy: Tensor) -> GlobalScores:
+        self.stream.notes.append(f"images rated in {self.stream.where}")
+        return super().score_images(images, hazy)
+
+    def score_blocks(self, images: Tensor, hazy: Tensor) -> BlockScores:
+        self.stream.notes.append(f"blocks rated in {self.stream.where}")
+        return super().score_blocks(images, hazy)
+
+
+class PlacedLosses(Losses):
+    """Notes in which stream the losses are computed."""
+
+    stream: LateStream
+
+    def compute_colabator(self, *restored: Any, **rest: Any) -> dict[str, Tensor]:
+        self.stream.notes.append(f"losses in {self.stream.where}")
+        return super().compute_colabator(*restored, **rest)
+
+
+def test_teacher_and_scorers_work_in_their_own_stream_beside_the_student() -> None:
+    scores, real, synthetic = [(0.6, 0.6), (0.1, 0.1)], real_batch("wins", "loses"), synthetic_batch(2)
+    outputs, notes, pools = [], [], []
+    for is_beside in (False, True):
+        stream = LateStream()
+        losses = PlacedLosses(COLABATOR_WEIGHTS)
+        object.__setattr__(losses, "stream", stream)
+        student, teacher = PlacedNetwork(0.7, "student", stream), PlacedNetwork(0.9, "teacher", stream)
+        pool = RecordingPool([stored_label("wins", 0.5, 0.5), stored_label("loses", 0.5, 0.5)])
+        coherence = PlacedCoherence(scores, stream)
+        colabator = Colabator(teacher, coherence, pool, losses, side=stream if is_beside else None)
+        torch.manual_seed(3)
+        outputs.append(colabator.step(student, synthetic, real, step=4))
+        notes.append(stream.notes)
+        pools.append(pool.labels)
+
+    before, beside = notes
+    assert before == [
+        *("teacher in main", "images rated in main", "blocks rated in main", "student in main", "losses in main")
+    ]
+    assert beside == [
+        *("side waits for main", "teacher in side", "images rated in side", "student in main"),
+        *("blocks rated in side", "main waits for side", "losses in main"),
+    ]
+    # Memory that both streams use is kept for the other one.
+    assert len(stream.borrowed) == 1 and stream.borrowed[0] is real.weak
+    assert stream.lent == [(2, 3, SIDE_PX, SIDE_PX), (2, 1, SIDE_PX, SIDE_PX)]
+
+    # The results are the very same: losses, labels and the pool.
+    one, other = outputs
+    torch.testing.assert_close(other.losses, one.losses, rtol=0, atol=0)
+    assert one.labels is not None and other.labels is not None
+    assert torch.equal(one.labels.scene, other.labels.scene) and torch.equal(one.labels.trust, other.labels.trust)
+    assert one.labels[2:] == other.labels[2:] and one.labels.from_teacher == [True, False]
+    for key in ("wins", "loses"):
+        assert pools[0][key].scores == pools[1][key].scores
+        np.testing.assert_array_equal(pools[0][key].scene, pools[1][key].scene)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_s_second_stream_changes_no_number() -> None:
+    device = torch.device("cuda")
+    found = []
+    for side in (None, open_stream(device)):
+        torch.manual_seed(0)
+        network = CORUN(2, 8)
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        state, pool = TrainState.start(network, device), LocalPool()
+        colabator = Colabator(state.teacher, Coherence(block_px=BLOCK_PX), pool, LOSSES, side=side)
+        for step in range(8):
+            synthetic = SyntheticBatch(*(images.to(device) for images in synthetic_batch(2)[:2]))
+            weak, strong, keys = real_batch("a", "b")
+            output = colabator.step(state.student, synthetic, RealBatch(weak.to(device), strong.to(device), keys), step)
+            state.backward(output.losses)
+            state.update(1e-3, 0.9, 2)
+        found.append({name: tensor.cpu() for name, tensor in state.collect_tensors().items()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)

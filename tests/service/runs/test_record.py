@@ -94,6 +94,11 @@ def variant(dataset, folder, **sections):
         {"train": {"batch_per_worker": 4, "steps": 99, "checkpoint_every": 7}, "pool": {"shards": 3, "memory_mib": 5}},
         {"tracking": {"uri": "http://other"}, "train": {"batch_per_worker": 4}},
         {"cluster": {"workers": 2}, "train": {"batch_per_worker": 1, "accumulate": 2}},
+        {
+            "cluster": {"workers": 1, "gpus_per_worker": 1},
+            "train": {"batch_per_worker": 4},
+            "coherence": {"gpu": ["stream"]},
+        },
     ],
 )
 def test_where_and_on_what_it_runs_may_change(dataset, tmp_path, sections):
@@ -111,6 +116,10 @@ def test_where_and_on_what_it_runs_may_change(dataset, tmp_path, sections):
         ({"pool": {"encoding": "float16"}}, "pool.encoding: float16 now, uint8 in the run to resume"),
         ({"cluster": {"workers": 2}}, "train.batch_per_worker: 1 on 2 workers now, 1 on 1 in the run to resume"),
         ({"train": {"batch_per_worker": 2}, "cluster": {"workers": (1, 2)}}, "train.batch_per_worker: 2 on 1 to 2"),
+        (
+            {"coherence": {"clarity": "daclip", "weights": "w", "precision": "bf16"}},
+            "coherence.precision: bf16 now, auto in the run to resume",
+        ),
         ({"train": {"accumulate": 3}}, "train.batch_per_worker: 1 x train.accumulate 3 on 1 workers now, 1 on 1"),
     ],
 )

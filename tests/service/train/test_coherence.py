@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from corun_ray.core.scoring.arithmetic import CannotCapture
 from corun_ray.core.scoring.daclip import DACLIP_FILE
 from corun_ray.core.training.losses import VGG_FILE, LaplacianFeatures
 from corun_ray.core.weights import WeightsError
 from corun_ray.service.check import check_job
 from corun_ray.service.telemetry.console import Console
-from corun_ray.service.train.coherence import build_coherence, build_losses
+from corun_ray.service.train.coherence import build_coherence, build_losses, replay_scorers
 from corun_ray.service.train.driver import prepare, run_training
 from corun_ray.service.weights.folder import index_folder
 from corun_ray.service.weights.needed import find_needed_files, open_weights
@@ -80,6 +81,45 @@ def test_a_folder_and_a_bucket_rank_photographs_the_same_way(metric, folder, buc
         scores.append(quality)
     assert torch.equal(*scores)
     assert [path.name for path in (tmp_path / "cache").rglob("*.*") if not path.name.endswith(".lock")]
+
+
+def test_the_precision_reaches_the_networks_that_stand_it(folder, dataset, tmp_path):
+    sections = [
+        job_with(dataset, tmp_path, folder, clarity="daclip", quality="brisque", **keys).coherence
+        for keys in ({}, {"precision": "bf16"})
+    ]
+    usual, half = (build_coherence(section, open_weights(section.weights)) for section in sections)
+    assert (usual.clarity.precision, half.clarity.precision) == ("auto", "bf16")
+    assert half.quality.precision == "auto", "no network: its statistics need all digits"
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    difference = (half.clarity(images) - usual.clarity(images)).abs()
+    assert 0 < difference.max() < 0.05
+
+
+def test_scorers_are_captured_before_the_first_step(folder, dataset, tmp_path):
+    cluster = {"workers": 1, "gpus_per_worker": 1}
+    coherence = {"weights": str(folder), "clarity": "daclip", "quality": "brisque", "gpu": ["graphs"], "block_px": 32}
+    section = small_job("colabator", dataset, tmp_path, coherence=coherence, cluster=cluster).coherence
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    plain = build_coherence(section, open_weights(section.weights))
+    shapes = []
+
+    def capture(function, given):
+        shapes.append(tuple(given.shape))
+        return function
+
+    coherence = build_coherence(section, open_weights(section.weights))
+    replay_scorers(coherence, images, capture)
+    assert shapes == [(2, 3, 64, 64), (4, 3, 32, 32)], "whole images, and the blocks of one winner"
+    assert torch.equal(coherence.score_blocks(images, images).clarity, plain.score_blocks(images, images).clarity)
+
+    def refuse(function, given):
+        raise RuntimeError("no graph")
+
+    with pytest.raises(
+        CannotCapture, match="^coherence.gpu: graphs: daclip cannot be replayed as a CUDA graph .no graph"
+    ):
+        replay_scorers(build_coherence(section, open_weights(section.weights)), images, refuse)
 
 
 def test_a_wrong_checksum_is_refused_before_any_worker_starts(folder, dataset, tmp_path):

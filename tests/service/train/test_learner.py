@@ -12,10 +12,12 @@ from corun_ray.core.training.labels import LocalPool
 from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
 from corun_ray.core.training.precision import PrecisionChoice
 from corun_ray.core.training.state import TrainState
+from corun_ray.core.training.streams import copy_ahead
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.data.sample_maker import SampleMaker
 from corun_ray.service.train.learner import Learner
 from tests.service.jobs import small_job
+from tests.streams import LateStream
 
 STEP_IMAGES = 8
 CPU = torch.device("cpu")
@@ -34,11 +36,11 @@ class Loud(torch.nn.Module):
         return self.inner((hazy + 0.1 * torch.rand_like(hazy)).clamp(0, 1))
 
 
-def gradients(kind, dataset, folder, network, workers, batch, mixup=0.0):
+def gradients(kind, dataset, folder, network, workers, batch, mixup=0.0, **keys):
     """The mean over the ranks of the gradients of one step of eight images, and the losses in the images' order."""
     accumulate = STEP_IMAGES // workers // batch
     train = {"batch_per_worker": batch, "accumulate": accumulate}
-    job = small_job(kind, dataset, folder, train=train, data={"mixup": mixup})
+    job = small_job(kind, dataset, folder, train=train, data={"mixup": mixup}, **keys)
     batch_of_all = SampleMaker(job, build_manifest(job), job.data.patch_px, print)({"id": np.arange(STEP_IMAGES)})
     losses = Losses(COLABATOR_WEIGHTS if kind == "colabator" else PRETRAIN_WEIGHTS)
     found, of_parts, pool = [], [], LocalPool()
@@ -71,3 +73,45 @@ def test_a_step_in_one_part_is_the_whole_batch(dataset, tmp_path):
     torch.manual_seed(1)
     _, losses = gradients("colabator", dataset, tmp_path, Loud(), workers=1, batch=8)
     assert len(losses) == 1
+
+
+@pytest.mark.parametrize(("kind", "mixup"), [("pretrain", 0.5), ("colabator", 0.0)])
+def test_batches_copied_ahead_train_the_very_same(kind, mixup, dataset, tmp_path):
+    train = {"batch_per_worker": 2, "accumulate": 2}
+    job = small_job(kind, dataset, tmp_path, train=train, data={"mixup": mixup})
+    make_samples = SampleMaker(job, build_manifest(job), job.data.patch_px, print)
+    batches = [make_samples({"id": np.arange(4 * step, 4 * step + 4)}) for step in range(3)]
+    torch.manual_seed(1)
+    network = Loud()
+
+    found = []
+    for side in (None, LateStream()):
+        state, pool = TrainState.start(copy.deepcopy(network)), LocalPool()
+        losses = Losses(COLABATOR_WEIGHTS if kind == "colabator" else PRETRAIN_WEIGHTS)
+        learner = Learner(job, state, losses, Coherence(block_px=16), pool, 0, CPU, PrecisionChoice("fp32"))
+        # A stop within a run has taken a batch ahead, but its position counts steps alone.
+        for batch in copy_ahead(iter(batches), side):
+            assert isinstance(batch["hazy"], np.ndarray if side is None else torch.Tensor)
+            for _ in learner.learn(batch):
+                pass
+            state.update(1e-3, 0.9, len(batch["index"]))
+            if state.step == 2:
+                break
+        assert (state.step, state.num_images_seen) == (2, 8)
+        found.append(state.collect_tensors())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gpu", [[], ["stream"]])
+def test_the_key_gives_teacher_and_scorers_a_stream_of_their_own(gpu, dataset, tmp_path, monkeypatch):
+    """Where a GPU would have a stream, a stand-in opens; the gradients are the same."""
+    stream = LateStream()
+    monkeypatch.setattr("corun_ray.service.train.learner.open_stream", lambda device: stream)
+    torch.manual_seed(1)
+    network = Loud()
+    keys = {"coherence": {"gpu": gpu}, "cluster": {"workers": 1, "gpus_per_worker": 1}}
+    found, _ = gradients("colabator", dataset, tmp_path, network, 1, batch=4, **keys)
+    assert stream.notes == ["side waits for main", "main waits for side"] * 2 * bool(gpu)
+
+    expected, _ = gradients("colabator", dataset, tmp_path, network, 1, batch=4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
