@@ -2,9 +2,10 @@
 
 For `data.synthesis: stream` and `worker`, by turns in one process and of the same photographs (1920 x 1088 px, JPEG,
 depth as .npy): samples a second that one core of the stream makes, the bytes of a sample, the time until a batch is on
-the device and ready, and the time of a Colabator step. The scorers need no weights. Prints a Markdown table:
+the device and ready, and the time of a step. The scorers need no weights. Prints a Markdown table:
 
-    python docs/evidence/synthesis_place.py --samples 40
+    python docs/evidence/synthesis_place.py --samples 60 --steps 12
+    python docs/evidence/synthesis_place.py --samples 60 --steps 12 --kind pretrain
     python docs/evidence/synthesis_place.py --device cuda --batch 8 --stages 4 --width 30 --json FIGURES.json
 """
 
@@ -22,12 +23,12 @@ import numpy as np
 import torch
 
 from corun_ray.bench.stream import build_job, render_photographs
-from corun_ray.config.jobs import ColabatorJob
+from corun_ray.config.jobs import TrainingJob
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.timing import synchronize
 from corun_ray.core.training.labels import LocalPool
-from corun_ray.core.training.losses import COLABATOR_WEIGHTS, Losses
+from corun_ray.core.training.losses import COLABATOR_WEIGHTS, PRETRAIN_WEIGHTS, Losses
 from corun_ray.core.training.state import TrainState
 from corun_ray.service.data.manifest import build_manifest
 from corun_ray.service.data.sample_maker import Batch, SampleMaker
@@ -45,6 +46,7 @@ Times = dict[tuple[str, str], list[float]]
 def main() -> None:
     """Measure both places and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=("colabator", "pretrain"), default="colabator")
     parser.add_argument("--device", default="cpu", help="the training worker's (default cpu)")
     parser.add_argument("--size", type=int, default=288, metavar="PX", help="side of a patch (default 288)")
     parser.add_argument("--samples", type=int, default=40, help="timed samples of each place (default 40)")
@@ -60,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         render_photographs(folder, lambda done, total: None)
-        makers = build_makers(folder, arguments.size)
+        makers = build_makers(folder, arguments.kind, arguments.size)
         times: Times = defaultdict(list)
         batches = time_samples(makers, arguments.samples, arguments.batch, times)
 
@@ -73,12 +75,12 @@ def main() -> None:
         arguments.json.write_text(json.dumps(figures))
 
 
-def build_makers(folder: Path, patch_px: int) -> dict[str, SampleMaker]:
-    """Build the maker of Colabator's samples for each place; clear images serve as real ones, too."""
+def build_makers(folder: Path, kind: str, patch_px: int) -> dict[str, SampleMaker]:
+    """Build the maker of samples for each place; clear images serve as real ones, too."""
     clear = str(folder / "clear")
     makers = {}
     for place in PLACES:
-        job = build_job(clear, str(folder / "depth"), "metres", clear, patch_px)
+        job = build_job(clear, str(folder / "depth"), "metres", clear if kind == "colabator" else None, patch_px)
         job = job.model_copy(update={"data": job.data.model_copy(update={"synthesis": place})})
         makers[place] = SampleMaker(job, build_manifest(job), patch_px, fail)
     return makers
@@ -106,13 +108,14 @@ def time_samples(
     return batches
 
 
-def build_learner(job: ColabatorJob, device: torch.device, arguments: argparse.Namespace) -> Learner:
-    """Build the learner of a Colabator job, with a pool of its own."""
+def build_learner(job: TrainingJob, device: torch.device, arguments: argparse.Namespace) -> Learner:
+    """Build the learner of a job, with a pool of its own."""
     torch.manual_seed(0)
     state = TrainState.start(CORUN(arguments.stages, arguments.width), device)
     precision, _ = agree_on_precision(arguments.precision, device)
+    losses = Losses(COLABATOR_WEIGHTS if arguments.kind == "colabator" else PRETRAIN_WEIGHTS)
     coherence = Coherence(block_px=BLOCK_PX)
-    return Learner(job, state, Losses(COLABATOR_WEIGHTS), coherence, LocalPool(), 0, device, precision)
+    return Learner(job, state, losses, coherence, LocalPool(), 0, device, precision)
 
 
 def time_steps(

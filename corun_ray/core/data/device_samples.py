@@ -51,8 +51,9 @@ def make_pairs(
         del order[-len(group) :]
         made[group] = _make_group([drawn[index] for index in group], device)
 
-    transmission = made[:, 6:] if with_transmission else None
-    return made[:, :3], made[:, 3:6], transmission
+    # The channels of a pixel side by side, as images from the stream have them: networks are faster or slower by it.
+    hazy, clear = (made[:, part].contiguous(memory_format=torch.channels_last) for part in (slice(3), slice(3, 6)))
+    return hazy, clear, made[:, 6:] if with_transmission else None
 
 
 def _make_group(drawn: list[DrawnPair], device: torch.device) -> Tensor:

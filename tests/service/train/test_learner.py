@@ -81,6 +81,17 @@ def test_a_step_in_one_part_is_the_whole_batch(dataset, tmp_path):
     assert len(losses) == 1
 
 
+def test_samples_made_by_the_learner_lie_in_memory_as_those_of_the_stream(dataset, tmp_path):
+    for place in ("stream", "worker"):
+        job = small_job("colabator", dataset, tmp_path, data={"synthesis": place})
+        batch = SampleMaker(job, build_manifest(job), 32, print)({"id": np.arange(2)})
+        state, coherence = TrainState.start(CORUN(2, 2)), Coherence(block_px=16)
+        losses, precision = Losses(COLABATOR_WEIGHTS), PrecisionChoice("fp32")
+        synthetic, real = Learner(job, state, losses, coherence, LocalPool(), 0, CPU, precision).load(batch, 0)
+        for images in (synthetic.hazy, synthetic.clear, real.weak, real.strong):
+            assert images.is_contiguous(memory_format=torch.channels_last), place
+
+
 @pytest.mark.parametrize("kind", ["pretrain", "colabator"])
 def test_samples_made_by_the_learner_teach_as_those_of_the_stream(kind, dataset, tmp_path):
     """Without a camera's faults nothing is drawn after what both draw alike."""
