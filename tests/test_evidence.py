@@ -1,5 +1,6 @@
 """The measurements of the docs run, in small: what they print is for the docs, not asserted here."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,13 @@ def test_the_straightforward_order_beside_ours(photographs: Path) -> None:
 def test_decoded_images_from_the_object_store() -> None:
     said = ran("decoded_cache.py", "--size", 480, 320, "--samples", 4)
     assert said.count("| from the cache | ") == 6 and said.count(", depth npy | ") == 2
+
+
+def test_the_pixel_work_by_the_stream_and_by_the_worker(tmp_path: Path) -> None:
+    small = ("--size", 64, "--batch", 1, "--samples", 2, "--steps", 1, "--json", tmp_path / "figures.json")
+    said = ran("synthesis_place.py", *small)
+    assert [line.split("|")[1].strip() for line in said.splitlines()[4:]] == ["stream", "worker"]
+    assert len(json.loads((tmp_path / "figures.json").read_text())) == 8
 
 
 def test_the_service_beside_torchrun() -> None:

@@ -88,6 +88,16 @@ def test_the_tables_name_the_card_and_compare_with_the_published_step(script, tm
         script.format_tables(tmp_path / "none")
 
 
+def test_the_table_of_the_stream_has_both_places_of_the_pixel_work(script, tmp_path):
+    kinds = {"kinds": {"pre-training": {"images_per_s": 80.0, "sample_s": 0.0125}}}
+    places = {"stream: ms a step": 90.5, "worker: ms a step": 88.25}
+    runs = [script.Outcome("stream", "c", "done", 9, kinds), script.Outcome(script.SYNTHESIS, "c", "done", 9, places)]
+    script.save_report(script.PartReport("stream", "a card", {"torch": "2"}, runs), tmp_path)
+    text = script.format_tables(tmp_path)
+    assert "| pre-training | 80.0 | 12.5 |" in text
+    assert "| data.synthesis, by turns | worker: ms a step | 88.25 |" in text
+
+
 @pytest.mark.slow
 def test_all_parts_run_in_small_without_a_gpu(script, tmp_path):
     arguments = ["quarter_hour.py", str(tmp_path / "gpu"), "--device", "cpu", "--tiny", "--minutes", "25"]

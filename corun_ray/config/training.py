@@ -50,6 +50,7 @@ from corun_ray.core.choices import (
     Precision,
     ResizeKind,
     ScorerPrecision,
+    SynthesisPlace,
 )
 from corun_ray.core.metrics.catalog import (
     OWN_METRICS,
@@ -395,6 +396,10 @@ class TrainingDataSection(Section):
     cache_mib: Count = Field(
         0, ge=0, description="memory for decoded images in each node's object store, at most half of it; 0: none"
     )
+    synthesis: SynthesisPlace = Field(
+        "stream",
+        description="place of haze, noise, JPEG and strong views: stream, on CPUs, or worker, on its GPU if it has one",
+    )
     max_bad_fraction: Fraction = Field(0.01, description="tolerated fraction of unusable images")
 
     def list_validation_sections(self) -> dict[str, ValidationSection]:
@@ -420,6 +425,13 @@ class TrainingDataSection(Section):
         if paired is not None and info.data.get("depth") is not None:
             raise Mismatch("data.depth", "not used together with data.paired")
         return paired
+
+    @field_validator("synthesis")
+    @classmethod
+    def _check_synthesis(cls, synthesis: SynthesisPlace, info: ValidationInfo) -> SynthesisPlace:
+        if synthesis == "worker" and info.data.get("paired") is not None:
+            raise Mismatch("data.synthesis", "worker, but data.paired has hazy images, so that no haze is made")
+        return synthesis
 
 
 class ColabatorDataSection(TrainingDataSection):

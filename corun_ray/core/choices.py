@@ -62,6 +62,9 @@ REFERENCE_MODEL = "corun-small"
 Precision = Literal["auto", "fp32", "bf16"]
 """Arithmetic of a network in training; auto: bf16 where the device is fast at it, else fp32."""
 
+SynthesisPlace = Literal["stream", "worker"]
+"""Who does a sample's pixel work: the processes of the sample stream, or a training worker on its device."""
+
 # --- Detectors ---
 
 DetectorName = Literal[

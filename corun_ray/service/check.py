@@ -119,6 +119,9 @@ def _check_training_images(job: TrainingJob, patch_px: int, inspector: Inspector
     """Check training images and validation sets; `patch_px` is the largest patch."""
     manifest = build_manifest(job)
     yield "data", f"{_describe_clear_images(manifest)}, {len(manifest.hazy)} real hazy"
+    if job.data.synthesis == "worker":
+        device = "GPUs" if job.cluster.gpus_per_worker else "CPUs"
+        yield "synthesis", f"haze, noise, JPEG and strong views are made by the training workers, on their {device}"
     for uri, reason in manifest.skipped.items():
         yield "skipped", f"{uri}: {reason}"
     for uri, others in manifest.passed_over.items():

@@ -36,6 +36,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
 PARTS = ("tests", "step", "dehaze", "stream", "service", "training")
+SYNTHESIS = "data.synthesis, by turns"
 FIGURES = "FIGURES.json"
 """Stands for the file of a run's figures in its command."""
 BEGIN, END = "<!-- results of a GPU -->", "<!-- end of results -->"
@@ -110,7 +111,7 @@ def plan_parts(wish: Wish) -> dict[str, list[Run]]:
         "tests": plan_tests(),
         "step": plan_steps(wish),
         "dehaze": plan_photographs(wish),
-        "stream": [Run("stream", bench("stream", *wish.choose("", "--samples 4"), "--json", FIGURES), 90)],
+        "stream": plan_streams(wish),
         "service": plan_service(wish),
         "training": plan_training(wish),
     }
@@ -161,6 +162,17 @@ def plan_photographs(wish: Wish) -> list[Run]:
             rest = ("--device", wish.device, "--precision", precision, *network, "--json", FIGURES)
             runs.append(Run(f"{size}, {precision}", bench("dehaze", "--sizes", *options.split(), *rest), 90))
     return runs
+
+
+def plan_streams(wish: Wish) -> list[Run]:
+    """Return the run of the stream alone, and that of both places of a sample's pixel work, by turns."""
+    sizes = wish.choose(
+        "--batch 4 --samples 40 --steps 12 --stages 4 --width 30 --precision bf16",
+        "--batch 1 --samples 2 --steps 1 --size 64",
+    )
+    places = script_command("synthesis_place.py", "--device", wish.device, *sizes, "--json", FIGURES)
+    alone = bench("stream", *wish.choose("", "--samples 4"), "--json", FIGURES)
+    return [Run("stream", alone, 90), Run(SYNTHESIS, places, 120)]
 
 
 def plan_service(wish: Wish) -> list[Run]:
@@ -406,12 +418,15 @@ def format_photographs(runs: list[Outcome]) -> list[str]:
 
 
 def format_stream(runs: list[Outcome]) -> list[str]:
-    """Format images a second and core, by kind of sample."""
+    """Format images a second and core by kind of sample, and both places of a sample's pixel work."""
     rows = []
     for run in runs:
+        if run.name == SYNTHESIS:
+            continue
         for kind, result in run.figures["kinds"].items():
             rows.append([kind, f"{result['images_per_s']:.1f}", f"{1000 * result['sample_s']:.1f}"])
-    return format_grid(["samples", "images/s and core", "ms a sample"], rows)
+    places = [run for run in runs if run.name == SYNTHESIS]
+    return [*format_grid(["samples", "images/s and core", "ms a sample"], rows), "", *format_figures(places)]
 
 
 def format_figures(runs: list[Outcome]) -> list[str]:

@@ -93,6 +93,11 @@ def test_published_loss_weights_are_the_defaults() -> None:
         ("data", {"paired": {"hazy": "a", "clear": "b"}}, "data.clear: not used together with data.paired"),
         ("data", {"clear": None}, "data.clear: missing (folder, pack or URI of clear images; or give data.paired)"),
         ("data", {"mixup": 1.2}, "data.mixup: mixes the images of a batch, and batch_per_worker is 1"),
+        (
+            "data",
+            {"clear": None, "paired": {"hazy": "a", "clear": "b"}, "synthesis": "worker"},
+            "data.synthesis: worker, but data.paired has hazy images, so that no haze is made",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_told_with_its_key(section: str, values: dict, said: str) -> None:

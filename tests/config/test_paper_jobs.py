@@ -100,7 +100,7 @@ OURS = {
     *("data.validation.match", "data.validation.match_clear", "data.validation.crop_truth"),
     # How the work is laid out, and what is shown of it.
     *("cluster.gpus_per_worker", "cluster.cpus_per_worker", "cluster.data_cpus", "cluster.max_failures"),
-    *("cluster.resize_every_s", "data.cache_mib", "data.max_bad_fraction", "optim.compile"),
+    *("cluster.resize_every_s", "data.cache_mib", "data.max_bad_fraction", "data.synthesis", "optim.compile"),
     *("network.checkpoint_activations", "coherence.chunk_images", "coherence.share_blocks", "coherence.gpu"),
     *("pool.shards", "pool.memory_mib"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.validation_images"),

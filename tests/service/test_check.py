@@ -146,6 +146,16 @@ def test_a_learning_rate_that_ends_before_the_training(dataset, tmp_path):
     assert note in notes and mistakes == []
 
 
+def test_who_makes_the_pixels_is_told_where_it_is_the_workers(dataset, tmp_path):
+    for gpus, device in ((0, "CPUs"), (1, "GPUs")):
+        sections = {"data": {"synthesis": "worker"}, "cluster": {"gpus_per_worker": gpus}}
+        notes = check_job(small_job("pretrain", dataset, tmp_path, **sections), [])[0]
+        made = f"haze, noise, JPEG and strong views are made by the training workers, on their {device}"
+        assert f"synthesis {made}" in notes
+    notes = check_job(small_job("pretrain", dataset, tmp_path), [])[0]
+    assert not any(note.startswith("synthesis") for note in notes)
+
+
 def test_a_search_is_checked_by_all_its_values(dataset, half):
     """Images are held against the largest patch, and every folder and model is looked at."""
     tree = small_job("colabator", dataset, half).model_dump() | {"kind": "tune"}

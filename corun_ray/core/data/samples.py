@@ -4,6 +4,7 @@ Source: Fang et al., NeurIPS 2024, arXiv 2406.07966. Images are RGB uint8, `H W 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 
 from corun_ray.core.choices import ResizeKind
 from corun_ray.core.data import augment
-from corun_ray.core.data.augment import CAMERA_FAULTS, CameraFaults, Sliceable
+from corun_ray.core.data.augment import CAMERA_FAULTS, Camera, CameraFaults, Crop, Sliceable, StrongOperation
 from corun_ray.core.data.depth import DepthMap
-from corun_ray.core.data.haze import HazeRange, add_haze, compute_density, compute_transmission, sample_haze
+from corun_ray.core.data.haze import Haze, HazeRange, add_haze, compute_density, compute_transmission, sample_haze
 from corun_ray.core.data.images import BadImage, ImageU8, decode_image
 from corun_ray.core.timing import phase
 
@@ -25,6 +26,8 @@ SAMPLES_VERSION = 2
 _BAND_ROWS = 32
 # Real images are decoded larger than the patch: with less, a JPEG's reduced decoding would blur the patch visibly.
 _REAL_OVERSIZE = 1.75
+DEPTH_LEVELS = 2**15 - 1
+"""Steps of a drawn pair's inverse depth from the farthest to the nearest point: 0.02 levels of an image at most."""
 MAX_BORDER = 0.2
 """Share of a truth's side that its border may have, both ends together. RESIDE's has 0.03 to 0.04."""
 
@@ -49,6 +52,49 @@ class RealViews:
     strong: ImageU8
 
 
+# --- Samples of which only the random part is made ---
+
+
+@dataclass(frozen=True)
+class DrawnPair:
+    """A synthetic pair before its pixel work: a cut region and all that was drawn for it.
+
+    `device_samples` makes the pair of it.
+    """
+
+    region: ImageU8
+    """The clear region at the image's own resolution, `side side 3`."""
+    inverse_depth: NDArray[np.int16]
+    """Its inverse depth, `side side`, in units of 1 / `DEPTH_LEVELS`."""
+    crop: Crop
+    haze: Haze
+    camera: Camera
+    noise_seed: int | None
+    """Seed of the noise of every pixel; None for a camera without noise."""
+    jpeg_quality: int | None
+    """Quality of the JPEG round trip of the hazy region; None: it takes none."""
+    patch_px: int
+    resize: ResizeKind
+
+
+@dataclass(frozen=True)
+class StrongDraw:
+    """The operations of a strong view, in their order, each with its strength."""
+
+    operations: tuple[tuple[StrongOperation, float], ...]
+
+
+@dataclass(frozen=True)
+class DrawnViews:
+    """The weak view of one real hazy image, `p p 3`, and what makes the strong one of it."""
+
+    weak: ImageU8
+    strong: StrongDraw
+
+
+# --- Synthetic and paired patches ---
+
+
 def make_synthetic_pair(
     clear: Sliceable,
     depth_map: DepthMap,
@@ -70,31 +116,15 @@ def make_synthetic_pair(
 
     Raises `BadImage` if the depth map has another aspect ratio than the image.
     """
-    height_px, width_px = clear.shape[:2]
-
     # Choose the crop, then cut it from the image and its depth.
-    with phase("depth"):
-        depth_map = depth_map.fit_to_image(height_px, width_px)
-        crop = augment.sample_crop(
-            rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
-        )
+    crop, depth_map = _draw_crop(clear, depth_map, rng, patch_px, random_resize=random_resize, rotation=rotation)
     truth, depth = crop.cut(clear), crop.cut(depth_map.pixels)
 
-    # Take a worse shot of the clear region, then lay haze over it, band by band.
+    # Take a worse shot of the clear region and lay haze over it.
     with phase("synthesis"):
         haze = sample_haze(rng, haze_range)
         camera = augment.sample_camera(rng, camera_faults)
-        hazy = np.empty(truth.shape, np.uint8)
-        levels = np.empty(truth.shape[:2], np.uint8) if with_transmission else None
-        density = compute_density(haze, *truth.shape[:2])
-        for top in range(0, crop.side_px, _BAND_ROWS):
-            band = slice(top, top + _BAND_ROWS)
-            shot = augment.degrade(rng, truth[band], camera)
-            transmission = compute_transmission(depth_map.to_inverse(depth[band]), density[band], haze.nearest)
-            # convertScaleAbs rounds to uint8.
-            hazy[band] = cv2.convertScaleAbs(add_haze(shot, transmission, haze), alpha=255)
-            if levels is not None:
-                levels[band] = cv2.convertScaleAbs(transmission, alpha=255)
+        hazy, levels = lay_haze(rng, truth, depth, depth_map.to_inverse, haze, camera)
 
     # Compress with the blocks where the whole image would have them.
     with phase("jpeg"):
@@ -103,8 +133,89 @@ def make_synthetic_pair(
             hazy = augment.apply_jpeg(hazy, jpeg_quality, top_px=crop.top_px, left_px=crop.left_px)
 
     with phase("resize"):
-        known = None if levels is None else crop.finish(levels, patch_px, resize)
+        known = crop.finish(levels, patch_px, resize) if with_transmission else None
         return Pair(crop.finish(hazy, patch_px, resize), crop.finish(truth, patch_px, resize), jpeg_quality, known)
+
+
+def lay_haze(
+    rng: np.random.Generator,
+    truth: ImageU8,
+    depth: NDArray,
+    to_inverse: Callable[[NDArray], NDArray[np.float32]],
+    haze: Haze,
+    camera: Camera,
+) -> tuple[ImageU8, NDArray[np.uint8]]:
+    """Take a camera's shot of a clear region and lay haze over it, band by band.
+
+    `truth` is `s s 3`; `to_inverse` makes inverse depth of rows of `depth`, `s s`. `rng` draws the camera's noise.
+    Returns the hazy region, `s s 3`, and its transmission, `s s`, 255 is clear air.
+    """
+    hazy = np.empty(truth.shape, np.uint8)
+    levels = np.empty(truth.shape[:2], np.uint8)
+    density = compute_density(haze, *truth.shape[:2])
+    for top in range(0, truth.shape[0], _BAND_ROWS):
+        band = slice(top, top + _BAND_ROWS)
+        shot = augment.degrade(rng, truth[band], camera)
+        transmission = compute_transmission(to_inverse(depth[band]), density[band], haze.nearest)
+        # convertScaleAbs rounds to uint8.
+        hazy[band] = cv2.convertScaleAbs(add_haze(shot, transmission, haze), alpha=255)
+        levels[band] = cv2.convertScaleAbs(transmission, alpha=255)
+    return hazy, levels
+
+
+def _draw_crop(
+    clear: Sliceable,
+    depth_map: DepthMap,
+    rng: np.random.Generator,
+    patch_px: int,
+    *,
+    random_resize: bool,
+    rotation: bool,
+) -> tuple[Crop, DepthMap]:
+    """Draw a crop of an image, and fit its depth map to the image.
+
+    Raises `BadImage` if the depth map has another aspect ratio than the image.
+    """
+    height_px, width_px = clear.shape[:2]
+    with phase("depth"):
+        depth_map = depth_map.fit_to_image(height_px, width_px)
+        crop = augment.sample_crop(
+            rng, height_px, width_px, patch_px=patch_px, random_resize=random_resize, rotation=rotation
+        )
+    return crop, depth_map
+
+
+def draw_synthetic_pair(
+    clear: Sliceable,
+    depth_map: DepthMap,
+    rng: np.random.Generator,
+    *,
+    patch_px: int,
+    haze_range: HazeRange,
+    random_resize: bool,
+    rotation: bool = False,
+    camera_faults: CameraFaults = CAMERA_FAULTS["published"],
+    resize: ResizeKind = "area",
+) -> DrawnPair:
+    """Draw what `make_synthetic_pair` draws and cut its region, but lay no haze.
+
+    Takes the same arguments. Crop, haze and camera are those of the same `rng` there; the JPEG quality is too, unless
+    the camera is noisy: there the noise of every pixel is drawn before it, here one seed.
+
+    Raises `BadImage` if the depth map has another aspect ratio than the image.
+    """
+    crop, depth_map = _draw_crop(clear, depth_map, rng, patch_px, random_resize=random_resize, rotation=rotation)
+    region, depth = crop.cut(clear), crop.cut(depth_map.pixels)
+
+    with phase("depth"):
+        inverse = np.rint(depth_map.to_inverse(depth) * np.float32(DEPTH_LEVELS)).astype(np.int16)
+
+    haze = sample_haze(rng, haze_range)
+    camera = augment.sample_camera(rng, camera_faults)
+    noise_seed = None if camera.noise is None else int(rng.integers(2**63))
+    jpeg_quality = augment.sample_jpeg_quality(rng, camera_faults)
+    region = np.ascontiguousarray(region)
+    return DrawnPair(region, inverse, crop, haze, camera, noise_seed, jpeg_quality, patch_px, resize)
 
 
 def crop_pair(
@@ -211,12 +322,32 @@ def make_real_views(
     With `jpeg_quality` the photograph takes a JPEG round trip first: `hazy` must then have its full size. On the patch,
     JPEG would leave a grid of 8 px that no photograph has.
     """
+    weak = _make_weak_view(hazy, patch_px, jpeg_quality, resize)
+    with phase("strong view"):
+        return RealViews(weak, augment.make_strong_view(rng, weak))
+
+
+def draw_real_views(
+    hazy: ImageU8,
+    rng: np.random.Generator,
+    *,
+    patch_px: int,
+    jpeg_quality: int | None,
+    resize: ResizeKind = "area",
+) -> DrawnViews:
+    """Make the weak view of a real image, and draw the strong one's operations.
+
+    Takes the arguments of `make_real_views`; of the same `rng`, its strong view has the same operations.
+    """
+    weak = _make_weak_view(hazy, patch_px, jpeg_quality, resize)
+    return DrawnViews(weak, StrongDraw(tuple(augment.sample_strong_operations(rng))))
+
+
+def _make_weak_view(hazy: ImageU8, patch_px: int, jpeg_quality: int | None, resize: ResizeKind) -> ImageU8:
+    """Take a photograph through JPEG, with a quality, and resize it."""
     with phase("jpeg"):
         if jpeg_quality is not None:
             hazy = decode_image(augment.encode_jpeg(hazy, jpeg_quality), compute_real_side_px(patch_px, resize))
 
     with phase("resize"):
-        weak = augment.resize(hazy, patch_px, patch_px, resize)
-
-    with phase("strong view"):
-        return RealViews(weak, augment.make_strong_view(rng, weak))
+        return augment.resize(hazy, patch_px, patch_px, resize)

@@ -9,7 +9,7 @@ import math
 import posixpath
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,10 +30,14 @@ from corun_ray.core.data.images import (
     limit_jpeg_height,
 )
 from corun_ray.core.data.samples import (
+    DrawnPair,
+    DrawnViews,
     Pair,
     RealViews,
     compute_real_side_px,
     crop_pair,
+    draw_real_views,
+    draw_synthetic_pair,
     make_real_views,
     make_synthetic_pair,
 )
@@ -51,6 +55,11 @@ CONTEXT_ROWS = 16
 """Rows kept below a region: the pixels of its last rows are interpolated from them."""
 MAX_PX = 2**30
 """OpenCV decodes no larger image. A region of one costs little, but arrays of the image's shape are allocated too."""
+
+PAIR, STRONG = "drawn_pair", "strong_draw"
+"""Columns of a batch whose pixel work is left to the training worker: what was drawn for it."""
+OBJECT_COLUMNS = ("key", PAIR, STRONG)
+"""Columns of a batch that hold no arrays."""
 
 Made = TypeVar("Made")
 Batch = dict[str, np.ndarray]
@@ -98,32 +107,39 @@ class SampleMaker:
         Returns `index` (B), `hazy` and `clear` (B H W C, RGB uint8); for Colabator also `weak` and `strong`
         (B H W C, RGB uint8) and `key` (B); for a job that learns from the true transmission also `transmission`
         (B H W, uint8).
+
+        With `data.synthesis: worker`, `drawn_pair` (B, `DrawnPair`) takes the place of `hazy`, `clear` and
+        `transmission`, and `strong_draw` (B, `StrongDraw`) that of `strong`.
         """
         rows = [self.sample(int(index)) for index in batch["id"]]
 
-        # Stack the images of all samples; keys are strings and stay objects.
-        images = [name for name in rows[0] if name != "key"]
-        columns: Batch = {name: np.stack([row[name] for row in rows]) for name in images}
-        columns["index"] = batch["id"]
-        if "key" in rows[0]:
-            columns["key"] = np.array([row["key"] for row in rows], dtype=object)
+        # Stack the images of all samples; keys and what was drawn stay objects.
+        columns: Batch = {"index": batch["id"]}
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            columns[name] = np.array(values, dtype=object) if name in OBJECT_COLUMNS else np.stack(values)
 
         return columns
 
     def sample(self, index: int) -> dict[str, Any]:
         """Make one sample of the stream."""
         pair = self._make_from_usable(CLEAR, index, len(self.manifest.clear), self._make_pair)
-        row: dict[str, Any] = {"hazy": pair.hazy, "clear": pair.clear}
-        if pair.transmission is not None:
-            row["transmission"] = pair.transmission
+        row: dict[str, Any]
+        if isinstance(pair, DrawnPair):
+            row = {PAIR: pair}
+        else:
+            row = {"hazy": pair.hazy, "clear": pair.clear}
+            if pair.transmission is not None:
+                row["transmission"] = pair.transmission
 
         if isinstance(self.job, ColabatorJob):
             # The real image of a sample goes through JPEG exactly when the synthetic one does.
-            def make_real(image: int, rng: np.random.Generator) -> tuple[str, RealViews]:
+            def make_real(image: int, rng: np.random.Generator) -> tuple[str, RealViews | DrawnViews]:
                 return self._make_real_views(image, rng, compress=pair.jpeg_quality is not None)
 
             key, views = self._make_from_usable(HAZY, index, len(self.manifest.hazy), make_real)
-            row |= {"weak": views.weak, "strong": views.strong, "key": key}
+            row |= {"weak": views.weak, "key": key}
+            row[STRONG if isinstance(views, DrawnViews) else "strong"] = views.strong
 
         return row
 
@@ -150,7 +166,7 @@ class SampleMaker:
             name += " with their depth maps" if self.manifest.depth is not None else ""
         raise TooManyBadFiles(f"not one of the {length} {name} can be used; the first: {join_first_reasons(reasons)}")
 
-    def _make_pair(self, image: int, rng: np.random.Generator) -> Pair:
+    def _make_pair(self, image: int, rng: np.random.Generator) -> Pair | DrawnPair:
         """Make a clear patch and its hazy counterpart.
 
         The haze is synthetic, unless the job has paired data.
@@ -180,8 +196,8 @@ class SampleMaker:
                 crop_truth=data.paired.crop_truth,
             )
 
-    def _make_synthetic_pair(self, image: int, rng: np.random.Generator) -> Pair:
-        """Cut a patch out of a clear image and add haze."""
+    def _make_synthetic_pair(self, image: int, rng: np.random.Generator) -> Pair | DrawnPair:
+        """Cut a patch out of a clear image and add haze, or only draw it for the training worker."""
         data, haze = self.job.data, self.job.haze
         assert data.clear is not None
         clear_key = self.manifest.clear[image]
@@ -197,9 +213,13 @@ class SampleMaker:
             depth_root, depth_key = data.depth, self.manifest.depth[image]
             depth_map = self._load_depth(depth_root, depth_key)
 
+        make: Callable[..., Pair | DrawnPair] = draw_synthetic_pair
+        if data.synthesis == "stream":
+            make = partial(make_synthetic_pair, with_transmission=self.job.loss.transmission > 0)
+
         # A depth map that does not fit its image is named as unusable.
         with BlameFile(depth_root, depth_key):
-            return make_synthetic_pair(
+            return make(
                 clear,
                 depth_map,
                 rng,
@@ -208,12 +228,13 @@ class SampleMaker:
                 random_resize=data.random_resize,
                 rotation=data.rotation,
                 camera_faults=CAMERA_FAULTS[data.camera],
-                with_transmission=self.job.loss.transmission > 0,
                 resize=data.resize,
             )
 
-    def _make_real_views(self, image: int, rng: np.random.Generator, *, compress: bool) -> tuple[str, RealViews]:
-        """Make the weak and strong view of a real image.
+    def _make_real_views(
+        self, image: int, rng: np.random.Generator, *, compress: bool
+    ) -> tuple[str, RealViews | DrawnViews]:
+        """Make the weak and strong view of a real image, or only draw the strong one for the training worker.
 
         With `compress`, the photograph goes through JPEG first. Also returns the image's key.
         """
@@ -226,7 +247,9 @@ class SampleMaker:
             least_px = None
             quality = draw_jpeg_quality(rng, CAMERA_FAULTS[data.camera])
         hazy = self._load_image(data.hazy, key, least_px)
-        return key, make_real_views(hazy, rng, patch_px=self.patch_px, jpeg_quality=quality, resize=data.resize)
+        make: Callable[..., RealViews | DrawnViews]
+        make = make_real_views if data.synthesis == "stream" else draw_real_views
+        return key, make(hazy, rng, patch_px=self.patch_px, jpeg_quality=quality, resize=data.resize)
 
     def _open_image(self, root: str, key: str) -> Sliceable:
         """Open an image to cut a region out of it.

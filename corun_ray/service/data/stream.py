@@ -2,6 +2,7 @@
 
 Sample `i` follows from the job and `i` alone (see `sample_maker`). So order and content are the same at any number of
 workers, no step waits where an epoch ends, and a restarted run resumes at the sample where its checkpoint stopped.
+With `data.synthesis: worker` the stream decodes and draws, and the pixel work is the learner's.
 
 A run is cut into phases of one patch and batch size, and each phase into the blocks of a Ray Data dataset.
 """
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 STEPS_PER_BLOCK = 16
 """Steps that a block lasts: few blocks to schedule, and yet the first block is done early."""
+DRAWN_STEPS_PER_BLOCK = 4
+"""The same for samples whose pixel work the workers do: their regions are several times as large as patches."""
 MAX_BLOCKS = 20_000
 """Ray Data plans every block before it runs the first, so a longer run has longer blocks instead of more."""
 UNLIMITED_BLOCK_BYTES = 2**60
@@ -94,11 +97,13 @@ class BlockLayout:
     num_steps: int
     batch: int
     num_workers: int
+    wanted_steps: int = STEPS_PER_BLOCK
+    """Steps that a block is to last."""
 
     @property
     def blocks_per_worker(self) -> int:
         """Number of blocks that each rank reads."""
-        wanted = -(-self.num_steps // STEPS_PER_BLOCK)
+        wanted = -(-self.num_steps // self.wanted_steps)
         return min(wanted, max(1, MAX_BLOCKS // self.num_workers))
 
     @property
@@ -144,10 +149,11 @@ def plan_remaining_phases(
     """
     remaining = []
     first_sample = num_images_seen
+    wanted_steps = DRAWN_STEPS_PER_BLOCK if job.data.synthesis == "worker" else STEPS_PER_BLOCK
     for phase in plan_phases(job):
         num_steps = phase.end_step - max(step, phase.first_step)
         if num_steps > 0:
-            layout = BlockLayout(first_sample, num_steps, phase.batch, num_workers)
+            layout = BlockLayout(first_sample, num_steps, phase.batch, num_workers, wanted_steps)
             remaining.append((phase, layout))
             first_sample += num_steps * phase.batch * num_workers
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
+from corun_ray.core.data.device_samples import make_pairs, make_strong_views
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.training.acceleration import compile_network
@@ -26,6 +27,7 @@ from corun_ray.core.training.steps import (
     run_pretraining_step,
 )
 from corun_ray.core.training.streams import Columns, open_stream
+from corun_ray.service.data.sample_maker import PAIR, STRONG
 
 
 def derive_step_seed(seed: int, step: int, place: int) -> int:
@@ -82,25 +84,49 @@ class Learner:
             is_last = part == num_parts - 1
             with contextlib.nullcontext() if is_last else self._skip_exchange():
                 torch.manual_seed(derive_step_seed(self._job.seed, self._state.step, place))
+                synthetic, real = self.load(images, place)
                 with self._autocast():
-                    output = self._forward(images, place)
+                    output = self._forward(synthetic, real)
                 self._state.backward(output.losses, 1 / num_parts)
             yield output
 
-    def _forward(self, batch: Columns, place: int) -> StepOutput:
-        """Return the losses of one part."""
+    def load(self, batch: Columns, place: int) -> tuple[SyntheticBatch, RealBatch | None]:
+        """Bring one part to the device, ready for the network; no views of real images in a batch without them."""
+        return self._load_pairs(batch, place), self._load_views(batch)
+
+    def _load_pairs(self, batch: Columns, place: int) -> SyntheticBatch:
+        """Bring the pairs of one part to the device, or make there those that were only drawn."""
         job = self._job
+        if PAIR in batch:
+            with_transmission = job.loss.transmission > 0
+            made = make_pairs(batch[PAIR].tolist(), self._device, with_transmission=with_transmission)
+            synthetic = SyntheticBatch(*made)
+        else:
+            synthetic = SyntheticBatch(self._to_device(batch["hazy"]), self._to_device(batch["clear"]))
+            if "transmission" in batch:
+                synthetic = synthetic._replace(transmission=self._to_device(batch["transmission"][..., None]))
 
         # Every part of every step mixes by its own seed. A step repeated after a restart mixes as before.
-        synthetic = SyntheticBatch(self._to_device(batch["hazy"]), self._to_device(batch["clear"]))
-        if "transmission" in batch:
-            synthetic = synthetic._replace(transmission=self._to_device(batch["transmission"][..., None]))
         if job.data.mixup:
             synthetic = apply_mixup(synthetic, job.data.mixup, (job.seed, self._state.step, place))
+        return synthetic
 
+    def _load_views(self, batch: Columns) -> RealBatch | None:
+        """Bring the views of one part's real images to the device; None for a batch without."""
+        if "weak" not in batch:
+            return None
+        weak = self._to_device(batch["weak"])
+        if STRONG in batch:
+            strong = make_strong_views(weak, batch[STRONG].tolist())
+        else:
+            strong = self._to_device(batch["strong"])
+        return RealBatch(weak, strong, batch["key"].tolist())
+
+    def _forward(self, synthetic: SyntheticBatch, real: RealBatch | None) -> StepOutput:
+        """Return the losses of one part."""
         if self.colabator is None:
             return run_pretraining_step(self._student, synthetic, self._losses)
-        real = RealBatch(self._to_device(batch["weak"]), self._to_device(batch["strong"]), batch["key"].tolist())
+        assert real is not None
         return self.colabator.step(self._student, synthetic, real, self._state.step)
 
     def _to_device(self, images: np.ndarray | Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from corun_ray.config.jobs import ColabatorJob, TrainingJob
+from corun_ray.core.data.device_samples import make_pairs
 from corun_ray.core.data.images import BadImage, ImageU8, decode_image, encode_png
 from corun_ray.core.data.samples import fit_truth, make_real_views
 from corun_ray.core.inference.pictures import PictureRow, apply_colour_map, draw_grid, encode_thumbnail
@@ -32,7 +33,7 @@ from corun_ray.service.data.manifest import (
     load_transmission,
     load_truth,
 )
-from corun_ray.service.data.sample_maker import SampleMaker
+from corun_ray.service.data.sample_maker import PAIR, SampleMaker
 from corun_ray.service.data.unusable import BlameFile, UnusableFile, join_first_reasons
 from corun_ray.service.runs.held_out import VALIDATION_FILE, MeasuredImage, PicturePair
 from corun_ray.service.storage import MissingFile
@@ -336,6 +337,10 @@ class Validator:
         """Make a row of a synthetic training sample."""
         maker = SampleMaker(self.job, self.manifest, self.job.data.patch_px, lambda bad_files: None)
         sample = maker.sample(index)
+        if PAIR in sample:
+            # The learner makes these on the worker's device.
+            hazy, clear, _ = make_pairs([sample[PAIR]], self.device)
+            sample = {"hazy": to_image(hazy), "clear": to_image(clear)}
         return {**self._make_restored_row(network, sample["hazy"]), "truth": sample["clear"]}
 
     def _make_restored_row(self, network: nn.Module, hazy: ImageU8) -> PictureRow:

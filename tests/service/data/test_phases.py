@@ -27,6 +27,16 @@ def test_without_later_sizes_a_run_is_one_phase(kind, dataset, tmp_path):
     assert plan_remaining_phases(job, 40, 240, 3) == []
 
 
+def test_blocks_of_larger_samples_last_fewer_steps_and_hold_the_same_batches(dataset, tmp_path):
+    train = {"steps": 40, "batch_per_worker": 2}
+    layouts = []
+    for place in ("stream", "worker"):
+        job = small_job("pretrain", dataset, tmp_path, train=train, data={"synthesis": place})
+        layouts.append(plan_remaining_phases(job, 0, 0, 2)[0][1].steps_per_block)
+        assert global_batches(job, 0, 0, 2) == np.arange(160).reshape(40, 4).tolist()
+    assert layouts == [14, 4]
+
+
 def test_each_phase_ends_where_the_next_starts(progressive):
     assert plan_phases(progressive) == [StreamPhase(0, 4, 32, 3), StreamPhase(4, 9, 48, 2), StreamPhase(9, 12, 64, 1)]
 

@@ -1,10 +1,13 @@
 import collections
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from corun_ray.core.data import augment
+from corun_ray.core.data.device_samples import make_pairs, make_strong_views
 from corun_ray.core.data.images import decode_image
 from corun_ray.service.data import sample_maker
 from corun_ray.service.data.manifest import Manifest, build_manifest
@@ -51,6 +54,40 @@ def test_the_true_transmission_comes_with_a_sample_that_is_learnt_from_by_it(dat
     assert batch["transmission"].shape == (3, 32, 32) and batch["transmission"].dtype == np.uint8
     assert batch.keys() - without.keys() == {"transmission"}
     assert all(np.array_equal(without[name], batch[name]) for name in without), "the samples stay as they are"
+
+
+@pytest.mark.parametrize("depth_kind", ["inverse", "metres"])
+def test_a_sample_for_the_worker_has_the_draws_and_files_of_the_stream_s(depth_kind, dataset, tmp_path):
+    data = {"depth_kind": depth_kind, "camera": "none", "random_resize": True}
+    options: dict[str, Any] = {"data": data, "loss": {"transmission": 0.2}}
+    job = small_job("colabator", dataset, tmp_path, **options)
+    drawing = small_job("colabator", dataset, tmp_path, **(options | {"data": data | {"synthesis": "worker"}}))
+    finished, drawn = (
+        SampleMaker(one, build_manifest(one), 32, ignore)({"id": np.arange(6)}) for one in (job, drawing)
+    )
+    assert set(drawn) == {"drawn_pair", "strong_draw", "weak", "key", "index"}
+    for name in ("weak", "key", "index"):
+        assert np.array_equal(finished[name], drawn[name]), name
+
+    # What the worker makes of it is what the stream would have made.
+    made = make_pairs(drawn["drawn_pair"].tolist(), torch.device("cpu"), with_transmission=True)
+    weak = torch.from_numpy(drawn["weak"]).permute(0, 3, 1, 2) / 255
+    columns = [*made, make_strong_views(weak, drawn["strong_draw"].tolist())]
+    for name, patches in zip(("hazy", "clear", "transmission", "strong"), columns, strict=True):
+        assert patches is not None
+        levels = (255 * patches).round().permute(0, 2, 3, 1).squeeze(-1).numpy()
+        assert np.mean(np.abs(levels - finished[name]) > 1) < 0.002, name
+
+
+def test_a_sample_for_the_worker_follows_from_seed_and_index_alone(dataset, tmp_path):
+    job = small_job("colabator", dataset, tmp_path, data={"synthesis": "worker"})
+    make = SampleMaker(job, build_manifest(job), 32, ignore)
+    whole, part = make({"id": np.arange(4, 12)}), make({"id": np.array([7])})
+    assert any(one.noise_seed is not None for one in whole["drawn_pair"])
+    device = torch.device("cpu")
+    together, alone = (make_pairs(batch["drawn_pair"].tolist(), device)[0] for batch in (whole, part))
+    assert torch.equal(together[3:4], alone)
+    assert whole["strong_draw"][3] == part["strong_draw"][0]
 
 
 def test_without_depth_maps_it_makes_its_own(dataset, tmp_path):

@@ -158,6 +158,12 @@ def test_a_run_of_any_precision_resumes_as_auto(dataset, tmp_path):
         refuse_changes(variant(dataset, tmp_path / "b", optim={"precision": "bf16"}), run, finished, DATA)
 
 
+def test_a_run_keeps_the_place_of_the_pixel_work(dataset, tmp_path):
+    run = begun(variant(dataset, tmp_path / "a"), "test-colabator-20260101-000000")
+    with pytest.raises(ResumeError, match="data.synthesis: worker now, stream in the run to resume"):
+        refuse_changes(variant(dataset, tmp_path / "b", data={"synthesis": "worker"}), run, RECORD, DATA)
+
+
 def test_other_data_is_refused(job):
     run = begun(job, "test-colabator-20260101-000000")
     with pytest.raises(ResumeError, match="data: not the files that the run began with"):

@@ -36,11 +36,11 @@ class Loud(torch.nn.Module):
         return self.inner((hazy + 0.1 * torch.rand_like(hazy)).clamp(0, 1))
 
 
-def gradients(kind, dataset, folder, network, workers, batch, mixup=0.0, **keys):
+def gradients(kind, dataset, folder, network, workers, batch, *, loss=None, keys=None, **data):
     """The mean over the ranks of the gradients of one step of eight images, and the losses in the images' order."""
     accumulate = STEP_IMAGES // workers // batch
     train = {"batch_per_worker": batch, "accumulate": accumulate}
-    job = small_job(kind, dataset, folder, train=train, data={"mixup": mixup}, **keys)
+    job = small_job(kind, dataset, folder, train=train, data=data, loss=loss or {}, **(keys or {}))
     batch_of_all = SampleMaker(job, build_manifest(job), job.data.patch_px, print)({"id": np.arange(STEP_IMAGES)})
     losses = Losses(COLABATOR_WEIGHTS if kind == "colabator" else PRETRAIN_WEIGHTS)
     found, of_parts, pool = [], [], LocalPool()
@@ -55,16 +55,24 @@ def gradients(kind, dataset, folder, network, workers, batch, mixup=0.0, **keys)
     return [torch.stack(of_ranks).mean(0) for of_ranks in zip(*found, strict=True) if None not in of_ranks], of_parts
 
 
-@pytest.mark.parametrize(("kind", "mixup"), [("pretrain", 0.0), ("pretrain", 0.5), ("colabator", 0.0)])
-def test_parts_of_a_worker_are_as_workers_of_their_own(kind, mixup, dataset, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("pretrain", {}),
+        ("pretrain", {"mixup": 0.5}),
+        ("colabator", {}),
+        ("colabator", {"synthesis": "worker"}),
+    ],
+)
+def test_parts_of_a_worker_are_as_workers_of_their_own(kind, data, dataset, tmp_path):
     torch.manual_seed(1)
     network = Loud()
-    expected, losses = gradients(kind, dataset, tmp_path, network, workers=4, batch=2, mixup=mixup)
+    expected, losses = gradients(kind, dataset, tmp_path, network, workers=4, batch=2, **data)
     assert max(gradient.abs().max() for gradient in expected) > 1e-3
     assert len(losses) == 4
     assert all(len({part[name] for part in losses}) == 4 for name in losses[0]), "each part has losses of its own"
     for workers in (1, 2):
-        ours, of_parts = gradients(kind, dataset, tmp_path, network, workers, batch=2, mixup=mixup)
+        ours, of_parts = gradients(kind, dataset, tmp_path, network, workers, batch=2, **data)
         torch.testing.assert_close(of_parts, losses, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
 
@@ -73,6 +81,32 @@ def test_a_step_in_one_part_is_the_whole_batch(dataset, tmp_path):
     torch.manual_seed(1)
     _, losses = gradients("colabator", dataset, tmp_path, Loud(), workers=1, batch=8)
     assert len(losses) == 1
+
+
+def test_samples_made_by_the_learner_lie_in_memory_as_those_of_the_stream(dataset, tmp_path):
+    for place in ("stream", "worker"):
+        job = small_job("colabator", dataset, tmp_path, data={"synthesis": place})
+        batch = SampleMaker(job, build_manifest(job), 32, print)({"id": np.arange(2)})
+        state, coherence = TrainState.start(CORUN(2, 2)), Coherence(block_px=16)
+        losses, precision = Losses(COLABATOR_WEIGHTS), PrecisionChoice("fp32")
+        synthetic, real = Learner(job, state, losses, coherence, LocalPool(), 0, CPU, precision).load(batch, 0)
+        for images in (synthetic.hazy, synthetic.clear, real.weak, real.strong):
+            assert images.is_contiguous(memory_format=torch.channels_last), place
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "colabator"])
+def test_samples_made_by_the_learner_teach_as_those_of_the_stream(kind, dataset, tmp_path):
+    """Without a camera's faults nothing is drawn after what both draw alike."""
+    torch.manual_seed(1)
+    network, data = Loud(), {"camera": "none", "mixup": 0.5 if kind == "pretrain" else 0.0}
+    for loss in ({}, {"transmission": 0.2}) if kind == "colabator" else ({},):
+        expected, losses = gradients(kind, dataset, tmp_path, network, 1, batch=8, loss=loss, **data)
+        ours, of_parts = gradients(kind, dataset, tmp_path, network, 1, batch=8, loss=loss, synthesis="worker", **data)
+        # Single pixels are a level apart, and L1 losses have signs for gradients.
+        torch.testing.assert_close(of_parts, losses, rtol=5e-3, atol=1e-4)
+        mine, theirs = (torch.cat([gradient.flatten() for gradient in side]) for side in (ours, expected))
+        assert torch.cosine_similarity(mine, theirs, dim=0) > 0.99
+        assert mine.norm().item() == pytest.approx(theirs.norm().item(), rel=0.03)
 
 
 @pytest.mark.parametrize(("kind", "mixup"), [("pretrain", 0.5), ("colabator", 0.0)])
@@ -110,7 +144,7 @@ def test_the_key_gives_teacher_and_scorers_a_stream_of_their_own(gpu, dataset, t
     torch.manual_seed(1)
     network = Loud()
     keys = {"coherence": {"gpu": gpu}, "cluster": {"workers": 1, "gpus_per_worker": 1}}
-    found, _ = gradients("colabator", dataset, tmp_path, network, 1, batch=4, **keys)
+    found, _ = gradients("colabator", dataset, tmp_path, network, 1, batch=4, keys=keys)
     assert stream.notes == ["side waits for main", "main waits for side"] * 2 * bool(gpu)
 
     expected, _ = gradients("colabator", dataset, tmp_path, network, 1, batch=4)

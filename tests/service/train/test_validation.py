@@ -198,6 +198,16 @@ def test_sets_with_and_without_a_truth_share_one_picture(dataset, tmp_path, sect
     assert picture.shape[0] == HEADING_PX + sum(heights) + 4 * GAP_PX
 
 
+def test_samples_that_the_worker_makes_are_pictured_as_those_of_the_stream(dataset, tmp_path):
+    pictures = []
+    for place in ("stream", "worker"):
+        data = {"camera": "none", "synthesis": place}
+        job = small_job("pretrain", dataset, tmp_path, data=data, train={"validation_images": 2})
+        pictures.append(decode_image(validator(job).draw_picture(Unchanged(False), None)).astype(int))
+    assert num_columns(pictures[0]) == 3
+    assert np.mean(np.abs(pictures[0] - pictures[1]) > 1) < 0.002
+
+
 def test_pairs_are_pictured_where_nothing_is_held_out(dataset, tmp_path, sections):
     job = small_job("pretrain", dataset, tmp_path, data={"paired": sections["truth"]}, train={"validation_images": 2})
     assert num_columns(decode_image(validator(job).draw_picture(Unchanged(True), None))) == 4
