@@ -30,10 +30,10 @@ def print_line(text: str) -> None:
 
 
 @contextmanager
-def announce_wait(what: str, say: Say = print_line) -> Iterator[None]:
+def announce_wait(what: str, say: Say = print_line, first_word_s: float = FIRST_WORD_S) -> Iterator[None]:
     """Say what is awaited, as long as the block takes."""
     is_over = threading.Event()
-    thread = threading.Thread(target=_announce, args=(what, say, is_over), daemon=True)
+    thread = threading.Thread(target=_announce, args=(what, say, is_over, first_word_s), daemon=True)
     thread.start()
     try:
         yield
@@ -42,9 +42,9 @@ def announce_wait(what: str, say: Say = print_line) -> Iterator[None]:
         thread.join()
 
 
-def _announce(what: str, say: Say, is_over: threading.Event) -> None:
+def _announce(what: str, say: Say, is_over: threading.Event, first_word_s: float) -> None:
     """Say what is awaited until it is over."""
-    waited_s, pause_s = 0.0, FIRST_WORD_S
+    waited_s, pause_s = 0.0, first_word_s
     while not is_over.wait(pause_s):
         waited_s, pause_s = waited_s + pause_s, WORD_EVERY_S
         say(f"waiting for {what}: {waited_s:.0f} s")

@@ -14,9 +14,8 @@ def test_a_wait_is_said_within_5_s_and_then_every_15_s():
 
 
 def test_a_wait_is_said_as_long_as_it_lasts(monkeypatch, capsys):
-    monkeypatch.setattr(waiting, "FIRST_WORD_S", 0.05)
     monkeypatch.setattr(waiting, "WORD_EVERY_S", 0.05)
-    with announce_wait("the cluster"):
+    with announce_wait("the cluster", first_word_s=0.05):
         time.sleep(0.3)
     said = capsys.readouterr().err.splitlines()
     assert len(said) >= 2 and all(line.startswith("waiting for the cluster: ") for line in said)

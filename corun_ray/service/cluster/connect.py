@@ -46,6 +46,8 @@ LOCAL_MARK = "CORUN_LOCAL_RAY"
 """Set in this process and in all processes of the local Ray that it has started."""
 JOIN_LIMIT_S = 60.0
 """How long joining a cluster that answers may take, unless CORUN_CONNECT_PATIENCE_S gives more."""
+FIRST_WORD_S = 2.0
+"""Every command that uses Ray waits for a local one; its screen stays blank no longer than this."""
 VERSION_MISMATCH = "Version mismatch"
 NO_NODE_HERE = (
     "it answers, but this machine is no node of it, as it must be to join; from elsewhere, corun-ray submit --address "
@@ -220,7 +222,7 @@ def _start_local_ray(min_cpus: float, options: Mapping[str, Any]) -> None:
     num_cpus = max(os.cpu_count() or 1, math.ceil(min_cpus))
     store_bytes = plan_object_store()
     try:
-        with announce_wait("a local Ray to start"), starting_few_processes():
+        with announce_wait("a local Ray to start", first_word_s=FIRST_WORD_S), starting_few_processes():
             ray.init(
                 address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=store_bytes, **options
             )
