@@ -16,8 +16,6 @@ from types import ModuleType
 import cv2
 import numpy as np
 import pytest
-from xdist.remote import Producer
-from xdist.scheduler import LoadFileScheduling
 
 from corun_ray.config.jobs import ClusterSection
 from tests import ROOT
@@ -42,31 +40,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (over a minute each)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Deal the tests out our way where pytest-xdist is installed; a bare GPU machine has pytest alone."""
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.import_plugin("tests.scheduling")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip slow tests unless they are asked for, and say how."""
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason='slow; make test PYTEST="--slow" runs it'))
-
-
-class FilesTogether(LoadFileScheduling):
-    """Deals files out to the processes of `make test`: all that use the one local Ray to one, others as they come.
-
-    A second local Ray costs more than an even share gains: on two cores, two Rays wait for each other.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        """Return what goes to one process: a file, or all files that use the local Ray."""
-        file = nodeid.split("::")[0]
-        text = (ROOT / file).read_text("utf-8")
-        uses_ray = any(fixture in text for fixture in ("local_ray", "watched_colabator", "own_class"))
-        return "local_ray" if uses_ray else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FilesTogether:
-    """Return the scheduler of pytest-xdist."""
-    return FilesTogether(config, log)
 
 
 @pytest.fixture(scope="session")

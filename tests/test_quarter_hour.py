@@ -1,6 +1,8 @@
 """The prepared measurements of a GPU: what a stop keeps, what a failure costs, and what the tables show."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from tests import ROOT
 from tests.conftest import heeding_ctrl_c, load_evidence
 
 
@@ -96,6 +99,19 @@ def test_the_table_of_the_stream_has_both_places_of_the_pixel_work(script, tmp_p
     text = script.format_tables(tmp_path)
     assert "| pre-training | 80.0 | 12.5 |" in text
     assert "| data.synthesis, by turns | worker: ms a step | 88.25 |" in text
+
+
+def test_a_bare_machine_can_collect_the_tests_that_need_a_gpu(script):
+    """It has pytest alone: neither its plugins nor what only tests need."""
+    (run,) = script.plan_tests()
+    hidden = ("xdist", "moto", "playwright", "hypothesis")
+    code = f"import sys; sys.modules |= dict.fromkeys({hidden}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    options = run.command[run.command.index("pytest") + 1 :]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = python(code, "--collect-only", "-q", *options)
+    collected = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert collected.returncode == 0, collected.stdout + collected.stderr
+    assert collected.stdout.count("::test_") >= 5
 
 
 @pytest.mark.slow
