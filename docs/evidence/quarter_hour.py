@@ -14,7 +14,7 @@ time is left).
 Each part has a JSON file in OUT, which is written again after each of its runs: a stop loses the run under way alone.
 Runs that are done are not repeated; `--again` forgets them. A run has a limit of seconds, and fails alone.
 
-A bare machine needs the packages of `requirements.lock` for its Python in a folder on PYTHONPATH.
+A bare machine needs the packages of `requirements-image.lock` for its Python in a folder on PYTHONPATH.
 """
 
 import argparse
