@@ -38,10 +38,14 @@ def compile_network(network: nn.Module, cuda_graphs: bool = False) -> nn.Module:
     errors where compiling fails. On a GPU, `cuda_graphs` replays the kernels of a call as one: then call
     `torch.compiler.cudagraph_mark_step_begin` before each step.
     """
-    # With its own choice, torch 2.14 turns the input of a depthwise convolution's backward pass into another layout.
     whole = isinstance(network, CORUN)
     options: dict[str, str | int | bool | Callable] = {
+        # By its own choice torch 2.14 turns the input of a depthwise convolution's backward pass into another layout.
         "force_layout_optimization": True,
+        # torch 2.14 writes over results in memory that it takes for free: the transmission, of which a concatenation
+        # holds an alias.
+        "inplace_buffers": False,
+        "allow_buffer_reuse": False,
         "triton.cudagraphs": cuda_graphs,
     }
     return cast(nn.Module, torch.compile(network, fullgraph=whole, options=options))
