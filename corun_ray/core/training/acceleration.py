@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.training.compilers import CannotCompile, explain_failure
@@ -16,6 +16,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 MAX_THRESHOLD = -1
 """As an unsigned threshold, the largest number."""
+
+COMPILED_TOLERANCE = 0.05
+"""Of scene and transmission; bfloat16 moves them by 0.002."""
 
 
 def keep_freed_memory() -> None:
@@ -49,6 +52,28 @@ def compile_network(network: nn.Module, cuda_graphs: bool = False) -> nn.Module:
         "triton.cudagraphs": cuda_graphs,
     }
     return cast(nn.Module, torch.compile(network, fullgraph=whole, options=options))
+
+
+def check_compiled(compiled: nn.Module, network: CORUN, images: Tensor, key: str) -> None:
+    """Compare what a compiled network makes of images `B 3 H W` with what the network makes itself.
+
+    torch.compile does not make the same kernels for every processor, and not all of them were right. The call compiles
+    the network, as the first call in training would; it needs the gradient that the caller has enabled. `key` is what
+    asks for it.
+
+    Raises `CannotCompile`.
+    """
+    with torch.no_grad():
+        expected = network(images)
+    found = compiled(images)
+
+    worst = torch.stack([(ours.detach() - eager).abs().max() for ours, eager in zip(found, expected, strict=True)])
+    difference = float(worst.float().max())
+    if not difference <= COMPILED_TOLERANCE:
+        raise CannotCompile(
+            f"{key}: the compiled network restores otherwise than the network itself, by up to {difference:.2g} "
+            f"(torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}); train without it"
+        )
 
 
 def try_compiling(device: torch.device, key: str) -> None:

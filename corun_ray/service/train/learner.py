@@ -13,7 +13,7 @@ from corun_ray.config.jobs import ColabatorJob, TrainingJob
 from corun_ray.core.data.device_samples import make_pairs, make_strong_views
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.scoring.coherence import Coherence
-from corun_ray.core.training.acceleration import compile_network
+from corun_ray.core.training.acceleration import check_compiled, compile_network
 from corun_ray.core.training.labels import LabelPool
 from corun_ray.core.training.losses import Losses
 from corun_ray.core.training.precision import PrecisionChoice
@@ -28,6 +28,7 @@ from corun_ray.core.training.steps import (
 )
 from corun_ray.core.training.streams import Columns, open_stream
 from corun_ray.service.data.sample_maker import PAIR, STRONG
+from corun_ray.service.data.stream import plan_phases
 
 
 def derive_step_seed(seed: int, step: int, place: int) -> int:
@@ -41,6 +42,8 @@ def derive_step_seed(seed: int, step: int, place: int) -> int:
 
 class Learner:
     """A student that learns by the job's method: Colabator with a label pool, else synthetic pairs alone.
+
+    Raises `CannotCompile` where a compiled network restores wrongly.
 
     The batch of a step is taken in `train.accumulate` parts, each as the batch of a worker of its own: N workers with
     one part each, or one worker with N parts, have the same losses, random numbers and gradients.
@@ -59,12 +62,12 @@ class Learner:
     ) -> None:
         self._job, self._state, self._losses = job, state, losses
         self._rank, self._device, self._precision = rank, device, precision
-        self._student = self._wrap_student(state.student)
+        self._student = self._wrap_student(self._compile(state.student, learns=True))
 
         self.colabator: Colabator | None = None
         if isinstance(job, ColabatorJob):
             assert pool is not None and coherence is not None
-            teacher = compile_network(state.teacher) if job.optim.compile else state.teacher
+            teacher = self._compile(state.teacher, learns=False)
             side = open_stream(device) if "stream" in job.coherence.gpu else None
             self.colabator = Colabator(teacher, coherence, pool, losses, job.pool.encoding, side)
 
@@ -142,10 +145,29 @@ class Learner:
         """Compute in bfloat16 where that is the precision."""
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision.name == "bf16")
 
+    def _compile(self, network: nn.Module, *, learns: bool) -> nn.Module:
+        """Compile a network where the job asks for it; try CORUN on images as those of the next step.
+
+        Raises `CannotCompile`.
+        """
+        phases = [phase for phase in plan_phases(self._job) if phase.end_step > self._state.step]
+        if not self._job.optim.compile or not phases:
+            return network
+        compiled = compile_network(network)
+        if not isinstance(network, CORUN):
+            return compiled
+
+        # Colabator's student restores synthetic and real images at once.
+        num_images = phases[0].batch // self._job.train.accumulate
+        num_images *= 2 if learns and isinstance(self._job, ColabatorJob) else 1
+        shape = (num_images, phases[0].patch_px, phases[0].patch_px, 3)
+        images = self._to_device(np.random.default_rng(self._job.seed).integers(256, size=shape, dtype=np.uint8))
+        with self._autocast(), torch.set_grad_enabled(learns):
+            check_compiled(compiled, network, images, "optim.compile")
+        return compiled
+
     def _wrap_student(self, student: nn.Module) -> nn.Module:
-        """Wrap the student for compilation, and for gradients averaged over ranks."""
-        if self._job.optim.compile:
-            student = compile_network(student)
+        """Wrap the student for gradients averaged over ranks."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return student
 

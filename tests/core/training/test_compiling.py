@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from corun_ray.core.networks.corun import CORUN
-from corun_ray.core.training.acceleration import compile_network
+from corun_ray.core.networks.corun import CORUN, Restoration
+from corun_ray.core.training.acceleration import check_compiled, compile_network
+from corun_ray.core.training.compilers import CannotCompile
 
 
 def make_network() -> CORUN:
@@ -25,6 +26,21 @@ def test_the_compiled_teacher_restores_as_the_eager_one():
         expected, found = network(hazy), compile_network(network)(hazy)
     for ours, eager in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [0.1, float("nan")])
+def test_a_compiled_network_that_restores_otherwise_is_refused(wrong):
+    network, images = make_network(), torch.rand(1, 3, 16, 16)
+
+    def miscompiled(images: torch.Tensor) -> Restoration:
+        restoration = network(images)
+        transmission = restoration.transmission.clone()
+        transmission[0, 0, 3, 5] += wrong
+        return restoration._replace(transmission=transmission)
+
+    check_compiled(network, network, images, "optim.compile")
+    with pytest.raises(CannotCompile, match="optim.compile: the compiled network restores otherwise"):
+        check_compiled(miscompiled, network, images, "optim.compile")
 
 
 @pytest.mark.slow

@@ -149,3 +149,25 @@ def test_the_key_gives_teacher_and_scorers_a_stream_of_their_own(gpu, dataset, t
 
     expected, _ = gradients("colabator", dataset, tmp_path, network, 1, batch=4)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_both_networks_are_compiled_and_tried_on_images_of_the_job_s_size(dataset, tmp_path, monkeypatch):
+    tried = []
+
+    def check(compiled, network, images, key):
+        assert compiled.inner is network and images.is_contiguous(memory_format=torch.channels_last)
+        tried.append((tuple(images.shape), torch.is_grad_enabled()))
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+    monkeypatch.setattr("corun_ray.service.train.learner.compile_network", Compiled)
+    monkeypatch.setattr("corun_ray.service.train.learner.check_compiled", check)
+    train = {"batch_per_worker": 2, "accumulate": 2, "steps": 4}
+    job = small_job("colabator", dataset, tmp_path, train=train, optim={"compile": True})
+    state, losses = TrainState.start(CORUN(2, 2)), Losses(COLABATOR_WEIGHTS)
+    Learner(job, state, losses, Coherence(block_px=16), LocalPool(), 0, CPU, PrecisionChoice("fp32"))
+    px = job.data.patch_px
+    assert tried == [((4, 3, px, px), True), ((2, 3, px, px), False)]
