@@ -49,6 +49,8 @@ def compile_network(network: nn.Module, cuda_graphs: bool = False) -> nn.Module:
         # holds an alias.
         "inplace_buffers": False,
         "allow_buffer_reuse": False,
+        # Code for a fixed number of threads gave NaN with two threads and AVX2, and is kept for processes with others.
+        "cpp.dynamic_threads": True,
         "triton.cudagraphs": cuda_graphs,
     }
     return cast(nn.Module, torch.compile(network, fullgraph=whole, options=options))
