@@ -49,8 +49,6 @@ def compile_network(network: nn.Module, cuda_graphs: bool = False) -> nn.Module:
         # holds an alias.
         "inplace_buffers": False,
         "allow_buffer_reuse": False,
-        # Code for a fixed number of threads gave NaN with two threads and AVX2, and is kept for processes with others.
-        "cpp.dynamic_threads": True,
         "triton.cudagraphs": cuda_graphs,
     }
     return cast(nn.Module, torch.compile(network, fullgraph=whole, options=options))
@@ -59,9 +57,9 @@ def compile_network(network: nn.Module, cuda_graphs: bool = False) -> nn.Module:
 def check_compiled(compiled: nn.Module, network: CORUN, images: Tensor, key: str) -> None:
     """Compare what a compiled network makes of images `B 3 H W` with what the network makes itself.
 
-    torch.compile does not make the same kernels for every processor, and not all of them were right. The call compiles
-    the network, as the first call in training would; it needs the gradient that the caller has enabled. `key` is what
-    asks for it.
+    torch.compile has written over results, and it keeps kernels in a cache that does not tell one processor's
+    instructions from another's. The call compiles the network, as the first call in training would; it needs the
+    gradient that the caller has enabled. `key` is what asks for it.
 
     Raises `CannotCompile`.
     """
