@@ -91,6 +91,10 @@ def connect(*sizes: ClusterSection) -> str:
 
     Raises `ClusterError`.
     """
+    # Ray Data sets its own level when it is imported, which may be after the first call.
+    for name, level in LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
+
     # A job file with several jobs connects once, so a local Ray must fit the largest of them.
     if not ray.is_initialized():
         min_cpus = max((_count_cpus(size, size.max_workers) for size in sizes), default=1)
@@ -119,9 +123,6 @@ def _start_ray(min_cpus: float) -> None:
     """
     # Ray's own lines would drown those of the job.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    for name, level in LOG_LEVELS.items():
-        logging.getLogger(name).setLevel(level)
-
     sigterm_handler = signal.getsignal(signal.SIGTERM)
     address = read_ray_address()
     if address:

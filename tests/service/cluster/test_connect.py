@@ -1,5 +1,6 @@
 """What a driver keeps for itself when it connects to Ray, and what it tells where it cannot."""
 
+import logging
 import os
 import socket
 import subprocess
@@ -108,3 +109,11 @@ def test_a_local_ray_that_does_not_start_is_a_line(monkeypatch):
         connect._start_local_ray(1, {})
     assert "timed out during startup. The GCS may be overloaded" in str(caught.value)
     assert "RAY_TMPDIR" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ray_data_stays_quiet_where_it_is_imported_after_ray_has_started(local_ray):
+    """It sets its own level when it is imported: a pipeline's evaluation comes after trainings."""
+    logger = logging.getLogger("ray.data")
+    logger.setLevel(logging.DEBUG)
+    connect.connect()
+    assert logger.level == logging.CRITICAL
