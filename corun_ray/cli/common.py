@@ -147,7 +147,8 @@ def run_with_ray(
 def using_ray() -> Iterator[None]:
     """Run a command that uses Ray.
 
-    A stop by SIGTERM closes what is open, as Ctrl-C does. Ray's own messages go into a file, which a `JobFailed` names.
+    A stop by SIGTERM closes what is open, as Ctrl-C does. Ray's own messages go into a file, which a `JobFailed` names;
+    a file without any is deleted.
     """
     # Stopped by the Jobs API or an operator, a job closes what it has opened, as at Ctrl-C.
     StopSignals(FAILED).install()
@@ -160,7 +161,17 @@ def using_ray() -> Iterator[None]:
     try:
         yield
     except JobFailed as error:
+        if not _has_text(log):
+            raise
         raise JobFailed(f"{error}\nRay's own messages: {log}") from None
+    finally:
+        if not _has_text(log):
+            log.unlink(missing_ok=True)
+
+
+def _has_text(file: Path) -> bool:
+    """Return whether a file is there and not empty."""
+    return file.exists() and file.stat().st_size > 0
 
 
 def divert_stderr() -> Path:
