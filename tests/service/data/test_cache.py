@@ -15,6 +15,7 @@ from corun_ray.service.data.sample_maker import SampleMaker
 from corun_ray.service.data.stream import StreamTask, iterate_batches, plan_remaining_phases, split_stream
 from corun_ray.service.train.board import start_board
 from tests.service.jobs import small_job
+from tests.service.samples import assert_same_samples
 
 INDICES = {"id": np.arange(12)}
 """Each of the dataset's images at least once."""
@@ -66,13 +67,11 @@ def without_files(monkeypatch):
     monkeypatch.setattr("corun_ray.service.data.manifest.Manifest.read_depth", read)
 
 
-def assert_same(some, others):
-    assert some.keys() == others.keys()
-    for name in some:
-        assert np.array_equal(some[name], others[name]), name
-
-
-@pytest.mark.parametrize("data", [{}, {"depth": None}, {"paired": True}], ids=["depth", "procedural", "paired"])
+@pytest.mark.parametrize(
+    "data",
+    [{}, {"depth": None}, {"paired": True}, {"synthesis": "worker"}],
+    ids=["depth", "procedural", "paired", "drawn"],
+)
 def test_the_same_samples_without_reading_a_file_again(keeper, dataset, tmp_path, monkeypatch, data):
     if "paired" in data:
         data = {"paired": {"hazy": str(dataset / "hazy"), "clear": str(dataset / "hazy_truth")}}
@@ -81,7 +80,7 @@ def test_the_same_samples_without_reading_a_file_again(keeper, dataset, tmp_path
     fill(job, keeper)
     again = cached(job, keeper)
     without_files(monkeypatch)
-    assert_same(again(INDICES), decoded)
+    assert_same_samples(again(INDICES), decoded)
 
 
 def test_a_depth_map_comes_back_with_its_scale(keeper):
@@ -111,7 +110,7 @@ def test_a_full_cache_leaves_the_rest_to_decoding(local_ray, dataset, tmp_path):
     view._cache = ray.remote(NodeCache).remote(100_000)
     maker = SampleMaker(job, build_manifest(job), 32, ignore, view)
     for _ in range(10):
-        assert_same(maker(INDICES), decoded)
+        assert_same_samples(maker(INDICES), decoded)
         view.refresh()
     assert 1 <= len(view._known) < 16 and not view._has_room
 
@@ -138,7 +137,7 @@ def test_a_cache_that_dies_costs_decoding_and_is_made_anew(keeper, dataset, tmp_
     deadline_s = time.monotonic() + 60
     while len(maker.cache._known) < 16 or maker.cache._cache == dead:
         maker.cache.refresh()
-        assert_same(maker(INDICES), decoded)
+        assert_same_samples(maker(INDICES), decoded)
         assert time.monotonic() < deadline_s
 
 
@@ -174,7 +173,7 @@ def test_the_stream_is_the_same_with_a_cache(keeper, dataset, tmp_path):
     plain, kept_keys = stream(None), set()
     for _ in range(5):
         for one, other in zip(plain, stream(keeper), strict=True):
-            assert_same(one, other)
+            assert_same_samples(one, other)
         kept_keys = {(root, key) for (root, _, key), _ in ray.get(cache.list_since.remote(0)).entries}
         if wanted <= kept_keys:
             break
@@ -199,7 +198,7 @@ def test_jobs_of_one_file_share_a_cache_where_they_read_the_same_data(local_ray,
     (note,) = ray.get(board.take_events.remote()).notes
     assert note == "data.cache_mib: 16 decoded images and maps of the job before are at hand"
     decoded = SampleMaker(second, build_manifest(second), 32, ignore)(INDICES)
-    assert_same(fill(second, keeper)(INDICES), decoded)
+    assert_same_samples(fill(second, keeper)(INDICES), decoded)
 
     # What the third reads has changed meanwhile, so its cache begins anew; the memory of the last is given back.
     caches.finish_job()

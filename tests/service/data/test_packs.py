@@ -19,6 +19,7 @@ from corun_ray.service.data.sample_maker import SampleMaker
 from corun_ray.service.storage import Location, MissingFile, StorageError, locate
 from tests.conftest import write_image
 from tests.service.jobs import small_job
+from tests.service.samples import assert_same_samples
 
 
 def ignore(bad_files):
@@ -44,18 +45,15 @@ def samples_of(job):
     return SampleMaker(job, build_manifest(job), 32, ignore)({"id": np.arange(20)})
 
 
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert np.array_equal(ours[name], theirs[name]), name
-
-
-def test_samples_from_a_pack_are_those_of_the_folders(dataset, tmp_path):
+@pytest.mark.parametrize("synthesis", ["stream", "worker"])
+def test_samples_from_a_pack_are_those_of_the_folders(dataset, tmp_path, synthesis):
     packed(dataset / "clear", tmp_path / "clear", dataset / "depth")
     packed(dataset / "hazy", tmp_path / "hazy")
     data = {"clear": str(tmp_path / "clear"), "depth": str(tmp_path / "clear"), "hazy": str(tmp_path / "hazy")}
-    folders, packs = (small_job("colabator", dataset, tmp_path, data=more) for more in ({}, data))
-    assert_same(samples_of(packs), samples_of(folders))
+    folders, packs = (
+        small_job("colabator", dataset, tmp_path, data=more | {"synthesis": synthesis}) for more in ({}, data)
+    )
+    assert_same_samples(samples_of(packs), samples_of(folders))
     assert any(note.endswith("a depth map each, 6 real hazy") for note in check_job(packs, [])[0])
 
 
@@ -63,10 +61,10 @@ def test_a_pack_can_be_half_of_the_data(dataset, tmp_path):
     packed(dataset / "clear", tmp_path / "clear", dataset / "depth")
     for data in ({"clear": str(tmp_path / "clear")}, {"depth": str(tmp_path / "clear")}):
         folders, packs = (small_job("pretrain", dataset, tmp_path, data=more) for more in ({}, data))
-        assert_same(samples_of(packs), samples_of(folders))
+        assert_same_samples(samples_of(packs), samples_of(folders))
     without = small_job("pretrain", dataset, tmp_path, data={"clear": str(tmp_path / "clear"), "depth": None})
     plain = small_job("pretrain", dataset, tmp_path, data={"depth": None})
-    assert_same(samples_of(without), samples_of(plain))
+    assert_same_samples(samples_of(without), samples_of(plain))
     assert build_manifest(without).compute_digest() == build_manifest(plain).compute_digest()
 
 
@@ -100,7 +98,7 @@ def test_pairs_come_from_packs_too(dataset, tmp_path):
     jobs = (
         small_job("pretrain", dataset, tmp_path, data={"paired": {"hazy": one, "clear": one}}) for one in (folder, pack)
     )
-    assert_same(*map(samples_of, jobs))
+    assert_same_samples(*map(samples_of, jobs))
 
 
 def test_shards_are_ordinary_parquet_of_the_size_asked_for(large):
@@ -126,7 +124,7 @@ def test_depth_of_matlab_gives_the_same_samples_from_folder_and_pack(dataset, tm
     assert all(key.endswith(".npy") for key in opened(tmp_path / "pack").depths)
     plain = samples_of(small_job("pretrain", dataset, tmp_path))
     for data in ({"depth": str(tmp_path / "depth")}, dict.fromkeys(("clear", "depth"), str(tmp_path / "pack"))):
-        assert_same(samples_of(small_job("pretrain", dataset, tmp_path, data=data)), plain)
+        assert_same_samples(samples_of(small_job("pretrain", dataset, tmp_path, data=data)), plain)
 
 
 def test_depth_in_png_may_stay(large):
@@ -255,4 +253,4 @@ def test_from_a_bucket_to_a_bucket_by_the_command(s3_server, dataset, tmp_path):
     assert f"done: {len([*(dataset / 'clear').iterdir()])} images in 1 shards" in ran.stdout
     data = {"clear": "s3://packs/pack", "depth": "s3://packs/pack"}
     folders, packs = (small_job("pretrain", dataset, tmp_path, data=more) for more in ({}, data))
-    assert_same(samples_of(packs), samples_of(folders))
+    assert_same_samples(samples_of(packs), samples_of(folders))
