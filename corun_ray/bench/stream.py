@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from corun_ray.config.jobs import ColabatorJob, PretrainJob, TrainingJob
-from corun_ray.core.choices import DepthKind
+from corun_ray.core.choices import DepthKind, SynthesisPlace
 from corun_ray.core.timing import PHASES, PhaseTimes
 from corun_ray.demo.dataset import DemoSize, write_demo
 from corun_ray.service.data.manifest import build_manifest
@@ -91,12 +91,19 @@ def render_photographs(folder: Path, report_progress: Callable[[int, int], None]
     pack_here(plan)
 
 
-def build_job(clear: str, depth: str | None, depth_kind: DepthKind, hazy: str | None, patch_px: int) -> TrainingJob:
+def build_job(
+    clear: str,
+    depth: str | None,
+    depth_kind: DepthKind,
+    hazy: str | None,
+    patch_px: int,
+    synthesis: SynthesisPlace = "stream",
+) -> TrainingJob:
     """Return a job on such data.
 
     The job is Colabator where there are real hazy images, else pre-training.
     """
-    data = {"clear": clear, "depth": depth, "depth_kind": depth_kind, "patch_px": patch_px}
+    data = {"clear": clear, "depth": depth, "depth_kind": depth_kind, "patch_px": patch_px, "synthesis": synthesis}
     if hazy is None:
         return PretrainJob.model_validate({"kind": "pretrain", "name": "bench", "data": data})
     data["hazy"] = hazy
@@ -165,7 +172,7 @@ def _measure_job(job: TrainingJob, settings: StreamSettings, report_done: Callab
     # A sample of Colabator is a synthetic pair and a real hazy image.
     images = 2 if isinstance(job, ColabatorJob) else 1
     return StreamResult(
-        data={key: getattr(job.data, key, None) for key in ("clear", "depth", "hazy")},
+        data={key: getattr(job.data, key, None) for key in ("clear", "depth", "hazy", "synthesis")},
         num_files=manifest.num_images,
         images_per_s=images / sample_s,
         each_images_per_s=tuple([images / repeat_s for repeat_s in samples_s]),

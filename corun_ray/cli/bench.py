@@ -25,7 +25,7 @@ from corun_ray.cli.common import (
     parse_share,
     using_ray,
 )
-from corun_ray.core.choices import DepthKind, Encoding, Precision
+from corun_ray.core.choices import DepthKind, Encoding, Precision, SynthesisPlace
 from corun_ray.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -387,6 +387,10 @@ def measure_stream(
         str | None,
         typer.Option("--hazy", metavar="HAZY", help="folder, pack or URI of real hazy images, for Colabator's samples"),
     ] = None,
+    synthesis: Annotated[
+        SynthesisPlace,
+        typer.Option("--synthesis", help="who makes the haze (data.synthesis); worker: only what the stream does then"),
+    ] = "stream",
     # The measurement.
     patch_px: Annotated[
         int, typer.Option("--patch", metavar="PX", parser=multiple_of(16), help="side of a patch in pixels")
@@ -434,15 +438,17 @@ def measure_stream(
 
     with using_ray(), Console() as console, tempfile.TemporaryDirectory(prefix="corun-bench-") as name:
         facts = {"samples": f"{samples}, {repeats} times", "patch": f"{patch_px} px"}
+        if synthesis == "worker":
+            facts["synthesis"] = "the training worker's, whose time is not measured here"
         console.header("bench stream", facts)
 
         # Jobs that read the user's images, or rendered ones.
         if data is not None:
             kind = "Colabator" if hazy else "pre-training"
-            jobs = {kind: build_job(data, depth, depth_kind, hazy, patch_px)}
+            jobs = {kind: build_job(data, depth, depth_kind, hazy, patch_px, synthesis)}
         else:
             render_photographs(Path(name), lambda done, total: console.progress(done, total, "photograph"))
-            jobs = _describe_rendered(Path(name), patch_px)
+            jobs = _describe_rendered(Path(name), patch_px, synthesis)
 
         # The table comes when all are measured.
         total = len(jobs) * samples * repeats
@@ -458,7 +464,7 @@ def measure_stream(
     return DONE
 
 
-def _describe_rendered(folder: Path, patch_px: int) -> "dict[str, TrainingJob]":
+def _describe_rendered(folder: Path, patch_px: int, synthesis: SynthesisPlace) -> "dict[str, TrainingJob]":
     """Return jobs that read the rendered photographs, by name.
 
     Both kinds of training read them from a folder and from a pack.
@@ -467,10 +473,10 @@ def _describe_rendered(folder: Path, patch_px: int) -> "dict[str, TrainingJob]":
 
     clear, depth, pack = str(folder / "clear"), str(folder / "depth"), str(folder / "pack")
     return {
-        "pre-training": build_job(clear, depth, "inverse", None, patch_px),
-        "Colabator": build_job(clear, depth, "inverse", clear, patch_px),
-        "pre-training, packed": build_job(pack, pack, "inverse", None, patch_px),
-        "Colabator, packed": build_job(pack, pack, "inverse", pack, patch_px),
+        "pre-training": build_job(clear, depth, "inverse", None, patch_px, synthesis),
+        "Colabator": build_job(clear, depth, "inverse", clear, patch_px, synthesis),
+        "pre-training, packed": build_job(pack, pack, "inverse", None, patch_px, synthesis),
+        "Colabator, packed": build_job(pack, pack, "inverse", pack, patch_px, synthesis),
     }
 
 

@@ -44,6 +44,15 @@ def test_every_figure_is_there(dataset):
     assert [line.split() for line in format_report(report).splitlines()][0] == ["pre-training", "Colabator"]
 
 
+def test_what_the_worker_makes_is_not_the_stream_s(dataset):
+    root = str(dataset)
+    job = build_job(f"{root}/clear", f"{root}/depth", "inverse", f"{root}/hazy", 32, "worker")
+    measured = bench_stream({"drawn": job}, SETTINGS, lambda done, what: None).kinds["drawn"]
+    spent = {phase for phase, seconds in measured.phases_s.items() if seconds > 0}
+    assert {"read", "decode", "depth"} <= spent and not {"synthesis", "strong view"} & spent
+    assert measured.data["synthesis"] == "worker"
+
+
 def test_it_reads_from_a_bucket_as_from_a_folder(s3_server, dataset):
     client = boto3.client("s3")
     client.create_bucket(Bucket="bench")
@@ -68,8 +77,10 @@ def test_files_that_cannot_be_used_are_told(dataset, tmp_path):
 
 def test_the_command_prints_a_table_and_writes_json(dataset, tmp_path):
     file = tmp_path / "stream.json"
-    result = bench("--data", dataset / "clear", "--patch", 32, "--samples", 2, "--repeats", 1, "--json", file)
+    size = ("--patch", 32, "--samples", 2, "--repeats", 1)
+    result = bench("--data", dataset / "clear", *size, "--synthesis", "worker", "--json", file)
     assert result.returncode == 0, result.stderr
+    assert "the training worker's, whose time is not measured" in result.stdout
     assert "sample 2/2" in result.stdout and "images/s on one core" in result.stdout
     assert json.loads(file.read_text())["kinds"]["pre-training"]["images_per_s"] > 0
 
