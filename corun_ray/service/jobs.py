@@ -55,8 +55,11 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
     look_at_mlflow = partial(check_tracking, jobs, console.say)
     if any(isinstance(job, TrainingJob) for job in jobs):
         console.say(f"  looking at MLflow; {describe_start()}")
-        with Meanwhile(look_at_mlflow, _import_torch), timing_phase("Ray starts"):
-            connect(*(job.whole_cluster for job in jobs))
+        with Meanwhile(look_at_mlflow, _import_torch):
+            with timing_phase("Ray starts"):
+                connect(*(job.whole_cluster for job in jobs))
+            # Nothing else is shown for the next two seconds.
+            console.say("  loading torch and Ray Train")
         refuse_misfits(jobs)
     else:
         look_at_mlflow()
