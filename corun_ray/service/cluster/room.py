@@ -312,6 +312,8 @@ def await_room(request: RoomRequest, say: Say, limit_s: float = math.inf) -> Non
     group = placement_group(request.bundles)
     try:
         while not group.wait(LOOK_EVERY_S):
+            # A search may have ended with a trial that was stopped, whose controller has left its room.
+            free_left_room()
             line = watch.update([request])
             if line is not None:
                 say(f"  {line}")

@@ -229,6 +229,15 @@ def test_room_that_a_dead_actor_holds_or_waits_for_is_given_back(local_ray):
     assert wait_for_cpus(cpus) == cpus
 
 
+def test_a_wait_gives_back_what_a_search_that_has_ended_left(local_ray):
+    cpus = int(ray.cluster_resources()["CPU"])
+    maker = ray.remote(num_cpus=0)(GroupMaker).remote()
+    ray.get(maker.take.remote(cpus))
+    ray.kill(maker)
+    await_room(workers(1, cpus), lambda line: None, limit_s=60)
+    assert wait_for_cpus(cpus) == cpus
+
+
 def wait_for_cpus(cpus: float) -> float:
     """Waits until so many CPUs are free, at most 10 s; returns how many are."""
     deadline_s = time.monotonic() + 10

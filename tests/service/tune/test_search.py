@@ -43,7 +43,9 @@ def files_of(job):
 
 @pytest.mark.slow
 def test_a_search_trains_compares_and_registers_the_best(local_ray, dataset, tmp_path, capsys):
-    job = search_job(dataset, tmp_path, tracking={"register": "searched"})
+    # The local Ray has three CPUs: half of one for each of the two workers, and one to decode for each.
+    cluster = {"workers": 1, "cpus_per_worker": 0.5}
+    job = search_job(dataset, tmp_path, tracking={"register": "searched"}, cluster=cluster)
     model = run_search(job, Console(), tmp_path)
     assert model == "models:/searched/1"
     run, files = files_of(job)
