@@ -95,6 +95,21 @@ def test_the_network_beside_its_plain_form() -> None:
     assert rows["plain, eager, float32"] == 0 and 0 < rows["eager, float32"] < 1e-4 < rows["eager, bfloat16"] < 0.1
 
 
+def test_photographs_as_a_whole_and_within_a_memory() -> None:
+    said = ran("photographs.py", "--photographs", "128x96:4", "128x96:4:900")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()[2:]]
+    assert [row[:3] for row in rows] == [["128 x 96 px", "4", "as a whole"], ["128 x 96 px", "4", "in 900 MiB"]]
+    assert all(float(cell) >= 0 for row in rows for cell in row[3:])
+
+
+def test_the_pool_s_figures_as_a_table() -> None:
+    said = ran("pool_scale.py", "--labels", 100, "--side", 32, "--shards", 1, "--workers", 2)
+    rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in said.splitlines()}
+    assert rows["100 labels"] == "1 shard" and len(rows) == 15
+    assert float(rows["offers of 2 processes, labels/s"].replace(",", "")) > 0
+    assert rows["2 workers, all steps at once: a step waits, mean (share of the step) / p99"].endswith(" ms")
+
+
 def test_scores_from_a_folder_and_from_a_bucket_are_the_same(photographs: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
