@@ -58,7 +58,7 @@ def run_jobs(jobs: Sequence[Job], console: Console, folder: Path = Path(), resum
         with Meanwhile(look_at_mlflow, _import_torch):
             with timing_phase("Ray starts"):
                 connect(*(job.whole_cluster for job in jobs))
-            # Nothing else is shown for the next two seconds.
+            # The other thread is at these imports, and nothing else is shown before the header.
             console.say("  loading torch and Ray Train")
         refuse_misfits(jobs)
     else:

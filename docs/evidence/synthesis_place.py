@@ -24,6 +24,7 @@ import torch
 
 from corun_ray.bench.stream import build_job, render_photographs
 from corun_ray.config.jobs import TrainingJob
+from corun_ray.core.choices import SynthesisPlace
 from corun_ray.core.networks.corun import CORUN
 from corun_ray.core.scoring.coherence import Coherence
 from corun_ray.core.timing import synchronize
@@ -35,7 +36,7 @@ from corun_ray.service.data.sample_maker import Batch, SampleMaker
 from corun_ray.service.train.learner import Learner
 from corun_ray.service.train.precision import agree_on_precision
 
-PLACES = ("stream", "worker")
+PLACES: tuple[SynthesisPlace, ...] = ("stream", "worker")
 COLUMNS = ("samples/s and core", "MB a sample", "ms until a batch is ready", "ms a step")
 BLOCK_PX = 16
 
@@ -80,8 +81,8 @@ def build_makers(folder: Path, kind: str, patch_px: int) -> dict[str, SampleMake
     clear = str(folder / "clear")
     makers = {}
     for place in PLACES:
-        job = build_job(clear, str(folder / "depth"), "metres", clear if kind == "colabator" else None, patch_px)
-        job = job.model_copy(update={"data": job.data.model_copy(update={"synthesis": place})})
+        hazy = clear if kind == "colabator" else None
+        job = build_job(clear, str(folder / "depth"), "metres", hazy, patch_px, place)
         makers[place] = SampleMaker(job, build_manifest(job), patch_px, fail)
     return makers
 
